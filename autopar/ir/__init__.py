@@ -1,0 +1,1 @@
+"""Nouns: the frozen values that pass between the steps."""

@@ -1,0 +1,79 @@
+"""What is searched, for how long, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autopar.ir.graph import OperatorGraph
+from autopar.ir.sharding import Mesh
+from autopar.ir.simulation import Estimate
+from autopar.ir.strategy import Strategy, Training
+from cost_models.interface import CostModel
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model, a machine and what is fixed beforehand.
+
+    ``meshes``: those to try (all factorizations of the devices, or the one that the user gave).
+    ``dimensions``: letters of SOAP that may be split. ``memory_limit_bytes``: on each device.
+    """
+
+    graph: OperatorGraph
+    cost_model: CostModel
+    meshes: tuple[Mesh, ...]
+    memory_limit_bytes: int
+    training: Training = Training()
+    microbatches: int = 1
+    dimensions: str = "SOAP"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """When to stop: seconds of wall time, and a relative gap that is good enough."""
+
+    time_s: float = 300.0
+    gap: float = 1e-6
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One mesh (or recipe) that was looked at.
+
+    ``estimate`` and ``strategy`` are of the best strategy found for it, ``None`` if none;
+    ``lower_bound_s``: no strategy on this mesh has a shorter step; ``outcome``: ``optimal``,
+    ``bounded`` (its bound is above the best elsewhere: not searched), ``infeasible``,
+    ``time`` (the budget ended first), or ``recipe``.
+    """
+
+    name: str
+    mesh: Mesh
+    strategy: Strategy | None
+    estimate: Estimate | None
+    lower_bound_s: float
+    outcome: str
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """All trials, the best strategy, and a proof of how far from optimal it can be at most.
+
+    ``stop_reason``: ``optimal`` (within the budget's gap), ``time``, ``interrupted`` (Ctrl-C) or
+    ``infeasible`` (``best`` is ``None``; ``nearest_miss_bytes`` is the smallest peak memory seen).
+    """
+
+    searcher: str
+    trials: tuple[Trial, ...]
+    best: Trial | None
+    lower_bound_s: float
+    stop_reason: str
+    search_time_s: float
+    nearest_miss_bytes: int | None = None
+
+    @property
+    def gap(self) -> float:
+        """(best - bound) / best; 1.0 when nothing was found."""
+        if self.best is None or self.best.estimate is None:
+            return 1.0
+        time_s = self.best.estimate.step_time_s
+        return max(0.0, (time_s - self.lower_bound_s) / time_s) if time_s else 0.0

@@ -1,0 +1,123 @@
+"""What is chosen: a split for each operator, a storage for each parameter, a training recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from autopar.ir.rule import Split
+from autopar.ir.sharding import Mesh, Sharding
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What is trained with; fixed by the user, not searched.
+
+    ``precision="mixed"``: the graph is in bf16 and the optimizer keeps an fp32 master copy.
+    ``clip_norm``: gradients are clipped to this global norm.
+    """
+
+    optimizer: Literal["sgd", "momentum", "adam", "adamw"] = "adamw"
+    precision: Literal["full", "mixed"] = "full"
+    clip_norm: float | None = None
+
+    @property
+    def state_tensors(self) -> int:
+        """Tensors of optimizer state for a parameter, the master copy not counted."""
+        return {"sgd": 0, "momentum": 1, "adam": 2, "adamw": 2}[self.optimizer]
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How a parameter, its gradient and its optimizer state are kept between microbatches.
+
+    Each placement is ``I`` (whole) or ``S(d)``. On an axis: all ``I`` is plain replication;
+    ``optimizer`` alone sharded is ZeRO-1; with ``gradient`` ZeRO-2; all three ZeRO-3 (and the way
+    a tensor-parallel parameter is kept). A sharded ``parameter`` has its ``gradient`` sharded the
+    same way, and a sharded ``gradient`` its ``optimizer``.
+    """
+
+    parameter: Sharding
+    gradient: Sharding
+    optimizer: Sharding
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Operators that run on one set of devices. In this release there is one stage."""
+
+    operators: tuple[str, ...]
+    devices: tuple[int, ...]
+    mesh: Mesh
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """Every choice of a plan. ``splits`` by operator name, ``storage`` by parameter name.
+
+    ``recompute`` (operators whose activations are recomputed) and ``schedule`` (a name of the
+    schedules shelf) have their place here; this release leaves them empty.
+    """
+
+    stages: tuple[Stage, ...]
+    splits: dict[str, Split] = field(hash=False)
+    storage: dict[str, Storage] = field(hash=False)
+    microbatches: int = 1
+    recompute: tuple[str, ...] = ()
+    schedule: str | None = None
+    training: Training = Training()
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        """The mesh of the only stage."""
+        (stage,) = self.stages
+        return stage.mesh
+
+
+def strategy_to_json(strategy: Strategy) -> dict[str, Any]:
+    return {
+        "stages": [
+            {
+                "operators": list(s.operators),
+                "devices": list(s.devices),
+                "mesh": [list(axis) for axis in s.mesh.axes],
+            }
+            for s in strategy.stages
+        ],
+        "splits": {name: list(split) for name, split in strategy.splits.items()},
+        "storage": {
+            name: [list(s.parameter), list(s.gradient), list(s.optimizer)]
+            for name, s in strategy.storage.items()
+        },
+        "microbatches": strategy.microbatches,
+        "recompute": list(strategy.recompute),
+        "schedule": strategy.schedule,
+        "training": {
+            "optimizer": strategy.training.optimizer,
+            "precision": strategy.training.precision,
+            "clip_norm": strategy.training.clip_norm,
+        },
+    }
+
+
+def strategy_from_json(data: dict[str, Any]) -> Strategy:
+    return Strategy(
+        stages=tuple(
+            Stage(
+                tuple(s["operators"]),
+                tuple(s["devices"]),
+                Mesh(tuple((name, size) for name, size in s["mesh"])),
+            )
+            for s in data["stages"]
+        ),
+        splits={name: tuple(split) for name, split in data["splits"].items()},
+        storage={
+            name: Storage(tuple(p), tuple(g), tuple(o))
+            for name, (p, g, o) in data["storage"].items()
+        },
+        microbatches=data["microbatches"],
+        recompute=tuple(data["recompute"]),
+        schedule=data["schedule"],
+        training=Training(**data["training"]),
+    )

@@ -1,0 +1,1 @@
+"""Strategy to Simulation: redistribution, prices, memory."""
