@@ -1,0 +1,175 @@
+"""Which redistributions a strategy needs: the one list that is priced, executed and verified."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from autopar.ir.graph import Operator, OperatorGraph, Role, TensorSpec
+from autopar.ir.rule import BoundRule
+from autopar.ir.sharding import INVARIANT, REPLICATE, Mesh, Sharding, gradient
+from autopar.ir.strategy import Storage, Strategy
+from autopar.simulator.redistribution import Transfer, transfers
+
+Rules = Mapping[str, BoundRule]
+"""The bound rule of each operator, by operator name."""
+
+OUTPUT = "(output)"
+"""Stands among consumers for the end of the step: the loss, or a buffer's new value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """A tensor made in ``source`` and wanted in ``target`` by ``consumers`` (operator names).
+
+    One redistribution serves them all; their gradients are summed before they travel back.
+    ``backward``: a gradient comes back through it.
+    """
+
+    tensor: str
+    spec: TensorSpec
+    source: Sharding
+    target: Sharding
+    consumers: tuple[str, ...]
+    backward: bool
+
+    def transfers(self, mesh: Mesh) -> tuple[tuple[Transfer, ...], tuple[Transfer, ...]]:
+        """Collectives forward and backward."""
+        args = (self.source, self.target, self.spec.bytes, mesh)
+        return transfers(*args), transfers(*args, backward=True) if self.backward else ()
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterEdge:
+    """A parameter kept as ``storage`` and used as ``target`` by ``consumers``.
+
+    The forward goes from ``storage.parameter`` to ``target``; the gradient from
+    ``gradient(target)`` to ``storage.gradient``. ``regathered``: the consumers that need the
+    parameter again in their backward, for each of which the forward's collectives are repeated
+    (nothing gathered is kept from forward to backward). ``per_step``: the gradient is summed over
+    microbatches first and travels once a step; else it travels with every microbatch.
+    """
+
+    parameter: str
+    spec: TensorSpec
+    storage: Storage
+    target: Sharding
+    consumers: tuple[str, ...]
+    regathered: tuple[str, ...]
+    trainable: bool
+
+    @property
+    def per_step(self) -> bool:
+        return self.storage.gradient == self.storage.parameter and not self.gathers
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the forward communicates."""
+        return any(
+            s.startswith("S") and s != t
+            for s, t in zip(self.storage.parameter, self.target, strict=True)
+        )
+
+    def forward_transfers(self, mesh: Mesh) -> tuple[Transfer, ...]:
+        return transfers(self.storage.parameter, self.target, self.spec.bytes, mesh)
+
+    def backward_transfers(self, mesh: Mesh) -> tuple[Transfer, ...]:
+        if not self.trainable:
+            return ()
+        return transfers(gradient(self.target), self.storage.gradient, self.spec.bytes, mesh)
+
+
+def canonical(sharding: Sharding, differentiable: bool) -> Sharding:
+    """Where no gradient flows, R and I are the same: both are written R."""
+    if differentiable:
+        return sharding
+    return tuple(REPLICATE if placement == INVARIANT else placement for placement in sharding)
+
+
+def carries_gradient(graph: OperatorGraph, operator: Operator) -> bool:
+    """Whether the operator has a backward."""
+    return any(graph.by_name[output].differentiable for output in operator.outputs)
+
+
+def saves_input(graph: OperatorGraph, operator: Operator, bound: BoundRule, index: int) -> bool:
+    """Whether autograd keeps this input of the operator for the backward."""
+    if not carries_gradient(graph, operator):
+        return False
+    needed = [graph.by_name[name].differentiable for name in operator.inputs]
+    return any(
+        saved.what == f"input {index}"
+        and (not saved.needs or any(needed[i] for i in saved.needs))
+        for saved in bound.rule.saves
+    )
+
+
+def consumers_by_sharding(
+    graph: OperatorGraph, rules: Rules, strategy: Strategy, tensor: str
+) -> dict[Sharding, list[tuple[Operator, int]]]:
+    """Who wants ``tensor`` in which sharding, in the order of the operators."""
+    differentiable = graph.by_name[tensor].differentiable
+    wanted: dict[Sharding, list[tuple[Operator, int]]] = {}
+    for operator, position in graph.consumers[tensor]:
+        inputs, _ = rules[operator.name].shardings(strategy.splits[operator.name])
+        target = canonical(inputs[position], differentiable)
+        wanted.setdefault(target, []).append((operator, position))
+    return wanted
+
+
+def edges(graph: OperatorGraph, rules: Rules, strategy: Strategy) -> Iterator[Edge]:
+    """Every (activation, target sharding) with its consumers, in the order of production.
+
+    Those that need no communication are listed too (source and target may be equal).
+    """
+    ends = {graph.loss, *(tensor for _, tensor in graph.mutations)}
+    whole = (INVARIANT,) * len(strategy.mesh.axes)
+    for operator in graph.operators:
+        _, produced = rules[operator.name].shardings(strategy.splits[operator.name])
+        for name, sharding in zip(operator.outputs, produced, strict=True):
+            tensor = graph.by_name[name]
+            source = canonical(sharding, tensor.differentiable)
+            wanted = consumers_by_sharding(graph, rules, strategy, name)
+            names = {
+                target: (
+                    tuple(dict.fromkeys(o.name for o, _ in readers)),
+                    any(carries_gradient(graph, o) for o, _ in readers),
+                )
+                for target, readers in wanted.items()
+            }
+            if name in ends:
+                target = canonical(whole, tensor.differentiable)
+                consumers, _ = names.get(target, ((), False))
+                names[target] = ((*consumers, OUTPUT), True)
+            for target, (consumers, backward) in names.items():
+                yield Edge(
+                    name,
+                    tensor.spec,
+                    source,
+                    target,
+                    consumers,
+                    backward and tensor.differentiable,
+                )
+
+
+def parameter_edges(
+    graph: OperatorGraph, rules: Rules, strategy: Strategy
+) -> Iterator[ParameterEdge]:
+    """Every (parameter, use sharding) with its consumers."""
+    for tensor in graph.of_role(Role.PARAMETER):
+        storage = strategy.storage[tensor.name]
+        wanted = consumers_by_sharding(graph, rules, strategy, tensor.name)
+        for target, readers in wanted.items():
+            saving = (
+                o.name
+                for o, position in readers
+                if saves_input(graph, o, rules[o.name], position)
+            )
+            yield ParameterEdge(
+                tensor.name,
+                tensor.spec,
+                storage,
+                target,
+                tuple(dict.fromkeys(o.name for o, _ in readers)),
+                tuple(dict.fromkeys(saving)),
+                tensor.differentiable,
+            )
