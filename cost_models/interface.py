@@ -12,8 +12,8 @@ CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_a
 class Work:
     """Compute on one device.
 
-    ``kind``: ``matmul`` with ``shape`` (batch, m, n, k); ``attention`` with ``shape`` (batch x heads,
-    query length, key length, head dim), fused; ``memory`` (bound by bytes) with ``shape`` ().
+    ``kind``: ``matmul`` with ``shape`` (batch, m, n, k); ``attention`` with ``shape`` (batch x
+    heads, query length, key length, head dim), fused; ``memory`` (bound by bytes) with ``shape`` ().
     ``flops``: floating-point operations; ``bytes``: read and written in device memory.
     """
 
