@@ -1,0 +1,442 @@
+"""The plan: one JSON file that can be explained, simulated, compared, verified and run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from autopar.errors import AutoparError, PlanMismatchError
+from autopar.ir.graph import OperatorGraph, graph_from_json, graph_to_json
+from autopar.ir.rule import Inner, OpRule, Product, Saved, Split
+from autopar.ir.search import SearchResult
+from autopar.ir.sharding import Mesh
+from autopar.ir.simulation import Estimate, Memory, PromisedCollective
+from autopar.ir.strategy import Strategy, strategy_from_json, strategy_to_json
+
+FORMAT = 1
+"""Version of the plan file: one more whenever an older autopar could misread a newer file."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrialSummary:
+    """A mesh or recipe that was looked at, without its strategy.
+
+    ``outcome`` as in ``Trial``; ``bound_by`` says what takes most of the step ("" when there is no
+    strategy); times and memory are ``None`` when there is none.
+    """
+
+    name: str
+    mesh: Mesh
+    outcome: str
+    lower_bound_s: float
+    step_time_s: float | None
+    peak_memory_bytes: int | None
+    bound_by: str
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSummary:
+    """How the strategy was found: what ``SearchResult`` knows, small enough for a file."""
+
+    searcher: str
+    stop_reason: str
+    lower_bound_s: float
+    gap: float
+    search_time_s: float
+    memory_limit_bytes: int
+    dimensions: str
+    trials: tuple[TrialSummary, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A strategy with all that is needed to judge it and to run it.
+
+    ``topology`` is the machine as its cost model describes itself, ``name`` and ``devices`` among
+    the keys. ``model`` is what the user gave (``model.py``, ``package.module:callable``,
+    ``hf:NAME``), ``""`` for an object. ``proposed`` are (op, rule) pairs that were found by trying
+    rather than written by a person. ``created`` is UTC, ISO 8601.
+    """
+
+    graph: OperatorGraph
+    topology: dict[str, Any] = field(hash=False)
+    strategy: Strategy
+    estimate: Estimate
+    search: SearchSummary
+    model: str = ""
+    proposed: tuple[tuple[str, OpRule], ...] = ()
+    created: str = ""
+    autopar: str = ""
+    format: int = FORMAT
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.strategy.mesh
+
+    @property
+    def world_size(self) -> int:
+        """Processes that run it, one for each device."""
+        return self.mesh.size
+
+
+def bound_by(estimate: Estimate, memory_limit_bytes: int) -> str:
+    """What takes the largest part of the step, and whether memory is nearly full.
+
+    ``"compute 71%"``, ``"all_reduce on tensor 44%"``, ``"optimizer 60%, memory 97%"``.
+    """
+    parts = {
+        "compute": estimate.forward_compute_s + estimate.backward_compute_s,
+        "optimizer": estimate.optimizer_s,
+    }
+    for collective in estimate.collectives:
+        name = f"{collective.kind} on {collective.axis}"
+        parts[name] = parts.get(name, 0.0) + collective.time_s
+    largest = max(parts, key=lambda part: parts[part])
+    total = estimate.step_time_s
+    share = f" {parts[largest] / total:.0%}" if total else ""
+    full = estimate.peak_memory_bytes / memory_limit_bytes if memory_limit_bytes else 0.0
+    return f"{largest}{share}" + (f", memory {full:.0%}" if full >= 0.9 else "")
+
+
+def summarise(result: SearchResult, memory_limit_bytes: int, dimensions: str) -> SearchSummary:
+    return SearchSummary(
+        searcher=result.searcher,
+        stop_reason=result.stop_reason,
+        lower_bound_s=result.lower_bound_s,
+        gap=result.gap,
+        search_time_s=result.search_time_s,
+        memory_limit_bytes=memory_limit_bytes,
+        dimensions=dimensions,
+        trials=tuple(
+            TrialSummary(
+                name=trial.name,
+                mesh=trial.mesh,
+                outcome=trial.outcome,
+                lower_bound_s=trial.lower_bound_s,
+                step_time_s=trial.estimate.step_time_s if trial.estimate else None,
+                peak_memory_bytes=trial.estimate.peak_memory_bytes if trial.estimate else None,
+                bound_by=bound_by(trial.estimate, memory_limit_bytes) if trial.estimate else "",
+            )
+            for trial in result.trials
+        ),
+    )
+
+
+# The file
+
+
+def save_plan(plan: Plan, path: str | Path) -> None:
+    """Write ``path`` as a whole or not at all."""
+    write_atomically(path, plan_to_text(plan))
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Replace ``path`` by ``text``; a reader sees the old file or the new one, nothing between."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise AutoparError(
+            f"cannot write {path}: {error.strerror}; name another output file"
+        ) from error
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        # mkstemp makes it private; give it what an ordinary new file gets
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read a plan file.
+
+    Raises:
+        AutoparError: the file cannot be read.
+        PlanMismatchError: it is not a plan, is damaged, or needs a newer autopar.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise AutoparError(
+            f"cannot read the plan {path}: {reason}; `autopar plan MODEL -o {path}` writes one"
+        ) from error
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PlanMismatchError(
+            f"{path} is not JSON (line {error.lineno}: {error.msg}): it is damaged or no plan at "
+            f"all; `autopar plan MODEL -o {path}` writes one"
+        ) from error
+    return plan_from_json(data, str(path))
+
+
+def plan_from_json(data: Any, source: str = "the plan") -> Plan:
+    """The plan that ``plan_to_json`` gave; ``source`` names it in messages.
+
+    Raises:
+        PlanMismatchError: it is something else, is damaged, or needs a newer autopar.
+    """
+    if not isinstance(data, dict) or "autopar" not in data or "format" not in data:
+        raise PlanMismatchError(
+            f"{source} is JSON, but not an autopar plan: a plan has the keys 'autopar' and "
+            "'format'; `autopar plan MODEL -o FILE` writes one"
+        )
+    if not isinstance(data["format"], int) or data["format"] > FORMAT:
+        raise PlanMismatchError(
+            f"{source} has format {data['format']}, written by autopar {data['autopar']}; this "
+            f"autopar reads up to format {FORMAT}: install a newer autopar, or plan again"
+        )
+    try:
+        plan, fingerprint = _read(data), data["fingerprint"]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        what = f"no key {error}" if isinstance(error, KeyError) else str(error)
+        raise PlanMismatchError(
+            f"{source} is a plan, but a damaged one ({what}); plan again"
+        ) from error
+    _check(plan, fingerprint, source)
+    return plan
+
+
+def _check(plan: Plan, fingerprint: str, source: str) -> None:
+    def refuse(why: str) -> None:
+        raise PlanMismatchError(f"{source} contradicts itself: {why}; plan again")
+
+    if plan.graph.fingerprint != fingerprint:
+        refuse("its graph is not the one that was planned (the fingerprint differs)")
+    if lost := sorted(set(plan.graph.operator) ^ set(plan.strategy.splits)):
+        refuse(f"operators and splits differ in {lost[:3]}")
+    parameters = {tensor.name for tensor in plan.graph.parameters}
+    if lost := sorted(parameters ^ set(plan.strategy.storage)):
+        refuse(f"parameters and storage differ in {lost[:3]}")
+    axes = len(plan.mesh.axes)
+    if odd := [name for name, split in plan.strategy.splits.items() if len(split) != axes]:
+        refuse(f"the split of {odd[0]} does not have one choice for each of {axes} mesh axes")
+
+
+def _read(data: dict[str, Any]) -> Plan:
+    return Plan(
+        graph=graph_from_json(data["graph"]),
+        topology=data["topology"],
+        strategy=strategy_from_json(data["strategy"]),
+        estimate=_estimate_from_json(data["estimate"]),
+        search=_search_from_json(data["search"]),
+        model=data["model"],
+        proposed=tuple((op, rule_from_json(rule)) for op, rule in data["proposed"]),
+        created=data["created"],
+        autopar=data["autopar"],
+        format=data["format"],
+    )
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    return {
+        "autopar": plan.autopar,
+        "format": plan.format,
+        "created": plan.created,
+        "model": plan.model,
+        "fingerprint": plan.graph.fingerprint,
+        "topology": plan.topology,
+        "estimate": _estimate_to_json(plan.estimate),
+        "search": _search_to_json(plan.search),
+        "strategy": strategy_to_json(plan.strategy),
+        "proposed": [[op, rule_to_json(rule)] for op, rule in plan.proposed],
+        "graph": graph_to_json(plan.graph),
+    }
+
+
+def plan_to_text(plan: Plan) -> str:
+    """The JSON text: a line for each operator, split, tensor; short enough to read and to diff."""
+    return _lines(plan_to_json(plan), depth=2) + "\n"
+
+
+def _lines(value: Any, depth: int, indent: str = "") -> str:
+    """JSON with the outer ``depth`` + 1 levels on lines of their own."""
+    inner = indent + " "
+    if depth >= 0 and value and isinstance(value, dict):
+        items = [f"{json.dumps(key)}: {_lines(v, depth - 1, inner)}" for key, v in value.items()]
+        return "{\n" + ",\n".join(inner + item for item in items) + f"\n{indent}}}"
+    if depth >= 0 and isinstance(value, list) and any(isinstance(v, (list, dict)) for v in value):
+        return (
+            "[\n"
+            + ",\n".join(inner + _lines(v, -1 if depth == 0 else depth - 2, inner) for v in value)
+            + f"\n{indent}]"
+        )
+    return json.dumps(value, allow_nan=False)
+
+
+def _estimate_to_json(estimate: Estimate) -> dict[str, Any]:
+    return asdict(estimate)
+
+
+def _estimate_from_json(data: dict[str, Any]) -> Estimate:
+    return Estimate(
+        **{
+            **data,
+            "memory": Memory(**data["memory"]),
+            "collectives": tuple(PromisedCollective(**c) for c in data["collectives"]),
+        }
+    )
+
+
+def _search_to_json(search: SearchSummary) -> dict[str, Any]:
+    return {
+        **{f.name: getattr(search, f.name) for f in fields(search)},
+        "lower_bound_s": _finite(search.lower_bound_s),
+        "trials": [
+            {
+                **{f.name: getattr(trial, f.name) for f in fields(trial)},
+                "mesh": [list(axis) for axis in trial.mesh.axes],
+                "lower_bound_s": _finite(trial.lower_bound_s),
+            }
+            for trial in search.trials
+        ],
+    }
+
+
+def _search_from_json(data: dict[str, Any]) -> SearchSummary:
+    return SearchSummary(
+        **{
+            **data,
+            "lower_bound_s": _or_infinite(data["lower_bound_s"]),
+            "trials": tuple(
+                TrialSummary(
+                    **{
+                        **trial,
+                        "mesh": Mesh(tuple((name, size) for name, size in trial["mesh"])),
+                        "lower_bound_s": _or_infinite(trial["lower_bound_s"]),
+                    }
+                )
+                for trial in data["trials"]
+            ),
+        }
+    )
+
+
+def _finite(bound_s: float) -> float | None:
+    """JSON has no infinity, the bound of what is infeasible: ``null``."""
+    return bound_s if math.isfinite(bound_s) else None
+
+
+def _or_infinite(bound_s: float | None) -> float:
+    return math.inf if bound_s is None else bound_s
+
+
+def rule_to_json(rule: OpRule) -> dict[str, Any]:
+    """A rule as data. Only rules without ``localize`` are data; a proposed rule has none."""
+    assert rule.localize is None, rule
+    return {k: v for k, v in asdict(rule).items() if k != "localize"}
+
+
+def rule_from_json(data: dict[str, Any]) -> OpRule:
+    made: dict[str, Callable[..., Any]] = {"products": Product, "saves": Saved, "inner": Inner}
+    values = {
+        key: tuple(made[key](**_tuples(item)) for item in value) if key in made else value
+        for key, value in data.items()
+    }
+    return OpRule(**_tuples(values))
+
+
+def _tuples(data: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+
+
+# Two plans
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One thing that differs. ``what``: ``mesh``, ``topology``, ``training``, ``split``, …"""
+
+    what: str
+    name: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class PlanDiff:
+    """What changes from plan ``a`` to plan ``b``; ``faster`` is a's step time over b's."""
+
+    same_model: bool
+    faster: float
+    peak_memory_bytes: tuple[int, int]
+    changes: tuple[Change, ...]
+
+
+def split_text(split: Split, mesh: Mesh) -> str:
+    """
+    >>> split_text(("batch", "nothing"), Mesh((("data", 2), ("tensor", 4))))
+    'data: batch, tensor: nothing'
+    """
+    return ", ".join(f"{a}: {choice}" for a, choice in zip(mesh.names, split, strict=True))
+
+
+def mesh_text(mesh: Mesh) -> str:
+    """
+    >>> mesh_text(Mesh((("data", 2), ("tensor", 4))))
+    'data 2 x tensor 4'
+    """
+    return " x ".join(f"{name} {size}" for name, size in mesh.axes) or "one device"
+
+
+def diff(a: Plan, b: Plan) -> PlanDiff:
+    """What is decided differently in ``b``; operators that only one of them has are not listed."""
+    changes = [
+        Change(what, "", before, after)
+        for what, before, after in (
+            ("topology", str(a.topology.get("name")), str(b.topology.get("name"))),
+            ("mesh", mesh_text(a.mesh), mesh_text(b.mesh)),
+            ("microbatches", str(a.strategy.microbatches), str(b.strategy.microbatches)),
+            ("training", _training_text(a), _training_text(b)),
+        )
+        if before != after
+    ]
+    for name, split in a.strategy.splits.items():
+        if name in b.strategy.splits:
+            before = split_text(split, a.mesh)
+            after = split_text(b.strategy.splits[name], b.mesh)
+            if before != after:
+                changes.append(Change("split", name, before, after))
+    for name in a.strategy.storage:
+        if name in b.strategy.storage:
+            before, after = _storage_text(a, name), _storage_text(b, name)
+            if before != after:
+                changes.append(Change("storage", name, before, after))
+    return PlanDiff(
+        same_model=a.graph.fingerprint == b.graph.fingerprint,
+        faster=a.estimate.step_time_s / b.estimate.step_time_s
+        if b.estimate.step_time_s
+        else math.inf,
+        peak_memory_bytes=(a.estimate.peak_memory_bytes, b.estimate.peak_memory_bytes),
+        changes=tuple(changes),
+    )
+
+
+def _training_text(plan: Plan) -> str:
+    training = plan.strategy.training
+    clip = "" if training.clip_norm is None else f", clip {training.clip_norm:g}"
+    return f"{training.optimizer}, {training.precision} precision{clip}"
+
+
+def _storage_text(plan: Plan, parameter: str) -> str:
+    """For each axis, what of the parameter, its gradient and its optimizer state is cut there."""
+    storage = plan.strategy.storage[parameter]
+    return ", ".join(
+        f"{axis}: {p}/{g}/{o}"
+        for axis, p, g, o in zip(
+            plan.mesh.names, storage.parameter, storage.gradient, storage.optimizer, strict=True
+        )
+    )

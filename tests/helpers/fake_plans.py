@@ -1,0 +1,144 @@
+"""A plan written by hand: equal blocks of column- and row-parallel linears."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from autopar.ir.graph import Dtype, Input, Operator, OperatorGraph, Role, Tensor, TensorSpec
+from autopar.ir.plan import Plan, SearchSummary, TrialSummary, bound_by
+from autopar.ir.rule import OpRule, Product, Saved
+from autopar.ir.sharding import Mesh
+from autopar.ir.simulation import Estimate, Memory, PromisedCollective
+from autopar.ir.strategy import Stage, Storage, Strategy
+
+MESH = Mesh((("data", 2), ("tensor", 4)))
+LIMIT_BYTES = 10_000_000
+
+
+def two_blocks(layers: int = 2, batch: int = 8, width: int = 16) -> OperatorGraph:
+    """``x = x @ up.T; x = gelu(x); x = x @ down.T`` for each layer, then the mean."""
+    tensors = [Tensor("x", TensorSpec((batch, width), "float32"), Role.INPUT, False)]
+    operators = []
+    hidden = (batch, 4 * width)
+    here = "x"
+
+    def call(module: str, op: str, inputs: tuple[str, ...], shape: tuple[int, ...]) -> str:
+        name = ".".join(part for part in (module, op.split(".")[1]) if part)
+        tensors.append(Tensor(name, TensorSpec(shape, "float32"), Role.ACTIVATION, True))
+        arguments = tuple(Input(i) for i in range(len(inputs)))
+        operators.append(Operator(name, op, inputs, (name,), arguments, (), module))
+        return name
+
+    def weight(name: str, shape: tuple[int, int]) -> str:
+        tensors.append(Tensor(name, TensorSpec(shape, "float32"), Role.PARAMETER, True))
+        return name
+
+    linear = "aten.linear.default"
+    for i in range(layers):
+        up = weight(f"layers.{i}.up.weight", (4 * width, width))
+        here = call(f"layers.{i}.up", linear, (here, up), hidden)
+        here = call(f"layers.{i}", "aten.gelu.default", (here,), hidden)
+        down = weight(f"layers.{i}.down.weight", (width, 4 * width))
+        here = call(f"layers.{i}.down", linear, (here, down), (batch, width))
+    loss = call("", "aten.mean.default", (here,), ())
+    operators[-1] = replace(operators[-1], keywords=(("dtype", Dtype("float32")),))
+    return OperatorGraph(tuple(tensors), tuple(operators), loss, ("x",), ("",), name="TwoBlocks")
+
+
+def strategy(graph: OperatorGraph) -> Strategy:
+    """Data parallel on the first axis, Megatron's column then row on the second."""
+    splits = {}
+    storage = {}
+    for operator in graph.operators:
+        choice = "nothing"
+        if operator.module.endswith("up"):
+            choice = "out"
+        elif operator.module.endswith("down"):
+            choice = "in"
+        elif operator.op == "aten.gelu.default":
+            choice = "...1"
+        splits[operator.name] = ("...0", choice)
+    for parameter in graph.parameters:
+        cut = "S(0)" if "up" in parameter.name else "S(1)"
+        storage[parameter.name] = Storage(("I", cut), ("I", cut), ("I", cut))
+    names = tuple(operator.name for operator in graph.operators)
+    return Strategy((Stage(names, tuple(range(MESH.size)), MESH),), splits, storage)
+
+
+def estimate(step_time_s: float = 0.01, layers: int = 2) -> Estimate:
+    """A tenth of the step is all-reduce on ``tensor``, half is compute."""
+    return Estimate(
+        step_time_s=step_time_s,
+        forward_compute_s=step_time_s * 0.2,
+        backward_compute_s=step_time_s * 0.3,
+        forward_communication_s=step_time_s * 0.1,
+        backward_communication_s=step_time_s * 0.1,
+        gradient_synchronisation_s=step_time_s * 0.2,
+        optimizer_s=step_time_s * 0.1,
+        memory=Memory(1000, 1000, 2000, 500, 300, 200, at="layers.1.up.linear backward"),
+        collectives=tuple(
+            PromisedCollective(
+                "all_reduce", "forward", "tensor", 256, 1, f"layers.{i}.down.linear", 5e-4
+            )
+            for i in range(layers)
+        ),
+    )
+
+
+def plan(layers: int = 2, step_time_s: float = 0.01) -> Plan:
+    graph = two_blocks(layers)
+    best = estimate(step_time_s, layers)
+    return Plan(
+        graph=graph,
+        topology={"name": "2x4xfake", "devices": 8, "tiers": [{"size": 4}, {"size": 2}]},
+        strategy=strategy(graph),
+        estimate=best,
+        search=SearchSummary(
+            searcher="ilp",
+            stop_reason="optimal",
+            lower_bound_s=step_time_s * 0.999,
+            gap=0.001,
+            search_time_s=0.5,
+            memory_limit_bytes=LIMIT_BYTES,
+            dimensions="SOAP",
+            trials=(
+                _trial("data 2 x tensor 4", MESH, "optimal", step_time_s, best.peak_memory_bytes),
+                _trial("tensor 8", Mesh((("tensor", 8),)), "bounded", None, None),
+                _trial("megatron", MESH, "recipe", step_time_s * 1.25, LIMIT_BYTES - 1),
+                _trial("data_parallel", MESH, "recipe", step_time_s, 2 * LIMIT_BYTES),
+                _trial("hsdp", MESH, "infeasible", None, None),
+            ),
+        ),
+        model="model.py",
+        proposed=(
+            (
+                "mylib.scale.default",
+                OpRule(
+                    "a b, b -> a b",
+                    linear=(0,),
+                    products=(Product("", "a", "b", ""),),
+                    saves=(Saved("input 0", (1,)),),
+                    proposed=True,
+                ),
+            ),
+        ),
+        created="2026-11-20T10:00:00+00:00",
+        autopar="0.1.0",
+    )
+
+
+def _trial(
+    name: str, mesh: Mesh, outcome: str, step_time_s: float | None, memory_bytes: int | None
+) -> TrialSummary:
+    found = step_time_s is not None
+    bound_s = math.inf if outcome == "infeasible" else 0.005
+    return TrialSummary(
+        name,
+        mesh,
+        outcome,
+        bound_s,
+        step_time_s,
+        memory_bytes,
+        bound_by(estimate(step_time_s), LIMIT_BYTES) if found and step_time_s else "",
+    )
