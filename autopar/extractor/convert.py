@@ -1,0 +1,396 @@
+"""The exported program, made functional, as an ``OperatorGraph`` in which nothing is left over."""
+
+from __future__ import annotations
+
+import operator
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+
+from autopar.errors import UnsupportedModelError
+from autopar.ir.graph import (
+    ITEM_BYTES,
+    Argument,
+    Dtype,
+    Input,
+    Operator,
+    OperatorGraph,
+    Role,
+    Tensor,
+    TensorSpec,
+)
+
+PREFIX = "model."
+"""Of the names in the exported program: the model is the child of a module that adds the loss."""
+
+PLACEMENT_KEYWORDS = {"device", "layout", "pin_memory", "memory_format", "non_blocking"}
+"""Keywords that say where and how a tensor lies; the runtime decides that."""
+
+MAX_CONSTANT = 1 << 16
+"""Elements of a tensor constant: the values are written out in the plan file."""
+
+_DROPPED = {"aten.alias.default", "aten.lift_fresh_copy.default", "aten.lift_fresh.default"}
+_NO_VALUE = {"aten._assert_tensor_metadata.default", "aten._assert_async.msg", "aten.sym_size.int"}
+
+_GRADIENT_STOPS = re.compile(r"aten\.(detach|\w+_like|new_\w+|bernoulli|sign)\.")
+_ONLY_FIRST_DIFFERENTIABLE = re.compile(r"aten\.\w*batch_norm\w*\.")
+
+
+def convert(
+    program: ExportedProgram, model: nn.Module, inputs: list[tuple[str, str]], name: str
+) -> OperatorGraph:
+    """``inputs`` are (name, keyword) of the tensors given to the model, in order."""
+    _keep_no_grad(program.graph_module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about itself
+        program = program.run_decompositions({})
+    return _Converter(program, model, inputs, name).graph()
+
+
+def _keep_no_grad(module: fx.GraphModule) -> None:
+    """Detach what leaves a ``no_grad`` region, since decomposition forgets the region."""
+    for node in module.graph.find_nodes(
+        op="call_function", target=torch.ops.higher_order.wrap_with_set_grad_enabled
+    ):
+        if node.args[0]:
+            continue
+        for user in list(node.users):
+            with module.graph.inserting_after(user):
+                detached = module.graph.call_function(torch.ops.aten.detach.default, (user,))
+            detached.meta = dict(user.meta)
+            user.replace_all_uses_with(detached, lambda reader, d=detached: reader is not d)
+    module.recompile()
+
+
+class _Converter:
+    """State of one conversion: which tensor each fx node became, and names already taken."""
+
+    def __init__(
+        self,
+        program: ExportedProgram,
+        model: nn.Module,
+        inputs: list[tuple[str, str]],
+        name: str,
+    ) -> None:
+        self.program, self.model, self.name = program, model, name
+        self.inputs = inputs
+        self.tensors: dict[str, Tensor] = {}
+        self.operators: list[Operator] = []
+        self.of: dict[fx.Node, str | tuple[str, ...]] = {}
+        self.taken: Counter[str] = Counter()
+        self.constants: dict[str, Any] = {}
+        self.problems: list[str] = []
+        self.shared: list[tuple[str, str]] = []
+
+    def graph(self) -> OperatorGraph:
+        self._placeholders()
+        for node in self.program.graph.nodes:
+            if node.op == "call_function":
+                self._call(node)
+        if self.problems:
+            listed = "\n".join(f"  - {problem}" for problem in dict.fromkeys(self.problems))
+            raise UnsupportedModelError(f"the model has what autopar cannot plan:\n{listed}")
+        loss, mutations = self._outputs()
+        operators = list(_live(self.operators, {loss, *(value for _, value in mutations)}))
+        operators = _fuse_copies(operators, self.tensors)
+        used = {loss, *(n for pair in mutations for n in pair)}
+        used |= {n for o in operators for n in o.inputs + o.outputs}
+        used |= set(self.input_names)
+        tensors = tuple(t for t in self.tensors.values() if t.name in used)
+        return OperatorGraph(
+            tensors=tensors,
+            operators=tuple(operators),
+            loss=loss,
+            inputs=tuple(self.input_names),
+            input_keys=tuple(key for _, key in self.inputs),
+            mutations=tuple(mutations),
+            shared=tuple(pair for pair in self.shared if pair[1] in used),
+            constants=tuple((n, v) for n, v in self.constants.items() if n in used),
+            name=self.name,
+        )
+
+    # -- tensors that no operator makes
+
+    def _placeholders(self) -> None:
+        nodes = {n.name: n for n in self.program.graph.nodes if n.op == "placeholder"}
+        first = _first_names(self.model)
+        self.shared = [(other, name) for other, name in first.items() if other != name]
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        self.taken.update(parameters.keys())
+        self.taken.update(n for n, _ in self.model.named_buffers(remove_duplicate=False))
+        self.input_names: list[str] = []
+        given = iter(self.inputs)
+        for spec in self.program.graph_signature.input_specs:
+            node = nodes[spec.arg.name]
+            match spec.kind:
+                case InputKind.PARAMETER | InputKind.BUFFER:
+                    name = first[str(spec.target).removeprefix(PREFIX)]
+                    is_parameter = spec.kind is InputKind.PARAMETER
+                    role = Role.PARAMETER if is_parameter else Role.BUFFER
+                    trains = is_parameter and parameters[name].requires_grad
+                    self._add(node, name, role, trains)
+                case InputKind.USER_INPUT:
+                    if not isinstance(node.meta.get("val"), torch.Tensor):
+                        continue  # a Python number, which the trace has burnt in
+                    name = self._unique(next(given)[0])
+                    self.input_names.append(name)
+                    self._add(node, name, Role.INPUT, False)
+                case InputKind.CONSTANT_TENSOR:
+                    name = self._unique(f"constant.{str(spec.target).removeprefix(PREFIX)}")
+                    self._add(node, name, Role.CONSTANT, False)
+                    self._constant(name, self.program.constants[str(spec.target)], node)
+                case _:
+                    self.problems.append(f"an input of kind {spec.kind.name}: {spec.target}")
+
+    def _add(self, node: fx.Node, name: str, role: Role, differentiable: bool) -> None:
+        self.of[node] = name
+        if name not in self.tensors:
+            self.tensors[name] = Tensor(
+                name, self._spec(node.meta["val"], node), role, differentiable
+            )
+
+    def _constant(self, name: str, value: Any, node: fx.Node) -> None:
+        if not node.users:
+            return
+        if value.is_meta and value.numel():
+            self.problems.append(
+                f"the tensor {name.removeprefix('constant.')!r} is needed but has no value on the "
+                "meta device: make it in forward, or register it as a buffer"
+            )
+        elif value.numel() > MAX_CONSTANT:
+            self.problems.append(
+                f"the constant tensor {name.removeprefix('constant.')!r} has {value.numel()} "
+                f"elements, more than {MAX_CONSTANT}: register it as a buffer"
+            )
+        else:
+            self.constants[name] = _tuples([] if value.is_meta else value.tolist())
+
+    # -- operators
+
+    def _call(self, node: fx.Node) -> None:
+        op = str(node.target)
+        if node.target is operator.getitem:
+            source = self.of.get(node.args[0])  # type: ignore[arg-type]
+            if source is not None:
+                self.of[node] = source[node.args[1]]  # type: ignore[index,assignment]
+            return
+        if op in _NO_VALUE:
+            return
+        if op in _DROPPED:
+            self.of[node] = self.of[node.args[0]]  # type: ignore[index]
+            return
+        if not isinstance(node.target, torch._ops.OpOverload):
+            self.problems.append(f"{op}{_where(node)}: not a tensor operator")
+            return
+        if not all(read in self.of for read in node.all_input_nodes):
+            return  # what it reads was already refused
+        if op == "aten.broadcast_tensors.default":
+            self._broadcast(node)
+        else:
+            self._operator(node, op)
+
+    def _broadcast(self, node: fx.Node) -> None:
+        """Losses do this to tensors that mostly have the same shape: ``expand`` the others."""
+        names = []
+        for read, value in zip(node.args[0], node.meta["val"], strict=True):  # type: ignore[arg-type]
+            name, spec = str(self.of[read]), self._spec(value, node)  # type: ignore[index]
+            source = self.tensors[name]
+            if source.spec.shape != spec.shape:
+                module = _module(node)
+                name = self._unique(".".join(filter(None, (module, "expand"))))
+                self.tensors[name] = Tensor(name, spec, Role.ACTIVATION, source.differentiable)
+                arguments = (Input(0), spec.shape)
+                self.operators.append(
+                    Operator(
+                        name, "aten.expand.default", (source.name,), (name,), arguments, (), module
+                    )
+                )
+            names.append(name)
+        self.of[node] = tuple(names)
+
+    def _operator(self, node: fx.Node, op: str) -> None:
+        inputs: list[str] = []
+        arguments = tuple(self._argument(value, inputs, node) for value in node.args)
+        keywords = tuple(
+            (key, self._argument(value, inputs, node))
+            for key, value in node.kwargs.items()
+            if key not in PLACEMENT_KEYWORDS
+        )
+        module = _module(node)
+        short = op.split("::")[-1].split(".")[1 if op.startswith("aten.") else 0]
+        name = self._unique(".".join(filter(None, (module, short.strip("_") or short))))
+        flows = any(self.tensors[i].differentiable for i in inputs)
+        flows = flows and not _GRADIENT_STOPS.match(op)
+        values = node.meta["val"]
+        several = isinstance(values, tuple | list)
+        outputs = []
+        for position, value in enumerate(values if several else (values,)):
+            output = self._unique(f"{name}:{position}") if several else name
+            if value is None:
+                continue
+            spec = self._spec(value, node)
+            differentiable = flows and spec.is_floating
+            if position and _ONLY_FIRST_DIFFERENTIABLE.match(op):
+                differentiable = False
+            self.tensors[output] = Tensor(output, spec, Role.ACTIVATION, differentiable)
+            outputs.append(output)
+        self.of[node] = tuple(outputs) if several else name
+        self.operators.append(
+            Operator(name, op, tuple(inputs), tuple(outputs), arguments, keywords, module)
+        )
+
+    def _argument(self, value: Any, inputs: list[str], node: fx.Node) -> Argument:
+        match value:
+            case fx.Node():
+                name = self.of[value]
+                if isinstance(name, tuple):
+                    return tuple(self._input(n, inputs) for n in name)
+                return self._input(name, inputs)
+            case torch.dtype():
+                return Dtype(_dtype(value))
+            case list() | tuple():
+                return tuple(self._argument(item, inputs, node) for item in value)
+            case None | bool() | int() | float() | str():
+                return value
+            case torch.device() | torch.layout() | torch.memory_format():
+                return None
+        self.problems.append(f"{node.target}{_where(node)}: argument {value!r}")
+        return None
+
+    @staticmethod
+    def _input(name: str, inputs: list[str]) -> Input:
+        inputs.append(name)
+        return Input(len(inputs) - 1)
+
+    def _spec(self, value: Any, node: fx.Node) -> TensorSpec:
+        if not isinstance(value, torch.Tensor):
+            self.problems.append(
+                f"{node.target}{_where(node)}: makes a {type(value).__name__}, whose value the "
+                "rest of the program needs; use fixed sizes"
+            )
+            return TensorSpec((), "int64")
+        if any(not isinstance(size, int) for size in value.shape):
+            self.problems.append(
+                f"{node.target}{_where(node)}: the size of its result depends on the values of "
+                "tensors; use fixed sizes and masking"
+            )
+            return TensorSpec((), "int64")
+        name = _dtype(value.dtype)
+        if name not in ITEM_BYTES:
+            self.problems.append(f"{node.target}{_where(node)}: tensors of dtype {name}")
+            return TensorSpec((), "int64")
+        return TensorSpec(tuple(value.shape), name)
+
+    def _unique(self, name: str) -> str:
+        count = self.taken[name]
+        self.taken[name] += 1
+        return self._unique(f"{name}_{count}") if count else name
+
+    # -- results
+
+    def _outputs(self) -> tuple[str, list[tuple[str, str]]]:
+        (output,) = self.program.graph.find_nodes(op="output")
+        first = _first_names(self.model)
+        loss, mutations = "", []
+        signature = self.program.graph_signature
+        for spec, node in zip(signature.output_specs, output.args[0], strict=True):
+            name = str(self.of[node])
+            if spec.kind is OutputKind.USER_OUTPUT:
+                loss = name
+            elif spec.kind is OutputKind.BUFFER_MUTATION:
+                mutations.append((first[str(spec.target).removeprefix(PREFIX)], name))
+            else:
+                raise UnsupportedModelError(
+                    f"the forward pass overwrites {spec.target}, which is not a buffer: register "
+                    "it as one, or make a new tensor"
+                )
+        if not self.tensors[loss].differentiable:
+            raise UnsupportedModelError(
+                "the loss does not depend on any parameter that is trained: nothing to plan "
+                "(is everything frozen, detached or under no_grad?)"
+            )
+        return loss, mutations
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Every name of a parameter or buffer -> the first name of the same tensor."""
+    first: dict[int, str] = {}
+    names: dict[str, str] = {}
+    tensors = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    for name, tensor in tensors:
+        names[name] = first.setdefault(id(tensor), name)
+    return names
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _module(node: fx.Node) -> str:
+    """Dotted path of the module that made the call; '' for the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = re.sub(r"@\d+", "", str(list(stack.values())[-1][0])) if stack else ""
+    return path.removeprefix(PREFIX.rstrip(".")).removeprefix(".")
+
+
+def _where(node: fx.Node) -> str:
+    module = _module(node)
+    return f" in module {module!r}" if module else ""
+
+
+def _live(operators: Iterable[Operator], wanted: set[str]) -> Iterator[Operator]:
+    """The operators that ``wanted`` depend on, in their order."""
+    kept = []
+    needed = set(wanted)
+    for o in reversed(list(operators)):
+        if needed.intersection(o.outputs):
+            needed.update(o.inputs)
+            kept.append(o)
+    return reversed(kept)
+
+
+def _fuse_copies(operators: list[Operator], tensors: dict[str, Tensor]) -> list[Operator]:
+    """One ``reshape`` for a contiguous copy that is only made to be viewed; ``view`` for the rest.
+
+    What ``x.transpose(1, 2).reshape(...)`` becomes in the trace is a copy and a view of it.
+    """
+    readers: dict[str, list[Operator]] = {}
+    for o in operators:
+        for name in set(o.inputs):
+            readers.setdefault(name, []).append(o)
+    views = ("aten.view.default", "aten._unsafe_view.default")
+    copies = {
+        o.outputs[0]: o.inputs[0]
+        for o in operators
+        if o.op == "aten.clone.default"
+        and readers.get(o.outputs[0])
+        and all(reader.op in views for reader in readers[o.outputs[0]])
+    }
+    fused = []
+    for o in operators:
+        if o.outputs[0] in copies:
+            continue
+        if o.op in views:
+            source = copies.get(o.inputs[0])
+            op = "aten.view.default" if source is None else "aten.reshape.default"
+            o = Operator(o.name, op, (source or o.inputs[0],), o.outputs, *_rest(o))
+        fused.append(o)
+    return fused
+
+
+def _rest(o: Operator) -> tuple[tuple[Argument, ...], tuple[tuple[str, Argument], ...], str]:
+    return o.arguments, o.keywords, o.module

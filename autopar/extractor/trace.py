@@ -1,0 +1,182 @@
+"""``extract``: what the user gives is checked, traced by torch.export and handed to ``convert``."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any, Literal
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from autopar.errors import AutoparError, UnsupportedModelError
+from autopar.extractor.blame import blame
+from autopar.extractor.convert import PREFIX, convert
+from autopar.ir.graph import OperatorGraph
+
+Inputs = tuple[torch.Tensor, ...] | dict[str, Any]
+Loss = Callable[[Any, Any], torch.Tensor]
+
+
+def extract(
+    model: nn.Module,
+    inputs: Inputs,
+    loss: Loss | None = None,
+    *,
+    name: str = "model",
+    precision: Literal["full", "mixed"] = "full",
+) -> OperatorGraph:
+    """The forward pass of one global batch, up to the scalar loss, as operators.
+
+    Nothing is computed and no weights are copied, whether ``model`` is real or on the meta
+    device. ``inputs`` are the positional (tuple) or keyword (dict) arguments of the model; only
+    their shapes and dtypes matter. Without ``loss(outputs, inputs)`` the model returns a scalar,
+    or something whose ``.loss`` is one. ``precision="mixed"``: weights, buffers and floating
+    inputs as bfloat16. Parameters and buffers that the loss does not depend on are left out.
+
+    Raises:
+        UnsupportedModelError: the model cannot be traced, or has what a graph cannot express.
+        AutoparError: the inputs or what the model returns have the wrong form.
+    """
+    inputs = _on_device(_checked(inputs), _device(model))
+    if precision == "mixed":
+        model, inputs = in_bfloat16(model), _cast(inputs)
+    program = _trace(_Step(model, loss), inputs)
+    return convert(program, model, _names(model, inputs), name)
+
+
+class _Step(nn.Module):
+    """The model and its loss as one module; its only child is what ``PREFIX`` names."""
+
+    def __init__(self, model: nn.Module, loss: Loss | None) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.train(model.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        outputs = self.model(*args, **kwargs)
+        if self.loss is not None:
+            value, origin = self.loss(outputs, kwargs or args), "loss(outputs, inputs)"
+        else:
+            value, origin = getattr(outputs, "loss", outputs), "the model"
+        if not isinstance(value, torch.Tensor) or value.numel() != 1:
+            found = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value)
+            raise AutoparError(
+                f"{origin} must return a scalar tensor to differentiate, not {found}. "
+                "Give a loss(outputs, inputs) function, or labels if the model makes its own loss."
+            )
+        return value.reshape(()) if value.dim() else value
+
+
+def _device(model: nn.Module) -> torch.device:
+    tensors = [*model.parameters(), *model.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _checked(inputs: Any) -> Inputs:
+    if isinstance(inputs, torch.Tensor):
+        inputs = (inputs,)
+    if isinstance(inputs, list):
+        inputs = tuple(inputs)
+    if not isinstance(inputs, tuple | dict):
+        raise AutoparError(
+            f"the inputs are a {type(inputs).__name__}; give a tuple of tensors (positional "
+            "arguments of the model) or a dict of tensors (keyword arguments)"
+        )
+    named = inputs.items() if isinstance(inputs, dict) else enumerate(inputs)
+    wrong = [
+        f"{key!r} is a {type(value).__name__}"
+        for key, value in named
+        if not isinstance(value, torch.Tensor)
+        and not (isinstance(inputs, dict) and isinstance(value, bool | int | float | str | None))
+    ]
+    if wrong:
+        raise AutoparError(f"inputs must be tensors, without nesting: {', '.join(wrong)}")
+    return inputs
+
+
+def _on_device(inputs: Inputs, device: torch.device) -> Inputs:
+    """Fresh tensors of these shapes: the trace takes one tensor given twice for one input."""
+
+    def fresh(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return torch.empty_like(value, device=device, requires_grad=False)
+
+    if isinstance(inputs, dict):
+        return {key: fresh(value) for key, value in inputs.items()}
+    return tuple(map(fresh, inputs))
+
+
+def _cast(inputs: Inputs) -> Inputs:
+    def narrow(value: Any) -> Any:
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.to(torch.bfloat16) if floating else value
+
+    if isinstance(inputs, dict):
+        return {key: narrow(value) for key, value in inputs.items()}
+    return tuple(map(narrow, inputs))
+
+
+def in_bfloat16(model: nn.Module) -> nn.Module:
+    """A copy with uninitialised bfloat16 weights and buffers; ``model`` stays as it is."""
+    copies: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
+        copy = torch.empty_like(tensor, dtype=dtype, requires_grad=False)
+        if isinstance(tensor, nn.Parameter):
+            copy = nn.Parameter(copy, requires_grad=tensor.requires_grad)
+        copies[id(tensor)] = copy
+    return deepcopy(model, copies)
+
+
+def _names(model: nn.Module, inputs: Inputs) -> list[tuple[str, str]]:
+    """(name, keyword or "") of each input tensor, as the signature of ``forward`` calls it."""
+    if isinstance(inputs, dict):
+        return [(key, key) for key, value in inputs.items() if isinstance(value, torch.Tensor)]
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    names += [f"input_{i}" for i in range(len(names), len(inputs))]
+    return [(name, "") for name in names[: len(inputs)]]
+
+
+def _trace(step: _Step, inputs: Inputs) -> ExportedProgram:
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+    given = [name for name, _ in _names(step.model, inputs)]
+    with warnings.catch_warnings(), _plain_masks(given):
+        warnings.simplefilter("ignore")  # torch's own, about itself
+        try:
+            return torch.export.export(step, args, kwargs, strict=False)
+        except AutoparError:
+            raise
+        except Exception as error:
+            raise UnsupportedModelError(blame(error, step.model)) from error
+
+
+@contextmanager
+def _plain_masks(given: list[str]) -> Iterator[None]:
+    """Transformers builds the attention masks of a run, not those of an export for inference.
+
+    Under export it never uses ``is_causal`` and always looks for packed sequences, which makes an
+    explicit batch x length x length mask. In a run it looks at the positions, which without a
+    ``position_ids`` input are those of one unpacked sequence.
+    """
+    masks = sys.modules.get("transformers.masking_utils")
+    if masks is None or "position_ids" in given:
+        yield
+        return
+    with (
+        patch.object(masks, "is_torchdynamo_exporting", lambda: False, create=True),
+        patch.object(masks, "find_packed_sequence_indices", lambda _: None, create=True),
+    ):
+        yield
+
+
+__all__ = ["PREFIX", "extract", "in_bfloat16"]
