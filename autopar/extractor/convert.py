@@ -39,6 +39,26 @@ MAX_CONSTANT = 1 << 16
 _DROPPED = {"aten.alias.default", "aten.lift_fresh_copy.default", "aten.lift_fresh.default"}
 _NO_VALUE = {"aten._assert_tensor_metadata.default", "aten._assert_async.msg", "aten.sym_size.int"}
 
+_DROPOUTS = {"aten.native_dropout.default"}
+_OFTEN_IDENTITY = {
+    "aten._to_copy.default",
+    "aten._unsafe_view.default",
+    "aten.detach.default",
+    "aten.expand.default",
+    "aten.reshape.default",
+    "aten.slice.Tensor",
+    "aten.view.default",
+}
+"""Operators that change nothing when they change neither shape nor dtype."""
+
+_SHAPED = {
+    "aten._unsafe_view.default",
+    "aten.expand.default",
+    "aten.reshape.default",
+    "aten.view.default",
+}
+"""Operators whose second argument is the shape of the result, perhaps with a -1 in it."""
+
 _GRADIENT_STOPS = re.compile(r"aten\.(detach|\w+_like|new_\w+|bernoulli|sign)\.")
 _ONLY_FIRST_DIFFERENTIABLE = re.compile(r"aten\.\w*batch_norm\w*\.")
 
@@ -191,10 +211,26 @@ class _Converter:
             return
         if not all(read in self.of for read in node.all_input_nodes):
             return  # what it reads was already refused
-        if op == "aten.broadcast_tensors.default":
+        if self._does_nothing(node, op):
+            whole = self.of[node.args[0]]  # type: ignore[index]
+            self.of[node] = (str(whole),) if op in _DROPOUTS else whole
+        elif op == "aten.broadcast_tensors.default":
             self._broadcast(node)
         else:
             self._operator(node, op)
+
+    def _does_nothing(self, node: fx.Node, op: str) -> bool:
+        """Whether the only result that is used is the first argument itself."""
+        if op in _DROPOUTS:
+            _, p, training = node.args
+            used = {user.args[1] for user in node.users}
+            return (p == 0 or not training) and used == {0}
+        if op not in _OFTEN_IDENTITY or not isinstance(node.args[0], fx.Node):
+            return False
+        before = self.tensors[str(self.of[node.args[0]])]
+        if op == "aten.detach.default":
+            return not before.differentiable
+        return before.spec == self._spec(node.meta["val"], node)
 
     def _broadcast(self, node: fx.Node) -> None:
         """Losses do this to tensors that mostly have the same shape: ``expand`` the others."""
@@ -241,6 +277,8 @@ class _Converter:
                 differentiable = False
             self.tensors[output] = Tensor(output, spec, Role.ACTIVATION, differentiable)
             outputs.append(output)
+        if op in _SHAPED:
+            arguments = (arguments[0], self.tensors[name].spec.shape)
         self.of[node] = tuple(outputs) if several else name
         self.operators.append(
             Operator(name, op, tuple(inputs), tuple(outputs), arguments, keywords, module)
