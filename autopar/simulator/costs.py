@@ -12,8 +12,17 @@ from typing import Literal
 from autopar.ir.graph import ITEM_BYTES, TensorSpec
 from autopar.ir.rule import BoundRule, Inner, Product, Split
 from autopar.ir.sharding import Mesh, Sharding, gradient, local_shape
-from autopar.simulator.redistribution import Step, Transfer, reverse, steps, transfers
+from autopar.simulator.redistribution import (
+    Transfer,
+    forward_collective,
+    reverse,
+    steps,
+    transfers,
+)
 from cost_models.interface import Collective, CollectiveKind, CostModel, Work
+
+ComputeCache = dict[object, tuple[float, float]]
+"""Compute seconds depend on local sizes, not on the mesh: one cache serves all meshes."""
 
 
 @dataclass
@@ -22,9 +31,8 @@ class Costs:
 
     cost_model: CostModel
     mesh: Mesh
-    _operators: dict[object, tuple[float, float]] = field(default_factory=dict)
+    compute_cache: ComputeCache = field(default_factory=dict)
     _edges: dict[object, float] = field(default_factory=dict)
-    _collectives: dict[object, tuple[float, float]] = field(default_factory=dict)
 
     # ---- compute -------------------------------------------------------------------------------
 
@@ -33,16 +41,19 @@ class Costs:
     ) -> tuple[float, float]:
         """Forward and backward compute of one rank; ``differentiable``: which inputs need a
         gradient (none: no backward)."""
-        key = (id(bound), split, differentiable)
-        if key not in self._operators:
-            self._operators[key] = self._operator_s(bound, split, differentiable)
-        return self._operators[key]
+        if bound.rule.kind == "view":
+            return 0.0, 0.0
+        local = tuple(bound.local_sizes(split, self.mesh).values())
+        key = (id(bound), local, differentiable)
+        found = self.compute_cache.get(key)
+        if found is None:
+            found = self._operator_s(bound, split, differentiable)
+            self.compute_cache[key] = found
+        return found
 
     def _operator_s(
         self, bound: BoundRule, split: Split, differentiable: tuple[bool, ...]
     ) -> tuple[float, float]:
-        if bound.rule.kind == "view":
-            return 0.0, 0.0
         forward, backward = work(bound, split, self.mesh, differentiable)
         return (
             sum(map(self.cost_model.compute_time_s, forward)),
@@ -78,37 +89,33 @@ class Costs:
         self, spec: TensorSpec, source: Sharding, target: Sharding, *, backward: bool
     ) -> float:
         """Forward seconds of taking a tensor from ``source`` to ``target``, or those of the
-        gradient's way back; what is moved inside the device is priced too."""
+        gradient's way back: collectives and what is moved inside the device."""
         key = (spec, source, target, backward)
         found = self._edges.get(key)
         if found is None:
-            communication = sum(
+            found = self.moves_s(spec, source, target, backward=backward) + sum(
                 self.transfer_s(t)
                 for t in transfers(source, target, spec.bytes, self.mesh, backward=backward)
             )
-            found = communication + self._local_moves_s(spec, source, target, backward)
             self._edges[key] = found
         return found
 
-    def _local_moves_s(
-        self, spec: TensorSpec, source: Sharding, target: Sharding, backward: bool
+    def moves_s(
+        self, spec: TensorSpec, source: Sharding, target: Sharding, *, backward: bool
     ) -> float:
-        """Masks and pads (…→P) write a whole local tensor; a slice (…→S) copies its part."""
+        """The part of ``redistribution_s`` that is no collective: masks and pads (to P) write a
+        whole local tensor, slices (to S) copy their part."""
         path = steps(source, target)
+        if backward:
+            path = tuple(reverse(step) for step in reversed(path))
         current = list(gradient(target) if backward else source)
         total = 0.0
-        for step in (reverse(s) for s in reversed(path)) if backward else path:
+        for step in path:
             current[step.axis] = step.target
-            if _moves_locally(step):
-                kept = prod(local_shape(spec.shape, tuple(current), self.mesh))
-                total += self.memory_bound_s(2 * kept * ITEM_BYTES[spec.dtype], spec.dtype)
+            if forward_collective(step) is None and step.target[0] in "SP":
+                moved = 2.0 * _bytes(spec, tuple(current), self.mesh)
+                total += self.memory_bound_s(moved, spec.dtype)
         return total
-
-
-def _moves_locally(step: Step) -> bool:
-    return step.source in ("R", "I") and step.target[0] in "SP" or (
-        step.source[0] == "S" and step.target == "P"
-    )
 
 
 def inner_transfers(
@@ -161,22 +168,10 @@ def work(
         for spec, sharding in zip(bound.output_specs, produced, strict=True)
     ]
     dtype = bound.output_specs[0].dtype if bound.output_specs else "float32"
+    if bound.rule.kind == "attention":
+        return _attention(bound, sizes, dtype, float(sum(read) + sum(written)), any(differentiable))
     if bound.rule.products:
-        kind: Literal["attention", "matmul"] = (
-            "attention" if bound.rule.kind == "attention" else "matmul"
-        )
-        forward, backward = [], []
-        for product in bound.rule.products:
-            batch, m, n, k = (prod(_factor_sizes(names, sizes)) for names in _fields(product))
-            item = ITEM_BYTES[dtype]
-            forward.append(_product(kind, dtype, (batch, m, n, k), item))
-            operands = min(2, sum(differentiable)) if kind == "matmul" else 2
-            if any(differentiable):
-                if operands == 2 or differentiable[0]:
-                    backward.append(_product(kind, dtype, (batch, m, k, n), item))
-                if operands == 2 or not differentiable[0]:
-                    backward.append(_product(kind, dtype, (batch, k, n, m), item))
-        return forward, backward
+        return _products(bound.rule.products, sizes, dtype, differentiable)
     moved = float(sum(read) + sum(written))
     if moved == 0:
         return [], []
@@ -187,16 +182,47 @@ def work(
     return forward, [Work("memory", dtype, 0.0, float(gradients + moved))]
 
 
-def _fields(product: Product) -> tuple[str, str, str, str]:
-    return product.batch, product.m, product.n, product.k
+def _attention(
+    bound: BoundRule, sizes: dict[str, int], dtype: str, moved: float, differentiable: bool
+) -> tuple[list[Work], list[Work]]:
+    """Fused attention: the backward has five products for the forward's two (one recomputed)."""
+    shapes = [_shape(p, sizes) for p in bound.rule.products]
+    flops = sum(2.0 * prod(shape) for shape in shapes)
+    batch, query, key, dim = shapes[0]
+    shape = (batch, query, key, dim)
+    forward = [Work("attention", dtype, flops, moved, shape)]
+    return forward, [Work("attention", dtype, 2.5 * flops, 2 * moved, shape)] * differentiable
 
 
-def _product(
-    kind: Literal["attention", "matmul"], dtype: str, shape: tuple[int, int, int, int], item: int
-) -> Work:
+def _products(
+    products: tuple[Product, ...],
+    sizes: dict[str, int],
+    dtype: str,
+    differentiable: tuple[bool, ...],
+) -> tuple[list[Work], list[Work]]:
+    """One product more in the backward for each operand that needs a gradient (at most two; a
+    bias' gradient is a sum that is not counted)."""
+    forward, backward = [], []
+    for product in products:
+        batch, m, n, k = _shape(product, sizes)
+        forward.append(_matmul(dtype, (batch, m, n, k)))
+        operands = min(2, sum(differentiable))
+        backward += [_matmul(dtype, (batch, m, k, n)), _matmul(dtype, (batch, k, n, m))][:operands]
+    return forward, backward
+
+
+def _shape(product: Product, sizes: dict[str, int]) -> tuple[int, int, int, int]:
+    batch, m, n, k = (
+        prod(_factor_sizes(names, sizes))
+        for names in (product.batch, product.m, product.n, product.k)
+    )
+    return batch, m, n, k
+
+
+def _matmul(dtype: str, shape: tuple[int, int, int, int]) -> Work:
     batch, m, n, k = shape
-    moved = batch * (m * k + k * n + m * n) * item
-    return Work(kind, dtype, 2.0 * batch * m * n * k, float(moved), shape)
+    moved = batch * (m * k + k * n + m * n) * ITEM_BYTES[dtype]
+    return Work("matmul", dtype, 2.0 * batch * m * n * k, float(moved), shape)
 
 
 def _bytes(spec: TensorSpec, sharding: Sharding, mesh: Mesh) -> int:

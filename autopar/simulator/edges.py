@@ -43,11 +43,12 @@ class Edge:
 class ParameterEdge:
     """A parameter kept as ``storage`` and used as ``target`` by ``consumers``.
 
-    The forward goes from ``storage.parameter`` to ``target``; the gradient from
-    ``gradient(target)`` to ``storage.gradient``. ``regathered``: the consumers that need the
-    parameter again in their backward, for each of which the forward's collectives are repeated
-    (nothing gathered is kept from forward to backward). ``per_step``: the gradient is summed over
-    microbatches first and travels once a step; else it travels with every microbatch.
+    The forward goes from ``storage.parameter`` to ``target``. ``regathered``: the consumers that
+    need the parameter again in their backward, for each of which the forward's collectives are
+    repeated (nothing gathered is kept from forward to backward). ``per_step``: the gradient is
+    summed over microbatches first and travels once a step, from ``gradient(target)`` straight to
+    the optimizer's shard (ZeRO-1 is a reduce-scatter); else it travels with every microbatch, to
+    ``storage.gradient``.
     """
 
     parameter: str
@@ -63,6 +64,11 @@ class ParameterEdge:
         return self.storage.gradient == self.storage.parameter and not self.gathers
 
     @property
+    def destination(self) -> Sharding:
+        """Where the gradient travels to."""
+        return self.storage.optimizer if self.per_step else self.storage.gradient
+
+    @property
     def gathers(self) -> bool:
         """Whether the forward communicates."""
         return any(
@@ -76,7 +82,7 @@ class ParameterEdge:
     def backward_transfers(self, mesh: Mesh) -> tuple[Transfer, ...]:
         if not self.trainable:
             return ()
-        return transfers(gradient(self.target), self.storage.gradient, self.spec.bytes, mesh)
+        return transfers(gradient(self.target), self.destination, self.spec.bytes, mesh)
 
 
 def canonical(sharding: Sharding, differentiable: bool) -> Sharding:
@@ -97,8 +103,7 @@ def saves_input(graph: OperatorGraph, operator: Operator, bound: BoundRule, inde
         return False
     needed = [graph.by_name[name].differentiable for name in operator.inputs]
     return any(
-        saved.what == f"input {index}"
-        and (not saved.needs or any(needed[i] for i in saved.needs))
+        saved.what == f"input {index}" and (not saved.needs or any(needed[i] for i in saved.needs))
         for saved in bound.rule.saves
     )
 
@@ -160,9 +165,7 @@ def parameter_edges(
         wanted = consumers_by_sharding(graph, rules, strategy, tensor.name)
         for target, readers in wanted.items():
             saving = (
-                o.name
-                for o, position in readers
-                if saves_input(graph, o, rules[o.name], position)
+                o.name for o, position in readers if saves_input(graph, o, rules[o.name], position)
             )
             yield ParameterEdge(
                 tensor.name,

@@ -1,0 +1,217 @@
+"""The price list: what every choice of a strategy costs, and what the whole strategy costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from math import prod
+
+from autopar.ir.graph import ITEM_BYTES, OperatorGraph, TensorSpec
+from autopar.ir.sharding import Mesh, Sharding, gradient, local_shape
+from autopar.ir.simulation import Estimate, PromisedCollective
+from autopar.ir.strategy import Storage, Strategy, Training
+from autopar.simulator.costs import ComputeCache, Costs, inner_transfers
+from autopar.simulator.edges import (
+    ParameterEdge,
+    Rules,
+    carries_gradient,
+    edges,
+    parameter_edges,
+)
+from autopar.simulator.memory import optimizer_bytes_per_element, peak_memory
+from autopar.simulator.redistribution import Transfer, transfers
+from cost_models.interface import CostModel
+
+
+def evaluate(
+    graph: OperatorGraph,
+    rules: Rules,
+    cost_model: CostModel,
+    strategy: Strategy,
+    *,
+    compute_cache: ComputeCache | None = None,
+) -> Estimate:
+    """Price a whole strategy, choice by choice, without any folding or clustering.
+
+    Times are summed: nothing overlaps. ``graph`` is that of one microbatch.
+    """
+    costs = Costs(cost_model, strategy.mesh, {} if compute_cache is None else compute_cache)
+    promised = tuple(_priced(promise(graph, rules, strategy), costs))
+    forward_s = backward_s = 0.0
+    for operator in graph.operators:
+        differentiable = tuple(graph.by_name[name].differentiable for name in operator.inputs)
+        if not carries_gradient(graph, operator):
+            differentiable = (False,) * len(differentiable)
+        forward, backward = costs.operator_s(
+            rules[operator.name], strategy.splits[operator.name], differentiable
+        )
+        forward_s += forward
+        backward_s += backward
+    moved_forward_s, moved_backward_s = _local_moves_s(graph, rules, strategy, costs)
+    times = strategy.microbatches
+    forward_s = (forward_s + moved_forward_s) * times
+    backward_s = (backward_s + moved_backward_s) * times
+    optimizer_s = sum(
+        optimizer_time_s(graph.spec(name), storage, strategy.training, costs)
+        for name, storage in strategy.storage.items()
+        if graph.by_name[name].differentiable
+    )
+    spent = {
+        phase: sum(c.time_s * c.count for c in promised if c.phase == phase)
+        for phase in ("forward", "backward", "step")
+    }
+    return Estimate(
+        step_time_s=forward_s + backward_s + optimizer_s + sum(spent.values()),
+        forward_compute_s=forward_s,
+        backward_compute_s=backward_s,
+        forward_communication_s=spent["forward"],
+        backward_communication_s=spent["backward"],
+        gradient_synchronisation_s=spent["step"],
+        optimizer_s=optimizer_s,
+        memory=peak_memory(graph, rules, strategy),
+        collectives=promised,
+    )
+
+
+def promise(graph: OperatorGraph, rules: Rules, strategy: Strategy) -> Iterator[PromisedCollective]:
+    """Every collective that a step executes, unpriced (``time_s`` is 0)."""
+    mesh, times = strategy.mesh, strategy.microbatches
+    for operator in graph.operators:
+        bound, split = rules[operator.name], strategy.splits[operator.name]
+        for transfer in inner_transfers(bound, split, mesh, "forward"):
+            yield _promised(transfer, "forward", mesh, times, operator.name)
+        if carries_gradient(graph, operator):
+            for transfer in inner_transfers(bound, split, mesh, "backward"):
+                yield _promised(transfer, "backward", mesh, times, operator.name)
+    for edge in edges(graph, rules, strategy):
+        forward, backward = edge.transfers(mesh)
+        for transfer in forward:
+            yield _promised(transfer, "forward", mesh, times, edge.tensor)
+        for transfer in backward:
+            yield _promised(transfer, "backward", mesh, times, edge.tensor)
+    for parameter_edge in parameter_edges(graph, rules, strategy):
+        yield from _parameter_promise(parameter_edge, mesh, times)
+    for name, storage in strategy.storage.items():
+        if graph.by_name[name].differentiable:
+            yield from _storage_promise(graph.spec(name), name, storage, mesh)
+    yield from _clip_promise(strategy)
+
+
+def _parameter_promise(edge: ParameterEdge, mesh: Mesh, times: int) -> Iterator[PromisedCollective]:
+    for transfer in edge.forward_transfers(mesh):
+        yield _promised(transfer, "forward", mesh, times, edge.parameter)
+        if edge.regathered:
+            count = times * len(edge.regathered)
+            yield _promised(transfer, "backward", mesh, count, edge.parameter)
+    for transfer in edge.backward_transfers(mesh):
+        if edge.per_step:
+            yield _promised(transfer, "step", mesh, 1, edge.parameter)
+        else:
+            yield _promised(transfer, "backward", mesh, times, edge.parameter)
+
+
+def _storage_promise(
+    spec: TensorSpec, name: str, storage: Storage, mesh: Mesh
+) -> Iterator[PromisedCollective]:
+    """After the optimizer's step on its shard, the parameter is whole again."""
+    for transfer in transfers(storage.optimizer, storage.parameter, spec.bytes, mesh):
+        yield _promised(transfer, "step", mesh, 1, name)
+
+
+def _clip_promise(strategy: Strategy) -> Iterator[PromisedCollective]:
+    """One sum of squares over all ranks, when any gradient is sharded."""
+    axes = clip_axes(strategy)
+    if strategy.training.clip_norm is not None:
+        for axis in axes:
+            yield PromisedCollective(
+                "all_reduce", "step", strategy.mesh.names[axis], 4, 1, "gradient norm", 0.0
+            )
+
+
+def clip_axes(strategy: Strategy) -> tuple[int, ...]:
+    """The mesh axes on which ranks hold different gradients: the norm is summed over each."""
+    return tuple(
+        axis
+        for axis in range(len(strategy.mesh.axes))
+        if any(s.optimizer[axis].startswith("S") for s in strategy.storage.values())
+    )
+
+
+def _promised(
+    transfer: Transfer, phase: str, mesh: Mesh, count: int, reason: str
+) -> PromisedCollective:
+    return PromisedCollective(
+        transfer.kind,
+        phase,  # type: ignore[arg-type]
+        mesh.names[transfer.axis],
+        transfer.bytes,
+        count,
+        reason,
+        0.0,
+    )
+
+
+def _priced(promised: Iterator[PromisedCollective], costs: Costs) -> Iterator[PromisedCollective]:
+    for one in promised:
+        axis = costs.mesh.names.index(one.axis)
+        yield replace(one, time_s=costs.collective_s(one.kind, axis, one.bytes))
+
+
+def _local_moves_s(
+    graph: OperatorGraph, rules: Rules, strategy: Strategy, costs: Costs
+) -> tuple[float, float]:
+    """Slices, masks and pads of all redistributions, forward and backward."""
+    forward = backward = 0.0
+    for edge in edges(graph, rules, strategy):
+        forward += costs.moves_s(edge.spec, edge.source, edge.target, backward=False)
+        if edge.backward:
+            backward += costs.moves_s(edge.spec, edge.source, edge.target, backward=True)
+    for parameter_edge in parameter_edges(graph, rules, strategy):
+        there, back = _parameter_moves_s(parameter_edge, costs)
+        forward += there
+        backward += back
+    return forward, backward
+
+
+def _parameter_moves_s(edge: ParameterEdge, costs: Costs) -> tuple[float, float]:
+    forward = costs.moves_s(edge.spec, edge.storage.parameter, edge.target, backward=False)
+    if not edge.trainable:
+        return forward, 0.0
+    source = gradient(edge.target)
+    return forward, costs.moves_s(edge.spec, source, edge.destination, backward=False)
+
+
+def optimizer_time_s(spec: TensorSpec, storage: Storage, training: Training, costs: Costs) -> float:
+    """The update of one parameter's shard: reads and writes parameter, gradient and states."""
+    elements = prod(local_shape(spec.shape, storage.optimizer, costs.mesh))
+    moved = elements * (
+        2 * ITEM_BYTES[spec.dtype] + optimizer_bytes_per_element(spec, training) * 2
+    )
+    return costs.memory_bound_s(float(moved + elements * ITEM_BYTES[spec.dtype]), spec.dtype)
+
+
+def parameter_time_s(
+    spec: TensorSpec,
+    storage: Storage,
+    target: Sharding,
+    regathers: int,
+    training: Training,
+    costs: Costs,
+    microbatches: int,
+) -> float:
+    """Everything that one trained parameter with a single use costs in a step."""
+    edge = ParameterEdge("", spec, storage, target, (), ("",) * regathers, True)
+    promised = (
+        *_parameter_promise(edge, costs.mesh, microbatches),
+        *_storage_promise(spec, "", storage, costs.mesh),
+    )
+    names = costs.mesh.names
+    moves_s = microbatches * sum(_parameter_moves_s(edge, costs))
+    return (
+        moves_s
+        + optimizer_time_s(spec, storage, training, costs)
+        + sum(
+            costs.collective_s(one.kind, names.index(one.axis), one.bytes) * one.count
+            for one in promised
+        )
+    )
