@@ -96,7 +96,7 @@ def bound_by(estimate: Estimate, memory_limit_bytes: int) -> str:
     }
     for collective in estimate.collectives:
         name = f"{collective.kind} on {collective.axis}"
-        parts[name] = parts.get(name, 0.0) + collective.time_s
+        parts[name] = parts.get(name, 0.0) + collective.time_s * collective.count
     largest = max(parts, key=lambda part: parts[part])
     total = estimate.step_time_s
     share = f" {parts[largest] / total:.0%}" if total else ""

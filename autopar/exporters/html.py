@@ -1,0 +1,197 @@
+"""A plan as one HTML page that needs nothing else: to mail, to attach, to open in ten years."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+
+from autopar.exporters.explanation import Block, CollectiveRow, explanation
+from autopar.exporters.text import change_text, divided_text, summary
+from autopar.exporters.units import bytes_text, time_text
+from autopar.ir.plan import Plan
+from autopar.ir.sharding import Mesh
+from autopar.simulator.edges import Rules
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem;
+       color: #1b1f24; background: #fff }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
+pre { background: #f5f6f8; padding: 1rem; overflow-x: auto }
+table { border-collapse: collapse; margin: .6rem 0 1.2rem; width: 100% }
+th, td { text-align: left; padding: .25rem .7rem; border-bottom: 1px solid #e3e6ea;
+         vertical-align: top }
+th { font-weight: 600; background: #f5f6f8 }
+.bar { display: flex; height: 1.8rem; margin: .5rem 0; border-radius: 4px; overflow: hidden }
+.bar span { font-size: .75rem; color: #fff; padding: .35rem .4rem; overflow: hidden;
+            white-space: nowrap }
+.key { font-size: .85rem } .key i { display: inline-block; width: .8em; height: .8em;
+       margin: 0 .3em 0 1em; border-radius: 2px }
+details { margin: .4rem 0 } summary { cursor: pointer }
+.num { text-align: right; font-variant-numeric: tabular-nums }
+"""
+
+# Paul Tol's "bright" palette, which colour-blind readers can tell apart
+COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377")
+
+
+def export(plan: Plan, rules: Rules) -> str:
+    found = explanation(plan, rules)
+    title = f"{plan.graph.name} on {plan.topology.get('name')}"
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        f"<pre>{escape(summary(plan, top=20))}</pre>",
+        "<h2>Where the time goes</h2>",
+        _bar(_times(plan), time_text),
+        "<h2>Where the memory goes</h2>",
+        _bar(_memory(plan), bytes_text),
+        *(_block(block, plan.mesh) for block in found.blocks),
+        "<h2>Every collective of a step</h2>",
+        _promise(plan),
+        f"<p>Written by autopar {escape(plan.autopar)} at {escape(plan.created)}.</p>",
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _times(plan: Plan) -> list[tuple[str, float]]:
+    e = plan.estimate
+    return [
+        ("forward", e.forward_compute_s),
+        ("backward", e.backward_compute_s),
+        ("forward communication", e.forward_communication_s),
+        ("backward communication", e.backward_communication_s),
+        ("gradients and parameters", e.gradient_synchronisation_s),
+        ("optimizer", e.optimizer_s),
+    ]
+
+
+def _memory(plan: Plan) -> list[tuple[str, float]]:
+    m = plan.estimate.memory
+    return [
+        ("parameters", m.parameters_bytes),
+        ("gradients", m.gradients_bytes),
+        ("optimizer state", m.optimizer_bytes),
+        ("activations", m.activations_bytes),
+        ("temporaries", m.temporaries_bytes),
+        ("buffers", m.buffers_bytes),
+    ]
+
+
+def _bar(parts: list[tuple[str, float]], text: Callable[[float], str]) -> str:
+    total = sum(size for _, size in parts) or 1.0
+    spans, keys = [], []
+    for (name, size), colour in zip(parts, COLOURS, strict=True):
+        if size > 0:
+            share = 100 * size / total
+            label = f"{name}: {text(size)} ({share:.0f}%)"
+            spans.append(
+                f'<span style="width:{share:.2f}%;background:{colour}" title="{escape(label)}">'
+                f"{escape(name)}</span>"
+            )
+            keys.append(f'<i style="background:{colour}"></i>{escape(label)}')
+    return f'<div class="bar">{"".join(spans)}</div><div class="key">{"".join(keys)}</div>'
+
+
+def _block(block: Block, mesh: Mesh) -> str:
+    axes = [f"{name} ({size})" for name, size in mesh.axes]
+    parts = [
+        f"<h2>{escape(block.path)}{f' x{block.count}' if block.count > 1 else ''}</h2>",
+        f"<p>communication {time_text(block.communication_s)} a step</p>",
+    ]
+    if block.redistributions:
+        parts.append(
+            _table(
+                ("redistributed", "times", "from → to", "for", "costs"),
+                (
+                    (
+                        row.tensor,
+                        str(row.count),
+                        change_text(row.source, row.target, mesh),
+                        ", ".join(row.readers),
+                        _costs(row.collectives),
+                    )
+                    for row in block.redistributions
+                ),
+            )
+        )
+    if block.parameters:
+        parts.append(
+            _table(
+                ("parameter", "times", "shape", *axes, "a device has", "costs"),
+                (
+                    (
+                        row.name,
+                        str(row.count),
+                        "x".join(map(str, row.shape)),
+                        *row.storage,
+                        bytes_text(row.local_bytes),
+                        _costs(row.collectives),
+                    )
+                    for row in block.parameters
+                ),
+            )
+        )
+    operators = _table(
+        ("operator", "times", "op", *axes, "inside it"),
+        (
+            (
+                row.name,
+                str(row.count),
+                row.op,
+                *(divided_text(divided) for divided in row.split),
+                _costs(row.collectives),
+            )
+            for row in block.operators
+        ),
+    )
+    parts.append(f"<details><summary>operators</summary>{operators}</details>")
+    refused = "".join(
+        f"<li>{escape(r.axis)}: {r.axis_size} devices do not divide {r.size} ("
+        + escape(", ".join(f"{factor} of {name}" for name, factor in r.factors))
+        + ")</li>"
+        for r in block.refusals
+    )
+    if refused:
+        parts.append(f"<details><summary>not offered</summary><ul>{refused}</ul></details>")
+    return "\n".join(parts)
+
+
+def _costs(rows: Iterable[CollectiveRow]) -> str:
+    return "\n".join(
+        f"{row.phase} {row.kind} on {row.axis}, {bytes_text(row.bytes)} x{row.times}: "
+        f"{time_text(row.time_s)}"
+        for row in rows
+    )
+
+
+def _promise(plan: Plan) -> str:
+    totals: dict[tuple[str, str, str, int], tuple[int, float]] = {}
+    for c in plan.estimate.collectives:
+        key = (c.phase, c.kind, c.axis, c.bytes)
+        count, time_s = totals.get(key, (0, 0.0))
+        totals[key] = (count + c.count, time_s + c.count * c.time_s)
+    return _table(
+        ("phase", "collective", "axis", "bytes", "times", "seconds"),
+        (
+            (phase, kind, axis, bytes_text(size), str(count), time_text(time_s))
+            for (phase, kind, axis, size), (count, time_s) in sorted(
+                totals.items(), key=lambda item: -item[1][1]
+            )
+        ),
+    )
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = "\n".join(
+        "<tr>"
+        + "".join(f"<td>{escape(cell).replace(chr(10), '<br>')}</td>" for cell in row)
+        + "</tr>"
+        for row in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"

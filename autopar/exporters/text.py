@@ -1,0 +1,384 @@
+"""A plan, its explanation and the difference of two plans as plain text for a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from io import StringIO
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+
+from autopar.exporters.explanation import (
+    Block,
+    CollectiveRow,
+    Divided,
+    Explanation,
+    block_of,
+    explanation,
+)
+from autopar.exporters.units import bytes_text, count_text, share_text, time_text
+from autopar.ir.plan import Change, Plan, PlanDiff, TrialSummary, mesh_text
+from autopar.ir.rule import NOTHING, REPLICATED, SUMMED
+from autopar.ir.sharding import Mesh, Sharding
+from autopar.simulator.edges import Rules
+
+WIDTH = 110
+
+
+def export(plan: Plan, rules: Rules) -> str:
+    """Summary and explanation, one after the other."""
+    return summary(plan) + "\n" + explain(plan, rules)
+
+
+# Summary: what `autopar plan` prints
+
+
+def summary(plan: Plan, top: int = 5) -> str:
+    """What was found, the ``top`` best trials, and the distance to each recipe."""
+    return "\n".join(
+        [
+            *_heading(plan),
+            "",
+            *_best(plan, top),
+            *_recipes(plan),
+            *_memory(plan),
+            *_proposed(plan),
+        ]
+    )
+
+
+def _heading(plan: Plan) -> list[str]:
+    estimate, search, training = plan.estimate, plan.search, plan.strategy.training
+    step_s = estimate.step_time_s
+    parts = [
+        ("forward", estimate.forward_compute_s),
+        ("backward", estimate.backward_compute_s),
+        ("forward communication", estimate.forward_communication_s),
+        ("backward communication", estimate.backward_communication_s),
+        ("gradients and parameters", estimate.gradient_synchronisation_s),
+        ("optimizer", estimate.optimizer_s),
+    ]
+    batches = plan.strategy.microbatches
+    return [
+        f"{plan.graph.name}: {count_text(plan.graph.parameter_count)} parameters, "
+        f"{len(plan.graph.operators)} operators, {training.optimizer}, "
+        f"{training.precision} precision" + (f", {batches} microbatches" if batches > 1 else ""),
+        f"on {plan.topology.get('name')}: {plan.world_size} devices, mesh {mesh_text(plan.mesh)}",
+        f"step {time_text(step_s)}: "
+        + ", ".join(f"{name} {share_text(t, step_s)}" for name, t in parts if t > 0),
+        f"peak memory {bytes_text(estimate.peak_memory_bytes)} of "
+        f"{bytes_text(search.memory_limit_bytes)} on each device",
+        _quality(plan),
+    ]
+
+
+def _quality(plan: Plan) -> str:
+    search = plan.search
+    if not math.isfinite(search.lower_bound_s):
+        proof = "without a lower bound"
+    elif search.stop_reason == "optimal":
+        proof = f"proven optimal (gap {search.gap:.2%})"
+    else:
+        proof = (
+            f"at most {search.gap:.1%} from optimal: "
+            f"no strategy is faster than {time_text(search.lower_bound_s)}"
+        )
+    stopped = {"time": ", the time limit ended it", "interrupted": ", interrupted"}
+    return (
+        f"{proof}, searched by {search.searcher} in {time_text(search.search_time_s)}"
+        f"{stopped.get(search.stop_reason, '')}"
+    )
+
+
+def _best(plan: Plan, top: int) -> list[str]:
+    search = plan.search
+    tried = [t for t in search.trials if t.outcome != "recipe"]
+    found = sorted((t for t in tried if t.step_time_s is not None), key=_step_time_s)
+    if not found:
+        return []
+    rows = [
+        [
+            str(place),
+            mesh_text(trial.mesh),
+            time_text(_step_time_s(trial)),
+            _against_limit(trial, search.memory_limit_bytes),
+            trial.bound_by,
+            time_text(trial.lower_bound_s) if math.isfinite(trial.lower_bound_s) else "-",
+        ]
+        for place, trial in enumerate(found[:top], 1)
+    ]
+    others = {
+        "more found": len(found) - len(rows),
+        "not searched, their bound is above the best": _number(tried, "bounded"),
+        "do not fit in memory": _number(tried, "infeasible"),
+        "not reached in time": len([t for t in tried if t.outcome == "time" and t not in found]),
+    }
+    left = ", ".join(f"{n} {what}" for what, n in others.items() if n)
+    columns = ["", "mesh", "step", "memory", "bound by", "lower bound"]
+    return [table(columns, rows, right=(2,))] + ([f"  meshes: {left}", ""] if left else [])
+
+
+def _number(trials: list[TrialSummary], outcome: str) -> int:
+    return sum(trial.outcome == outcome for trial in trials)
+
+
+def _step_time_s(trial: TrialSummary) -> float:
+    assert trial.step_time_s is not None
+    return trial.step_time_s
+
+
+def _against_limit(trial: TrialSummary, limit_bytes: int) -> str:
+    assert trial.peak_memory_bytes is not None
+    share = share_text(trial.peak_memory_bytes, limit_bytes)
+    return f"{bytes_text(trial.peak_memory_bytes)} ({share})"
+
+
+def _recipes(plan: Plan) -> list[str]:
+    """ "1.31x faster than megatron_sp", the nearest recipe first; what does not fit comes last."""
+    limit = plan.search.memory_limit_bytes
+    recipes = [t for t in plan.search.trials if t.outcome == "recipe"]
+    fitting, others = [], []
+    for trial in recipes:
+        if trial.step_time_s is None or trial.peak_memory_bytes is None:
+            others.append(f"  {trial.name} is not possible here")
+        elif trial.peak_memory_bytes > limit:
+            others.append(
+                f"  {trial.name} does not fit: {bytes_text(trial.peak_memory_bytes)} on a device"
+            )
+        else:
+            fitting.append((trial.step_time_s, trial))
+    lines = [
+        f"  {_faster(time_s / plan.estimate.step_time_s)} {trial.name} "
+        f"({time_text(time_s)}, {bytes_text(trial.peak_memory_bytes or 0)}, "
+        f"mesh {mesh_text(trial.mesh)})"
+        for time_s, trial in sorted(fitting, key=lambda pair: pair[0])
+    ]
+    return ["the usual recipes:", *lines, *others, ""] if recipes else []
+
+
+def _faster(ratio: float) -> str:
+    """
+    >>> _faster(1.312), _faster(0.99), _faster(1.0)
+    ('1.31x faster than', '1.01x slower than', 'as fast as')
+    """
+    if abs(ratio - 1) < 0.0005:
+        return "as fast as"
+    return f"{ratio:.2f}x faster than" if ratio > 1 else f"{1 / ratio:.2f}x slower than"
+
+
+def _memory(plan: Plan) -> list[str]:
+    memory = plan.estimate.memory
+    total = memory.total_bytes
+    kinds = [
+        ("parameters", memory.parameters_bytes),
+        ("gradients", memory.gradients_bytes),
+        ("optimizer state", memory.optimizer_bytes),
+        ("activations kept for the backward", memory.activations_bytes),
+        ("temporaries", memory.temporaries_bytes),
+        ("communication buffers", memory.buffers_bytes),
+    ]
+    where = f", reached at {memory.at}" if memory.at else ""
+    return [
+        f"memory at the peak{where}:",
+        *(f"  {bytes_text(n):>8}  {share_text(n, total):>4}  {kind}" for kind, n in kinds if n),
+    ]
+
+
+def _proposed(plan: Plan) -> list[str]:
+    if not plan.proposed:
+        return []
+    return [
+        "",
+        "rules found by trying, not written by a person (each passed the check against the whole "
+        "op):",
+        *(f"  {op}: {rule.signature}" for op, rule in plan.proposed),
+    ]
+
+
+# Explanation: what `autopar explain` prints
+
+
+def explain(plan: Plan, rules: Rules, *, views: bool = False) -> str:
+    """Block by block: what is split how, and what each redistribution costs.
+
+    ``views``: list the operators that cost nothing, too.
+    """
+    found = explanation(plan, rules)
+    lines = [
+        *_heading(plan)[:-1],
+        f"communication {time_text(found.communication_s)} a step",
+        "",
+    ]
+    for block in found.blocks:
+        lines += _block(block, plan.mesh, views)
+    if found.unplaced:
+        lines += ["gradient norm", *_indented([_collective_text(c) for c in found.unplaced]), ""]
+    lines += _memory(plan)
+    return "\n".join(lines) + "\n"
+
+
+def _block(block: Block, mesh: Mesh, views: bool) -> list[str]:
+    lines = [f"{block.path}{_times(block.count)}: communication {time_text(block.communication_s)}"]
+    axes = [f"{name} ({size})" for name, size in mesh.axes]
+    shown = [row for row in block.operators if views or not row.view]
+    if shown:
+        rows = [
+            [
+                f"{row.name}{_times(row.count, block.count)}",
+                *(divided_text(divided) for divided in row.split),
+                _collectives_text(row.collectives),
+            ]
+            for row in shown
+        ]
+        lines.append(table(["operator", *axes, "inside it"], rows))
+    if block.redistributions:
+        rows = [
+            [
+                f"{row.tensor}{_times(row.count, block.count)}",
+                change_text(row.source, row.target, mesh),
+                _some(row.readers),
+                _collectives_text(row.collectives),
+            ]
+            for row in block.redistributions
+        ]
+        lines.append(table(["redistributed", "from -> to", "for", "costs"], rows))
+    if block.parameters:
+        rows = [
+            [
+                f"{row.name}{_times(row.count, block.count)}",
+                "x".join(map(str, row.shape)),
+                *row.storage,
+                bytes_text(row.local_bytes),
+                _collectives_text(row.collectives),
+            ]
+            for row in block.parameters
+        ]
+        lines.append(table(["parameter", "shape", *axes, "a device has", "costs"], rows))
+    for refusal in block.refusals:
+        factors = _some([f"{factor} of {name}" for name, factor in refusal.factors])
+        lines.append(
+            f"  not offered on {refusal.axis}: {refusal.axis_size} devices do not divide "
+            f"{refusal.size} ({factors})"
+        )
+    return [*lines, ""]
+
+
+def divided_text(divided: Divided) -> str:
+    if divided.choice in WORDS:
+        return WORDS[divided.choice]
+    return f"{divided.choice} {divided.size}"
+
+
+WORDS = {NOTHING: "-", REPLICATED: "repeated", SUMMED: "partial sums"}
+"""How an axis that divides no factor is shown."""
+
+
+def change_text(source: Sharding, target: Sharding, mesh: Mesh) -> str:
+    """The axes that change.
+
+    >>> change_text(("S(0)", "P"), ("S(0)", "S(1)"), Mesh((("data", 2), ("tensor", 4))))
+    'tensor: P -> S(1)'
+    """
+    return ", ".join(
+        f"{axis}: {a} -> {b}"
+        for axis, a, b in zip(mesh.names, source, target, strict=True)
+        if a != b
+    )
+
+
+def _collectives_text(rows: Iterable[CollectiveRow]) -> str:
+    return "\n".join(map(_collective_text, rows))
+
+
+def _collective_text(row: CollectiveRow) -> str:
+    return (
+        f"{row.phase} {row.kind} on {row.axis}, {bytes_text(row.bytes)}{_times(row.times)}: "
+        f"{time_text(row.time_s)}"
+    )
+
+
+def _times(count: int, usual: int = 1) -> str:
+    return "" if count == usual else f" x{count}"
+
+
+def _some(names: Iterable[str], most: int = 3) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
+
+
+# Difference: what `autopar diff` prints
+
+
+def difference(found: PlanDiff) -> str:
+    lines = [] if found.same_model else ["the two plans are of different models"]
+    before, after = found.peak_memory_bytes
+    lines += [
+        f"the second is {_faster(found.faster)} the first, predicted",
+        f"peak memory {bytes_text(before)} -> {bytes_text(after)}",
+    ]
+    for change in found.changes:
+        if not change.name:
+            lines.append(f"{change.what}: {change.before} -> {change.after}")
+    rows = [
+        [what, f"{path}{_times(n)}", before_text, after_text]
+        for (what, path, before_text, after_text), n in _alike(found.changes).items()
+    ]
+    if rows:
+        lines += ["", table(["", "where", "first", "second"], rows)]
+    if not found.changes:
+        lines.append("every choice is the same")
+    return "\n".join(lines) + "\n"
+
+
+def _alike(changes: Iterable[Change]) -> dict[tuple[str, str, str, str], int]:
+    """Equal changes in equal blocks, counted."""
+    found: dict[tuple[str, str, str, str], int] = {}
+    for change in changes:
+        if change.name:
+            path, number, rest = block_of(change.name)
+            where = f"{path}.{rest}" if number else rest
+            key = (change.what, where, change.before, change.after)
+            found[key] = found.get(key, 0) + 1
+    return found
+
+
+# Layout
+
+
+def table(
+    columns: list[str], rows: list[list[str]], *, right: Iterable[int] = (), width: int = WIDTH
+) -> str:
+    """A table without rules, as wide as it needs to be and at most ``width``."""
+    made = Table(box=None, pad_edge=False, show_edge=False, header_style="", padding=(0, 2, 0, 0))
+    aligned = set(right)
+    for i, column in enumerate(columns):
+        made.add_column(
+            column, justify="right" if i in aligned else "left", overflow="fold", no_wrap=False
+        )
+    for row in rows:
+        made.add_row(*row)
+    return rendered(Padding(made, (0, 0, 0, 2)), width)
+
+
+def rendered(what: object, width: int) -> str:
+    """What rich draws, without colour and without blanks at the ends of lines."""
+    out = StringIO()
+    Console(
+        file=out,
+        width=width,
+        color_system=None,
+        markup=False,
+        highlight=False,
+        legacy_windows=False,
+    ).print(what)
+    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().split("\n"))
+
+
+def _indented(lines: Iterable[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
+
+
+__all__ = ["Explanation", "difference", "explain", "export", "summary"]
