@@ -13,7 +13,7 @@ class Work:
     """Compute on one device.
 
     ``kind``: ``matmul`` with ``shape`` (batch, m, n, k); ``attention`` with ``shape`` (batch x
-    heads, query length, key length, head dim), fused; ``memory`` (bound by bytes) with ``shape`` ().
+    heads, query length, key length, head dim), fused; ``memory`` (bound by bytes) with no shape.
     ``flops``: floating-point operations; ``bytes``: read and written in device memory.
     """
 

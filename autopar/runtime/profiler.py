@@ -1,0 +1,465 @@
+"""Measures this machine with all its devices at work, and keeps what it found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812, torch's own name for it
+from platformdirs import user_cache_path
+
+from autopar.errors import AutoparError
+from cost_models.profiled import (
+    Exchange,
+    Pass,
+    Product,
+    Profile,
+    Profiled,
+    ProfileError,
+    profile_from_json,
+    profile_to_json,
+    read_profile,
+)
+
+Report = Callable[[str], None]
+
+MEASURE_S = 15.0
+"""Default of the measurements together; starting the processes takes some seconds more."""
+
+MATMULS = (
+    (1, 32, 32, 32),
+    (1, 64, 256, 64),
+    (1, 256, 64, 256),
+    (1, 256, 256, 256),
+    (1, 1024, 64, 1024),
+    (1, 64, 1024, 1024),
+    (1, 1024, 1024, 64),
+    (1, 512, 512, 512),
+    (1, 1024, 1024, 1024),
+    (16, 64, 64, 32),
+    (16, 256, 64, 64),
+)
+"""(batch, m, n, k): small and large, and each of the three sizes the short one."""
+
+ATTENTIONS = ((8, 64, 64, 32), (8, 256, 256, 64), (4, 1024, 1024, 64))
+PASS_BYTES = (2**12, 2**15, 2**18, 2**21, 2**24, 2**26)
+EXCHANGE_BYTES = (2**10, 2**14, 2**17, 2**20, 2**22, 2**24)
+DTYPES = ("float32", "float64", "bfloat16")
+KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
+
+BIGGER_ON_GPU = 8
+"""On a GPU every size of a product is this many times that of a CPU: 8192 instead of 1024."""
+
+FORWARD_AND_BACKWARD = 3.5
+"""Flops of fused attention's forward and backward, in forwards: 2 products forward, 5 backward."""
+
+
+class ProfilerError(AutoparError):
+    """The machine could not be measured."""
+
+
+def local_cost_model(
+    devices: int,
+    *,
+    seconds: float = MEASURE_S,
+    refresh: bool = False,
+    report: Report | None = None,
+) -> Profiled:
+    """The cost model of ``devices`` devices of this machine: GPUs when it has as many, else CPU
+    processes. Measured on first use (or when ``refresh``), then read from the user's cache."""
+    path = profile_path(devices)
+    if not refresh:
+        kept = _kept(path, devices)
+        if kept is not None:
+            return Profiled(kept)
+    say = report or _to_stderr
+    kind = device_type(devices)
+    say(f"measuring this machine with {devices} {_processes(kind)}, about {seconds + 8:.0f} s")
+    profile_ = profile(devices, seconds, report=say)
+    save(profile_, path)
+    say(f"kept in {path}")
+    return Profiled(profile_)
+
+
+def profile(devices: int, seconds: float = MEASURE_S, *, report: Report | None = None) -> Profile:
+    """Measure now: about ``seconds``, and some more to start ``devices`` processes."""
+    if devices < 1:
+        raise ProfilerError(f"cannot measure {devices} devices; give at least 1")
+    with tempfile.TemporaryDirectory(prefix="autopar-profile-") as folder:
+        result, errors = Path(folder, "profile.json"), Path(folder, "errors.txt")
+        # a fresh interpreter: the caller's may have threads, and a script without a main guard
+        command = [sys.executable, "-m", "autopar.runtime.profiler"]
+        command += [str(devices), str(seconds), device_type(devices), folder]
+        search_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search_path}
+        with (
+            errors.open("w") as error_file,
+            subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=error_file, text=True
+            ) as process,
+        ):
+            assert process.stdout is not None
+            for line in process.stdout:
+                if report is not None and line.startswith(PROGRESS):
+                    report(line.removeprefix(PROGRESS).strip())
+        if process.returncode != 0 or not result.exists():
+            last = "\n".join(errors.read_text().strip().splitlines()[-12:])
+            raise ProfilerError(
+                f"measuring this machine with {devices} processes failed; give a machine with "
+                f"--topology NAME instead, or fewer --devices. The processes said:\n{last}"
+            )
+        return profile_from_json(json.loads(result.read_text()))
+
+
+def device_type(devices: int) -> str:
+    """``cuda`` when this machine has that many GPUs, else ``cpu``."""
+    return "cuda" if 1 <= devices <= torch.cuda.device_count() else "cpu"
+
+
+def profile_path(devices: int) -> Path:
+    """Where the profile of this machine is kept."""
+    name = f"{machine_fingerprint()}-{device_type(devices)}-{devices}.json"
+    return user_cache_path("autopar") / "profiles" / name
+
+
+def machine_fingerprint() -> str:
+    """Hexadecimal digits of what decides the speed of this machine: processor, cores that may be
+    used, memory, GPUs."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    content = [_processor(), _cores(), round(_memory_bytes() / 2**30), *gpus]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def save(profile_: Profile, path: Path) -> None:
+    """Written whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(f".{os.getpid()}.tmp")
+    draft.write_text(json.dumps(profile_to_json(profile_), indent=1) + "\n")
+    draft.replace(path)
+
+
+def _kept(path: Path, devices: int) -> Profile | None:
+    """The profile in the cache, unless it is damaged or of other software."""
+    try:
+        kept = read_profile(path)
+    except ProfileError:
+        return None
+    return kept if kept.devices == devices and kept.software == _software() else None
+
+
+def _software() -> tuple[tuple[str, str], ...]:
+    return (("python", platform.python_version()), ("torch", str(torch.__version__)))
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory_bytes() -> int:
+    """RAM, or the container's part of it."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def _processes(kind: str) -> str:
+    return "GPUs" if kind == "cuda" else "CPU processes"
+
+
+def _to_stderr(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+# ------------------------------------------------------------- in the processes that measure
+
+PROGRESS = "progress: "
+
+
+def _main(devices: int, seconds: float, kind: str, folder: Path) -> int:
+    """Forks the ranks before torch has any threads: torch is imported once for all of them."""
+    torch.set_num_threads(1)
+    fork = multiprocessing.get_context("fork")
+    ranks = [
+        fork.Process(target=_rank, args=(rank, devices, seconds, kind, folder))
+        for rank in range(devices)
+    ]
+    for process in ranks:
+        process.start()
+    while any(process.is_alive() for process in ranks):
+        if any(process.exitcode for process in ranks):
+            for process in ranks:
+                process.terminate()
+        time.sleep(0.05)
+    return max(abs(process.exitcode or 0) for process in ranks)
+
+
+def _rank(rank: int, devices: int, seconds: float, kind: str, folder: Path) -> None:
+    if kind == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "nccl" if kind == "cuda" else "gloo",
+        store=dist.FileStore(  # type: ignore[attr-defined]
+            str(folder / "store"), devices
+        ),
+        rank=rank,
+        world_size=devices,
+    )
+    torch.manual_seed(rank)
+    bench = _Bench(devices, torch.device(kind, rank if kind == "cuda" else 0), seconds)
+    found = _measured(bench, rank == 0)
+    if rank == 0:
+        (folder / "profile.json").write_text(json.dumps(profile_to_json(found)))
+    dist.destroy_process_group()
+
+
+def _measured(bench: _Bench, speaks: bool) -> Profile:
+    def stage(words: str) -> None:
+        if speaks:
+            sys.stdout.write(f"{PROGRESS}{words}\n")
+            sys.stdout.flush()
+
+    shares = {"operators": 0.08, "matmul": 0.32, "attention": 0.08, "memory": 0.2, "groups": 0.32}
+    stage("  operators")
+    operator_s, call_s = bench.overheads(shares["operators"])
+    stage("  matrix products and attention")
+    products = bench.matmuls(shares["matmul"]) + bench.attentions(shares["attention"])
+    stage("  memory")
+    passes = bench.passes(shares["memory"])
+    stage("  collectives")
+    exchanges = bench.exchanges(shares["groups"])
+    on_gpu = bench.device.type == "cuda"
+    return Profile(
+        machine=machine_fingerprint(),
+        device=torch.cuda.get_device_name() if on_gpu else _processor(),
+        devices=bench.devices,
+        memory_bytes=(
+            torch.cuda.get_device_properties(bench.device).total_memory
+            if on_gpu
+            else _memory_bytes() // bench.devices
+        ),
+        software=_software(),
+        date=datetime.now(UTC).date().isoformat(),
+        operator_s=operator_s,
+        call_s=call_s,
+        products=tuple(products),
+        passes=tuple(passes),
+        exchanges=tuple(exchanges),
+    )
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """Measurements on one rank; all ranks call the same ones in the same order."""
+
+    devices: int
+    device: torch.device
+    seconds: float
+
+    def overheads(self, share: float) -> tuple[float, float]:
+        """(seconds of an operator in a chain with its autograd, of a single small call)."""
+        length = 100
+        small = torch.ones(16, device=self.device)
+        leaf = torch.ones(16, device=self.device, requires_grad=True)
+
+        def chain() -> None:
+            value = leaf
+            for _ in range(length):
+                value = value * small
+            torch.autograd.grad(value.sum(), leaf)
+
+        budget_s = share * self.seconds / 2
+        return (
+            self.alone_s(chain, budget_s) / (2 * length),
+            self.alone_s(lambda: torch.mul(small, small), budget_s),
+        )
+
+    def matmuls(self, share: float) -> list[Product]:
+        times = BIGGER_ON_GPU if self.device.type == "cuda" else 1
+        shapes = [(b, m * times, n * times, k * times) for b, m, n, k in MATMULS]
+        budget_s = share * self.seconds / (len(shapes) * len(DTYPES))
+        found = []
+        for dtype in DTYPES:
+            for shape in shapes:
+                seconds = self.alone_s(self._matmul(shape, getattr(torch, dtype)), budget_s)
+                found.append(Product("matmul", dtype, shape, 2.0 * math.prod(shape), seconds))
+        return found
+
+    def _matmul(self, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Callable[[], Any]:
+        batch, m, n, k = shape
+        left = torch.randn(batch, m, k, device=self.device).to(dtype)
+        right = torch.randn(batch, n, k, device=self.device).to(dtype)
+        if batch == 1:
+            rows, weight = left[0], right[0]
+            return lambda: F.linear(rows, weight)
+        return lambda: torch.bmm(left, right.transpose(1, 2))
+
+    def attentions(self, share: float) -> list[Product]:
+        budget_s = share * self.seconds / (len(ATTENTIONS) * len(DTYPES))
+        found = []
+        for dtype in DTYPES:
+            for shape in ATTENTIONS:
+                heads, queries, keys, dim = shape
+                q, k, v = (
+                    torch.randn(1, heads, length, dim, device=self.device)
+                    .to(getattr(torch, dtype))
+                    .requires_grad_()
+                    for length in (queries, keys, keys)
+                )
+
+                def both(q: Any = q, k: Any = k, v: Any = v) -> None:
+                    out = F.scaled_dot_product_attention(q, k, v)
+                    torch.autograd.grad(out.sum(), (q, k, v))
+
+                seconds = self.alone_s(both, budget_s)
+                flops = FORWARD_AND_BACKWARD * 4.0 * math.prod(shape)
+                found.append(Product("attention", dtype, shape, flops, seconds))
+        return found
+
+    def passes(self, share: float) -> list[Pass]:
+        """The mean of a cheap and two dear elementwise operators, since ``Work`` does not say
+        which it is."""
+        budget_s = share * self.seconds / (len(PASS_BYTES) * len(DTYPES) * 3)
+        found = []
+        for dtype in DTYPES:
+            for size in PASS_BYTES:
+                kind = getattr(torch, dtype)
+                rows = torch.randn(size // 2 // kind.itemsize, device=self.device, dtype=kind)
+                rows = rows.view(-1, 64)
+                calls = (
+                    partial(torch.mul, rows, 2.0),
+                    partial(F.gelu, rows),
+                    partial(F.layer_norm, rows, (64,)),
+                )
+                seconds = [self.alone_s(call, budget_s) for call in calls]
+                moved = 2 * rows.numel() * rows.element_size()
+                found.append(Pass(dtype, moved, sum(seconds) / len(seconds)))
+        return found
+
+    def exchanges(self, share: float) -> list[Exchange]:
+        groups = list(self._groups())
+        if not groups:
+            return []
+        budget_s = share * self.seconds / (len(groups) * len(KINDS) * len(EXCHANGE_BYTES))
+        return [
+            Exchange(kind, size, nbytes, self.together_s(self._call(kind, group, nbytes), budget_s))
+            for size, group in groups
+            for kind in KINDS
+            for nbytes in EXCHANGE_BYTES
+        ]
+
+    def _groups(self) -> Iterator[tuple[int, Any]]:
+        """This rank's group of each size that is measured: pairs, about half, and all ranks; the
+        groups of a size cover the machine and work at once."""
+        divisors = [d for d in range(2, self.devices + 1) if self.devices % d == 0]
+        middle = [d for d in divisors if 2 < d < self.devices]
+        rank = dist.get_rank()
+        for size in sorted({*divisors[:1], *middle[-1:], *divisors[-1:]}):
+            for first in range(0, self.devices, size):
+                group = dist.new_group(list(range(first, first + size)))
+                if first <= rank < first + size:
+                    mine = group
+            yield size, mine
+
+    def _call(self, kind: str, group: Any, nbytes: int) -> Callable[[], Any]:
+        """As the runtime calls them: the functional collectives, waited for."""
+        c10d = torch.ops._c10d_functional
+        size, name = dist.get_world_size(group), group.group_name
+        count = max(size, nbytes // 4 // size * size)  # float32, a multiple of the group
+        whole = torch.randn(count, device=self.device)
+        part = whole[: count // size].clone()
+        rows = [count // size] * size
+        calls: dict[str, Callable[[], Any]] = {
+            "all_reduce": lambda: c10d.wait_tensor(c10d.all_reduce(whole, "sum", name)),
+            "all_gather": lambda: c10d.wait_tensor(c10d.all_gather_into_tensor(part, size, name)),
+            "reduce_scatter": lambda: c10d.wait_tensor(
+                c10d.reduce_scatter_tensor(whole, "sum", size, name)
+            ),
+            "all_to_all": lambda: c10d.wait_tensor(c10d.all_to_all_single(whole, rows, rows, name)),
+            "send": lambda: _pass_on(whole, group),
+        }
+        return calls[kind]
+
+    def alone_s(self, call: Callable[[], Any], budget_s: float) -> float:
+        """Seconds of a call without communication, while the other ranks do the same."""
+        call()
+        self._synchronize()
+        dist.barrier()
+        start, calls, batch = time.perf_counter(), 0, 1
+        while (elapsed := time.perf_counter() - start) < budget_s:
+            for _ in range(batch):
+                call()
+            calls += batch
+            self._synchronize()
+            batch = 1 if elapsed == 0 else min(1000, max(1, calls // 4))
+        return self._mean(elapsed / calls)
+
+    def together_s(self, call: Callable[[], Any], budget_s: float) -> float:
+        """Seconds of a collective; all ranks make the same number of calls."""
+        call()
+        self._synchronize()
+        dist.barrier()
+        start = time.perf_counter()
+        call()
+        self._synchronize()
+        once_s = self._mean(time.perf_counter() - start)
+        calls = min(500, max(2, int(budget_s / once_s)))
+        dist.barrier()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        self._synchronize()
+        return self._mean((time.perf_counter() - start) / calls)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _mean(self, seconds: float) -> float:
+        total = torch.tensor(seconds, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return float(total) / self.devices
+
+
+def _pass_on(tensor: torch.Tensor, group: Any) -> None:
+    """Every rank sends to the next of its group and receives from the one before."""
+    ranks = dist.get_process_group_ranks(group)
+    here = ranks.index(dist.get_rank())
+    operations = [
+        dist.P2POp(dist.isend, tensor, ranks[(here + 1) % len(ranks)], group),
+        dist.P2POp(dist.irecv, torch.empty_like(tensor), ranks[here - 1], group),
+    ]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(_main(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3], Path(sys.argv[4])))
