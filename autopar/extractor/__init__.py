@@ -5,13 +5,22 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from autopar.extractor.cache import cached_extract
+
 if TYPE_CHECKING:
     from autopar.extractor.interpreter import execute
-    from autopar.extractor.trace import extract
+    from autopar.extractor.sources import LoadedModel, load
+    from autopar.extractor.trace import extract, in_bfloat16
 
-__all__ = ["execute", "extract"]
+__all__ = ["LoadedModel", "cached_extract", "execute", "extract", "in_bfloat16", "load"]
 
-_HOME = {"execute": "interpreter", "extract": "trace"}
+_HOME = {
+    "LoadedModel": "sources",
+    "load": "sources",
+    "execute": "interpreter",
+    "extract": "trace",
+    "in_bfloat16": "trace",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,13 @@ _TORCH = str(Path(torch.__file__).parent)
 
 _ADVICE = (
     (
-        ("data-dependent", "GuardOnDataDependent", "Cannot call bool() on a", ".item()", "aten._local_scalar_dense"),
+        (
+            "data-dependent",
+            "GuardOnDataDependent",
+            "Cannot call bool() on a",
+            ".item()",
+            "aten._local_scalar_dense",
+        ),
         "The program depends on the values of tensors (an if, a loop or a size that needs them). "
         "Rewrite it with torch.where or masking, or with fixed sizes.",
     ),

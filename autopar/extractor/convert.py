@@ -199,7 +199,7 @@ class _Converter:
         if node.target is operator.getitem:
             source = self.of.get(node.args[0])  # type: ignore[arg-type]
             if source is not None:
-                self.of[node] = source[node.args[1]]  # type: ignore[index,assignment]
+                self.of[node] = source[node.args[1]]
             return
         if op in _NO_VALUE:
             return
@@ -236,7 +236,7 @@ class _Converter:
         """Losses do this to tensors that mostly have the same shape: ``expand`` the others."""
         names = []
         for read, value in zip(node.args[0], node.meta["val"], strict=True):  # type: ignore[arg-type]
-            name, spec = str(self.of[read]), self._spec(value, node)  # type: ignore[index]
+            name, spec = str(self.of[read]), self._spec(value, node)
             source = self.tensors[name]
             if source.spec.shape != spec.shape:
                 module = _module(node)

@@ -71,9 +71,7 @@ def overload(op: str) -> torch._ops.OpOverload:
     return found
 
 
-def call(
-    o: Operator, inputs: list[torch.Tensor], device: torch.device
-) -> tuple[torch.Tensor, ...]:
+def call(o: Operator, inputs: list[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, ...]:
     """Run one operator; tensors that it makes from nothing are made on ``device``."""
     target = overload("aten.reshape.default" if o.op == "aten.view.default" else o.op)
     arguments = [_value(a, inputs) for a in o.arguments]

@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 
 from autopar.errors import AutoparError, UnsupportedModelError
 from autopar.extractor.blame import blame
-from autopar.extractor.convert import PREFIX, convert
+from autopar.extractor.convert import convert
 from autopar.ir.graph import OperatorGraph
 
 Inputs = tuple[torch.Tensor, ...] | dict[str, Any]
@@ -44,7 +44,7 @@ def extract(
         UnsupportedModelError: the model cannot be traced, or has what a graph cannot express.
         AutoparError: the inputs or what the model returns have the wrong form.
     """
-    inputs = _on_device(_checked(inputs), _device(model))
+    inputs = _on_device(checked(inputs), _device(model))
     if precision == "mixed":
         model, inputs = in_bfloat16(model), _cast(inputs)
     program = _trace(_Step(model, loss), inputs)
@@ -52,7 +52,7 @@ def extract(
 
 
 class _Step(nn.Module):
-    """The model and its loss as one module; its only child is what ``PREFIX`` names."""
+    """The model and its loss as one module; its only child is what ``convert.PREFIX`` names."""
 
     def __init__(self, model: nn.Module, loss: Loss | None) -> None:
         super().__init__()
@@ -67,7 +67,9 @@ class _Step(nn.Module):
         else:
             value, origin = getattr(outputs, "loss", outputs), "the model"
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
-            found = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value)
+            found = (
+                f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value)
+            )
             raise AutoparError(
                 f"{origin} must return a scalar tensor to differentiate, not {found}. "
                 "Give a loss(outputs, inputs) function, or labels if the model makes its own loss."
@@ -80,7 +82,8 @@ def _device(model: nn.Module) -> torch.device:
     return tensors[0].device if tensors else torch.device("cpu")
 
 
-def _checked(inputs: Any) -> Inputs:
+def checked(inputs: Any) -> Inputs:
+    """The inputs in one of the two forms; a lone tensor is a tuple of one."""
     if isinstance(inputs, torch.Tensor):
         inputs = (inputs,)
     if isinstance(inputs, list):
@@ -177,6 +180,3 @@ def _plain_masks(given: list[str]) -> Iterator[None]:
         patch.object(masks, "find_packed_sequence_indices", lambda _: None, create=True),
     ):
         yield
-
-
-__all__ = ["PREFIX", "extract", "in_bfloat16"]

@@ -208,7 +208,7 @@ class _Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Batch norm, strided convolutions, max pooling, in-place additions, a dropout before the head."""
+    """Batch norm, strides, max pooling, in-place additions, a dropout before the head."""
 
     def __init__(self, dropout: float) -> None:
         super().__init__()
