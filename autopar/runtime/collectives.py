@@ -1,0 +1,170 @@
+"""The planned collectives on local tensors, with the backward that the plan names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from autopar.ir.sharding import Mesh, Sharding, sharded_dim
+from autopar.runtime.recorder import Executed, Recorder
+from autopar.simulator.redistribution import Step, reverse, steps
+
+_c10d = torch.ops._c10d_functional
+
+
+@dataclass
+class Communicator:
+    """One rank's collectives over the axes of a mesh, each told to ``recorder``.
+
+    Results are new tensors, complete when returned. Any strides, any dim, any dtype that the
+    backend carries (gloo: all of them). An axis of one rank communicates like any other.
+    """
+
+    mesh: Mesh
+    rank: int
+    device_mesh: DeviceMesh
+    recorder: Recorder = field(default_factory=Recorder)
+
+    def __post_init__(self) -> None:
+        self.coordinates = self.mesh.coordinates(self.rank)
+        self._groups = [
+            self.device_mesh.get_group(axis).group_name for axis in range(len(self.mesh.axes))
+        ]
+        self._joint: dict[tuple[int, ...], str] = {}
+
+    def all_reduce(
+        self, tensor: Tensor, axis: int, op: Literal["sum", "max", "min"] = "sum"
+    ) -> Tensor:
+        self._record("all_reduce", axis, tensor)
+        return _wait(_c10d.all_reduce(tensor.contiguous(), op, self._groups[axis]))
+
+    def all_reduce_jointly(
+        self, tensor: Tensor, axes: tuple[int, ...], op: Literal["sum", "max", "min"] = "sum"
+    ) -> Tensor:
+        """Over the ranks that differ on any of ``axes``."""
+        if len(axes) == 1:
+            return self.all_reduce(tensor, axes[0], op)
+        if axes not in self._joint:
+            self._joint[axes] = self._join(axes)
+        names = "+".join(self.mesh.names[axis] for axis in axes)
+        size = tensor.numel() * tensor.element_size()
+        self.recorder.add(Executed("all_reduce", self.recorder.phase, names, size))
+        return _wait(_c10d.all_reduce(tensor.contiguous(), op, self._joint[axes]))
+
+    def all_gather(self, tensor: Tensor, axis: int, dim: int) -> Tensor:
+        parts = self.mesh.sizes[axis]
+        whole = _wait(_c10d.all_gather_into_tensor(tensor.contiguous(), parts, self._groups[axis]))
+        self._record("all_gather", axis, whole)
+        return whole if dim == 0 else torch.cat(whole.chunk(parts), dim)
+
+    def reduce_scatter(self, tensor: Tensor, axis: int, dim: int) -> Tensor:
+        self._record("reduce_scatter", axis, tensor)
+        parts = self.mesh.sizes[axis]
+        pieces = tensor.contiguous() if dim == 0 else torch.cat(tensor.chunk(parts, dim))
+        return _wait(_c10d.reduce_scatter_tensor(pieces, "sum", parts, self._groups[axis]))
+
+    def all_to_all(self, tensor: Tensor, axis: int, source: int, target: int) -> Tensor:
+        """From shards of dim ``source`` to shards of dim ``target``."""
+        self._record("all_to_all", axis, tensor)
+        parts = self.mesh.sizes[axis]
+        pieces = tensor.contiguous() if target == 0 else torch.cat(tensor.chunk(parts, target))
+        rows = [pieces.shape[0] // parts] * parts
+        received = _wait(_c10d.all_to_all_single(pieces, rows, rows, self._groups[axis]))
+        return received if source == 0 else torch.cat(received.chunk(parts), source)
+
+    def move(self, tensor: Tensor, step: Step) -> Tensor:
+        """The local tensor after ``step`` (see ``redistribution.FORWARD``)."""
+        axis = step.axis
+        cut, join = sharded_dim(step.target), sharded_dim(step.source)
+        match step.source[0], step.target[0]:
+            case ("S", "R" | "I"):
+                assert join is not None
+                return self.all_gather(tensor, axis, join)
+            case ("S", "S"):
+                assert join is not None and cut is not None
+                return self.all_to_all(tensor, axis, join, cut)
+            case ("S", "P"):
+                assert join is not None
+                return self._padded(tensor, axis, join)
+            case ("R" | "I", "S"):
+                assert cut is not None
+                return self._slice(tensor, axis, cut)
+            case ("R" | "I", "P"):
+                return tensor if self.coordinates[axis] == 0 else torch.zeros_like(tensor)
+            case ("P", "S"):
+                assert cut is not None
+                return self.reduce_scatter(tensor, axis, cut)
+            case ("P", "R" | "I"):
+                return self.all_reduce(tensor, axis)
+            case ("R", "I") | ("I", "R"):
+                return tensor
+            case pair:
+                raise AssertionError(f"no step goes from {pair[0]} to {pair[1]}")
+
+    def walk(self, tensor: Tensor, path: Sequence[Step]) -> Tensor:
+        for step in path:
+            tensor = self.move(tensor, step)
+        return tensor
+
+    def _slice(self, tensor: Tensor, axis: int, dim: int) -> Tensor:
+        # a copy: a view would keep the whole alive, which no memory estimate counts
+        return tensor.chunk(self.mesh.sizes[axis], dim)[self.coordinates[axis]].clone(
+            memory_format=torch.contiguous_format
+        )
+
+    def _padded(self, tensor: Tensor, axis: int, dim: int) -> Tensor:
+        parts = self.mesh.sizes[axis]
+        shape = list(tensor.shape)
+        shape[dim] *= parts
+        whole = tensor.new_zeros(shape)
+        whole.chunk(parts, dim)[self.coordinates[axis]].copy_(tensor)
+        return whole
+
+    def _join(self, axes: tuple[int, ...]) -> str:
+        names = tuple(self.mesh.names[axis] for axis in axes)
+        group: dist.ProcessGroup = self.device_mesh[names]._flatten().get_group()
+        return str(group.group_name)
+
+    def _record(self, kind: Any, axis: int, largest: Tensor) -> None:
+        size = largest.numel() * largest.element_size()
+        self.recorder.add(Executed(kind, self.recorder.phase, self.mesh.names[axis], size))
+
+
+def _wait(tensor: Tensor) -> Tensor:
+    waited: Tensor = _c10d.wait_tensor(tensor)
+    return waited
+
+
+def connect(mesh: Mesh, device_type: str) -> Communicator:
+    """Process groups for every axis; each rank of the world calls it once, in the same order."""
+    device_mesh = init_device_mesh(device_type, mesh.sizes, mesh_dim_names=mesh.names)
+    return Communicator(mesh, dist.get_rank(), device_mesh)
+
+
+class Redistribute(torch.autograd.Function):
+    """A tensor goes from ``source`` to ``target``, its gradient back the planned way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, tensor: Tensor, communicator: Communicator, source: Sharding, target: Sharding
+    ) -> Tensor:
+        ctx.communicator = communicator
+        ctx.ends = source, target
+        return communicator.walk(tensor, steps(source, target))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        communicator: Communicator = ctx.communicator
+        return communicator.walk(gradient, _steps_back(*ctx.ends)), None, None, None
+
+
+@lru_cache(maxsize=None)
+def _steps_back(source: Sharding, target: Sharding) -> tuple[Step, ...]:
+    return tuple(reverse(step) for step in reversed(steps(source, target)))

@@ -1,0 +1,518 @@
+"""A strategy becomes a program: the model's operators on local tensors, and what moves between."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from autopar.ir.graph import Argument, Dtype, Input, Operator, OperatorGraph, Role
+from autopar.ir.rule import BoundRule, Split
+from autopar.ir.sharding import Mesh, Sharding, gradient, local_shape
+from autopar.ir.strategy import Strategy
+from autopar.runtime.collectives import Communicator, Redistribute
+from autopar.runtime.local_ops import LOCAL_OPS
+from autopar.simulator.edges import (
+    Edge,
+    ParameterEdge,
+    Rules,
+    canonical,
+    carries_gradient,
+    edges,
+    parameter_edges,
+)
+from autopar.simulator.redistribution import steps
+
+
+@dataclass
+class Execution:
+    """What the lowered program needs beside tensors: passed as its first argument.
+
+    ``parameters``: this rank's shards. ``seed``: of this pass, the same on all ranks; dropout masks
+    are made from it. ``gradients``: what the backward has summed for each parameter edge, as
+    ``gradient(edge.target)`` where it travels once a step, else as ``edge.storage.gradient``.
+    """
+
+    communicator: Communicator
+    edges: dict[tuple[str, Sharding], ParameterEdge]
+    regathered: dict[str, tuple[ParameterEdge, ...]]
+    parameters: dict[str, Tensor]
+    seed: int = 0
+    gradients: dict[tuple[str, Sharding], Tensor] = field(default_factory=dict)
+
+    def accumulate(self, edge: ParameterEdge, addend: Tensor) -> None:
+        key = edge.parameter, edge.target
+        before = self.gradients.get(key)
+        self.gradients[key] = addend if before is None else before + addend
+
+
+@dataclass(frozen=True)
+class LoweredProgram:
+    """The forward of one (micro)batch on one rank; autograd derives the planned backward.
+
+    ``graph_module(execution, *parameters, *buffers, *inputs)`` returns the loss and the new values
+    of ``mutated`` buffers. Parameters are shards as stored, inputs are the whole global batch, from
+    which each rank takes its part. ``print(program)`` shows it, with the sharding of each tensor.
+    """
+
+    graph_module: fx.GraphModule
+    graph: OperatorGraph
+    mesh: Mesh
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    inputs: tuple[str, ...]
+    mutated: tuple[str, ...]
+    edges: tuple[ParameterEdge, ...]
+    regathered: dict[str, tuple[ParameterEdge, ...]]
+
+    def execution(self, communicator: Communicator, parameters: dict[str, Tensor]) -> Execution:
+        by_use = {(edge.parameter, edge.target): edge for edge in self.edges}
+        return Execution(communicator, by_use, self.regathered, parameters)
+
+    def __call__(
+        self, execution: Execution, buffers: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and the new values of mutated buffers by name."""
+        loss, *values = self.graph_module(
+            execution,
+            *(execution.parameters[name] for name in self.parameters),
+            *(buffers[name] for name in self.buffers),
+            *(inputs[name] for name in self.inputs),
+        )
+        return loss, dict(zip(self.mutated, values, strict=True))
+
+    def __str__(self) -> str:
+        return str(self.graph_module.code).replace("autopar_runtime_lowering_", "").strip()
+
+
+def lower(
+    graph: OperatorGraph,
+    strategy: Strategy,
+    rules: Rules,
+    device: torch.device | str = "cpu",
+) -> LoweredProgram:
+    """The program is the same for every rank: what depends on the rank, ``Execution`` knows.
+
+    Each tensor is redistributed once for each sharding that is wanted of it, however many
+    operators want it; a tensor that is already as wanted is used as it is.
+    """
+    return _Lowering(graph, strategy, rules, torch.device(device)).program()
+
+
+class _Lowering:
+    def __init__(
+        self, graph: OperatorGraph, strategy: Strategy, rules: Rules, device: torch.device
+    ) -> None:
+        self.graph, self.strategy, self.rules, self.device = graph, strategy, rules, device
+        self.mesh = strategy.mesh
+        self.edges: dict[tuple[str, Sharding], Edge] = {
+            (edge.tensor, edge.target): edge for edge in edges(graph, rules, strategy)
+        }
+        self.parameter_edges = tuple(parameter_edges(graph, rules, strategy))
+        self.saved_again = {
+            (consumer, edge.parameter, edge.target): edge
+            for edge in self.parameter_edges
+            if edge.gathers
+            for consumer in edge.regathered
+        }
+        self.regathered: dict[str, tuple[ParameterEdge, ...]] = {}
+        self.root = nn.Module()
+        self.fx = fx.Graph()
+        self.made: dict[str, fx.Node] = {}
+        self.moved: dict[tuple[str, Sharding], fx.Node] = {}
+
+    def program(self) -> LoweredProgram:
+        self.execution = self.fx.placeholder("execution")
+        names = {
+            role: tuple(tensor.name for tensor in self.graph.of_role(role))
+            for role in (Role.PARAMETER, Role.BUFFER)
+        }
+        for name in (*names[Role.PARAMETER], *names[Role.BUFFER], *self.graph.inputs):
+            self.made[name] = self._named("placeholder", _identifier(name), name)
+        for name, value in self.graph.constants:
+            self.made[name] = self._constant(name, value)
+        for operator in self.graph.operators:
+            self._call(operator)
+        whole = ("I",) * len(self.mesh.axes)
+        ends = (self.graph.loss, *(tensor for _, tensor in self.graph.mutations))
+        self.fx.output(tuple(self._as(name, whole) for name in ends))
+        self.fx.on_generate_code(lambda _: self._commented)
+        return LoweredProgram(
+            fx.GraphModule(self.root, self.fx, "Lowered"),
+            self.graph,
+            self.mesh,
+            names[Role.PARAMETER],
+            names[Role.BUFFER],
+            self.graph.inputs,
+            tuple(buffer for buffer, _ in self.graph.mutations),
+            self.parameter_edges,
+            self.regathered,
+        )
+
+    def _named(
+        self,
+        kind: Literal["placeholder", "call_function", "call_module", "get_attr"],
+        target: Any,
+        tensor: str,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> fx.Node:
+        return self.fx.create_node(kind, target, args, kwargs or {}, _identifier(tensor))
+
+    def _constant(self, name: str, value: Any) -> fx.Node:
+        spec = self.graph.spec(name)
+        tensor = torch.tensor(value, dtype=_dtype(spec.dtype), device=self.device)
+        target = "constant_" + _identifier(name)
+        self.root.register_buffer(target, tensor.reshape(spec.shape), persistent=False)
+        return self._named("get_attr", target, name)
+
+    # ---- tensors -------------------------------------------------------------------------------
+
+    def _as(self, name: str, wanted: Sharding) -> fx.Node:
+        """``name`` in the sharding ``wanted``, moved there when nobody has asked before."""
+        tensor = self.graph.by_name[name]
+        target = canonical(wanted, tensor.differentiable)
+        if (name, target) not in self.moved:
+            self.moved[name, target] = self._move(name, target)
+        return self.moved[name, target]
+
+    def _move(self, name: str, target: Sharding) -> fx.Node:
+        tensor, made = self.graph.by_name[name], self.made[name]
+        match tensor.role:
+            case Role.ACTIVATION:
+                source = self.edges[name, target].source
+                if not steps(source, target):
+                    return made
+                node = self._function(redistribute, name, made, self.execution, source, target)
+            case Role.PARAMETER:
+                node = self._function(use_parameter, name, made, self.execution, name, target)
+            case _:
+                if all(placement in ("R", "I") for placement in target):
+                    return made
+                node = self._function(own_part, name, made, self.execution, target)
+        self._describe(node, name, target)
+        return node
+
+    def _function(self, function: Callable[..., Tensor], name: str, *args: Any) -> fx.Node:
+        return self._named("call_function", function, f"{name}_{function.__name__}", args)
+
+    def _describe(self, node: fx.Node, name: str, sharding: Sharding) -> None:
+        spec = self.graph.spec(name)
+        shape = ", ".join(map(str, local_shape(spec.shape, sharding, self.mesh)))
+        node.meta["sharding"] = sharding
+        node.meta["tensor"] = name
+        node.meta["comment"] = f"{spec.dtype}[{shape}] ({', '.join(sharding)})"
+
+    # ---- operators -----------------------------------------------------------------------------
+
+    def _call(self, operator: Operator) -> None:
+        bound, split = self.rules[operator.name], self.strategy.splits[operator.name]
+        wanted, produced = bound.shardings(split)
+        inputs = [
+            self._as(name, sharding) for name, sharding in zip(operator.inputs, wanted, strict=True)
+        ]
+        if not carries_gradient(self.graph, operator):
+            inputs = [
+                self._detached(node) if self.graph.by_name[name].differentiable else node
+                for name, node in zip(operator.inputs, inputs, strict=True)
+            ]
+        gathered = self._gathered(operator, wanted)
+        local = self._localized(operator, bound, wanted, produced)
+        node = self._operation(operator, local, bound, split, inputs, gathered)
+        node.meta["operator"] = operator.name
+        shardings = [
+            canonical(sharding, self.graph.by_name[name].differentiable)
+            for name, sharding in zip(operator.outputs, produced, strict=True)
+        ]
+        if _returns_one(operator.op):
+            (name,), (sharding,) = operator.outputs, shardings
+            self.made[name] = node
+            self._describe(node, name, sharding)
+            return
+        for index, (name, sharding) in enumerate(zip(operator.outputs, shardings, strict=True)):
+            self.made[name] = self._named("call_function", _getitem, name, (node, index))
+            self._describe(self.made[name], name, sharding)
+
+    def _detached(self, node: fx.Node) -> fx.Node:
+        """For operators off the loss's way, lest they keep what no backward will ask for."""
+        name = f"{node.name}_detached"
+        return self._named("call_function", torch.ops.aten.detach.default, name, (node,))
+
+    def _gathered(self, operator: Operator, wanted: Sequence[Sharding]) -> tuple[fx.Node, ...]:
+        """Inputs that the operator's backward gathers again; noted in ``regathered``."""
+        found = {}
+        for name, sharding in zip(operator.inputs, wanted, strict=True):
+            target = canonical(sharding, self.graph.by_name[name].differentiable)
+            edge = self.saved_again.get((operator.name, name, target))
+            if edge is not None:
+                found[self._as(name, sharding)] = edge
+        if found:
+            self.regathered[operator.name] = tuple(found.values())
+        return tuple(found)
+
+    def _localized(
+        self,
+        operator: Operator,
+        bound: BoundRule,
+        wanted: Sequence[Sharding],
+        produced: Sequence[Sharding],
+    ) -> Operator:
+        if bound.rule.localize is None:
+            return operator
+        return bound.rule.localize(
+            operator,
+            tuple(
+                local_shape(spec.shape, sharding, self.mesh)
+                for spec, sharding in zip(bound.input_specs, wanted, strict=True)
+            ),
+            tuple(
+                local_shape(spec.shape, sharding, self.mesh)
+                for spec, sharding in zip(bound.output_specs, produced, strict=True)
+            ),
+        )
+
+    def _operation(
+        self,
+        operator: Operator,
+        local: Operator,
+        bound: BoundRule,
+        split: Split,
+        inputs: list[fx.Node],
+        gathered: tuple[fx.Node, ...],
+    ) -> fx.Node:
+        result = operator.outputs[0] if len(operator.outputs) == 1 else operator.name
+        if "*" in bound.rule.special or any(choice in bound.rule.special for choice in split):
+            target = _identifier(operator.name)
+            self.root.add_module(target, LocalOperator(local, bound, split, self.mesh))
+            args = tuple(_argument(a, inputs) for a in local.arguments)
+            kwargs = {k: _argument(v, inputs) for k, v in local.keywords}
+            return self._named(
+                "call_module", target, result, (self.execution, gathered, args, kwargs)
+            )
+        op = resolve(operator.op)
+        args = tuple(_argument(a, inputs) for a in local.arguments)
+        kwargs = {k: _argument(v, inputs) for k, v in local.keywords}
+        if any(argument.name == "device" for argument in op._schema.arguments):
+            kwargs["device"] = self.device
+        if gathered:
+            args = (self.execution, operator.name, gathered, op, *args)
+            return self._named("call_function", regathering, result, args, kwargs)
+        return self._named("call_function", op, result, args, kwargs)
+
+    def _commented(self, lines: list[str]) -> list[str]:
+        comments = {
+            node.name: node.meta["comment"] for node in self.fx.nodes if "comment" in node.meta
+        }
+        return [_with_comment(line, comments) for line in "".join(lines).splitlines(True)]
+
+
+_ASSIGNMENT = re.compile(r"\s*(\w+) = ")
+
+
+def _with_comment(line: str, comments: dict[str, str]) -> str:
+    found = _ASSIGNMENT.match(line)
+    comment = comments.get(found[1]) if found else None
+    return line if comment is None else f"{line.rstrip()}  # {comment}\n"
+
+
+def _identifier(name: str) -> str:
+    return re.sub(r"\W", "_", name)
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _argument(value: Argument, inputs: list[fx.Node]) -> Any:
+    match value:
+        case Input(index):
+            return inputs[index]
+        case Dtype(name):
+            return _dtype(name)
+        case tuple():
+            return [_argument(item, inputs) for item in value]
+        case _:
+            return value
+
+
+_AS_RESHAPE = ("aten.view.default", "aten._unsafe_view.default")
+"""A shard need not have the strides that a view of the whole could count on."""
+
+
+def resolve(op: str) -> torch._ops.OpOverload:
+    """The torch operator that is called ``namespace.name.overload``."""
+    namespace, name, overload = ("aten.reshape.default" if op in _AS_RESHAPE else op).split(".")
+    found = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+    assert isinstance(found, torch._ops.OpOverload)
+    return found
+
+
+def _returns_one(op: str) -> bool:
+    returns = resolve(op)._schema.returns
+    return len(returns) == 1 and str(returns[0].type) == "Tensor"
+
+
+def _getitem(values: Sequence[Tensor], index: int) -> Tensor:
+    return values[index]
+
+
+# ---- what the lowered program calls ------------------------------------------------------------
+
+
+def redistribute(
+    tensor: Tensor, execution: Execution, source: Sharding, target: Sharding
+) -> Tensor:
+    """Forward by ``steps(source, target)``, the gradient by their reverse."""
+    moved: Tensor = Redistribute.apply(tensor, execution.communicator, source, target)  # type: ignore[no-untyped-call]
+    return moved
+
+
+def own_part(tensor: Tensor, execution: Execution, target: Sharding) -> Tensor:
+    """This rank's part of a tensor that every rank has whole and that needs no gradient."""
+    return execution.communicator.walk(tensor, steps(("I",) * len(target), target))
+
+
+def use_parameter(parameter: Tensor, execution: Execution, name: str, target: Sharding) -> Tensor:
+    """From storage to use. The gradient goes to ``execution.gradients``, not to ``.grad``: it may
+    be sharded otherwise than the parameter, and may wait for the end of the step."""
+    edge = execution.edges[name, target]
+    used: Tensor = _UseParameter.apply(parameter, execution, edge)  # type: ignore[no-untyped-call]
+    return used
+
+
+class _UseParameter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, execution: Execution, edge: ParameterEdge) -> Tensor:
+        ctx.execution, ctx.edge = execution, edge
+        return gathered_parameter(parameter, execution.communicator, edge)
+
+    @staticmethod
+    def backward(ctx: Any, arrived: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+        execution: Execution = ctx.execution
+        edge: ParameterEdge = ctx.edge
+        if not edge.per_step:
+            path = steps(gradient(edge.target), edge.storage.gradient)
+            arrived = execution.communicator.walk(arrived, path)
+        execution.accumulate(edge, arrived)
+        return None, None, None
+
+
+def gathered_parameter(shard: Tensor, communicator: Communicator, edge: ParameterEdge) -> Tensor:
+    return communicator.walk(shard, steps(edge.storage.parameter, edge.target))
+
+
+def regathering(
+    execution: Execution,
+    operator: str,
+    gathered: tuple[Tensor, ...],
+    op: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Call ``op``; of ``gathered`` parameters it saves nothing but how to gather them again.
+
+    In the backward of this operator each of them is gathered once, when it is first needed, and
+    dropped after its last use; so an operator that saves a gathered parameter (in its rule's
+    ``saves``) repeats the forward's collectives exactly once.
+    """
+    group = _Again(execution, execution.regathered[operator])
+    with saved_tensors_hooks(lambda tensor: group.pack(tensor, gathered), group.unpack):
+        return op(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class _View:
+    """A saved tensor that is a view of a gathered parameter."""
+
+    parameter: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class _Again:
+    """The gathered parameters that one call of an operator has saved."""
+
+    def __init__(self, execution: Execution, edges: tuple[ParameterEdge, ...]) -> None:
+        self.execution, self.edges = execution, edges
+        self.wanted = [0] * len(edges)
+        self.whole: list[Tensor | None] = [None] * len(edges)
+
+    def pack(self, tensor: Tensor, gathered: tuple[Tensor, ...]) -> Tensor | _View:
+        storage = tensor.untyped_storage()._cdata
+        for i, whole in enumerate(gathered):
+            if whole.untyped_storage()._cdata == storage:
+                self.wanted[i] += 1
+                return _View(i, tensor.size(), tensor.stride(), tensor.storage_offset())
+        return tensor
+
+    def unpack(self, packed: Tensor | _View) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        i = packed.parameter
+        whole = self.whole[i]
+        if whole is None:
+            edge = self.edges[i]
+            shard = self.execution.parameters[edge.parameter].detach()
+            whole = gathered_parameter(shard, self.execution.communicator, edge)
+        self.wanted[i] -= 1
+        self.whole[i] = whole if self.wanted[i] else None
+        return whole.as_strided(packed.size, packed.stride, packed.offset)
+
+
+class LocalOperator(nn.Module):
+    """An operator with an implementation of its own in ``local_ops``."""
+
+    def __init__(self, operator: Operator, bound: BoundRule, split: Split, mesh: Mesh) -> None:
+        super().__init__()
+        self.operator, self.bound, self.split, self.mesh = operator, bound, split, mesh
+        self.implementation = LOCAL_OPS[operator.op]
+        digest = hashlib.blake2b(operator.name.encode(), digest_size=7).digest()
+        self.operator_id = int.from_bytes(digest, "big")
+
+    def forward(
+        self,
+        execution: Execution,
+        gathered: tuple[Tensor, ...],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        context = _OperatorContext(self, execution)
+        call = (context, self.operator, args, kwargs)
+        if gathered:
+            name = self.operator.name
+            return regathering(execution, name, gathered, self.implementation, *call)
+        return self.implementation(*call)
+
+
+class _OperatorContext:
+    """``local_ops.LocalContext`` of one call."""
+
+    def __init__(self, local: LocalOperator, execution: Execution) -> None:
+        self.bound, self.split, self.mesh = local.bound, local.split, local.mesh
+        self.operator_id, self.seed = local.operator_id, execution.seed
+        self._communicator = execution.communicator
+
+    def axes(self, factor: str) -> tuple[int, ...]:
+        return tuple(axis for axis, choice in enumerate(self.split) if choice == factor)
+
+    def offset(self, factor: str) -> int:
+        size, start = self.bound.sizes[factor], 0
+        for axis in self.axes(factor):
+            size //= self.mesh.sizes[axis]
+            start += self._communicator.coordinates[axis] * size
+        return start
+
+    def all_reduce(self, tensor: Tensor, axis: int, op: Literal["sum", "max"] = "sum") -> Tensor:
+        return self._communicator.all_reduce(tensor, axis, op)
+
+
+__all__ = ["Execution", "LoweredProgram", "lower"]

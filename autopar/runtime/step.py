@@ -1,0 +1,229 @@
+"""One training step: forward, backward, gradient reduction, clipping, optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autopar.errors import PlanMismatchError
+from autopar.ir.graph import OperatorGraph
+from autopar.ir.sharding import Sharding, gradient, sharded_dim
+from autopar.ir.strategy import Strategy
+from autopar.runtime.collectives import Communicator
+from autopar.runtime.lowering import Execution, LoweredProgram
+from autopar.runtime.storage import State, gather
+from autopar.simulator.redistribution import steps
+
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, {"lr": 1e-2}),
+    "momentum": (torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9}),
+    "adam": (torch.optim.Adam, {"lr": 1e-3}),
+    "adamw": (torch.optim.AdamW, {"lr": 1e-3}),
+}
+"""torch's optimizers, and the hyperparameters used where the caller gives none (torch's own
+defaults; SGD's rate and the usual momentum, which torch leaves out, are the tutorial values)."""
+
+
+@dataclass
+class TrainingStep:
+    """``loss = step(inputs...)``: one optimizer step on one *global* batch.
+
+    Every rank calls it together with the same batch, passed as the model's ``forward`` takes it,
+    and gets the loss of the whole batch. ``gradients`` are those of the last step, sharded as
+    ``storage.gradient``, before clipping.
+    """
+
+    program: LoweredProgram
+    strategy: Strategy
+    state: State
+    communicator: Communicator
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.graph: OperatorGraph = self.program.graph
+        self.execution: Execution = self.program.execution(self.communicator, self.state.parameters)
+        self.steps_done = 0
+        self.gradients: dict[str, Tensor] = {}
+        self.norm: Tensor | None = None
+        self._pieces = {
+            name: self._piece(name)
+            for name, parameter in self.state.parameters.items()
+            if parameter.requires_grad
+        }
+        maker, defaults = OPTIMIZERS[self.strategy.training.optimizer]
+        self.optimizer = maker(list(self._pieces.values()), **{**defaults, **self.hyperparameters})
+
+    # ---- the step ------------------------------------------------------------------------------
+
+    def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        loss = self.differentiate(*args, **kwargs)
+        self.update()
+        return loss
+
+    def differentiate(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """Forward and backward; leaves the reduced gradients in ``gradients``."""
+        recorder = self.communicator.recorder
+        inputs = self._inputs(args, kwargs)
+        self.gradients = {}
+        self.execution.gradients.clear()
+        self.execution.seed = self.seed + self.steps_done
+        with recorder.during("forward"):
+            loss, mutated = self.program(self.execution, self.state.buffers, inputs)
+        with torch.no_grad():
+            for name, value in mutated.items():
+                self.state.buffers[name].copy_(value)
+        with recorder.during("backward"):
+            loss.backward()  # type: ignore[no-untyped-call]
+        with recorder.during("step"), torch.no_grad():
+            self._reduce()
+        return loss.detach()
+
+    def update(self) -> None:
+        """Clip, step the optimizer, and bring the parameters up to date on every rank."""
+        with self.communicator.recorder.during("step"), torch.no_grad():
+            scale = self._clip_scale()
+            for name, reduced in self.gradients.items():
+                storage = self.strategy.storage[name]
+                part = self.communicator.walk(reduced, steps(storage.gradient, storage.optimizer))
+                piece = self._pieces[name]
+                part = part if scale is None else part * scale.to(part.dtype)
+                piece.grad = part.to(piece.dtype)
+            self.optimizer.step()
+            for name, piece in self._pieces.items():
+                piece.grad = None
+                self._refresh(name, piece)
+        self.steps_done += 1
+
+    def _reduce(self) -> None:
+        """Sum the gradients of all uses of each parameter, where ``storage.gradient`` wants them."""
+        arrived = self.execution.gradients
+        for edge in self.program.edges:
+            reduced = arrived.pop((edge.parameter, edge.target), None)
+            if reduced is None:
+                continue
+            if edge.per_step:
+                path = steps(gradient(edge.target), edge.storage.gradient)
+                reduced = self.communicator.walk(reduced, path)
+            before = self.gradients.get(edge.parameter)
+            self.gradients[edge.parameter] = reduced if before is None else before + reduced
+
+    # ---- clipping ------------------------------------------------------------------------------
+
+    def _clip_scale(self) -> Tensor | None:
+        """As ``torch.nn.utils.clip_grad_norm_``: min(1, clip_norm / (norm + 1e-6))."""
+        limit = self.strategy.training.clip_norm
+        if limit is None or not self.gradients:
+            return None
+        self.norm = self._global_norm()
+        return torch.clamp(limit / (self.norm + 1e-6), max=1.0)
+
+    def _global_norm(self) -> Tensor:
+        """The 2-norm of all gradients: one all-reduce of one number (float32; float64 where a
+        gradient is) over the axes that any ``storage.gradient`` is sharded on."""
+        axes = self.norm_axes()
+        wide = any(reduced.dtype == torch.float64 for reduced in self.gradients.values())
+        dtype = torch.float64 if wide else torch.float32
+        device = next(iter(self.gradients.values())).device
+        total = torch.zeros((), dtype=dtype, device=device)
+        for name, reduced in self.gradients.items():
+            if self._counts_here(self.strategy.storage[name].gradient, axes):
+                total += torch.linalg.vector_norm(reduced, dtype=dtype) ** 2
+        if axes:
+            total = self.communicator.all_reduce_jointly(total, axes)
+        return total.sqrt()
+
+    def norm_axes(self) -> tuple[int, ...]:
+        return tuple(
+            axis
+            for axis in range(len(self.strategy.mesh.axes))
+            if any(
+                sharded_dim(self.strategy.storage[name].gradient[axis]) is not None
+                for name in self._pieces
+            )
+        )
+
+    def _counts_here(self, sharding: Sharding, axes: tuple[int, ...]) -> bool:
+        """Of equal copies along ``axes``, the first counts."""
+        return all(
+            sharded_dim(sharding[axis]) is not None or self.communicator.coordinates[axis] == 0
+            for axis in axes
+        )
+
+    # ---- optimizer state -----------------------------------------------------------------------
+
+    def _piece(self, name: str) -> Tensor:
+        """What the optimizer changes: a view of the parameter's shard, or its fp32 master copy."""
+        part = self._optimizer_part(name)
+        if self.strategy.training.precision == "mixed":
+            return part.to(torch.float32, copy=True)
+        return part
+
+    def _optimizer_part(self, name: str) -> Tensor:
+        """A view where the shard is only cut further; a copy where its pieces have to be moved."""
+        storage = self.strategy.storage[name]
+        part = self.state.parameters[name].detach()
+        path = steps(storage.parameter, storage.optimizer)
+        if any(step.source != "I" for step in path):
+            return self.communicator.walk(part, path)
+        for step in path:
+            dim = sharded_dim(step.target)
+            assert dim is not None, (name, storage)
+            parts = self.strategy.mesh.sizes[step.axis]
+            part = part.chunk(parts, dim)[self.communicator.coordinates[step.axis]]
+        return part
+
+    def _refresh(self, name: str, piece: Tensor) -> None:
+        storage = self.strategy.storage[name]
+        parameter = self.state.parameters[name]
+        path = steps(storage.optimizer, storage.parameter)
+        if path:
+            parameter.copy_(self.communicator.walk(piece.to(parameter.dtype), path))
+        elif piece.data_ptr() != parameter.data_ptr():
+            parameter.copy_(piece)
+
+    # ---- for looking at ------------------------------------------------------------------------
+
+    def full_parameters(self) -> dict[str, Tensor]:
+        """Whole parameters; all ranks call it together."""
+        shardings = {name: s.parameter for name, s in self.strategy.storage.items()}
+        names = self.state.parameters
+        return gather(names, shardings, self.communicator, names)
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        """Whole gradients of the last step, before clipping; all ranks call it together."""
+        shardings = {name: s.gradient for name, s in self.strategy.storage.items()}
+        return gather(self.gradients, shardings, self.communicator, self.gradients)
+
+    def _inputs(self, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The batch by the graph's names of its inputs, checked against the plan's."""
+        names = self.graph.inputs
+        keys = dict(zip(self.graph.input_keys, names, strict=True))
+        positional = [
+            name for key, name in zip(self.graph.input_keys, names, strict=True) if not key
+        ]
+        if len(args) != len(positional) or set(kwargs) != {key for key in keys if key}:
+            raise PlanMismatchError(
+                f"the plan was made for {len(positional)} positional inputs and the keywords "
+                f"{sorted(key for key in keys if key)}; got {len(args)} and {sorted(kwargs)}"
+            )
+        given = dict(zip(positional, args, strict=True))
+        given.update({keys[key]: value for key, value in kwargs.items()})
+        for name, value in given.items():
+            expected = self.graph.spec(name)
+            found = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+            if found != (expected.shape, expected.dtype):
+                raise PlanMismatchError(
+                    f"input {name!r} is {found[1]}{list(found[0])}; the plan was made for a global "
+                    f"batch with {expected.dtype}{list(expected.shape)}. Every rank passes the "
+                    "whole batch"
+                )
+        device = next(iter(self.state.parameters.values())).device
+        return {name: value.to(device) for name, value in given.items()}
+
+
+__all__ = ["OPTIMIZERS", "TrainingStep"]

@@ -1,0 +1,107 @@
+"""Parameters, buffers and optimizer state as each rank keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from autopar.errors import PlanMismatchError
+from autopar.ir.graph import OperatorGraph, Role
+from autopar.ir.graph import Tensor as GraphTensor
+from autopar.ir.sharding import Mesh, Sharding, local_box
+from autopar.ir.strategy import Strategy
+from autopar.runtime.collectives import Communicator
+from autopar.simulator.redistribution import steps
+
+
+@dataclass
+class State:
+    """One rank's shards of the parameters, and all buffers (whole)."""
+
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+def from_module(
+    module: nn.Module, graph: OperatorGraph, strategy: Strategy, rank: int, device: torch.device
+) -> State:
+    """The shards of a module that is in memory as a whole; they share no memory with it."""
+    values = dict(module.named_parameters(remove_duplicate=False))
+    values.update(module.named_buffers(remove_duplicate=False))
+    return from_values(values, graph, strategy, rank, device)
+
+
+def from_values(
+    values: Mapping[str, Tensor],
+    graph: OperatorGraph,
+    strategy: Strategy,
+    rank: int,
+    device: torch.device,
+) -> State:
+    """The shards of whole tensors by name (a ``state_dict``)."""
+    state = State({}, {})
+    for tensor in graph.tensors:
+        if tensor.role in (Role.PARAMETER, Role.BUFFER):
+            value = _checked(tensor, values)
+            keep(state, tensor, value.detach(), strategy, rank, device)
+    return state
+
+
+def keep(
+    state: State,
+    tensor: GraphTensor,
+    value: Tensor,
+    strategy: Strategy,
+    rank: int,
+    device: torch.device,
+) -> None:
+    """Put this rank's part of the whole ``value`` into ``state``."""
+    if tensor.role is Role.BUFFER:
+        state.buffers[tensor.name] = value.to(device, copy=True)
+        return
+    sharding = strategy.storage[tensor.name].parameter
+    part = own_box(value, sharding, strategy.mesh, rank)
+    shard = torch.empty(part.shape, dtype=part.dtype, device=device).copy_(part)
+    state.parameters[tensor.name] = shard.requires_grad_(tensor.differentiable)
+
+
+def own_box(whole: Tensor, sharding: Sharding, mesh: Mesh, rank: int) -> Tensor:
+    """A view of the part of ``whole`` that ``rank`` keeps."""
+    for dim, (start, stop) in enumerate(local_box(tuple(whole.shape), sharding, mesh, rank)):
+        whole = whole.narrow(dim, start, stop - start)
+    return whole
+
+
+def whole(shard: Tensor, sharding: Sharding, communicator: Communicator) -> Tensor:
+    """Gather a stored tensor; all ranks call it together."""
+    everywhere = ("I",) * len(sharding)
+    return communicator.walk(shard.detach(), steps(sharding, everywhere))
+
+
+def gather(
+    shards: Mapping[str, Tensor],
+    shardings: Mapping[str, Sharding],
+    communicator: Communicator,
+    names: Iterable[str],
+) -> dict[str, Tensor]:
+    """Whole tensors by name, on every rank."""
+    return {name: whole(shards[name], shardings[name], communicator) for name in names}
+
+
+def _checked(tensor: GraphTensor, values: Mapping[str, Tensor]) -> Tensor:
+    value = values.get(tensor.name)
+    if value is None:
+        raise PlanMismatchError(
+            f"the plan was made for a model with a {tensor.role} {tensor.name!r}; "
+            f"this model has none of that name. Make a new plan for it"
+        )
+    found = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+    if found != (tensor.spec.shape, tensor.spec.dtype):
+        raise PlanMismatchError(
+            f"{tensor.role} {tensor.name!r} is {found[1]}{list(found[0])} in this model, and "
+            f"{tensor.spec.dtype}{list(tensor.spec.shape)} in the plan. Make a new plan for it"
+        )
+    return value
