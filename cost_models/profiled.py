@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
@@ -154,8 +154,8 @@ STAND_IN: dict[CollectiveKind, tuple[tuple[CollectiveKind, float], ...]] = {
 }
 """Which kind stands in, times what, for one that was not measured: the laws of a ring."""
 
-NEIGHBOURS = 3
-"""Measured products that are averaged for one that was not, the near ones counting more."""
+NEARNESS = 4
+"""Measured products count by 1 / distance ** this, in the space of the shapes' logarithms."""
 
 LEAST_SHARE = 0.1
 """A measured time less the call counts at least this share of itself: below that the difference of
@@ -245,11 +245,8 @@ class Profiled:
             raise ValueError(f"a {work.kind} needs a shape of four positive sizes: {work}")
         points, slower = self._points(work.kind, work.dtype)
         wanted = [math.log(size) for size in work.shape]
-        near = sorted((math.dist(wanted, logs), flops_per_s) for logs, flops_per_s in points)[
-            :NEIGHBOURS
-        ]
-        weights = [1 / (distance + 1e-3) ** 2 for distance, _ in near]
-        mean = sum(w * math.log(rate) for w, (_, rate) in zip(weights, near, strict=True))
+        weights = [1 / (math.dist(wanted, logs) + 1e-3) ** NEARNESS for logs, _ in points]
+        mean = sum(w * math.log(rate) for w, (_, rate) in zip(weights, points, strict=True))
         return work.flops * slower / math.exp(mean / sum(weights))
 
     def _points(self, kind: str, dtype: str) -> tuple[list[tuple[list[float], float]], float]:
@@ -310,29 +307,43 @@ class Profiled:
         return found
 
 
-def fit_line(points: Iterable[tuple[float, float]]) -> tuple[float, float]:
-    """(a, b), both positive, of a + b * x with the least sum of squared *relative* errors.
+def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(a, b), both positive, of y = a + b * x, with errors counted by ratio: twice as much and
+    half as much are equally wrong.
 
     >>> a, b = fit_line([(0.0, 1.0), (10.0, 6.0), (100.0, 51.0)])
     >>> round(a, 9), round(b, 9)
     (1.0, 0.5)
     """
-    points = list(points)
-    # minimise sum (a u + b v - 1)^2 with u = 1/y, v = x/y
-    uv = [(1 / y, x / y) for x, y in points]
-    uu, vv = sum(u * u for u, _ in uv), sum(v * v for _, v in uv)
-    cross, su, sv = sum(u * v for u, v in uv), sum(u for u, _ in uv), sum(v for _, v in uv)
-    determinant = uu * vv - cross * cross
-    least_a = 0.1 * min(y for _, y in points)
-    least_b = 0.1 * min(y / x for x, y in points if x)
-    if determinant > 1e-12 * uu * vv:
-        a = (su * vv - sv * cross) / determinant
-        b = (sv * uu - su * cross) / determinant
+    least_a = LEAST_SHARE * min(y for _, y in points)
+    least_b = LEAST_SHARE * min(y / x for x, y in points if x)
+    fitted = [y for _, y in points]
+    a, b = least_a, least_b
+    for _ in range(10):
+        # the least of sum (f - y)^2 / (y f), which is 4 sinh^2(log(f / y) / 2): f in the
+        # denominator is that of the round before
+        weights = [1 / (y * f) for (_, y), f in zip(points, fitted, strict=True)]
+        a, b = _weighted_line(points, weights, least_a, least_b)
+        fitted = [a + b * x for x, _ in points]
+    return a, b
+
+
+def _weighted_line(
+    points: Sequence[tuple[float, float]], weights: list[float], least_a: float, least_b: float
+) -> tuple[float, float]:
+    """Weighted least squares with a and b no less than given."""
+    weighted = [(w, x, y) for w, (x, y) in zip(weights, points, strict=True)]
+    s1, sx = sum(w for w, _, _ in weighted), sum(w * x for w, x, _ in weighted)
+    sxx = sum(w * x * x for w, x, _ in weighted)
+    sy, sxy = sum(w * y for w, _, y in weighted), sum(w * x * y for w, x, y in weighted)
+    determinant = s1 * sxx - sx * sx
+    if determinant > 1e-12 * s1 * sxx:
+        a, b = (sxx * sy - sx * sxy) / determinant, (s1 * sxy - sx * sy) / determinant
         if a >= least_a and b >= least_b:
             return a, b
-        if a < least_a:  # the better of the edges of what is allowed
-            return least_a, max(least_b, (sv - least_a * cross) / vv)
-    return max(least_a, (su - least_b * cross) / uu), least_b
+        if a < least_a:
+            return least_a, max(least_b, (sxy - least_a * sx) / sxx)
+    return max(least_a, (sy - least_b * sx) / s1), least_b
 
 
 def _rising(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

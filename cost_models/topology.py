@@ -115,19 +115,18 @@ def topology_file(path: Path) -> Topology:
         raise TopologyError(f"cannot read the topology {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TopologyError(f"{path} is not a TOML file: {error}") from error
-    machine = _Machine.read(data, str(path), path.stem)
-    cluster = data.get("cluster", {})
-    return machine.build(
-        cluster.get("nodes", 1), cluster.get("devices_per_node", machine.host_size)
-    )
+    return topology_from_data(data, str(path), path.stem)
 
 
-def topology_from_data(data: dict[str, Any]) -> Topology:
+def topology_from_data(
+    data: dict[str, Any], where: str = "the given topology", default_name: str = "custom"
+) -> Topology:
     """The same from the content of such a file, already parsed."""
-    machine = _Machine.read(data, "the given topology", "custom")
-    cluster = data.get("cluster", {})
+    machine, reader = _Machine.read(data, where, default_name), _Reader(where)
+    cluster = reader.table(data, "cluster") if "cluster" in data else {}
     return machine.build(
-        cluster.get("nodes", 1), cluster.get("devices_per_node", machine.host_size)
+        reader.count(cluster, "nodes", 1),
+        reader.count(cluster, "devices_per_node", machine.host_size),
     )
 
 
@@ -172,14 +171,14 @@ class _Machine:
                 vendor=str(data.get("vendor", "")),
                 peak_flops_per_s=reader.by_dtype(device, "peak_flops_per_s", required=True),
                 achievable_flops_per_s=reader.by_dtype(device, "achievable_flops_per_s"),
-                memory_bytes=int(reader.number(device, "memory_bytes")),
+                memory_bytes=reader.count(device, "memory_bytes"),
                 memory_bytes_per_s=reader.number(device, "memory_bytes_per_s"),
-                cores=int(reader.number(device, "cores", 1)),
+                cores=reader.count(device, "cores", 1),
                 launch_s=reader.number(device, "launch_s", 3e-6),
             ),
             tiers=tuple(reader.tier(tier) for tier in tiers),
-            shared_by=tuple(int(reader.number(tier, "shared_by", 1)) for tier in tiers),
-            host_size=int(reader.number(data, "host_size", 1)),
+            shared_by=tuple(reader.count(tier, "shared_by", 1) for tier in tiers),
+            host_size=reader.count(data, "host_size", 1),
             collective_launch_s=reader.number(data, "collective_launch_s", 6.6e-6),
         )
 
@@ -241,6 +240,12 @@ class _Reader:
             raise TopologyError(f"{self.where}: {key} must be a positive number, not {found!r}")
         return found
 
+    def count(self, data: dict[str, Any], key: str, default: int | None = None) -> int:
+        found = self.number(data, key, default)
+        if found != int(found):
+            raise TopologyError(f"{self.where}: {key} must be a whole number, not {found!r}")
+        return int(found)
+
     def optional(self, data: dict[str, Any], key: str) -> float | None:
         return self.number(data, key) if key in data else None
 
@@ -261,13 +266,13 @@ class _Reader:
             raise TopologyError(f"{self.where}: a {wiring} needs pair_bytes_per_s")
         return Tier(
             name=str(data.get("name", "tier")),
-            size=int(self.number(data, "size")) if data.get("size") else 0,
+            size=self.count(data, "size") if data.get("size") else 0,
             bytes_per_s=self.number(data, "bytes_per_s"),
             latency_s=self.number(data, "latency_s"),
             wiring=wiring,
             pair_bytes_per_s=pair,
-            torus_dims=int(self.number(data, "torus_dims", 1)),
+            torus_dims=self.count(data, "torus_dims", 1),
             ring_bytes_per_s=self.optional(data, "ring_bytes_per_s"),
             reduction_bytes_per_s=self.optional(data, "reduction_bytes_per_s"),
-            reduction_from=int(self.number(data, "reduction_from", 2)),
+            reduction_from=self.count(data, "reduction_from", 2),
         )
