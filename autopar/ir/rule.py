@@ -75,9 +75,7 @@ class Inner:
     dtype: str = ""
 
 
-Localize = Callable[
-    [Operator, tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]], Operator
-]
+Localize = Callable[[Operator, tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]], Operator]
 """(operator, local shapes of its inputs, of its outputs) -> the operator with local arguments."""
 
 
@@ -91,11 +89,14 @@ class OpRule:
     A scalar tensor has no labels: ``"tokens vocab, tokens ->"``.
 
     - ``whole``: factors that are never split.
+    - ``sizes``: of factors whose size does not follow from the shapes (the groups of group norm).
     - ``sums``: factors that are absent from an output because the operator sums over them; when one
       is split, that output is partial. Factors absent from an output and not here are whole.
     - ``addends``: inputs that are added once to such a sum (a bias): partial when it is split.
     - ``linear``: inputs in which the operator is linear when taken together; all partial gives
       partial outputs. Inputs not named are replicated then.
+    - ``agreed``: outputs that every rank has whole although they lack the factor, because the
+      implementation agrees on them (statistics of batch norm): replicated, and no factor's sum.
     - ``kind`` and ``products`` say what it costs: ``view`` nothing (no memory is touched),
       ``memory`` bytes read and written, ``matmul`` and ``attention`` the products.
     - ``saves``: what is kept for the backward.
@@ -110,6 +111,7 @@ class OpRule:
     sums: tuple[str, ...] = ()
     addends: tuple[int, ...] = ()
     linear: tuple[int, ...] = ()
+    agreed: tuple[int, ...] = ()
     kind: Literal["view", "memory", "matmul", "attention"] = "memory"
     products: tuple[Product, ...] = ()
     saves: tuple[Saved, ...] = ()
@@ -117,6 +119,7 @@ class OpRule:
     special: tuple[str, ...] = ()
     localize: Localize | None = None
     proposed: bool = False
+    sizes: tuple[tuple[str, int], ...] = ()
 
 
 RuleMaker = Callable[[Operator, tuple[TensorSpec, ...], tuple[TensorSpec, ...]], OpRule]
@@ -140,7 +143,7 @@ class BoundRule:
         return tuple(f for f in self.sizes if self._splittable(f))
 
     def _splittable(self, factor: str) -> bool:
-        if factor in self.rule.whole or self.sizes[factor] == 1:
+        if factor in self.rule.whole or self.sizes[factor] <= 1:
             return False
         for dims in self.inputs + self.outputs:
             holders = [dim for dim in dims if factor in dim]
@@ -148,8 +151,8 @@ class BoundRule:
                 return False
         lacking = [
             spec
-            for dims, spec in zip(self.outputs, self.output_specs, strict=True)
-            if not any(factor in dim for dim in dims)
+            for i, (dims, spec) in enumerate(zip(self.outputs, self.output_specs, strict=True))
+            if i not in self.rule.agreed and not any(factor in dim for dim in dims)
         ]
         return not lacking or (
             factor in self.rule.sums and all(spec.is_floating for spec in lacking)
@@ -179,7 +182,10 @@ class BoundRule:
                 dims, choice, PARTIAL if reduced and i in self.rule.addends else REPLICATE
             )
             for i, dims in enumerate(self.inputs)
-        ), tuple(self._placement(dims, choice, PARTIAL) for dims in self.outputs)
+        ), tuple(
+            self._placement(dims, choice, REPLICATE if i in self.rule.agreed else PARTIAL)
+            for i, dims in enumerate(self.outputs)
+        )
 
     @staticmethod
     def _placement(dims: tuple[Dim, ...], factor: str, otherwise: Placement) -> Placement:
@@ -248,13 +254,9 @@ def bind(
     texts = _tensors(left, len(inputs)) + _tensors(right, len(outputs))
     if len(texts) != len(specs):
         raise ValueError(f"signature {rule.signature!r} does not name {len(specs)} tensors")
-    labelled = tuple(
-        _dims(text, len(spec.shape)) for text, spec in zip(texts, specs, strict=True)
-    )
-    sizes = _sizes(rule.signature, labelled, specs)
-    return BoundRule(
-        rule, labelled[: len(inputs)], labelled[len(inputs) :], inputs, outputs, sizes
-    )
+    labelled = tuple(_dims(text, len(spec.shape)) for text, spec in zip(texts, specs, strict=True))
+    sizes = _sizes(rule.signature, labelled, specs, dict(rule.sizes))
+    return BoundRule(rule, labelled[: len(inputs)], labelled[len(inputs) :], inputs, outputs, sizes)
 
 
 def _tensors(side: str, count: int) -> list[str]:
@@ -286,9 +288,12 @@ def _dims(text: str, rank: int) -> tuple[Dim, ...]:
 
 
 def _sizes(
-    signature: str, labelled: tuple[tuple[Dim, ...], ...], specs: tuple[TensorSpec, ...]
+    signature: str,
+    labelled: tuple[tuple[Dim, ...], ...],
+    specs: tuple[TensorSpec, ...],
+    sizes: dict[str, int],
 ) -> dict[str, int]:
-    sizes: dict[str, int] = {}
+    """``sizes`` are those that the rule gives."""
     compound: list[tuple[Dim, int]] = []
     for dims, spec in zip(labelled, specs, strict=True):
         if len(dims) != len(spec.shape):

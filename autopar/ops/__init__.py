@@ -1,0 +1,124 @@
+"""The rules of ATen's ops: ``RULES`` is the shelf, ``bound_rules`` reads it for a graph."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from autopar.errors import UnsupportedModelError
+from autopar.ir.graph import Operator, OperatorGraph, TensorSpec
+from autopar.ir.rule import BoundRule, OpRule, RuleMaker, bind
+from autopar.ops import (
+    attention,
+    convolution,
+    elementwise,
+    embedding,
+    factories,
+    indexing,
+    linear,
+    losses,
+    normalisation,
+    reductions,
+    views,
+)
+from autopar.ops.signatures import NoRuleError
+
+RULES: dict[str, OpRule | RuleMaker] = {
+    **linear.RULES,
+    **attention.RULES,
+    **convolution.RULES,
+    **embedding.RULES,
+    **normalisation.RULES,
+    **losses.RULES,
+    **elementwise.RULES,
+    **reductions.RULES,
+    **views.RULES,
+    **indexing.RULES,
+    **factories.RULES,
+}
+"""By op: a rule, or a function that makes it where shapes or arguments decide."""
+
+
+def rule_for(
+    operator: Operator,
+    input_specs: tuple[TensorSpec, ...],
+    output_specs: tuple[TensorSpec, ...],
+) -> OpRule | None:
+    """The rule of this operator; ``None`` when there is none (for this op, or these arguments)."""
+    bound = _bound(operator.op, operator.arguments, operator.keywords, input_specs, output_specs)
+    return None if bound is None else bound.rule
+
+
+def bound_rules(graph: OperatorGraph) -> dict[str, BoundRule]:
+    """By operator name.
+
+    Raises:
+        UnsupportedModelError: naming every op of the graph that has no rule.
+    """
+    found: dict[str, BoundRule] = {}
+    missing: dict[str, list[Operator]] = {}
+    for operator in graph.operators:
+        bound = bind_operator(graph, operator)
+        if bound is None:
+            missing.setdefault(operator.op, []).append(operator)
+        else:
+            found[operator.name] = bound
+    if missing:
+        raise UnsupportedModelError(_complaint(graph, missing))
+    return found
+
+
+def bind_operator(graph: OperatorGraph, operator: Operator) -> BoundRule | None:
+    """The rule of an operator of ``graph`` with its sizes."""
+    return _bound(
+        operator.op,
+        operator.arguments,
+        operator.keywords,
+        tuple(graph.spec(name) for name in operator.inputs),
+        tuple(graph.spec(name) for name in operator.outputs),
+    )
+
+
+@lru_cache(maxsize=16384)
+def _bound(
+    op: str,
+    arguments: tuple[object, ...],
+    keywords: tuple[tuple[str, object], ...],
+    input_specs: tuple[TensorSpec, ...],
+    output_specs: tuple[TensorSpec, ...],
+) -> BoundRule | None:
+    """Equal operators share one bound rule: a model has few kinds and many layers."""
+    found = RULES.get(op)
+    if found is None:
+        return None
+    if isinstance(found, OpRule):
+        return bind(found, input_specs, output_specs)
+    operator = Operator(
+        op=op,
+        name=op,
+        inputs=tuple(f"i{i}" for i in range(len(input_specs))),
+        outputs=tuple(f"o{i}" for i in range(len(output_specs))),
+        arguments=arguments,
+        keywords=keywords,
+    )
+    try:
+        return bind(found(operator, input_specs, output_specs), input_specs, output_specs)
+    except NoRuleError:
+        return None
+
+
+def _complaint(graph: OperatorGraph, missing: dict[str, list[Operator]]) -> str:
+    lines = []
+    for op, operators in sorted(missing.items()):
+        first = operators[0]
+        specs = ", ".join(f"{graph.spec(n).dtype}{list(graph.spec(n).shape)}" for n in first.inputs)
+        more = f" and {len(operators) - 1} more" if len(operators) > 1 else ""
+        lines.append(f"  {op}({specs}) in {first.module or 'the model'}{more}")
+    return (
+        f"{len(missing)} ops have no rule that says how they can be split:\n"
+        + "\n".join(lines)
+        + "\nlet autopar propose rules by trying them (propose=True, --propose), write the ops in "
+        "terms of others, or add a rule to a file in autopar/ops"
+    )
+
+
+__all__ = ["RULES", "bind_operator", "bound_rules", "rule_for"]

@@ -1,0 +1,76 @@
+"""Scaled dot-product attention, kept whole."""
+
+from __future__ import annotations
+
+from autopar.ir.graph import Operator, TensorSpec
+from autopar.ir.rule import OpRule, Product, RuleMaker, Saved
+from autopar.ops.signatures import (
+    accumulation_dtype,
+    broadcast,
+    labels,
+    points,
+    position,
+    signature,
+)
+
+Specs = tuple[TensorSpec, ...]
+
+
+def attention(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
+    """Split by batch and heads; by queries too, where no causal mask depends on their position.
+
+    Grouped queries have fewer key heads: ``(heads group)`` query heads meet ``heads`` key heads.
+    Three cases differ in what is kept: the fused kernel keeps the row sums of the scores; with
+    dropout, unequal head sizes or a gradient of the mask the local implementation keeps all
+    probabilities.
+    """
+    q, k, v = (spec.shape for spec in inputs[:3])
+    mask = position(operator, 3, "attn_mask")
+    dropout = float(operator.argument(4, "dropout_p", 0.0))
+    causal = bool(operator.argument(5, "is_causal", False))
+
+    names = labels(q[:-2], "batch")
+    key_names = list(names)
+    if len(q) > 2:
+        if q[-3] == k[-3]:
+            names[-1] = key_names[-1] = "heads" if q[-3] > 1 else "1"
+        else:
+            names[-1] = "(heads group)" if k[-3] > 1 else "group"
+            key_names[-1] = "heads" if k[-3] > 1 else "1"
+    tensors = [[*names, "q", "d"], [*key_names, "k", "d"], [*key_names, "k", "dv"]]
+    if mask is not None:
+        shape = inputs[mask].shape
+        scores = [*names, "q", "k"]
+        tensors.append(broadcast(shape, (*q[:-1], k[-2]), scores))
+    batch = points(names)
+    grouped = "group" in batch.split()
+    fused = dropout == 0.0 and len(q) == 4 and q[-1] == v[-1]
+    differentiable_mask = mask is not None and inputs[mask].is_floating
+    return OpRule(
+        signature(tensors, [[*names, "q", "dv"]]),
+        whole=("k", "d", "dv") + (("q",) if causal else ()) + (("group",) if grouped else ()),
+        kind="attention",
+        products=(Product(batch, "q", "k", "d"), Product(batch, "q", "dv", "k")),
+        saves=_saves(batch, mask, tensors, inputs, fused),
+        special=("*",) if differentiable_mask or not fused else (),
+    )
+
+
+def _saves(
+    batch: str, mask: int | None, tensors: list[list[str]], inputs: Specs, fused: bool
+) -> tuple[Saved, ...]:
+    operands = (Saved("input 0"), Saved("input 1"), Saved("input 2"))
+    probabilities = f"{batch} q k".strip()
+    if not fused:
+        return (*operands, Saved(probabilities))
+    rows = Saved(f"{batch} q".strip(), dtype=accumulation_dtype(inputs[0].dtype))
+    if mask is None:
+        return (*operands, Saved("output 0"), rows)
+    if inputs[mask].is_floating:
+        return (*operands, Saved("output 0"), rows, Saved("input 3"), Saved(probabilities, (3,)))
+    return (*operands, Saved("output 0"), rows, Saved(points(tensors[3])))
+
+
+RULES: dict[str, OpRule | RuleMaker] = {
+    "aten.scaled_dot_product_attention.default": attention,
+}

@@ -1,0 +1,150 @@
+"""Reading and writing at positions that tensors hold: gather, index, scatter."""
+
+from __future__ import annotations
+
+from autopar.ir.graph import Input, Operator, TensorSpec
+from autopar.ir.rule import OpRule, RuleMaker, Saved
+from autopar.ops.signatures import NoRuleError, broadcast, dim_of, labels, signature
+
+Specs = tuple[TensorSpec, ...]
+
+
+def gather(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
+    """Split by positions (the source is whole then) and by the dims that run along."""
+    del outputs
+    source, index = inputs[0].shape, inputs[1].shape
+    if not source:
+        return OpRule(", -> ")
+    dim = dim_of(operator.argument(1, "dim"), len(source))
+    names = labels(index)
+    table = labels(source, "source")
+    for i, size in enumerate(index):
+        if i != dim and size == source[i]:
+            table[i] = names[i]
+    short = [i for i, size in enumerate(index) if i != dim and size != source[i]]
+    return OpRule(
+        signature([table, names], [names]),
+        whole=tuple(names[i] for i in short if names[i] != "1"),
+        linear=(0,) if inputs[0].is_floating else (),
+        saves=(Saved("input 1"),),
+    )
+
+
+def index_select(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
+    """Split by positions and by the dims that are not looked up."""
+    del outputs
+    table = labels(inputs[0].shape)
+    dim = dim_of(operator.argument(1, "dim"), len(table))
+    positions = ["1" if inputs[1].shape in ((), (1,)) else "position"]
+    out = [*table[:dim], *positions, *table[dim + 1 :]]
+    return OpRule(
+        signature([table, positions[: len(inputs[1].shape)]], [out]),
+        linear=(0,) if inputs[0].is_floating else (),
+        saves=(Saved("input 1"),),
+    )
+
+
+def _indexed(operator: Operator, inputs: Specs) -> tuple[list[list[str]], list[str], list[str]]:
+    """Labels of the table, the indices and the result of ``table[i, :, j]``."""
+    table = labels(inputs[0].shape, "d")
+    indices = operator.argument(1, "indices")
+    at = [dim for dim, index in enumerate(indices) if isinstance(index, Input)]
+    shapes = [inputs[indices[dim].index].shape for dim in at]
+    if any(inputs[indices[dim].index].dtype == "bool" for dim in at):
+        raise NoRuleError("the shape of what a mask selects is not known beforehand")
+    rank = max((len(shape) for shape in shapes), default=0)
+    common = tuple(
+        max(shape[i - rank + len(shape)] for shape in shapes if i - rank + len(shape) >= 0)
+        for i in range(rank)
+    )
+    names = labels(common, "position")
+    sides = [broadcast(shape, common, names) for shape in shapes]
+    adjacent = at == list(range(at[0], at[0] + len(at))) if at else True
+    rest = [name for dim, name in enumerate(table) if dim not in at]
+    first = at[0] if at and adjacent else 0
+    return [table, *sides], [*rest[:first], *names, *rest[first:]], [table[dim] for dim in at]
+
+
+def index(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
+    """``table[i, :, j]``: split by positions and by the dims that are not indexed."""
+    del outputs
+    sides, out, _ = _indexed(operator, inputs)
+    return OpRule(
+        signature(sides, [out]),
+        linear=(0,) if inputs[0].is_floating else (),
+        saves=tuple(Saved(f"input {i}") for i in range(1, len(inputs))),
+    )
+
+
+def index_put(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
+    """Split by the dims that are not indexed; positions may meet, so they stay whole."""
+    sides, out, at = _indexed(operator, inputs)
+    positions = [name for side in sides[1:] for name in side]
+    known = {
+        name: size
+        for side, spec in zip(sides, inputs, strict=False)
+        for name, size in zip(side, spec.shape, strict=True)
+    }
+    values = broadcast(inputs[-1].shape, tuple(known[name] for name in out), out)
+    del outputs
+    return OpRule(
+        signature([*sides, values], [sides[0]]),
+        whole=tuple(dict.fromkeys(n for n in (*at, *positions) if n != "1")),
+        saves=tuple(Saved(f"input {i}") for i in range(1, len(inputs) - 1)),
+    )
+
+
+def scatter(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
+    """Split by the dims that run along in all tensors."""
+    del outputs
+    shape, rank = inputs[0].shape, len(inputs[0].shape)
+    dim = dim_of(operator.argument(1, "dim"), rank)
+    sides = []
+    for n, spec in enumerate(inputs):
+        names = labels(shape) if n == 0 else labels(spec.shape, f"i{n}_")
+        for i, size in enumerate(spec.shape):
+            if i != dim and all(size == other.shape[i] for other in inputs):
+                names[i] = "1" if size == 1 else f"d{i}"
+        sides.append(names)
+    own = {n for side in sides[1:] for n in side if n.startswith("i")}
+    partners = {i for i in range(rank) if any(f"_{i}" in n for n in own)} | {dim}
+    return OpRule(
+        signature(sides, [sides[0]]),
+        whole=tuple(sorted(own)) + tuple(sides[0][i] for i in partners if sides[0][i] != "1"),
+        saves=(Saved("input 1"),),
+    )
+
+
+def index_add(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
+    """Adding rows at positions; linear in the tensor and the rows together."""
+    del outputs
+    names = labels(inputs[0].shape)
+    dim = dim_of(operator.argument(1, "dim"), len(names))
+    positions = "1" if inputs[1].numel == 1 else "position"
+    rows = [*names[:dim], positions, *names[dim + 1 :]]
+    return OpRule(
+        signature([names, [positions], rows], [names]),
+        whole=tuple(n for n in (names[dim], positions) if n != "1"),
+        linear=(0, 2) if inputs[0].is_floating else (),
+        saves=(Saved("input 1", needs=(2,)),),
+    )
+
+
+def bucketize(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
+    """The boundaries are needed whole."""
+    del operator
+    names = labels(outputs[0].shape)
+    return OpRule(signature([names, ["boundaries"]], [names]), whole=("boundaries",))
+
+
+RULES: dict[str, OpRule | RuleMaker] = {
+    "aten.gather.default": gather,
+    "aten.index_select.default": index_select,
+    "aten.index.Tensor": index,
+    "aten.index_put.default": index_put,
+    "aten.scatter.src": scatter,
+    "aten.scatter.value": scatter,
+    "aten.scatter_add.default": scatter,
+    "aten.index_add.default": index_add,
+    "aten.bucketize.Tensor": bucketize,
+}

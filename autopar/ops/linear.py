@@ -1,0 +1,131 @@
+"""Matrix products: linear, matmul, bmm, addmm, einsum."""
+
+from __future__ import annotations
+
+from autopar.ir.graph import Operator, TensorSpec
+from autopar.ir.rule import OpRule, Product, RuleMaker, Saved
+from autopar.ops.signatures import NoRuleError, broadcast, labels, signature
+
+Specs = tuple[TensorSpec, ...]
+
+SAVES_BOTH = (Saved("input 0", needs=(1,)), Saved("input 1", needs=(0,)))
+
+
+def linear(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
+    """``x @ weight.T + bias``; split on ``in`` with a bias it is row-parallel: the bias is added to
+    the sum once."""
+    del operator, outputs
+    biased = len(inputs) == 3
+    return OpRule(
+        "... in, out in, out -> ... out" if biased else "... in, out in -> ... out",
+        sums=("in",),
+        addends=(2,) if biased else (),
+        linear=(0, 2) if biased else (0,),
+        kind="matmul",
+        products=(Product("", "...", "out", "in"),),
+        saves=SAVES_BOTH,
+    )
+
+
+def addmm(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
+    """``bias + a @ b`` where the bias is broadcast (GPT-2's Conv1D)."""
+    del operator
+    names = ["m", "n"]
+    bias = broadcast(inputs[0].shape, outputs[0].shape, names)
+    return OpRule(
+        signature([bias, ["m", "k"], ["k", "n"]], [names]),
+        sums=("k",),
+        addends=(0,),
+        linear=(0, 1),
+        kind="matmul",
+        products=(Product("", "m", "n", "k"),),
+        saves=(Saved("input 1", needs=(2,)), Saved("input 2", needs=(1,))),
+    )
+
+
+def baddbmm(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
+    """``bias + a @ b`` for a batch of matrices."""
+    del operator
+    names = ["b", "m", "n"]
+    bias = broadcast(inputs[0].shape, outputs[0].shape, names)
+    return OpRule(
+        signature([bias, ["b", "m", "k"], ["b", "k", "n"]], [names]),
+        sums=("k",),
+        addends=(0,),
+        linear=(0, 1),
+        kind="matmul",
+        products=(Product("b", "m", "n", "k"),),
+        saves=(Saved("input 1", needs=(2,)), Saved("input 2", needs=(1,))),
+    )
+
+
+def matmul(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
+    """Vectors, matrices and batches of them, with broadcasting of the batch dims."""
+    del operator
+    a, b = (spec.shape for spec in inputs)
+    out = outputs[0]
+    batch_shape = out.shape[: len(out.shape) - (len(a) > 1) - (len(b) > 1)]
+    batch = labels(batch_shape, "b")
+    left = [*broadcast(a[:-2], batch_shape, batch), "m", "k"] if len(a) > 1 else ["k"]
+    right = [*broadcast(b[:-2], batch_shape, batch), "k", "n"] if len(b) > 1 else ["k"]
+    rows = ["m"] if len(a) > 1 else []
+    columns = ["n"] if len(b) > 1 else []
+    return OpRule(
+        signature([left, right], [[*batch, *rows, *columns]]),
+        sums=("k",),
+        linear=(0,),
+        kind="matmul",
+        products=(
+            Product(" ".join(x for x in batch if x != "1"), " ".join(rows), " ".join(columns), "k"),
+        ),
+        saves=SAVES_BOTH,
+    )
+
+
+def einsum(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
+    """One or two operands; each letter is a factor, those absent from the output are summed.
+
+    Raises:
+        NoRuleError: three operands, an ellipsis or a repeated letter.
+    """
+    equation = str(operator.argument(0, "equation")).replace(" ", "")
+    left, arrow, right = equation.partition("->")
+    operands = left.split(",")
+    if "." in equation or len(inputs) > 2 or any(len(set(t)) < len(t) for t in operands):
+        raise NoRuleError(f"no rule for einsum {equation!r}")
+    if not arrow:
+        right = "".join(sorted(c for c in set(left) - {","} if left.count(c) == 1))
+    sides = [
+        broadcast(spec.shape, spec.shape, list(text))
+        for text, spec in zip(operands, inputs, strict=True)
+    ]
+    (out,) = (spec.shape for spec in outputs)
+    everywhere = {name for side in sides for name in side} - {"1"}
+    summed = tuple(sorted(everywhere - set(right)))
+    rest: dict[str, list[str]] = {"batch": [], "m": [], "n": []}
+    for name in sorted(everywhere & set(right)):
+        where = [name in side for side in sides]
+        rest["batch" if all(where) else "m" if where[0] else "n"].append(name)
+    product = Product(*(" ".join(names) for names in rest.values()), " ".join(summed))
+    contracts = len(inputs) == 2 and bool(summed)
+    return OpRule(
+        signature(sides, [broadcast(out, out, list(right))]),
+        sums=summed,
+        linear=(0,),
+        kind="matmul" if contracts else "memory",
+        products=(product,) if contracts else (),
+        saves=SAVES_BOTH if len(inputs) == 2 else (),
+    )
+
+
+RULES: dict[str, OpRule | RuleMaker] = {
+    "aten.linear.default": linear,
+    "aten.addmm.default": addmm,
+    "aten.baddbmm.default": baddbmm,
+    "aten.matmul.default": matmul,
+    "aten.mm.default": matmul,
+    "aten.bmm.default": matmul,
+    "aten.mv.default": matmul,
+    "aten.dot.default": matmul,
+    "aten.einsum.default": einsum,
+}

@@ -1,0 +1,178 @@
+"""Normalisation, and dropout: what stands between the products."""
+
+from __future__ import annotations
+
+from autopar.ir.graph import Operator, TensorSpec
+from autopar.ir.rule import Inner, OpRule, RuleMaker, Saved
+from autopar.ops.signatures import (
+    Shape,
+    accumulation_dtype,
+    labels,
+    points,
+    position,
+    present,
+    signature,
+    with_argument,
+)
+
+Specs = tuple[TensorSpec, ...]
+
+
+def _normalised(operator: Operator, inputs: Specs) -> tuple[list[str], list[str]]:
+    """Labels of the leading dims and of the dims that are normalised together."""
+    shape = inputs[0].shape
+    lead = len(shape) - len(operator.argument(1, "normalized_shape"))
+    names = labels(shape)
+    return names[:lead], names[lead:]
+
+
+def layer_norm(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
+    """Split by everything but the normalised dims. Mean and deviation of each row are kept."""
+    lead, inner = _normalised(operator, inputs)
+    affine = present(position(operator, 2, "weight"), position(operator, 3, "bias"))
+    rows = [*lead, *("1" for _ in inner)]
+    own = (
+        (Saved("output 1"), Saved("output 2")) if len(outputs) == 3 else (Saved(points(lead)),) * 2
+    )
+    return OpRule(
+        signature(
+            [[*lead, *inner], *[inner for _ in affine]],
+            [[*lead, *inner], rows, rows][: len(outputs)],
+        ),
+        whole=tuple(n for n in inner if n != "1"),
+        saves=(Saved("input 0"), *(Saved(f"input {i}") for i in affine), *own),
+    )
+
+
+def rms_norm(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
+    """Below float32 the kernel works on a float32 copy of its input, and keeps that."""
+    del outputs
+    lead, inner = _normalised(operator, inputs)
+    weight = position(operator, 2, "weight")
+    accumulated = accumulation_dtype(inputs[0].dtype)
+    every = points([*lead, *inner])
+    saves = [
+        Saved("input 0") if accumulated == inputs[0].dtype else Saved(every, dtype=accumulated),
+        Saved(points(lead), dtype=accumulated),
+    ]
+    if weight is not None:
+        saves += [Saved(f"input {weight}", needs=(0,)), Saved(every, (weight,), accumulated)]
+    return OpRule(
+        signature([[*lead, *inner]] + [inner] * (weight is not None), [[*lead, *inner]]),
+        whole=tuple(n for n in inner if n != "1"),
+        saves=tuple(saves),
+    )
+
+
+def group_norm(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
+    """``(g c)`` channels: groups can be split, and with them the number that the op is told."""
+    del outputs
+    groups = int(operator.argument(1, "num_groups"))
+    batch, channels, *space = labels(inputs[0].shape)
+    if groups > 1:
+        channels = "(g c)" if inputs[0].shape[1] > groups else "g"
+    affine = present(position(operator, 2, "weight"), position(operator, 3, "bias"))
+    x = [batch, channels, *space]
+    whole = [n for n in space if n != "1"] + ([channels] if groups == 1 and channels != "1" else [])
+    own = Saved(points([batch, "g" if groups > 1 else "1"]))
+
+    def localize(o: Operator, ins: tuple[Shape, ...], outs: tuple[Shape, ...]) -> Operator:
+        del outs
+        return with_argument(o, 1, "num_groups", groups * ins[0][1] // inputs[0].shape[1])
+
+    weights = (Saved(f"input {i}") for i in affine[:1] if operator.argument(2, "weight"))
+    return OpRule(
+        signature([x, *[[channels] for _ in affine]], [x]),
+        whole=tuple(whole),
+        saves=(Saved("input 0"), *weights, own, own),
+        localize=localize,
+        sizes=(("g", groups),) if "g" in points([channels]).split() else (),
+    )
+
+
+def instance_norm(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
+    """Every sample and channel by itself."""
+    del outputs
+    batch, channels, *space = labels(inputs[0].shape)
+    x = [batch, channels, *space]
+    affine = present(position(operator, 1, "weight"), position(operator, 2, "bias"))
+    own = Saved(points([batch, channels]))
+    return OpRule(
+        signature([x, *[[channels] for _ in affine]], [x]),
+        whole=tuple(n for n in space if n != "1"),
+        saves=(Saved("input 0"), *([own] if affine else []), own, own),
+    )
+
+
+def batch_norm(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
+    """In training: statistics over batch and space, all-reduced when these are split.
+
+    Outputs: normalised, mean, 1 / deviation, new running mean, new running variance; all but the
+    first are the same on all ranks of an axis that does not divide the channels.
+    """
+    batch, channels, *space = labels(inputs[0].shape)
+    x = [batch, channels, *space]
+    rows = [name for name in (batch, *space) if name != "1"]
+    accumulated = accumulation_dtype(inputs[0].dtype)
+    channel = points([channels])
+    inner = tuple(
+        collective
+        for name in rows
+        for collective in (
+            Inner(name, "all_reduce", "forward", channel, dtype=accumulated),
+            Inner(name, "all_reduce", "forward", channel, dtype=accumulated),
+            Inner(name, "all_reduce", "backward", channel, times=2, dtype=accumulated),
+        )
+    )
+    weight = position(operator, 1, "weight")
+    return OpRule(
+        signature([x, *[[channels] for _ in inputs[1:]]], [x, *[[channels] for _ in outputs[1:]]]),
+        agreed=tuple(range(1, len(outputs))),
+        special=tuple(rows),
+        inner=inner,
+        saves=(
+            Saved("input 0"),
+            *([Saved(f"input {weight}")] if weight is not None else []),
+            Saved("output 1"),
+            Saved("output 2"),
+        ),
+    )
+
+
+def frozen_batch_norm(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
+    """In evaluation: a scale and a shift for each channel."""
+    del operator
+    batch, channels, *space = labels(inputs[0].shape)
+    x = [batch, channels, *space]
+    out = [x] + [["empty"] if spec.shape == (0,) else [channels] for spec in outputs[1:]]
+    return OpRule(
+        signature([x, *[[channels] for _ in inputs[1:]]], out),
+        whole=("empty",) if any("empty" in dims for dims in out) else (),
+        agreed=tuple(range(1, len(outputs))),
+        saves=(Saved("input 0"), Saved("input 1")),
+    )
+
+
+def dropout(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
+    """The mask is a function of the global index, so every split draws the same one."""
+    del operator
+    names = labels(inputs[0].shape)
+    return OpRule(
+        signature([names], [names for _ in outputs]),
+        linear=(0,),
+        special=("*",),
+        saves=(Saved("output 1"),) if len(outputs) == 2 else (Saved(points(names), dtype="bool"),),
+    )
+
+
+RULES: dict[str, OpRule | RuleMaker] = {
+    "aten.layer_norm.default": layer_norm,
+    "aten.native_layer_norm.default": layer_norm,
+    "aten.rms_norm.default": rms_norm,
+    "aten.group_norm.default": group_norm,
+    "aten.instance_norm.default": instance_norm,
+    "aten._native_batch_norm_legit_functional.default": batch_norm,
+    "aten._native_batch_norm_legit_no_training.default": frozen_batch_norm,
+    "aten.native_dropout.default": dropout,
+    "aten.dropout.default": dropout,
+}
