@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import prod
 
 from autopar.ir.graph import ITEM_BYTES, OperatorGraph, TensorSpec
-from autopar.ir.sharding import Mesh, Sharding, gradient, local_shape
+from autopar.ir.sharding import Mesh, gradient, local_shape
 from autopar.ir.simulation import Estimate, PromisedCollective
 from autopar.ir.strategy import Storage, Strategy, Training
 from autopar.simulator.costs import ComputeCache, Costs, inner_transfers
@@ -169,11 +169,12 @@ def _local_moves_s(
     for parameter_edge in parameter_edges(graph, rules, strategy):
         there, back = _parameter_moves_s(parameter_edge, costs)
         forward += there
-        backward += back
+        backward += back / strategy.microbatches if parameter_edge.per_step else back
     return forward, backward
 
 
 def _parameter_moves_s(edge: ParameterEdge, costs: Costs) -> tuple[float, float]:
+    """Slices and masks of a parameter on its way to use, and of its gradient on the way back."""
     forward = costs.moves_s(edge.spec, edge.storage.parameter, edge.target, backward=False)
     if not edge.trainable:
         return forward, 0.0
@@ -182,36 +183,14 @@ def _parameter_moves_s(edge: ParameterEdge, costs: Costs) -> tuple[float, float]
 
 
 def optimizer_time_s(spec: TensorSpec, storage: Storage, training: Training, costs: Costs) -> float:
-    """The update of one parameter's shard: reads and writes parameter, gradient and states."""
+    """The update of one parameter's shard."""
     elements = prod(local_shape(spec.shape, storage.optimizer, costs.mesh))
-    moved = elements * (
-        2 * ITEM_BYTES[spec.dtype] + optimizer_bytes_per_element(spec, training) * 2
-    )
-    return costs.memory_bound_s(float(moved + elements * ITEM_BYTES[spec.dtype]), spec.dtype)
+    return update_time_s(elements, spec, training, costs)
 
 
-def parameter_time_s(
-    spec: TensorSpec,
-    storage: Storage,
-    target: Sharding,
-    regathers: int,
-    training: Training,
-    costs: Costs,
-    microbatches: int,
-) -> float:
-    """Everything that one trained parameter with a single use costs in a step."""
-    edge = ParameterEdge("", spec, storage, target, (), ("",) * regathers, True)
-    promised = (
-        *_parameter_promise(edge, costs.mesh, microbatches),
-        *_storage_promise(spec, "", storage, costs.mesh),
-    )
-    names = costs.mesh.names
-    moves_s = microbatches * sum(_parameter_moves_s(edge, costs))
-    return (
-        moves_s
-        + optimizer_time_s(spec, storage, training, costs)
-        + sum(
-            costs.collective_s(one.kind, names.index(one.axis), one.bytes) * one.count
-            for one in promised
-        )
-    )
+def update_time_s(elements: int, spec: TensorSpec, training: Training, costs: Costs) -> float:
+    """An update of so many elements: the gradient is read, parameter and states are read and
+    written."""
+    item = ITEM_BYTES[spec.dtype]
+    moved = elements * (3 * item + 2 * optimizer_bytes_per_element(spec, training))
+    return costs.memory_bound_s(float(moved), spec.dtype)

@@ -165,10 +165,16 @@ class RedistributionTable:
     def paths(self) -> Paths:
         return paths(len(self.costs.mesh.axes))
 
-    def seconds(self, spec: TensorSpec, rows: NDArray[np.int64]) -> tuple[Seconds, Seconds]:
-        """Forward and backward seconds for an array of row numbers."""
+    def seconds(
+        self, spec: TensorSpec, rows: NDArray[np.int64], *, copies: bool = True
+    ) -> tuple[Seconds, Seconds]:
+        """Forward and backward seconds for an array of row numbers; without ``copies`` the
+        collectives alone."""
         what, mask = self.paths.arrays()
         by_step = self._step_seconds(spec)
+        if not copies:
+            by_step = by_step.copy()
+            by_step[_COPY] = 0.0
         unique, inverse = np.unique(rows, return_inverse=True)
         times = by_step[what[unique], mask[unique]].sum(axis=-1)
         found = times[inverse].reshape((*rows.shape, 2))

@@ -1,0 +1,739 @@
+"""From a graph, its rules and a mesh to a price list, and from a selection back to a strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph, Role, TensorSpec
+from autopar.ir.rule import RESERVED, BoundRule, Choice, Split
+from autopar.ir.sharding import Mesh, Placement, Sharding, gradient, shard, sharded_dim
+from autopar.ir.strategy import Stage, Storage, Strategy, Training
+from autopar.simulator.blocks import Block, blocks
+from autopar.simulator.clusters import Cluster, Link, clusters, links
+from autopar.simulator.costs import ComputeCache, Costs
+from autopar.simulator.edges import Rules, canonical, carries_gradient, saves_input
+from autopar.simulator.memory import optimizer_bytes_per_element
+from autopar.simulator.price_list import Flow, Kept, Menu, Node, PriceList, Selection
+from autopar.simulator.prices import update_time_s
+from autopar.simulator.redistribution_table import (
+    Codes,
+    RedistributionTable,
+    code,
+    codes,
+    placement_code,
+    sharding,
+)
+from cost_models.interface import CostModel
+
+Index = NDArray[np.int64]
+
+AT_LOSS, AT_END = 0, 1
+"""Memory rows: all activations saved and no gradient yet; all gradients and no activation left."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """Parameters that are used alike: by the same classes of operators at the same inputs.
+
+    ``readers``: (class, input position); ``saving``: for each reader, how many of its operators
+    need any one of these parameters again in the backward.
+    """
+
+    parameters: tuple[str, ...]
+    readers: tuple[tuple[int, int], ...]
+    saving: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What does not depend on the mesh: worked out once for all of them."""
+
+    graph: OperatorGraph
+    rules: Rules
+    dimensions: str = "SOAP"
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        return blocks(self.graph)
+
+    @cached_property
+    def class_of(self) -> tuple[int, ...]:
+        found = list(range(len(self.graph.operators)))
+        for block in self.blocks:
+            for index in range(block.start, block.stop):
+                found[index] = block.start + (index - block.start) % block.period
+        return tuple(found)
+
+    @cached_property
+    def copies(self) -> dict[int, int]:
+        """How many operators each class stands for."""
+        found: dict[int, int] = {}
+        for representative in self.class_of:
+            found[representative] = found.get(representative, 0) + 1
+        return found
+
+    @cached_property
+    def links(self) -> tuple[Link, ...]:
+        return links(self.graph, self.class_of)
+
+    @cached_property
+    def clusters(self) -> tuple[Cluster, ...]:
+        return clusters(self.graph, self.rules, self.class_of, self.copies, self.links)
+
+    @cached_property
+    def home(self) -> dict[int, int]:
+        """The number of the cluster that each class belongs to."""
+        return {m: i for i, cluster in enumerate(self.clusters) for m in cluster.members}
+
+    @cached_property
+    def uses(self) -> tuple[Use, ...]:
+        position = {operator.name: i for i, operator in enumerate(self.graph.operators)}
+        grouped: dict[object, list[str]] = {}
+        details: dict[object, tuple[tuple[tuple[int, int], ...], tuple[int, ...]]] = {}
+        for tensor in self.graph.parameters:
+            readers: dict[tuple[int, int], int] = {}
+            for operator, place in self.graph.consumers[tensor.name]:
+                reader = (self.class_of[position[operator.name]], place)
+                saves = saves_input(self.graph, operator, self.rules[operator.name], place)
+                readers[reader] = readers.get(reader, 0) + saves
+            key = (tensor.spec, tensor.differentiable, tuple(readers.items()))
+            grouped.setdefault(key, []).append(tensor.name)
+            details[key] = tuple(readers), tuple(readers.values())
+        return tuple(Use(tuple(names), *details[key]) for key, names in grouped.items())
+
+    @cached_property
+    def letters(self) -> dict[int, dict[str, str]]:
+        """SOAP: for each class, whether a factor is Sample (it comes from the batch dim of an
+        input), Parameter (it indexes a parameter) or Attribute (neither)."""
+        sampled = {t.name: {0} for t in self.graph.of_role(Role.INPUT) if t.spec.shape}
+        found: dict[int, dict[str, str]] = {}
+        for index, operator in enumerate(self.graph.operators):
+            bound = self.rules[operator.name]
+            letters = _letters(self.graph, operator, bound, sampled)
+            for name, dims in zip(operator.outputs, bound.outputs, strict=True):
+                sampled[name] = {
+                    i for i, dim in enumerate(dims) if dim and letters.get(dim[0]) == "S"
+                }
+            found.setdefault(self.class_of[index], letters)
+        return found
+
+    def bound(self, representative: int) -> BoundRule:
+        return self.rules[self.graph.operators[representative].name]
+
+
+def _letters(
+    graph: OperatorGraph, operator: Operator, bound: BoundRule, sampled: dict[str, set[int]]
+) -> dict[str, str]:
+    letters = dict.fromkeys(bound.sizes, "A")
+    for name, dims in zip(operator.inputs, bound.inputs, strict=True):
+        for i, dim in enumerate(dims):
+            if i in sampled.get(name, ()):
+                letters.update(dict.fromkeys(dim[:1], "S"))
+            elif graph.by_name[name].role is Role.PARAMETER:
+                letters.update({f: "P" for f in dim if letters[f] == "A"})
+    return letters
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The alternatives of a cluster on one mesh: which option each axis takes."""
+
+    cluster: Cluster
+    option: Index  # (alternatives, axes)
+
+    def split(self, alternative: int, member: int) -> Split:
+        return tuple(self.cluster.options[o][member] for o in self.option[alternative].tolist())
+
+
+@dataclass
+class Listing:
+    """The price list of a graph on one mesh, and the way back from selections."""
+
+    structure: Structure
+    cost_model: CostModel
+    mesh: Mesh
+    memory_limit_bytes: float
+    training: Training
+    microbatches: int = 1
+    compute_cache: ComputeCache = field(default_factory=dict)
+
+    @cached_property
+    def costs(self) -> Costs:
+        return Costs(self.cost_model, self.mesh, self.compute_cache)
+
+    @cached_property
+    def table(self) -> RedistributionTable:
+        return RedistributionTable(self.costs)
+
+    @property
+    def graph(self) -> OperatorGraph:
+        return self.structure.graph
+
+    # ---- candidates ----------------------------------------------------------------------------
+
+    @cached_property
+    def candidates(self) -> tuple[Candidates, ...]:
+        return tuple(self._candidates(cluster) for cluster in self.structure.clusters)
+
+    def _candidates(self, cluster: Cluster) -> Candidates:
+        """Options for each axis, where every operator's factors divide exactly."""
+        allowed = [i for i, o in enumerate(cluster.options) if self._allowed(cluster, o)]
+        every = np.array(list(product(allowed, repeat=len(self.mesh.axes))), dtype=np.int64)
+        legal = np.ones(len(every), dtype=bool)
+        for member in cluster.members:
+            bound = self.structure.bound(member)
+            _, cuts = self._cuts(cluster, member, every)
+            sizes = np.array([bound.sizes[f] for f in bound.factors], dtype=np.int64)
+            if len(sizes):
+                legal &= (sizes % cuts == 0).all(axis=1)
+        return Candidates(cluster, every[legal])
+
+    def _allowed(self, cluster: Cluster, option: dict[int, Choice]) -> bool:
+        """Whether the dimensions of SOAP that the user allows include what the first member
+        divides; the others follow it."""
+        first = cluster.members[0]
+        choice = option[first]
+        return choice in RESERVED or (
+            self.structure.letters[first][choice] in self.structure.dimensions
+        )
+
+    def _cuts(self, cluster: Cluster, member: int, option: Index) -> tuple[Index, Index]:
+        """For each alternative: the choice of each axis (as a number), and into how many pieces
+        each factor of the operator is cut."""
+        bound = self.structure.bound(member)
+        number = {c: i for i, c in enumerate((*bound.factors, *RESERVED))}
+        choice = np.array([number[o[member]] for o in cluster.options], dtype=np.int64)[option]
+        sizes = np.array(self.mesh.sizes, dtype=np.int64)
+        cuts = [np.where(choice == f, sizes, 1).prod(axis=1) for f in range(len(bound.factors))]
+        return choice, np.stack(cuts, axis=1) if cuts else np.ones((len(option), 0), np.int64)
+
+    # ---- nodes ---------------------------------------------------------------------------------
+
+    @cached_property
+    def price_list(self) -> PriceList:
+        nodes = [self._node(number) for number in range(len(self.structure.clusters))]
+        flows = [flow for link in self.structure.links for flow in self._flows(link)]
+        for use in self._shared_uses:
+            flows += self._shared_flows(use, len(nodes))
+            nodes.append(self._shared_node(use))
+        output = Node("(output)", np.zeros(1), np.zeros((2, 1)))
+        return PriceList(
+            (*nodes, output),
+            tuple(flows),
+            tuple(self._kept()),
+            np.array([self.memory_limit_bytes] * 2, dtype=float),
+            fixed_memory_bytes=float(self._constant_bytes),
+        )
+
+    @property
+    def _constant_bytes(self) -> int:
+        return sum(
+            t.spec.bytes for role in (Role.BUFFER, Role.CONSTANT) for t in self.graph.of_role(role)
+        )
+
+    def _node(self, number: int) -> Node:
+        candidates = self.candidates[number]
+        cluster = candidates.cluster
+        copies = self.structure.copies[cluster.members[0]]
+        time_s = np.zeros(len(candidates.option))
+        for member in cluster.members:
+            time_s += self._operator_time_s(candidates, member)
+        memory = np.zeros((2, len(candidates.option)))
+        memory[AT_LOSS] = sum(self._own_saved_bytes(candidates, m) for m in cluster.members)
+        menus = tuple(
+            self._menu(use)
+            for use in self.structure.uses
+            if len(use.readers) == 1 and self.structure.home[use.readers[0][0]] == number
+        )
+        name = self.graph.operators[cluster.members[0]].name
+        return Node(name, time_s * self.microbatches, memory, copies, menus)
+
+    def _operator_time_s(self, candidates: Candidates, member: int) -> NDArray[np.float64]:
+        operator, bound = self.graph.operators[member], self.structure.bound(member)
+        choice, cuts = self._cuts(candidates.cluster, member, candidates.option)
+        keys = choice if bound.rule.inner else cuts
+        _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+        return np.array(
+            [self._split_time_s(operator, bound, candidates.split(k, member)) for k in first]
+        )[inverse.reshape(-1)]
+
+    def _split_time_s(self, operator: Operator, bound: BoundRule, split: Split) -> float:
+        backward = carries_gradient(self.graph, operator)
+        differentiable = tuple(
+            backward and self.graph.by_name[name].differentiable for name in operator.inputs
+        )
+        total = sum(self.costs.operator_s(bound, split, differentiable))
+        if bound.rule.inner:
+            total += self.costs.inner_s(bound, split, "forward")
+            total += self.costs.inner_s(bound, split, "backward") if backward else 0.0
+        return total
+
+    def _own_saved_bytes(self, candidates: Candidates, member: int) -> NDArray[np.float64]:
+        """What the operator keeps that is neither its input nor its output."""
+        operator, bound = self.graph.operators[member], self.structure.bound(member)
+        total = np.zeros(len(candidates.option))
+        if not carries_gradient(self.graph, operator):
+            return total
+        _, cuts = self._cuts(candidates.cluster, member, candidates.option)
+        needed = [self.graph.by_name[name].differentiable for name in operator.inputs]
+        for saved in bound.rule.saves:
+            if saved.what.startswith(("input ", "output ")):
+                continue
+            if saved.needs and not any(needed[i] for i in saved.needs):
+                continue
+            names = saved.what.split()
+            factors = [
+                f for f in bound.sizes if f in names or ("..." in names and f.startswith("..."))
+            ]
+            elements = prod(bound.sizes[f] for f in factors)
+            cut = np.ones(len(cuts))
+            for i, factor in enumerate(bound.factors):
+                if factor in factors:
+                    cut = cut * cuts[:, i]
+            total += elements * ITEM_BYTES[saved.dtype or bound.output_specs[0].dtype] / cut
+        return total
+
+    # ---- shardings -----------------------------------------------------------------------------
+
+    def _codes(self, member: int, side: str, position: int, differentiable: bool) -> Codes:
+        """The code of an input's or output's sharding for each alternative of its cluster."""
+        candidates = self.candidates[self.structure.home[member]]
+        bound = self.structure.bound(member)
+        by_option = [
+            placement_code(
+                canonical(
+                    (bound.placements(o[member])[side == "output"][position],), differentiable
+                )[0]
+            )
+            for o in candidates.cluster.options
+        ]
+        return codes(np.array(by_option, dtype=np.int64)[candidates.option])
+
+    def _flows(self, link: Link) -> Iterator[Flow]:
+        """The tensor's way to the other clusters. Where only some consumers send a gradient back,
+        the way there and the way back are paid apart."""
+        tensor = self.graph.by_name[link.tensor]
+        home = self.structure.home
+        outside = [(c, p) for c, p in link.consumers if home[c] != home[link.producer]]
+        loops = [
+            (c, p)
+            for c, p in link.consumers
+            if home[c] == home[link.producer] and not self._internal(link, c)
+        ]
+        readers = [
+            (c, home[c], self._codes(c, "input", p, tensor.differentiable))
+            for c, p in (*outside, *loops)
+        ]
+        returning = [carries_gradient(self.graph, self.graph.operators[c]) for c, _, _ in readers]
+        wanted = [(node, found) for _, node, found in readers]
+        if link.ends:
+            whole = canonical(("I",) * len(self.mesh.axes), tensor.differentiable)
+            wanted.append((self._output, np.array([code(whole)])))
+            returning.append(True)
+        if not wanted:
+            return
+        source = self._codes(link.producer, "output", link.output, tensor.differentiable)
+        back = tensor.differentiable
+        if not back or all(returning):
+            yield self._flow(link, tensor.spec, source, wanted, (True, back))
+            return
+        yield self._flow(link, tensor.spec, source, wanted, (True, False))
+        senders = [reader for reader, sends in zip(wanted, returning, strict=True) if sends]
+        if senders:
+            yield self._flow(link, tensor.spec, source, senders, (False, True))
+
+    def _internal(self, link: Link, consumer: int) -> bool:
+        """Whether producer and consumer, of one cluster, also are of one copy of their block."""
+        return link.count == self.structure.copies[consumer] and consumer > link.producer
+
+    @property
+    def _output(self) -> int:
+        return len(self.structure.clusters) + len(self._shared_uses)
+
+    def _flow(
+        self,
+        link: Link,
+        spec: TensorSpec,
+        source: Codes,
+        wanted: Sequence[tuple[int, Codes]],
+        ways: tuple[bool, bool],
+    ) -> Flow:
+        sources, source_index = np.unique(source, return_inverse=True)
+        targets, target_index = np.unique(
+            np.concatenate([found for _, found in wanted]), return_inverse=True
+        )
+        forward, backward = self.table.seconds(spec, self.table.paths.block(sources, targets))
+        starts = np.cumsum([0, *(len(found) for _, found in wanted)])
+        consumers = tuple(
+            (node, target_index[a:b].astype(np.int64))
+            for (node, _), a, b in zip(wanted, starts, starts[1:], strict=False)
+        )
+        return Flow(
+            link.tensor,
+            self.structure.home[link.producer],
+            source_index.astype(np.int64),
+            consumers,
+            (forward * ways[0] + backward * ways[1]) * self.microbatches,
+            link.count,
+        )
+
+    # ---- parameters ----------------------------------------------------------------------------
+
+    @cached_property
+    def _shared_uses(self) -> tuple[Use, ...]:
+        """Parameters with several kinds of users: their storage is a decision of its own."""
+        return tuple(use for use in self.structure.uses if len(use.readers) > 1)
+
+    def _menu(self, use: Use) -> Menu:
+        ((reader, position),) = use.readers
+        tensor = self.graph.by_name[use.parameters[0]]
+        found = self._codes(reader, "input", position, tensor.differentiable)
+        uses, index = np.unique(found, return_inverse=True)
+        lists = [
+            self._storages(
+                tensor.spec, tensor.differentiable, int(u), use.saving[0] / len(use.parameters)
+            )
+            for u in uses
+        ]
+        return Menu(
+            use.parameters[0],
+            index.astype(np.int64),
+            tuple(time_s for _, time_s, _ in lists),
+            tuple(memory for _, _, memory in lists),
+            len(use.parameters),
+        )
+
+    def storages(self, use: Use, used: Sharding) -> tuple[Storage, ...]:
+        """The storages of the menu for this use, in its order."""
+        tensor = self.graph.by_name[use.parameters[0]]
+        return self._storages(tensor.spec, tensor.differentiable, code(used), use.saving[0])[0]
+
+    def _storages(
+        self, spec: TensorSpec, trained: bool, used: int, saving: int
+    ) -> tuple[tuple[Storage, ...], NDArray[np.float64], NDArray[np.float64]]:
+        """Storages worth having for this use, their times and their memory rows."""
+        key = (spec, trained, used, saving)
+        found = self._storage_cache.get(key)
+        if found is None:
+            target = sharding(used, len(self.mesh.axes))
+            offered = tuple(storages(spec, target, self.mesh, trained=trained))
+            time_s = self._storage_time_s(spec, trained, offered, target) + saving * (
+                self._gather_time_s(spec, offered, target)
+            )
+            memory = self._storage_memory(spec, trained, offered)
+            keep = _undominated(time_s, memory)
+            found = tuple(offered[i] for i in keep), time_s[keep], memory[:, keep]
+            self._storage_cache[key] = found
+        return found
+
+    @cached_property
+    def _storage_cache(
+        self,
+    ) -> dict[object, tuple[tuple[Storage, ...], NDArray[np.float64], NDArray[np.float64]]]:
+        return {}
+
+    def _storage_time_s(
+        self, spec: TensorSpec, trained: bool, offered: Sequence[Storage], target: Sharding
+    ) -> NDArray[np.float64]:
+        """What a parameter costs in a step when used as ``target`` once, but for gathering it
+        again: to its use, its gradient back, and (``_update_time_s``) its update."""
+        forward = self._forward_s(spec, [s.parameter for s in offered], [target] * len(offered))
+        total = forward * self.microbatches
+        if not trained:
+            return np.asarray(total)
+        back = gradient(target)
+        per_step = np.array([_per_step(s, target) for s in offered])
+        destination = [
+            s.optimizer if late else s.gradient for s, late in zip(offered, per_step, strict=True)
+        ]
+        backward = self._forward_s(spec, [back] * len(offered), destination)
+        total = total + backward * np.where(per_step, 1, self.microbatches)
+        return np.asarray(total + self._update_time_s(spec, offered))
+
+    def _update_time_s(self, spec: TensorSpec, offered: Sequence[Storage]) -> NDArray[np.float64]:
+        """The optimizer on its shard, and the parameter made whole again from the shards."""
+        again = self._forward_s(
+            spec, [s.optimizer for s in offered], [s.parameter for s in offered], copies=False
+        )
+        return again + np.array(
+            [self._optimizer_time_s(spec, self._pieces(s.optimizer)) for s in offered]
+        )
+
+    def _optimizer_time_s(self, spec: TensorSpec, pieces: int) -> float:
+        return update_time_s(spec.numel // pieces, spec, self.training, self.costs)
+
+    def _gather_time_s(
+        self, spec: TensorSpec, offered: Sequence[Storage], target: Sharding
+    ) -> NDArray[np.float64]:
+        """Gathering the parameter once more, in the backward of one operator."""
+        return self.microbatches * self._forward_s(
+            spec, [s.parameter for s in offered], [target] * len(offered), copies=False
+        )
+
+    def _forward_s(
+        self,
+        spec: TensorSpec,
+        sources: Sequence[Sharding],
+        targets: Sequence[Sharding],
+        *,
+        copies: bool = True,
+    ) -> NDArray[np.float64]:
+        rows = self.table.paths.pairs(
+            np.array([code(s) for s in sources], dtype=np.int64),
+            np.array([code(t) for t in targets], dtype=np.int64),
+        )
+        return self.table.seconds(spec, rows, copies=copies)[0]
+
+    def _pieces(self, of: Sharding) -> int:
+        return prod(
+            n for p, n in zip(of, self.mesh.sizes, strict=True) if sharded_dim(p) is not None
+        )
+
+    def _storage_memory(
+        self, spec: TensorSpec, trained: bool, offered: Sequence[Storage]
+    ) -> NDArray[np.float64]:
+        parameter = np.array([spec.bytes / self._pieces(s.parameter) for s in offered])
+        if not trained:
+            return np.stack([parameter, parameter])
+        state = optimizer_bytes_per_element(spec, self.training)
+        optimizer = np.array([spec.numel / self._pieces(s.optimizer) * state for s in offered])
+        grad = np.array([spec.bytes / self._pieces(s.gradient) for s in offered])
+        return np.stack([parameter + optimizer, parameter + optimizer + grad])
+
+    def shared_storages(self, use: Use) -> tuple[Storage, ...]:
+        """The alternatives of a parameter with several users: any that the mesh divides."""
+        tensor = self.graph.by_name[use.parameters[0]]
+        per_axis = [("I", "I", "I")]
+        for dim in range(len(tensor.spec.shape)):
+            s = shard(dim)
+            per_axis += [(s, s, s), ("I", s, s), ("I", "I", s)]
+        found = []
+        for axes in product(per_axis, repeat=len(self.mesh.axes)):
+            parameter, grad, optimizer = (tuple(level) for level in zip(*axes, strict=True))
+            if _divides(tensor.spec.shape, optimizer, self.mesh):
+                found.append(Storage(parameter, grad, optimizer))
+        return tuple(found)
+
+    def _shared_node(self, use: Use) -> Node:
+        tensor = self.graph.by_name[use.parameters[0]]
+        offered = self.shared_storages(use)
+        update = (
+            self._update_time_s(tensor.spec, offered)
+            if tensor.differentiable
+            else np.zeros(len(offered))
+        )
+        memory = self._storage_memory(tensor.spec, tensor.differentiable, offered)
+        return Node(use.parameters[0], update, memory, len(use.parameters))
+
+    def _shared_flows(self, use: Use, node: int) -> Iterator[Flow]:
+        """To each distinct use once, and again in the backward of each operator that needs it."""
+        tensor = self.graph.by_name[use.parameters[0]]
+        offered = self.shared_storages(use)
+        found = [self._codes(c, "input", p, tensor.differentiable) for c, p in use.readers]
+        targets, index = np.unique(np.concatenate(found), return_inverse=True)
+        shardings = [sharding(int(t), len(self.mesh.axes)) for t in targets]
+        starts = np.cumsum([0, *(len(codes_) for codes_ in found)])
+        consumers = [
+            (self.structure.home[c], index[a:b].astype(np.int64))
+            for (c, _), a, b in zip(use.readers, starts, starts[1:], strict=False)
+        ]
+        every = np.arange(len(offered), dtype=np.int64)
+        update = self._update_time_s(tensor.spec, offered) if tensor.differentiable else 0.0
+        first = np.stack(
+            [
+                self._storage_time_s(tensor.spec, tensor.differentiable, offered, t) - update
+                for t in shardings
+            ],
+            axis=1,
+        )
+        again = np.stack([self._gather_time_s(tensor.spec, offered, t) for t in shardings], axis=1)
+        count = len(use.parameters)
+        yield Flow(use.parameters[0], node, every, tuple(consumers), np.maximum(first, 0.0), count)
+        for consumer, saving in zip(consumers, use.saving, strict=True):
+            if saving:
+                yield Flow(use.parameters[0], node, every, (consumer,), again * saving, count)
+
+    # ---- memory --------------------------------------------------------------------------------
+
+    def _kept(self) -> Iterator[Kept]:
+        """Saved inputs and outputs. Versions of one piece of memory (a tensor and its views) that
+        have the same size are taken to be the same: never more than what is really kept."""
+        held: dict[str, list[tuple[int, Index, int]]] = {}
+        for link in self.structure.links:
+            root = self._root(link.tensor)
+            for member, side, position in self._savers(link):
+                tensor = self.graph.by_name[link.tensor]
+                found = self._codes(member, side, position, tensor.differentiable)
+                held.setdefault(root, []).append(
+                    (
+                        self.structure.home[member],
+                        self._local_bytes(tensor.spec, found),
+                        link.count,
+                    )
+                )
+        for root, holders in held.items():
+            sizes, index = np.unique(
+                np.concatenate([size for _, size, _ in holders]), return_inverse=True
+            )
+            starts = np.cumsum([0, *(len(size) for _, size, _ in holders)])
+            versions = tuple(
+                (node, index[a:b].astype(np.int64))
+                for (node, _, _), a, b in zip(holders, starts, starts[1:], strict=False)
+            )
+            memory = np.zeros((2, len(sizes)))
+            memory[AT_LOSS] = sizes
+            yield Kept(root, versions, memory, min(count for _, _, count in holders))
+
+    def _savers(self, link: Link) -> Iterator[tuple[int, str, int]]:
+        producer = self.graph.operators[link.producer]
+        if carries_gradient(self.graph, producer) and any(
+            s.what == f"output {link.output}"
+            for s in self.structure.bound(link.producer).rule.saves
+        ):
+            yield link.producer, "output", link.output
+        for consumer, position in link.consumers:
+            operator = self.graph.operators[consumer]
+            bound = self.structure.bound(consumer)
+            if saves_input(self.graph, operator, bound, position):
+                yield consumer, "input", position
+
+    def _root(self, tensor: str) -> str:
+        """The tensor whose memory this one is a view of."""
+        producer = self.graph.producer.get(tensor)
+        while producer is not None and producer.inputs:
+            if self.structure.rules[producer.name].rule.kind != "view":
+                break
+            tensor = producer.inputs[0]
+            producer = self.graph.producer.get(tensor)
+        return tensor
+
+    def _local_bytes(self, spec: TensorSpec, found: Codes) -> Index:
+        axes = len(self.mesh.axes)
+        unique, inverse = np.unique(found, return_inverse=True)
+        sizes = [spec.bytes // self._pieces(sharding(int(u), axes)) for u in unique]
+        return np.array(sizes, dtype=np.int64)[inverse]
+
+    # ---- back to a strategy --------------------------------------------------------------------
+
+    def strategy(self, selection: Selection) -> Strategy:
+        """The strategy that a selection stands for."""
+        splits: dict[str, Split] = {}
+        chosen = {
+            member: candidates.split(selection.alternatives[number], member)
+            for number, candidates in enumerate(self.candidates)
+            for member in candidates.cluster.members
+        }
+        for index, operator in enumerate(self.graph.operators):
+            splits[operator.name] = chosen[self.structure.class_of[index]]
+        stage = Stage(
+            tuple(o.name for o in self.graph.operators), tuple(range(self.mesh.size)), self.mesh
+        )
+        return Strategy(
+            (stage,),
+            splits,
+            self._chosen_storage(selection, chosen),
+            self.microbatches,
+            training=self.training,
+        )
+
+    def _chosen_storage(self, selection: Selection, chosen: dict[int, Split]) -> dict[str, Storage]:
+        found: dict[str, Storage] = {}
+        for number, use in enumerate(self._shared_uses, start=len(self.structure.clusters)):
+            storage = self.shared_storages(use)[selection.alternatives[number]]
+            found.update(dict.fromkeys(use.parameters, storage))
+        menu_of = {
+            menu.name: counts
+            for node, storages_ in zip(self.price_list.nodes, selection.storages, strict=True)
+            for menu, counts in zip(node.menus, storages_, strict=True)
+        }
+        for use in self.structure.uses:
+            if len(use.readers) > 1:
+                continue
+            ((reader, position),) = use.readers
+            tensor = self.graph.by_name[use.parameters[0]]
+            inputs, _ = self.structure.bound(reader).shardings(chosen[reader])
+            used = canonical(inputs[position], tensor.differentiable)
+            offered = self.storages(use, used)
+            counts = menu_of[use.parameters[0]]
+            spread = [s for s, n in zip(offered, counts, strict=True) for _ in range(n)]
+            found.update(zip(use.parameters, spread, strict=True))
+        return {t.name: found[t.name] for t in self.graph.parameters}
+
+
+def _per_step(storage: Storage, target: Sharding) -> bool:
+    gathers = any(
+        p.startswith("S") and p != t for p, t in zip(storage.parameter, target, strict=True)
+    )
+    return storage.gradient == storage.parameter and not gathers
+
+
+def storages(spec: TensorSpec, used: Sharding, mesh: Mesh, *, trained: bool) -> Iterator[Storage]:
+    """How a parameter that is used as ``used`` may be kept.
+
+    An axis that shards the use shards the storage. On any other axis: replicated, or ZeRO-1, 2 or 3
+    along the first dim that the axis divides and that no later axis cuts in the use (such a piece
+    of a piece could not be gathered alone).
+    """
+    dims = _zero_dims(spec.shape, used, mesh)
+    per_axis: list[list[tuple[Placement, Placement, Placement]]] = []
+    for placement, dim in zip(used, dims, strict=True):
+        if sharded_dim(placement) is not None:
+            per_axis.append([(placement,) * 3])
+            continue
+        levels: list[tuple[Placement, Placement, Placement]] = [("I", "I", "I")]
+        if dim is not None:
+            s = shard(dim)
+            levels += [("I", "I", s), ("I", s, s), (s, s, s)] if trained else [(s, s, s)]
+        per_axis.append(levels)
+    for axes in product(*per_axis):
+        parameter, grad, optimizer = (tuple(level) for level in zip(*axes, strict=True))
+        yield Storage(parameter, grad, optimizer)
+
+
+def _zero_dims(shape: tuple[int, ...], used: Sharding, mesh: Mesh) -> list[int | None]:
+    """For each axis the dim along which it can shard the storage as well."""
+    left = list(shape)
+    for placement, size in zip(used, mesh.sizes, strict=True):
+        dim = sharded_dim(placement)
+        if dim is not None:
+            left[dim] //= size
+    found: list[int | None] = []
+    for axis, size in enumerate(mesh.sizes):
+        later = {sharded_dim(p) for p in used[axis + 1 :]}
+        fitting = (d for d, n in enumerate(left) if d not in later and n % size == 0)
+        dim = None if sharded_dim(used[axis]) is not None else next(fitting, None)
+        if dim is not None:
+            left[dim] //= size
+        found.append(dim)
+    return found
+
+
+def _divides(shape: tuple[int, ...], placed: Sharding, mesh: Mesh) -> bool:
+    left = list(shape)
+    for placement, size in zip(placed, mesh.sizes, strict=True):
+        dim = sharded_dim(placement)
+        if dim is not None:
+            if left[dim] % size:
+                return False
+            left[dim] //= size
+    return True
+
+
+def _undominated(time_s: NDArray[np.float64], memory: NDArray[np.float64]) -> list[int]:
+    """Indices of storages that no other beats in time and in every memory row."""
+    order = np.lexsort((memory.sum(axis=0), time_s))
+    keep: list[int] = []
+    for i in order.tolist():
+        if not any(
+            time_s[j] <= time_s[i] * (1 + 1e-12) and bool(np.all(memory[:, j] <= memory[:, i]))
+            for j in keep
+        ):
+            keep.append(i)
+    return keep

@@ -1,0 +1,156 @@
+"""A search problem as prices alone: decisions, what each alternative costs, what pairs cost.
+
+Searchers see nothing else; random price lists test them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Seconds = NDArray[np.float64]
+Bytes = NDArray[np.float64]
+Index = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Menu:
+    """How one parameter may be stored, given how its only user uses it.
+
+    ``use`` (alternatives of the node): which list applies. ``time_s[use]`` (storages) and
+    ``memory_bytes[use]`` (memory rows, storages): what each storage costs; never empty. All are for
+    one copy; ``count`` copies are chosen independently.
+    """
+
+    name: str
+    use: Index
+    time_s: tuple[Seconds, ...]
+    memory_bytes: tuple[Bytes, ...]
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Node:
+    """A decision. ``time_s`` (alternatives) and ``memory_bytes`` (memory rows, alternatives) are
+    those of one copy; the ``count`` copies all take the same alternative."""
+
+    name: str
+    time_s: Seconds
+    memory_bytes: Bytes
+    count: int = 1
+    menus: tuple[Menu, ...] = ()
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A tensor on its way from one node to others.
+
+    ``source`` (producer's alternatives): in which sharding it is made. ``consumers``: (node,
+    ``target`` by its alternatives). ``time_s`` (sources, targets): paid once for each target that
+    any consumer wants. ``count``: how many equal tensors.
+    """
+
+    name: str
+    producer: int
+    source: Index
+    consumers: tuple[tuple[int, Index], ...]
+    time_s: Seconds
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Versions of a tensor that stay in memory together with the nodes that need them.
+
+    ``holders``: (node, ``version`` by its alternatives, -1 for none); ``memory_bytes`` (memory
+    rows, versions) is taken once for each version that any holder needs.
+    """
+
+    name: str
+    holders: tuple[tuple[int, Index], ...]
+    memory_bytes: Bytes
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class PriceList:
+    """Choose an alternative for every node and a storage for every menu: minimise the time, keep
+    each memory row within its limit.
+
+    >>> node = Node("matmul", np.array([2.0, 1.0]), np.zeros((1, 2)))
+    >>> alone = PriceList((node,), (), (), np.array([np.inf]))
+    >>> alone.time_of(Selection((1,), ((),)))
+    1.0
+    """
+
+    nodes: tuple[Node, ...]
+    flows: tuple[Flow, ...]
+    kept: tuple[Kept, ...]
+    limit_bytes: Bytes
+    fixed_time_s: float = 0.0
+    fixed_memory_bytes: Bytes | float = 0.0
+
+    def time_of(self, selection: Selection) -> float:
+        """Seconds of a selection."""
+        total = self.fixed_time_s
+        for node, k, storages in zip(
+            self.nodes, selection.alternatives, selection.storages, strict=True
+        ):
+            total += node.count * float(node.time_s[k])
+            for menu, counts in zip(node.menus, storages, strict=True):
+                total += float(np.dot(counts, menu.time_s[menu.use[k]]))
+        for flow in self.flows:
+            source = flow.source[selection.alternatives[flow.producer]]
+            targets = {int(t[selection.alternatives[c]]) for c, t in flow.consumers}
+            total += flow.count * sum(float(flow.time_s[source, t]) for t in targets)
+        return total
+
+    def memory_of(self, selection: Selection) -> Bytes:
+        """Bytes in each memory row."""
+        total = np.zeros(len(self.limit_bytes)) + self.fixed_memory_bytes
+        for node, k, storages in zip(
+            self.nodes, selection.alternatives, selection.storages, strict=True
+        ):
+            total = total + node.count * node.memory_bytes[:, k]
+            for menu, counts in zip(node.menus, storages, strict=True):
+                total = total + menu.memory_bytes[menu.use[k]] @ np.asarray(counts, dtype=float)
+        for kept in self.kept:
+            versions = {int(v[selection.alternatives[n]]) for n, v in kept.holders} - {-1}
+            total = total + kept.count * sum(
+                (kept.memory_bytes[:, v] for v in versions), np.zeros(len(total))
+            )
+        return total
+
+    def fits(self, selection: Selection) -> bool:
+        return bool(np.all(self.memory_of(selection) <= self.limit_bytes * (1 + 1e-12)))
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """An alternative for each node; for each of its menus, how many copies take each storage."""
+
+    alternatives: tuple[int, ...]
+    storages: tuple[tuple[tuple[int, ...], ...], ...]
+
+
+def cheapest_storages(
+    price_list: PriceList, alternatives: Sequence[int], weights: Bytes | None = None
+) -> Selection:
+    """The selection whose storages have the least time plus ``weights`` (seconds per byte, by
+    memory row) times memory; of equals, the one with the least memory."""
+    storages = []
+    for node, k in zip(price_list.nodes, alternatives, strict=True):
+        chosen = []
+        for menu in node.menus:
+            use = menu.use[k]
+            memory = menu.memory_bytes[use]
+            cost = menu.time_s[use] + (0.0 if weights is None else weights @ memory)
+            near = cost <= cost.min() * (1 + 1e-9)
+            total = np.where(near, memory.sum(axis=0), np.inf)
+            best = int(np.argmin(total))
+            chosen.append(tuple(menu.count * (i == best) for i in range(len(cost))))
+        storages.append(tuple(chosen))
+    return Selection(tuple(alternatives), tuple(storages))
