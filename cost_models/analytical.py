@@ -39,6 +39,11 @@ a 256 x 128 one 71%, about the spread of CUTLASS's profiler; the largest tile co
 TILE_K = 32
 """Products go over k in steps of this many."""
 
+LEAST_STEPS = 8
+"""When tiles are fewer than cores, k is cut among cores too, but not below this many steps: a part
+has to fill and drain its pipeline, and the parts have to be summed (CUTLASS's split-k and
+stream-k; the number is an estimate)."""
+
 
 @dataclass(frozen=True)
 class Analytical:
@@ -164,24 +169,24 @@ def matmul_waste(shape: tuple[int, int, int, int], cores: int) -> float:
     True
     """
     batch, m, n, k = shape
-    padded_k = ceil(k / TILE_K) * TILE_K
+    steps = ceil(k / TILE_K)
     ideal = batch * m * n * k / cores
     return (
         min(
-            _waves(batch * ceil(m / tm) * ceil(n / tn), cores, k)
-            * (tm * tn * padded_k * FULL_SPEED / _tile_speed(tm, tn))
+            _rounds(batch * ceil(m / tm) * ceil(n / tn), cores, steps)
+            * (tm * tn * TILE_K * FULL_SPEED / _tile_speed(tm, tn))
             for tm, tn in TILES
         )
         / ideal
     )
 
 
-def _waves(tiles: int, cores: int, k: int) -> float:
-    """Rounds in which all cores take a tile; when the tiles are few, k is cut among cores too."""
+def _rounds(tiles: int, cores: int, steps: int) -> float:
+    """Steps over k that the busiest core makes: of whole tiles when there are enough for all
+    cores, else of parts of one."""
     if tiles >= cores:
-        return ceil(tiles / cores)
-    pieces = max(1, min(cores // tiles, k // (8 * TILE_K)))
-    return 1 / pieces
+        return ceil(tiles / cores) * steps
+    return max(min(steps, LEAST_STEPS), steps / (cores // tiles))
 
 
 def attention_waste(shape: tuple[int, int, int, int], cores: int) -> float:

@@ -128,6 +128,12 @@ def profile(devices: int, seconds: float = MEASURE_S, *, report: Report | None =
         return profile_from_json(json.loads(result.read_text()))
 
 
+def local_devices() -> int:
+    """How many devices this machine is when nobody says: its GPUs, else a process for each core,
+    as a power of two (which divides most models' sizes) of at most 8."""
+    return torch.cuda.device_count() or min(8, 1 << (_cores().bit_length() - 1))
+
+
 def device_type(devices: int) -> str:
     """``cuda`` when this machine has that many GPUs, else ``cpu``."""
     return "cuda" if 1 <= devices <= torch.cuda.device_count() else "cpu"

@@ -1,0 +1,237 @@
+"""A cost model from tables gives back what was measured, and is sensible between and beyond."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cost_models import Collective, CollectiveKind, Profiled, ProfileError, Work, cost_model
+from cost_models.profiled import (
+    COLLECTIVE_KINDS,
+    Exchange,
+    Pass,
+    Product,
+    Profile,
+    fit_line,
+    profile_from_json,
+    profile_to_json,
+    read_profile,
+)
+
+FLOPS_PER_S, BYTES_PER_S, CALL_S, OPERATOR_S = 4e10, 5e9, 3e-6, 8e-6
+SIZES = (2**13, 2**15, 2**18, 2**22)
+SHAPES = ((1, 64, 64, 64), (1, 512, 64, 512), (1, 512, 512, 512), (16, 64, 64, 32))
+
+
+def exchange_s(kind: str, group_size: int, size: int) -> float:
+    rounds = {"all_reduce": 2.0, "send": 0.5}.get(kind, 1.0)
+    return rounds * (1e-4 * group_size + size * (group_size - 1) / group_size / 1e9)
+
+
+def ideal(**changes: Any) -> Profile:
+    """The profile of a machine without noise."""
+    made = Profile(
+        machine="0123456789abcdef",
+        device="a test",
+        devices=8,
+        memory_bytes=2**30,
+        software=(("torch", "2.13"),),
+        date="2026-11-20",
+        operator_s=OPERATOR_S,
+        call_s=CALL_S,
+        products=tuple(
+            Product(kind, dtype, shape, flops, CALL_S + flops * slow / FLOPS_PER_S)
+            for kind in ("matmul", "attention")
+            for dtype, slow in (("float32", 1), ("float64", 2))
+            for shape in SHAPES
+            for flops in [2.0 * math.prod(shape)]
+        ),
+        passes=tuple(Pass("float32", n, CALL_S + n / BYTES_PER_S) for n in SIZES),
+        exchanges=tuple(
+            Exchange(kind, g, n, exchange_s(kind, g, n))
+            for kind in COLLECTIVE_KINDS
+            for g in (2, 8)
+            for n in SIZES
+        ),
+    )
+    return replace(made, **changes)
+
+
+def product(
+    shape: tuple[int, ...], dtype: str = "float32", kind: Literal["matmul", "attention"] = "matmul"
+) -> Work:
+    return Work(kind, dtype, 2.0 * math.prod(shape), 0.0, shape)
+
+
+def test_what_was_measured_comes_back() -> None:
+    costs = Profiled(ideal())
+    for shape in SHAPES:
+        expected = OPERATOR_S + 2.0 * math.prod(shape) / FLOPS_PER_S
+        assert costs.compute_time_s(product(shape)) == pytest.approx(expected)
+    for size in SIZES:
+        seconds = costs.compute_time_s(Work("memory", "float32", 0.0, float(size)))
+        assert seconds == pytest.approx(OPERATOR_S + size / BYTES_PER_S)
+    for kind in COLLECTIVE_KINDS:
+        for group_size in (2, 8):
+            for size in SIZES:
+                seconds = costs.collective_time_s(Collective(kind, size, group_size, 1))
+                assert seconds == pytest.approx(exchange_s(kind, group_size, size))
+
+
+@given(st.floats(0, 1e12), st.floats(0, 1e12))
+def test_more_bytes_are_never_faster_and_never_free(a: float, b: float) -> None:
+    costs = Profiled(ideal())
+    few, many = (costs.compute_time_s(Work("memory", "float32", 0.0, n)) for n in sorted((a, b)))
+    assert 0 < few <= many
+
+
+@given(st.tuples(*[st.integers(1, 4096)] * 4), st.sampled_from(["float32", "float64"]))
+def test_a_product_between_the_measured_ones_runs_at_their_speed(
+    shape: tuple[int, ...], dtype: str
+) -> None:
+    work = product(shape, dtype)
+    slow = 2 if dtype == "float64" else 1
+    expected = OPERATOR_S + work.flops * slow / FLOPS_PER_S
+    assert Profiled(ideal()).compute_time_s(work) == pytest.approx(expected)
+
+
+def test_a_speed_that_depends_on_the_shape_is_that_of_the_nearest() -> None:
+    products = tuple(
+        replace(p, seconds=CALL_S + p.flops * (4 if min(p.shape[1:]) <= 64 else 1) / FLOPS_PER_S)
+        for p in ideal().products
+    )
+    costs = Profiled(ideal(products=products))
+
+    def flops_per_s(*shape: int) -> float:
+        work = product(shape)
+        return work.flops / (costs.compute_time_s(work) - OPERATOR_S)
+
+    assert flops_per_s(1, 600, 500, 600) == pytest.approx(FLOPS_PER_S, rel=0.1)
+    assert flops_per_s(1, 500, 60, 600) == pytest.approx(FLOPS_PER_S / 4, rel=0.1)
+    assert FLOPS_PER_S / 4 < flops_per_s(1, 512, 180, 512) < FLOPS_PER_S
+
+
+def test_a_group_between_the_measured_ones_costs_between_them() -> None:
+    costs = Profiled(ideal())
+    for kind in COLLECTIVE_KINDS:
+        for size in SIZES:
+            times = [
+                costs.collective_time_s(Collective(kind, size, group_size, 1))
+                for group_size in (2, 4, 8)
+            ]
+            assert all(a < b for a, b in pairwise(times))
+
+
+def test_beyond_the_largest_group_costs_grow_with_it() -> None:
+    costs = Profiled(ideal(devices=32))
+    at_8, at_32 = (costs.collective_coefficients("all_gather", g, 1) for g in (8, 32))
+    assert at_32 == pytest.approx((4 * at_8[0], 4 * at_8[1]))
+
+
+@pytest.mark.parametrize("missing", COLLECTIVE_KINDS)
+def test_a_kind_that_was_not_measured_is_priced_by_another_and_not_free(
+    missing: CollectiveKind,
+) -> None:
+    kept = tuple(e for e in ideal().exchanges if e.kind != missing)
+    seconds = Profiled(ideal(exchanges=kept)).collective_time_s(Collective(missing, 2**20, 8, 1))
+    assert seconds >= exchange_s(missing, 8, 2**20) * 0.99
+
+
+def test_a_dtype_that_was_not_measured_is_priced_by_the_nearest() -> None:
+    only = tuple(p for p in ideal().products if p.dtype == "float32")
+    costs = Profiled(ideal(products=only))
+    single, double = (costs.compute_time_s(product(SHAPES[2], d)) for d in ("float32", "float64"))
+    assert double - OPERATOR_S == pytest.approx(2 * (single - OPERATOR_S))
+    whole = costs.compute_time_s(Work("memory", "int64", 0.0, 2.0**22))
+    assert whole == costs.compute_time_s(Work("memory", "float32", 0.0, 2.0**22))
+    with pytest.raises(ValueError, match="no matmul of int8"):
+        costs.compute_time_s(product(SHAPES[0], "int8"))
+
+
+def test_attention_that_was_not_measured_runs_like_products() -> None:
+    only = tuple(p for p in ideal().products if p.kind == "matmul")
+    work = product(SHAPES[1], kind="attention")
+    assert Profiled(ideal(products=only)).compute_time_s(work) == pytest.approx(
+        OPERATOR_S + work.flops / FLOPS_PER_S
+    )
+
+
+def test_questions_without_an_answer_are_refused() -> None:
+    costs: Any = Profiled(ideal())
+    for group_size, stride in ((1, 1), (16, 1), (4, 4), (2, 0)):
+        with pytest.raises(ValueError, match="does not fit"):
+            costs.collective_time_s(Collective("all_reduce", 1, group_size, stride))
+    with pytest.raises(KeyError, match="gossip"):
+        costs.collective_coefficients("gossip", 2, 1)
+    with pytest.raises(KeyError, match="magic"):
+        costs.compute_time_s(Work("magic", "float32", 1.0, 1.0))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="shape of four"):
+        costs.compute_time_s(Work("matmul", "float32", 1.0, 1.0))
+    with pytest.raises(ValueError, match="no collective was measured"):
+        Profiled(ideal(exchanges=())).collective_time_s(Collective("send", 1, 2, 1))
+
+
+@given(
+    st.floats(1e-6, 1e-2),
+    st.floats(1e-12, 1e-8),
+    st.lists(st.floats(0.7, 1.4), min_size=6, max_size=6),
+)
+def test_a_noisy_line_is_found_within_its_noise(a: float, b: float, noise: list[float]) -> None:
+    points = [
+        (float(x), (a + b * x) * n)
+        for x, n in zip((2**10, 2**14, 2**17, 2**20, 2**22, 2**24), noise, strict=True)
+    ]
+    found_a, found_b = fit_line(points)
+    assert found_a > 0
+    assert found_b > 0
+    for x, y in points:
+        assert 0.45 < (found_a + found_b * x) / y < 2.2
+
+
+def test_a_profile_survives_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(profile_to_json(ideal())))
+    assert read_profile(path) == ideal()
+    found = cost_model(path, devices=8)
+    assert (found.devices, found.memory_bytes) == (8, 2**30)
+    assert cost_model(str(path)) == Profiled(ideal())
+    with pytest.raises(ValueError, match="8 devices, not 4"):
+        cost_model(path, devices=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"format": "other"}, "not a profile"),
+        ({"version": 99}, "version 99"),
+        ({"passes": []}, "no pass"),
+        ({"products": []}, "no matmul"),
+        ({"products": [{"kind": "matmul"}]}, "damaged"),
+        ({"operator_s": 0}, "not positive"),
+        ({"call_s": "fast"}, "not positive"),
+        ({"exchanges": 3}, "damaged"),
+    ],
+)
+def test_a_broken_foreign_or_newer_profile_is_refused(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(ProfileError, match=says):
+        profile_from_json({**profile_to_json(ideal()), **change})
+
+
+def test_a_file_that_is_no_profile_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    with pytest.raises(ProfileError, match="cannot read the profile"):
+        read_profile(path)
+    path.write_text("{")
+    with pytest.raises(ProfileError, match=r"profile\.json"):
+        read_profile(path)
+    path.write_text("[]")
+    with pytest.raises(ProfileError, match="not a profile"):
+        read_profile(path)
