@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 _TORCH = str(Path(torch.__file__).parent)
+_AUTOPAR = str(Path(__file__).parents[1])
 
 _ADVICE = (
     (
@@ -29,7 +30,7 @@ _ADVICE = (
         "Python numbers or registered buffers.",
     ),
     (
-        ("size mismatch", "must match", "shape", "expected"),
+        ("must match", "must have same", "mismatch", "shape", "size", "missing", "unexpected"),
         "If model(*inputs) fails in the same way, the model and the inputs do not fit together.",
     ),
 )
@@ -49,20 +50,14 @@ def blame(error: BaseException, model: nn.Module) -> str:
 
 
 def _place(trace: TracebackType | None, model: nn.Module) -> str:
-    """The last frame outside torch, and the innermost module of ``model`` that was running."""
+    """The innermost module of ``model`` that was running, and the last line outside torch."""
     paths = {id(module): path for path, module in model.named_modules()}
-    line, path = "", ""
+    line, module = "", ""
     for frame, number in traceback.walk_tb(trace):
-        filename = frame.f_code.co_filename
-        if filename.startswith((_TORCH, "<")) or filename == _THIS_PACKAGE_TRACE:
-            continue
         running = paths.get(id(frame.f_locals.get("self")))
         if running is not None:
-            path = f" in module {running!r}" if running else " in the model itself"
+            module = f" in module {running!r}" if running else " in the model itself"
+        filename = frame.f_code.co_filename
+        if not filename.startswith((_TORCH, _AUTOPAR, "<")):
             line = f" at {filename}:{number}"
-        elif path or not line:
-            line = f" at {filename}:{number}"
-    return path + line
-
-
-_THIS_PACKAGE_TRACE = str(Path(__file__).with_name("trace.py"))
+    return module + line

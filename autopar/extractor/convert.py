@@ -199,7 +199,7 @@ class _Converter:
         if node.target is operator.getitem:
             source = self.of.get(node.args[0])  # type: ignore[arg-type]
             if source is not None:
-                self.of[node] = source[node.args[1]]
+                self.of[node] = source[node.args[1]]  # type: ignore[index]
             return
         if op in _NO_VALUE:
             return

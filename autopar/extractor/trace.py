@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -153,14 +154,22 @@ def _names(model: nn.Module, inputs: Inputs) -> list[tuple[str, str]]:
 def _trace(step: _Step, inputs: Inputs) -> ExportedProgram:
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     given = [name for name, _ in _names(step.model, inputs)]
-    with warnings.catch_warnings(), _plain_masks(given):
-        warnings.simplefilter("ignore")  # torch's own, about itself
+    with _quiet(), _plain_masks(given):
         try:
             return torch.export.export(step, args, kwargs, strict=False)
         except AutoparError:
             raise
         except Exception as error:
             raise UnsupportedModelError(blame(error, step.model)) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warnings about itself, and the log of an error that ``blame`` explains."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    with warnings.catch_warnings(), patch.object(logger, "disabled", True):
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager

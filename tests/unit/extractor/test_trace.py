@@ -1,0 +1,206 @@
+"""What a graph says about parameters, buffers, constants, names and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autopar.errors import AutoparError, UnsupportedModelError
+from autopar.extractor import execute, extract
+from autopar.ir.graph import Role
+
+
+class Mixed(nn.Module):
+    """A detached branch, a no_grad branch, a frozen and an unused weight, a constant, a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Linear(8, 8)
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+        self.unused = nn.Linear(8, 8)
+        self.register_buffer("scale", torch.full((8,), 2.0))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = self.used(x).tanh()
+        y = self.used(x) * self.scale + self.frozen(x) + torch.tensor([1.0, 2.0]).repeat(4)
+        y = y - self.used(x).detach()
+        self.count += 1
+        y += 1
+        y.mul_(2)
+        return (y - target).pow(2).mean()
+
+
+def test_gradients_stop_where_the_model_stops_them() -> None:
+    torch.manual_seed(0)
+    model, x = Mixed(), torch.randn(4, 8)
+    graph = extract(model, (x,))
+    model(x).backward()
+    expected = [p.grad.clone() for p in model.used.parameters()]
+    model.zero_grad()
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    environment: dict[str, Tensor] = {}
+    execute(graph, state, (x,), environment=environment).backward()
+    for parameter, gradient in zip(model.used.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=0)
+    for tensor in graph.tensors:
+        assert environment[tensor.name].requires_grad == tensor.differentiable, tensor
+    assert model.count.item() == 2
+    assert {t.name: t.differentiable for t in graph.parameters} == {
+        "used.weight": True,
+        "used.bias": True,
+        "frozen.weight": False,
+        "frozen.bias": False,
+    }
+    assert [t.name for t in graph.of_role(Role.BUFFER)] == ["scale", "count"]
+    assert [value for _, value in graph.constants] == [(1.0, 2.0)]
+
+
+def test_operators_are_named_for_the_module_that_calls_them() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    graph = extract(model, (torch.zeros(2, 4),), lambda out, _: out.sum())
+    assert [o.name for o in graph.operators] == ["0.linear", "1.0.linear", "1.1.relu", "sum"]
+    assert [o.module for o in graph.operators] == ["0", "1.0", "1.1", ""]
+
+
+def test_the_meta_device_gives_the_same_graph_as_real_weights() -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.1), nn.Linear(8, 2))
+
+    with torch.device("meta"):
+        hollow = build()
+
+    def loss(out: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        return (out - inputs[0][:, :2]).abs().mean()
+
+    x = torch.zeros(6, 4)
+    assert extract(hollow, (x,), loss) == extract(build(), (x,), loss)
+
+
+def test_one_tensor_given_twice_is_two_inputs() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return (a * self.weight - b).sum()
+
+    same = torch.ones(2, 4)
+    graph = extract(Both(), (same, same))
+    assert graph.inputs == ("a", "b")
+    assert graph.operators[0].inputs == ("a", "weight")
+    assert "b" in graph.operators[1].inputs
+
+
+def test_an_input_that_is_not_read_keeps_its_place() -> None:
+    class Second(nn.Linear):
+        def forward(self, unread: Tensor, x: Tensor) -> Tensor:
+            return super().forward(x).sum()
+
+    graph = extract(Second(4, 4), {"x": torch.ones(2, 4), "unread": torch.ones(3)})
+    assert dict(zip(graph.input_keys, graph.inputs, strict=True)) == {"x": "x", "unread": "unread"}
+    assert "unread" in graph.by_name
+
+
+def test_an_input_may_have_the_name_of_a_weight() -> None:
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+        def forward(self, weight: Tensor) -> Tensor:
+            return (weight * self.weight).sum()
+
+    graph = extract(Weighted(), {"weight": torch.ones(2, 4)})
+    assert graph.input_keys == ("weight",)
+    assert graph.inputs[0] != "weight"
+    model = Weighted()
+    assert execute(graph, dict(model.named_parameters()), {"weight": torch.ones(2, 4)}) == 8
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate(x).sum() > 0:
+            return x
+        return -x
+
+
+def test_an_if_on_values_is_refused_with_module_line_and_advice() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Branching())
+    with pytest.raises(UnsupportedModelError) as refused:
+        extract(model, (torch.ones(2, 4),), lambda out, _: out.sum())
+    message = str(refused.value)
+    assert refused.value.exit_code == 4
+    assert "module '1'" in message
+    line = Branching.forward.__code__.co_firstlineno + 1
+    assert f"{__file__}:{line}" in message
+    assert "torch.where" in message
+
+
+def test_everything_that_a_graph_cannot_express_is_listed_at_once() -> None:
+    class Ragged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * self.weight)[x > 0].sum() + self.weight[x[0].nonzero()[:, 0]].sum()
+
+    with pytest.raises(UnsupportedModelError) as refused:
+        extract(nn.Sequential(Ragged()), (torch.ones(2, 4),))
+    message = str(refused.value)
+    assert message.count("module '0'") >= 2, message
+    assert "masking" in message
+
+
+def test_a_model_without_a_scalar_loss_is_told_how_to_give_one() -> None:
+    with pytest.raises(AutoparError, match=r"the model must return a scalar.*\(2, 4\).*loss"):
+        extract(nn.Linear(4, 4), (torch.ones(2, 4),))
+
+
+def test_a_loss_that_trains_nothing_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="nothing to plan"):
+        extract(nn.Linear(4, 4).requires_grad_(False), (torch.ones(2, 4),), lambda y, _: y.sum())
+
+
+def test_inputs_that_do_not_fit_name_the_line_that_failed() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"module '0'.*\n.*do not fit together"):
+        extract(nn.Sequential(nn.Linear(4, 4)), (torch.ones(2, 5),), lambda y, _: y.sum())
+
+
+def test_nested_inputs_are_refused_by_name() -> None:
+    with pytest.raises(AutoparError, match="'pair' is a list"):
+        extract(nn.Linear(4, 4), {"pair": [torch.ones(1), torch.ones(1)]})
+
+
+def test_a_number_among_keyword_inputs_is_burnt_in() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor, by: float) -> Tensor:
+            return (super().forward(x) * by).sum()
+
+    graph = extract(Scaled(4, 4), {"x": torch.ones(2, 4), "by": 3.0})
+    assert graph.inputs == ("x",)
+    assert any(3.0 in o.arguments for o in graph.operators)
+
+
+def test_a_constant_without_a_value_says_what_to_do() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+            self.table = torch.ones(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * self.weight * self.table).sum()
+
+    with torch.device("meta"):
+        model = Hidden()
+    with pytest.raises(UnsupportedModelError, match="'table'.*register it as a buffer"):
+        extract(model, (torch.ones(2, 4),))
