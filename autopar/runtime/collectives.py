@@ -37,26 +37,12 @@ class Communicator:
         self._groups = [
             self.device_mesh.get_group(axis).group_name for axis in range(len(self.mesh.axes))
         ]
-        self._joint: dict[tuple[int, ...], str] = {}
 
     def all_reduce(
         self, tensor: Tensor, axis: int, op: Literal["sum", "max", "min"] = "sum"
     ) -> Tensor:
         self._record("all_reduce", axis, tensor)
         return _wait(_c10d.all_reduce(tensor.contiguous(), op, self._groups[axis]))
-
-    def all_reduce_jointly(
-        self, tensor: Tensor, axes: tuple[int, ...], op: Literal["sum", "max", "min"] = "sum"
-    ) -> Tensor:
-        """Over the ranks that differ on any of ``axes``."""
-        if len(axes) == 1:
-            return self.all_reduce(tensor, axes[0], op)
-        if axes not in self._joint:
-            self._joint[axes] = self._join(axes)
-        names = "+".join(self.mesh.names[axis] for axis in axes)
-        size = tensor.numel() * tensor.element_size()
-        self.recorder.add(Executed("all_reduce", self.recorder.phase, names, size))
-        return _wait(_c10d.all_reduce(tensor.contiguous(), op, self._joint[axes]))
 
     def all_gather(self, tensor: Tensor, axis: int, dim: int) -> Tensor:
         parts = self.mesh.sizes[axis]
@@ -127,11 +113,6 @@ class Communicator:
         whole.chunk(parts, dim)[self.coordinates[axis]].copy_(tensor)
         return whole
 
-    def _join(self, axes: tuple[int, ...]) -> str:
-        names = tuple(self.mesh.names[axis] for axis in axes)
-        group: dist.ProcessGroup = self.device_mesh[names]._flatten().get_group()
-        return str(group.group_name)
-
     def _record(self, kind: Any, axis: int, largest: Tensor) -> None:
         size = largest.numel() * largest.element_size()
         self.recorder.add(Executed(kind, self.recorder.phase, self.mesh.names[axis], size))
@@ -160,7 +141,7 @@ class Redistribute(torch.autograd.Function):
         return communicator.walk(tensor, steps(source, target))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         communicator: Communicator = ctx.communicator
         return communicator.walk(gradient, _steps_back(*ctx.ends)), None, None, None
 

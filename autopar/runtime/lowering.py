@@ -36,7 +36,7 @@ class Execution:
 
     ``parameters``: this rank's shards. ``seed``: of this pass, the same on all ranks; dropout masks
     are made from it. ``gradients``: what the backward has summed for each parameter edge, as
-    ``gradient(edge.target)`` where it travels once a step, else as ``edge.storage.gradient``.
+    ``gradient(edge.target)`` where it travels once a step, else as ``edge.destination``.
     """
 
     communicator: Communicator
@@ -395,11 +395,11 @@ class _UseParameter(torch.autograd.Function):
         return gathered_parameter(parameter, execution.communicator, edge)
 
     @staticmethod
-    def backward(ctx: Any, arrived: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, arrived: Tensor) -> tuple[None, None, None]:
         execution: Execution = ctx.execution
         edge: ParameterEdge = ctx.edge
         if not edge.per_step:
-            path = steps(gradient(edge.target), edge.storage.gradient)
+            path = steps(gradient(edge.target), edge.destination)
             arrived = execution.communicator.walk(arrived, path)
         execution.accumulate(edge, arrived)
         return None, None, None
@@ -435,7 +435,7 @@ class _View:
     parameter: int
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
 
 
 class _Again:

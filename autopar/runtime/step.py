@@ -16,6 +16,7 @@ from autopar.ir.strategy import Strategy
 from autopar.runtime.collectives import Communicator
 from autopar.runtime.lowering import Execution, LoweredProgram
 from autopar.runtime.storage import State, gather
+from autopar.simulator.prices import clip_axes
 from autopar.simulator.redistribution import steps
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
@@ -34,7 +35,7 @@ class TrainingStep:
 
     Every rank calls it together with the same batch, passed as the model's ``forward`` takes it,
     and gets the loss of the whole batch. ``gradients`` are those of the last step, sharded as
-    ``storage.gradient``, before clipping.
+    ``storage.optimizer``, before clipping.
     """
 
     program: LoweredProgram
@@ -88,11 +89,9 @@ class TrainingStep:
         with self.communicator.recorder.during("step"), torch.no_grad():
             scale = self._clip_scale()
             for name, reduced in self.gradients.items():
-                storage = self.strategy.storage[name]
-                part = self.communicator.walk(reduced, steps(storage.gradient, storage.optimizer))
                 piece = self._pieces[name]
-                part = part if scale is None else part * scale.to(part.dtype)
-                piece.grad = part.to(piece.dtype)
+                scaled = reduced if scale is None else reduced * scale.to(reduced.dtype)
+                piece.grad = scaled.to(piece.dtype)
             self.optimizer.step()
             for name, piece in self._pieces.items():
                 piece.grad = None
@@ -100,17 +99,19 @@ class TrainingStep:
         self.steps_done += 1
 
     def _reduce(self) -> None:
-        """Sum the gradients of all uses of each parameter, where ``storage.gradient`` wants them."""
-        arrived = self.execution.gradients
+        """Bring gradients to the optimizer's shards, and sum over a parameter's uses."""
         for edge in self.program.edges:
-            reduced = arrived.pop((edge.parameter, edge.target), None)
+            reduced = self.execution.gradients.pop((edge.parameter, edge.target), None)
             if reduced is None:
                 continue
             if edge.per_step:
-                path = steps(gradient(edge.target), edge.storage.gradient)
-                reduced = self.communicator.walk(reduced, path)
+                reduced = self._walk(reduced, gradient(edge.target), edge.destination)
+            reduced = self._walk(reduced, edge.destination, edge.storage.optimizer)
             before = self.gradients.get(edge.parameter)
             self.gradients[edge.parameter] = reduced if before is None else before + reduced
+
+    def _walk(self, tensor: Tensor, source: Sharding, target: Sharding) -> Tensor:
+        return self.communicator.walk(tensor, steps(source, target))
 
     # ---- clipping ------------------------------------------------------------------------------
 
@@ -123,29 +124,18 @@ class TrainingStep:
         return torch.clamp(limit / (self.norm + 1e-6), max=1.0)
 
     def _global_norm(self) -> Tensor:
-        """The 2-norm of all gradients: one all-reduce of one number (float32; float64 where a
-        gradient is) over the axes that any ``storage.gradient`` is sharded on."""
-        axes = self.norm_axes()
+        """The 2-norm of all gradients: of its square (float32; float64 where a gradient is) one
+        all-reduce on each of ``clip_axes``."""
+        axes = clip_axes(self.strategy)
         wide = any(reduced.dtype == torch.float64 for reduced in self.gradients.values())
         dtype = torch.float64 if wide else torch.float32
-        device = next(iter(self.gradients.values())).device
-        total = torch.zeros((), dtype=dtype, device=device)
+        total = torch.zeros((), dtype=dtype, device=self._device)
         for name, reduced in self.gradients.items():
-            if self._counts_here(self.strategy.storage[name].gradient, axes):
+            if self._counts_here(self.strategy.storage[name].optimizer, axes):
                 total += torch.linalg.vector_norm(reduced, dtype=dtype) ** 2
-        if axes:
-            total = self.communicator.all_reduce_jointly(total, axes)
+        for axis in axes:
+            total = self.communicator.all_reduce(total, axis)
         return total.sqrt()
-
-    def norm_axes(self) -> tuple[int, ...]:
-        return tuple(
-            axis
-            for axis in range(len(self.strategy.mesh.axes))
-            if any(
-                sharded_dim(self.strategy.storage[name].gradient[axis]) is not None
-                for name in self._pieces
-            )
-        )
 
     def _counts_here(self, sharding: Sharding, axes: tuple[int, ...]) -> bool:
         """Of equal copies along ``axes``, the first counts."""
@@ -153,6 +143,10 @@ class TrainingStep:
             sharded_dim(sharding[axis]) is not None or self.communicator.coordinates[axis] == 0
             for axis in axes
         )
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.state.parameters.values())).device
 
     # ---- optimizer state -----------------------------------------------------------------------
 
@@ -196,20 +190,19 @@ class TrainingStep:
 
     def full_gradients(self) -> dict[str, Tensor]:
         """Whole gradients of the last step, before clipping; all ranks call it together."""
-        shardings = {name: s.gradient for name, s in self.strategy.storage.items()}
+        shardings = {name: s.optimizer for name, s in self.strategy.storage.items()}
         return gather(self.gradients, shardings, self.communicator, self.gradients)
 
     def _inputs(self, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The batch by the graph's names of its inputs, checked against the plan's."""
         names = self.graph.inputs
         keys = dict(zip(self.graph.input_keys, names, strict=True))
-        positional = [
-            name for key, name in zip(self.graph.input_keys, names, strict=True) if not key
-        ]
-        if len(args) != len(positional) or set(kwargs) != {key for key in keys if key}:
+        keywords = {key for key in keys if key}
+        positional = names[: len(names) - len(keywords)]
+        if len(args) != len(positional) or set(kwargs) != keywords:
             raise PlanMismatchError(
                 f"the plan was made for {len(positional)} positional inputs and the keywords "
-                f"{sorted(key for key in keys if key)}; got {len(args)} and {sorted(kwargs)}"
+                f"{sorted(keywords)}; got {len(args)} and {sorted(kwargs)}"
             )
         given = dict(zip(positional, args, strict=True))
         given.update({keys[key]: value for key, value in kwargs.items()})
@@ -222,8 +215,7 @@ class TrainingStep:
                     f"batch with {expected.dtype}{list(expected.shape)}. Every rank passes the "
                     "whole batch"
                 )
-        device = next(iter(self.state.parameters.values())).device
-        return {name: value.to(device) for name, value in given.items()}
+        return {name: value.to(self._device) for name, value in given.items()}
 
 
 __all__ = ["OPTIMIZERS", "TrainingStep"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from autopar.ir.graph import Tensor as GraphTensor
 from autopar.ir.sharding import Mesh, Sharding, local_box
 from autopar.ir.strategy import Strategy
 from autopar.runtime.collectives import Communicator
+from autopar.runtime.initial import LARGE_ELEMENTS, InitialValues
 from autopar.simulator.redistribution import steps
 
 
@@ -29,9 +30,33 @@ def from_module(
     module: nn.Module, graph: OperatorGraph, strategy: Strategy, rank: int, device: torch.device
 ) -> State:
     """The shards of a module that is in memory as a whole; they share no memory with it."""
-    values = dict(module.named_parameters(remove_duplicate=False))
+    values: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     values.update(module.named_buffers(remove_duplicate=False))
     return from_values(values, graph, strategy, rank, device)
+
+
+def from_function(
+    function: Callable[[], nn.Module],
+    graph: OperatorGraph,
+    strategy: Strategy,
+    rank: int,
+    device: torch.device,
+    seed: int,
+    *,
+    large_elements: int = LARGE_ELEMENTS,
+) -> State:
+    """The shards of ``torch.manual_seed(seed); function()``, of which no rank has a whole copy: at
+    most one large parameter is whole at a time."""
+    values = InitialValues(large_elements)
+    module = values.make(function, seed)
+    if strategy.training.precision == "mixed":
+        module = module.to(torch.bfloat16)
+    named: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    named.update(module.named_buffers(remove_duplicate=False))
+    state = State({}, {})
+    for tensor in _stored(graph):
+        keep(state, tensor, values.whole(_checked(tensor, named)), strategy, rank, device)
+    return state
 
 
 def from_values(
@@ -43,11 +68,13 @@ def from_values(
 ) -> State:
     """The shards of whole tensors by name (a ``state_dict``)."""
     state = State({}, {})
-    for tensor in graph.tensors:
-        if tensor.role in (Role.PARAMETER, Role.BUFFER):
-            value = _checked(tensor, values)
-            keep(state, tensor, value.detach(), strategy, rank, device)
+    for tensor in _stored(graph):
+        keep(state, tensor, _checked(tensor, values).detach(), strategy, rank, device)
     return state
+
+
+def _stored(graph: OperatorGraph) -> Iterator[GraphTensor]:
+    return (t for t in graph.tensors if t.role in (Role.PARAMETER, Role.BUFFER))
 
 
 def keep(

@@ -10,19 +10,21 @@ from autopar.ir.sharding import Mesh, Sharding, shard, sharded_dim, shards_of
 from autopar.ir.strategy import Stage, Storage, Strategy, Training
 from autopar.simulator.edges import Rules
 
+PLAIN = Training()
+
 
 def one_stage(
     graph: OperatorGraph,
     mesh: Mesh,
     splits: dict[str, Split],
     storage: dict[str, Storage],
-    training: Training = Training(),
+    training: Training = PLAIN,
 ) -> Strategy:
     stage = Stage(tuple(o.name for o in graph.operators), tuple(range(mesh.size)), mesh)
     return Strategy((stage,), splits, storage, training=training)
 
 
-def replicate(graph: OperatorGraph, mesh: Mesh, training: Training = Training()) -> Strategy:
+def replicate(graph: OperatorGraph, mesh: Mesh, training: Training = PLAIN) -> Strategy:
     """Every rank does everything."""
     axes = len(mesh.axes)
     return one_stage(
@@ -43,7 +45,7 @@ def random_strategy(
     rules: Rules,
     mesh: Mesh,
     rng: Random,
-    training: Training = Training(),
+    training: Training = PLAIN,
 ) -> Strategy:
     """Any legal split for each operator, any legal storage for each parameter.
 
@@ -107,9 +109,9 @@ def _fits(
     uses: list[Sharding],
     mesh: Mesh,
 ) -> bool:
-    """Whether the dim can be cut once more, and no later axis cuts it in use."""
+    """Whether the dim can be cut once more, and no later axis cuts it, in use or in storage."""
     dim = sharded_dim(placement)
     assert dim is not None
-    trial = tuple(optimizer[:axis]) + (placement,) + tuple(optimizer[axis + 1 :])
+    trial = (*optimizer[:axis], placement, *optimizer[axis + 1 :])
     later = any(sharded_dim(p) == dim for use in uses for p in use[axis + 1 :])
     return shape[dim] % shards_of(trial, dim, mesh) == 0 and not later

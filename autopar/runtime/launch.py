@@ -1,0 +1,134 @@
+"""From a plan to a training step on the processes that torchrun started, or to starting them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._C._distributed_c10d import HashStore
+
+from autopar.errors import PlanMismatchError
+from autopar.ir.graph import OperatorGraph
+from autopar.ir.sharding import Mesh
+from autopar.ir.strategy import Strategy
+from autopar.ops import bound_rules
+from autopar.runtime.collectives import Communicator, connect
+from autopar.runtime.lowering import lower
+from autopar.runtime.step import TrainingStep
+from autopar.runtime.storage import State, from_function, from_module
+from autopar.simulator.edges import Rules
+
+START_TIMEOUT_S = 300.0
+"""How long a rank waits for the others; gloo's and NCCL's default, half an hour, looks like a
+program that hangs when one of them did not start."""
+
+
+class Planned(Protocol):
+    """A ``Plan``, or anything that has its two parts that are run."""
+
+    @property
+    def graph(self) -> OperatorGraph: ...
+
+    @property
+    def strategy(self) -> Strategy: ...
+
+
+def run(
+    plan: Planned,
+    model: nn.Module | Callable[[], nn.Module],
+    *,
+    rules: Rules | None = None,
+    seed: int = 0,
+    **hyperparameters: Any,
+) -> TrainingStep:
+    """The plan's training step on this process, one of those that torchrun started.
+
+    ``model``: a function that makes it, as in ``model.py``; its parameters then get the values of
+    ``torch.manual_seed(seed); model()``, each rank keeping only its shards. Or a module that is in
+    memory already, whose values are taken. ``hyperparameters`` go to torch's optimizer (``lr``).
+    ``rules``: needed only for ops that have none of their own.
+
+    Raises:
+        PlanMismatchError: another number of processes, or another model, than the plan's.
+    """
+    graph, strategy = plan.graph, plan.strategy
+    communicator = join(strategy.mesh)
+    device = local_device()
+    program = lower(graph, strategy, bound_rules(graph) if rules is None else rules, device)
+    state = _state(model, graph, strategy, communicator, device, seed)
+    return TrainingStep(program, strategy, state, communicator, hyperparameters, seed)
+
+
+def _state(
+    model: nn.Module | Callable[[], nn.Module],
+    graph: OperatorGraph,
+    strategy: Strategy,
+    communicator: Communicator,
+    device: torch.device,
+    seed: int,
+) -> State:
+    if isinstance(model, nn.Module):
+        return from_module(model, graph, strategy, communicator.rank, device)
+    return from_function(model, graph, strategy, communicator.rank, device, seed)
+
+
+def join(mesh: Mesh) -> Communicator:
+    """Meet the other processes and make the mesh's process groups."""
+    _check_world(mesh)
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        alone: Mapping[str, Any] = (
+            {} if "RANK" in os.environ else {"store": HashStore(), "rank": 0, "world_size": 1}
+        )
+        dist.init_process_group(backend, timeout=timedelta(seconds=START_TIMEOUT_S), **alone)
+    return connect(mesh, device.type)
+
+
+def _check_world(mesh: Mesh) -> None:
+    started = dist.get_world_size() if dist.is_initialized() else _world_of_torchrun()
+    if started != mesh.size:
+        shape = " x ".join(f"{name} {size}" for name, size in mesh.axes)
+        raise PlanMismatchError(
+            f"the plan is for {mesh.size} processes ({shape}), and there "
+            f"{'is' if started == 1 else 'are'} {started}; start them with "
+            f"`torchrun --nproc-per-node {mesh.size} ...`, or make a plan for {started}"
+        )
+
+
+def _world_of_torchrun() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_device() -> torch.device:
+    """This process's GPU, by torchrun's ``LOCAL_RANK``; the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def torchrun(processes: int, module: str, arguments: Sequence[str]) -> int:
+    """Run ``python -m module arguments...`` in so many processes of this machine.
+
+    Returns:
+        The exit code; torchrun's is 1 whatever the failing process's was.
+    """
+    command = [
+        sys.executable,
+        *("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"),
+        *("--module", module, *arguments),
+    ]
+    # more threads than cores would have the processes wait for each other
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    return subprocess.run(
+        command, check=False, env={"OMP_NUM_THREADS": str(threads), **os.environ}
+    ).returncode
