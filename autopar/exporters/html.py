@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 from autopar.exporters.explanation import Block, CollectiveRow, explanation
-from autopar.exporters.text import change_text, divided_text, summary
+from autopar.exporters.text import change_text, divided_text, kinds_of_memory, parts, summary
 from autopar.exporters.units import bytes_text, time_text
 from autopar.ir.plan import Plan
 from autopar.ir.sharding import Mesh
@@ -41,9 +41,9 @@ def export(plan: Plan, rules: Rules) -> str:
         f"<h1>{escape(title)}</h1>",
         f"<pre>{escape(summary(plan, top=20))}</pre>",
         "<h2>Where the time goes</h2>",
-        _bar(_times(plan), time_text),
+        _bar(parts(plan.estimate), time_text),
         "<h2>Where the memory goes</h2>",
-        _bar(_memory(plan), bytes_text),
+        _bar(kinds_of_memory(plan.estimate.memory), bytes_text),
         *(_block(block, plan.mesh) for block in found.blocks),
         "<h2>Every collective of a step</h2>",
         _promise(plan),
@@ -58,34 +58,10 @@ def export(plan: Plan, rules: Rules) -> str:
     )
 
 
-def _times(plan: Plan) -> list[tuple[str, float]]:
-    e = plan.estimate
-    return [
-        ("forward", e.forward_compute_s),
-        ("backward", e.backward_compute_s),
-        ("forward communication", e.forward_communication_s),
-        ("backward communication", e.backward_communication_s),
-        ("gradients and parameters", e.gradient_synchronisation_s),
-        ("optimizer", e.optimizer_s),
-    ]
-
-
-def _memory(plan: Plan) -> list[tuple[str, float]]:
-    m = plan.estimate.memory
-    return [
-        ("parameters", m.parameters_bytes),
-        ("gradients", m.gradients_bytes),
-        ("optimizer state", m.optimizer_bytes),
-        ("activations", m.activations_bytes),
-        ("temporaries", m.temporaries_bytes),
-        ("buffers", m.buffers_bytes),
-    ]
-
-
-def _bar(parts: list[tuple[str, float]], text: Callable[[float], str]) -> str:
-    total = sum(size for _, size in parts) or 1.0
+def _bar(shares: Sequence[tuple[str, float]], text: Callable[[float], str]) -> str:
+    total = sum(size for _, size in shares) or 1.0
     spans, keys = [], []
-    for (name, size), colour in zip(parts, COLOURS, strict=True):
+    for (name, size), colour in zip(shares, COLOURS, strict=True):
         if size > 0:
             share = 100 * size / total
             label = f"{name}: {text(size)} ({share:.0f}%)"
@@ -99,12 +75,12 @@ def _bar(parts: list[tuple[str, float]], text: Callable[[float], str]) -> str:
 
 def _block(block: Block, mesh: Mesh) -> str:
     axes = [f"{name} ({size})" for name, size in mesh.axes]
-    parts = [
+    sections = [
         f"<h2>{escape(block.path)}{f' x{block.count}' if block.count > 1 else ''}</h2>",
         f"<p>communication {time_text(block.communication_s)} a step</p>",
     ]
     if block.redistributions:
-        parts.append(
+        sections.append(
             _table(
                 ("redistributed", "times", "from → to", "for", "costs"),
                 (
@@ -120,7 +96,7 @@ def _block(block: Block, mesh: Mesh) -> str:
             )
         )
     if block.parameters:
-        parts.append(
+        sections.append(
             _table(
                 ("parameter", "times", "shape", *axes, "a device has", "costs"),
                 (
@@ -149,7 +125,7 @@ def _block(block: Block, mesh: Mesh) -> str:
             for row in block.operators
         ),
     )
-    parts.append(f"<details><summary>operators</summary>{operators}</details>")
+    sections.append(f"<details><summary>operators</summary>{operators}</details>")
     refused = "".join(
         f"<li>{escape(r.axis)}: {r.axis_size} devices do not divide {r.size} ("
         + escape(", ".join(f"{factor} of {name}" for name, factor in r.factors))
@@ -157,8 +133,8 @@ def _block(block: Block, mesh: Mesh) -> str:
         for r in block.refusals
     )
     if refused:
-        parts.append(f"<details><summary>not offered</summary><ul>{refused}</ul></details>")
-    return "\n".join(parts)
+        sections.append(f"<details><summary>not offered</summary><ul>{refused}</ul></details>")
+    return "\n".join(sections)
 
 
 def _costs(rows: Iterable[CollectiveRow]) -> str:

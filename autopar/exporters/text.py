@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from io import StringIO
 
@@ -14,17 +15,18 @@ from autopar.exporters.explanation import (
     Block,
     CollectiveRow,
     Divided,
-    Explanation,
     block_of,
     explanation,
 )
 from autopar.exporters.units import bytes_text, count_text, share_text, time_text
-from autopar.ir.plan import Change, Plan, PlanDiff, TrialSummary, mesh_text
+from autopar.ir.graph import OperatorGraph
+from autopar.ir.plan import Change, Plan, PlanDiff, SearchSummary, TrialSummary, mesh_text
 from autopar.ir.rule import NOTHING, REPLICATED, SUMMED
 from autopar.ir.sharding import Mesh, Sharding
+from autopar.ir.simulation import Estimate, Memory
 from autopar.simulator.edges import Rules
 
-WIDTH = 110
+WIDTH = 120
 
 
 def export(plan: Plan, rules: Rules) -> str:
@@ -43,23 +45,15 @@ def summary(plan: Plan, top: int = 5) -> str:
             "",
             *_best(plan, top),
             *_recipes(plan),
-            *_memory(plan),
+            *memory(plan.estimate),
             *_proposed(plan),
         ]
     )
 
 
 def _heading(plan: Plan) -> list[str]:
-    estimate, search, training = plan.estimate, plan.search, plan.strategy.training
-    step_s = estimate.step_time_s
-    parts = [
-        ("forward", estimate.forward_compute_s),
-        ("backward", estimate.backward_compute_s),
-        ("forward communication", estimate.forward_communication_s),
-        ("backward communication", estimate.backward_communication_s),
-        ("gradients and parameters", estimate.gradient_synchronisation_s),
-        ("optimizer", estimate.optimizer_s),
-    ]
+    found, training = plan.estimate, plan.strategy.training
+    step_s = found.step_time_s
     batches = plan.strategy.microbatches
     return [
         f"{plan.graph.name}: {count_text(plan.graph.parameter_count)} parameters, "
@@ -67,10 +61,21 @@ def _heading(plan: Plan) -> list[str]:
         f"{training.precision} precision" + (f", {batches} microbatches" if batches > 1 else ""),
         f"on {plan.topology.get('name')}: {plan.world_size} devices, mesh {mesh_text(plan.mesh)}",
         f"step {time_text(step_s)}: "
-        + ", ".join(f"{name} {share_text(t, step_s)}" for name, t in parts if t > 0),
-        f"peak memory {bytes_text(estimate.peak_memory_bytes)} of "
-        f"{bytes_text(search.memory_limit_bytes)} on each device",
+        + ", ".join(f"{name} {share_text(t, step_s)}" for name, t in parts(found) if t > 0),
+        f"peak memory {bytes_text(found.peak_memory_bytes)} of "
+        f"{bytes_text(plan.search.memory_limit_bytes)} on each device",
         _quality(plan),
+    ]
+
+
+def parts(found: Estimate) -> list[tuple[str, float]]:
+    return [
+        ("forward", found.forward_compute_s),
+        ("backward", found.backward_compute_s),
+        ("forward communication", found.forward_communication_s),
+        ("backward communication", found.backward_communication_s),
+        ("gradients and parameters", found.gradient_synchronisation_s),
+        ("optimizer", found.optimizer_s),
     ]
 
 
@@ -168,18 +173,20 @@ def _faster(ratio: float) -> str:
     return f"{ratio:.2f}x faster than" if ratio > 1 else f"{1 / ratio:.2f}x slower than"
 
 
-def _memory(plan: Plan) -> list[str]:
-    memory = plan.estimate.memory
-    total = memory.total_bytes
-    kinds = [
-        ("parameters", memory.parameters_bytes),
-        ("gradients", memory.gradients_bytes),
-        ("optimizer state", memory.optimizer_bytes),
-        ("activations kept for the backward", memory.activations_bytes),
-        ("temporaries", memory.temporaries_bytes),
-        ("communication buffers", memory.buffers_bytes),
+def kinds_of_memory(found: Memory) -> list[tuple[str, int]]:
+    return [
+        ("parameters", found.parameters_bytes),
+        ("gradients", found.gradients_bytes),
+        ("optimizer state", found.optimizer_bytes),
+        ("activations kept for the backward", found.activations_bytes),
+        ("temporaries", found.temporaries_bytes),
+        ("communication buffers", found.buffers_bytes),
     ]
-    where = f", reached at {memory.at}" if memory.at else ""
+
+
+def memory(found: Estimate) -> list[str]:
+    total, kinds = found.peak_memory_bytes, kinds_of_memory(found.memory)
+    where = f", reached at {found.memory.at}" if found.memory.at else ""
     return [
         f"memory at the peak{where}:",
         *(f"  {bytes_text(n):>8}  {share_text(n, total):>4}  {kind}" for kind, n in kinds if n),
@@ -195,6 +202,60 @@ def _proposed(plan: Plan) -> list[str]:
         "op):",
         *(f"  {op}: {rule.signature}" for op, rule in plan.proposed),
     ]
+
+
+# Parts of it that other commands print
+
+
+def search(found: SearchSummary) -> str:
+    """Every trial, in the order in which they were made."""
+    rows = [
+        [
+            trial.name,
+            mesh_text(trial.mesh),
+            trial.outcome,
+            "-" if trial.step_time_s is None else time_text(trial.step_time_s),
+            time_text(trial.lower_bound_s) if math.isfinite(trial.lower_bound_s) else "-",
+            "-" if trial.peak_memory_bytes is None else bytes_text(trial.peak_memory_bytes),
+            trial.bound_by,
+        ]
+        for trial in found.trials
+    ]
+    columns = ["", "mesh", "outcome", "step", "lower bound", "memory", "bound by"]
+    return "\n".join(
+        [
+            f"{len(rows)} trials of {found.searcher} in {time_text(found.search_time_s)}, "
+            f"{found.stop_reason}, gap {found.gap:.2%}",
+            table(columns, rows),
+        ]
+    )
+
+
+def estimate(found: Estimate, machine: str) -> str:
+    """The parts of a predicted step."""
+    rows = [[name, time_text(t), share_text(t, found.step_time_s)] for name, t in parts(found)]
+    rows += [["step", time_text(found.step_time_s), ""]]
+    return "\n".join([f"on {machine}", table(["", "", ""], rows, right=(1, 2)), *memory(found)])
+
+
+def graph(found: OperatorGraph) -> str:
+    """How many operators of each op, and the sizes of the model."""
+    counts = Counter(operator.op for operator in found.operators)
+    rows = [[str(n), op] for op, n in counts.most_common()]
+    inputs = ", ".join(
+        f"{name} {spec.dtype}{list(spec.shape)}"
+        for name in found.inputs
+        for spec in (found.spec(name),)
+    )
+    return "\n".join(
+        [
+            f"{found.name}: {count_text(found.parameter_count)} parameters in "
+            f"{len(found.parameters)} tensors, {len(found.operators)} operators",
+            f"inputs: {inputs}",
+            f"fingerprint {found.fingerprint[:16]}",
+            table(["", "op"], rows, right=(0,)),
+        ]
+    )
 
 
 # Explanation: what `autopar explain` prints
@@ -215,7 +276,7 @@ def explain(plan: Plan, rules: Rules, *, views: bool = False) -> str:
         lines += _block(block, plan.mesh, views)
     if found.unplaced:
         lines += ["gradient norm", *_indented([_collective_text(c) for c in found.unplaced]), ""]
-    lines += _memory(plan)
+    lines += memory(plan.estimate)
     return "\n".join(lines) + "\n"
 
 
@@ -381,4 +442,4 @@ def _indented(lines: Iterable[str]) -> list[str]:
     return [f"  {line}" for line in lines]
 
 
-__all__ = ["Explanation", "difference", "explain", "export", "summary"]
+__all__ = ["difference", "estimate", "explain", "export", "graph", "search", "summary"]

@@ -250,7 +250,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "fingerprint": plan.graph.fingerprint,
         "topology": plan.topology,
         "estimate": _estimate_to_json(plan.estimate),
-        "search": _search_to_json(plan.search),
+        "search": search_to_json(plan.search),
         "strategy": strategy_to_json(plan.strategy),
         "proposed": [[op, rule_to_json(rule)] for op, rule in plan.proposed],
         "graph": graph_to_json(plan.graph),
@@ -291,7 +291,7 @@ def _estimate_from_json(data: dict[str, Any]) -> Estimate:
     )
 
 
-def _search_to_json(search: SearchSummary) -> dict[str, Any]:
+def search_to_json(search: SearchSummary) -> dict[str, Any]:
     return {
         **{f.name: getattr(search, f.name) for f in fields(search)},
         "lower_bound_s": _finite(search.lower_bound_s),
@@ -343,14 +343,18 @@ def rule_to_json(rule: OpRule) -> dict[str, Any]:
 def rule_from_json(data: dict[str, Any]) -> OpRule:
     made: dict[str, Callable[..., Any]] = {"products": Product, "saves": Saved, "inner": Inner}
     values = {
-        key: tuple(made[key](**_tuples(item)) for item in value) if key in made else value
+        key: tuple(made[key](**_tuples(item)) for item in value) if key in made else _tuple(value)
         for key, value in data.items()
     }
-    return OpRule(**_tuples(values))
+    return OpRule(**values)
 
 
 def _tuples(data: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+    return {key: _tuple(value) for key, value in data.items()}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(map(_tuple, value)) if isinstance(value, list) else value
 
 
 # Two plans

@@ -11,6 +11,9 @@ from autopar.ir.rule import OpRule, Product, Saved
 from autopar.ir.sharding import Mesh
 from autopar.ir.simulation import Estimate, Memory, PromisedCollective
 from autopar.ir.strategy import Stage, Storage, Strategy
+from autopar.ops import bound_rules
+from autopar.simulator.prices import evaluate
+from tests.helpers.fake_prices import FakePrices
 
 MESH = Mesh((("data", 2), ("tensor", 4)))
 LIMIT_BYTES = 10_000_000
@@ -50,15 +53,11 @@ def strategy(graph: OperatorGraph) -> Strategy:
     """Data parallel on the first axis, Megatron's column then row on the second."""
     splits = {}
     storage = {}
+    chosen = {"up": ("...0", "out"), "down": ("...0", "in"), "gelu": ("d0", "d1")}
     for operator in graph.operators:
-        choice = "nothing"
-        if operator.module.endswith("up"):
-            choice = "out"
-        elif operator.module.endswith("down"):
-            choice = "in"
-        elif operator.op == "aten.gelu.default":
-            choice = "...1"
-        splits[operator.name] = ("...0", choice)
+        last = operator.module.rpartition(".")[2]
+        known = "gelu" if operator.op == "aten.gelu.default" else last
+        splits[operator.name] = chosen.get(known, ("d0", "nothing"))
     for parameter in graph.parameters:
         cut = "S(0)" if "up" in parameter.name else "S(1)"
         storage[parameter.name] = Storage(("I", cut), ("I", cut), ("I", cut))
@@ -119,6 +118,7 @@ def plan(layers: int = 2, step_time_s: float = 0.01) -> Plan:
                     linear=(0,),
                     products=(Product("", "a", "b", ""),),
                     saves=(Saved("input 0", (1,)),),
+                    sizes=(("a", 2),),
                     proposed=True,
                 ),
             ),
@@ -142,3 +142,11 @@ def _trial(
         memory_bytes,
         bound_by(estimate(step_time_s), LIMIT_BYTES) if found and step_time_s else "",
     )
+
+
+def priced(layers: int = 2) -> Plan:
+    """The same plan with what the simulator says of it, in a world of round prices."""
+    handmade = plan(layers)
+    rules = bound_rules(handmade.graph)
+    prices = FakePrices(devices=MESH.size, latency_s=1e-6)
+    return replace(handmade, estimate=evaluate(handmade.graph, rules, prices, handmade.strategy))

@@ -21,7 +21,7 @@ def test_every_choice_that_differs_is_named_once() -> None:
     before = fake_plans.plan(2)
     strategy = replace(
         before.strategy,
-        splits={**before.strategy.splits, "layers.1.gelu": ("...0", "nothing")},
+        splits={**before.strategy.splits, "layers.1.gelu": ("d0", "nothing")},
         storage={
             **before.strategy.storage,
             "layers.0.up.weight": Storage(("I", "S(0)"), ("I", "S(0)"), ("S(1)", "S(0)")),
@@ -33,7 +33,7 @@ def test_every_choice_that_differs_is_named_once() -> None:
     assert difference.faster == 2.0
     assert difference.changes == (
         Change("training", "", "adamw, full precision", "sgd, full precision, clip 1"),
-        Change("split", "layers.1.gelu", "data: ...0, tensor: ...1", "data: ...0, tensor: nothing"),
+        Change("split", "layers.1.gelu", "data: d0, tensor: d1", "data: d0, tensor: nothing"),
         Change(
             "storage",
             "layers.0.up.weight",

@@ -1,0 +1,405 @@
+"""The verbs of autopar. Names that a user gives become objects here, and nowhere further in."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, Unpack
+
+from autopar import __version__
+from autopar.errors import AutoparError, InfeasibleError, OutOfTimeError, PlanMismatchError
+from autopar.ir.graph import OperatorGraph
+from autopar.ir.plan import Plan, PlanDiff, load_plan, save_plan, summarise
+from autopar.ir.plan import diff as diff_plans
+from autopar.ir.search import Budget, Problem, SearchResult
+from autopar.ir.sharding import Mesh
+from autopar.ir.simulation import Estimate
+from autopar.ir.strategy import Training
+from cost_models.interface import CostModel
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from autopar.exporters import Exporter
+    from autopar.simulator.edges import Rules
+
+Progress = Callable[[str], None]
+"""Is told what is done, at the start of everything that may take over a second."""
+
+Precision = Literal["full", "mixed"]
+Optimizer = Literal["sgd", "momentum", "adam", "adamw"]
+Searcher = Callable[[Problem, Budget], SearchResult]
+Loss = Callable[[Any, Any], Any]
+
+LOCAL = "local"
+"""The topology that is this machine, measured."""
+
+
+class Wanted(TypedDict, total=False):
+    """What a search is for; every key has a default.
+
+    - ``topology``: ``"local"`` (this machine, measured once; the default), the name of a machine,
+      ``NODESxDEVICESxNAME``, a TOML file, or a cost model of one's own.
+    - ``devices``: how many of this machine (default: its GPUs, else its cores).
+    - ``mesh``: sizes of the mesh axes, outermost first (default: all factorizations).
+    - ``memory_limit_bytes``: for each device (default: what it has).
+    - ``optimizer``, ``precision``, ``clip_norm``, ``microbatches``: what is trained with.
+    - ``dimensions``: which of Sample, Operator, Attribute and Parameter may be split.
+    - ``loss``: ``loss(outputs, inputs)`` when the model does not return its own.
+    - ``batch``, ``sequence``: sizes of the batch of an ``hf:`` model.
+    """
+
+    topology: str | Path | CostModel
+    devices: int | None
+    mesh: tuple[int, ...] | Mesh | None
+    memory_limit_bytes: int | None
+    optimizer: Optimizer
+    precision: Precision
+    clip_norm: float | None
+    microbatches: int
+    dimensions: str
+    loss: Loss | None
+    batch: int | None
+    sequence: int | None
+
+
+def extract(
+    model: str | Path | nn.Module | OperatorGraph,
+    inputs: Any = None,
+    *,
+    loss: Loss | None = None,
+    precision: Precision = "full",
+    batch: int | None = None,
+    sequence: int | None = None,
+    progress: Progress | None = None,
+) -> OperatorGraph:
+    """The training graph of a module with one global batch of ``inputs``, or of a model by name.
+
+    A name is a path to ``model.py``, ``package.module:callable`` or ``hf:NAME_OR_PATH`` (whose
+    batch has the sizes ``batch`` and ``sequence``); its extraction is cached. A graph is itself.
+    """
+    if isinstance(model, OperatorGraph):
+        return model
+    _tell(progress, "extracting the operators")
+    if isinstance(model, str | Path):
+        from autopar.extractor import cached_extract
+
+        return cached_extract(str(model), batch=batch, sequence=sequence, precision=precision)
+    if inputs is None:
+        raise AutoparError(
+            "a module cannot be extracted without a batch: give inputs, a tuple (positional) or a "
+            "dict (keyword) of tensors with the sizes of one global batch"
+        )
+    from autopar.extractor import extract as extract_module
+
+    name = type(model).__name__
+    return extract_module(model, inputs, loss, name=name, precision=precision)
+
+
+def search(
+    model: str | Path | nn.Module | OperatorGraph,
+    inputs: Any = None,
+    *,
+    searcher: str | Searcher = "ilp",
+    time_limit_s: float = 300.0,
+    progress: Progress | None = None,
+    **wanted: Unpack[Wanted],
+) -> SearchResult:
+    """All trials and the best of them; see ``Wanted`` for the other arguments."""
+    problem = problem_of(model, inputs, progress=progress, **wanted)
+    return run_search(problem, searcher, time_limit_s, progress)
+
+
+def plan(
+    model: str | Path | nn.Module | OperatorGraph,
+    inputs: Any = None,
+    *,
+    searcher: str | Searcher = "ilp",
+    time_limit_s: float = 300.0,
+    progress: Progress | None = None,
+    **wanted: Unpack[Wanted],
+) -> Plan:
+    """The fastest strategy that fits, with its price, its proof and its promise.
+
+    See ``Wanted`` for the other arguments.
+
+    Raises:
+        InfeasibleError: nothing fits in memory; the message has the nearest miss.
+        OutOfTimeError: the time limit came before any strategy was found.
+        UnsupportedModelError: the model cannot be traced, or has operators without a rule.
+    """
+    problem = problem_of(model, inputs, progress=progress, **wanted)
+    result = run_search(problem, searcher, time_limit_s, progress)
+    return plan_of(problem, result, str(model) if isinstance(model, str | Path) else "")
+
+
+def problem_of(
+    model: str | Path | nn.Module | OperatorGraph,
+    inputs: Any = None,
+    *,
+    progress: Progress | None = None,
+    **wanted: Unpack[Wanted],
+) -> Problem:
+    """What ``search`` and ``plan`` search: the model's graph, the machine and what is fixed."""
+    from autopar.simulator import meshes
+
+    precision = wanted.get("precision", "full")
+    cost_model = machine(wanted.get("topology", LOCAL), wanted.get("devices"), progress)
+    mesh = wanted.get("mesh")
+    if mesh is None:
+        tried = meshes.factorizations(cost_model.devices)
+    else:
+        given = mesh if isinstance(mesh, Mesh) else meshes.mesh(tuple(mesh))
+        tried = (meshes.check_mesh(given, cost_model.devices),)
+    graph = extract(
+        model,
+        inputs,
+        loss=wanted.get("loss"),
+        precision=precision,
+        batch=wanted.get("batch"),
+        sequence=wanted.get("sequence"),
+        progress=progress,
+    )
+    limit = wanted.get("memory_limit_bytes")
+    return Problem(
+        graph=graph,
+        cost_model=cost_model,
+        meshes=tried,
+        memory_limit_bytes=cost_model.memory_bytes if limit is None else limit,
+        training=Training(wanted.get("optimizer", "adamw"), precision, wanted.get("clip_norm")),
+        microbatches=wanted.get("microbatches", 1),
+        dimensions=_dimensions(wanted.get("dimensions", "SOAP")),
+    )
+
+
+def _dimensions(letters: str) -> str:
+    if not letters or set(letters) - set("SOAP"):
+        raise AutoparError(
+            f"dimensions are letters of SOAP (Sample, Operator, Attribute, Parameter), got "
+            f"{letters!r}; give for example S, SP or SOAP"
+        )
+    return letters
+
+
+def machine(
+    topology: str | Path | CostModel, devices: int | None = None, progress: Progress | None = None
+) -> CostModel:
+    """The cost model of a machine: named, described in a file, or this one."""
+    if not isinstance(topology, str | Path):
+        return topology
+    if topology != LOCAL:
+        from cost_models import cost_model
+
+        with _as_user_errors():
+            return cost_model(topology, devices)
+    from autopar.runtime import profiler
+
+    return profiler.local_cost_model(
+        devices or profiler.local_devices(), report=lambda line: _tell(progress, line)
+    )
+
+
+@contextmanager
+def _as_user_errors() -> Iterator[None]:
+    """``cost_models`` stands below autopar's errors and raises plain ``ValueError``."""
+    try:
+        yield
+    except ValueError as error:
+        raise AutoparError(str(error)) from error
+
+
+def run_search(
+    problem: Problem,
+    searcher: str | Searcher = "ilp",
+    time_limit_s: float = 300.0,
+    progress: Progress | None = None,
+) -> SearchResult:
+    from autopar.searchers import SEARCHERS
+
+    found = pick(SEARCHERS, searcher, "searcher") if isinstance(searcher, str) else searcher
+    tried = f"{len(problem.meshes)} meshes" if len(problem.meshes) > 1 else "the mesh"
+    _tell(progress, f"searching {tried} of {problem.cost_model.devices} devices")
+    return found(problem, Budget(time_s=time_limit_s))
+
+
+def plan_of(problem: Problem, result: SearchResult, model: str = "") -> Plan:
+    """The best of ``result`` as a plan.
+
+    Raises:
+        InfeasibleError, OutOfTimeError: there is none.
+    """
+    best = result.best
+    if best is None or best.strategy is None or best.estimate is None:
+        raise _nothing_found(problem, result)
+    from cost_models.saved import cost_model_to_json
+
+    return Plan(
+        graph=problem.graph,
+        topology=cost_model_to_json(problem.cost_model),
+        strategy=best.strategy,
+        estimate=best.estimate,
+        search=summarise(result, problem.memory_limit_bytes, problem.dimensions),
+        model=model,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        autopar=__version__,
+    )
+
+
+def _nothing_found(problem: Problem, result: SearchResult) -> AutoparError:
+    from autopar.exporters.units import bytes_text
+
+    limit = bytes_text(problem.memory_limit_bytes)
+    if result.stop_reason in ("time", "interrupted"):
+        return OutOfTimeError(
+            f"the search ended after {result.search_time_s:.1f} s ({result.stop_reason}) before it "
+            "found any strategy; allow more time, or give the mesh"
+        )
+    if result.nearest_miss_bytes is None:
+        return InfeasibleError(
+            f"no strategy of {problem.graph.name} on {problem.cost_model.devices} devices fits in "
+            f"{limit} a device; allow more devices, memory, microbatches or dimensions"
+        )
+    need = bytes_text(result.nearest_miss_bytes)
+    return InfeasibleError(
+        f"nothing fits: the smallest strategy of {problem.graph.name} that was found needs {need} "
+        f"on a device, the limit is {limit}; allow more devices, a smaller batch, more "
+        "microbatches, another optimizer or mixed precision"
+    )
+
+
+def simulate(
+    plan: Plan, topology: str | Path | CostModel | None = None, devices: int | None = None
+) -> Estimate:
+    """The plan's strategy priced again: on the machine it was made for, or on another one that
+    has as many devices.
+
+    Raises:
+        PlanMismatchError: the other machine has fewer or more devices than the plan.
+    """
+    from autopar.simulator.prices import evaluate
+
+    if topology is None:
+        from cost_models.saved import cost_model_from_json
+
+        with _as_user_errors():
+            cost_model = cost_model_from_json(plan.topology)
+    else:
+        cost_model = machine(topology, devices or (plan.world_size if topology == LOCAL else None))
+    if cost_model.devices != plan.world_size:
+        raise PlanMismatchError(
+            f"the plan is for {plan.world_size} devices, {topology} has {cost_model.devices}; "
+            "simulate it on as many, or plan again"
+        )
+    return evaluate(plan.graph, rules_of(plan), cost_model, plan.strategy)
+
+
+def explain(plan: Plan) -> str:
+    """Block by block, what is split how, what each redistribution costs, and the memory."""
+    from autopar.exporters import text
+
+    return text.explain(plan, rules_of(plan))
+
+
+def diff(a: Plan, b: Plan) -> PlanDiff:
+    """What ``b`` decides otherwise than ``a``."""
+    return diff_plans(a, b)
+
+
+def export(plan: Plan, exporter: str | Exporter) -> str:
+    """The plan in another form; the names are those of ``autopar list exporters``."""
+    from autopar.exporters import EXPORTERS
+
+    found = pick(EXPORTERS, exporter, "exporter") if isinstance(exporter, str) else exporter
+    return found(plan, rules_of(plan))
+
+
+def rules_of(plan: Plan) -> Rules:
+    """The bound rule of each operator of the plan.
+
+    Raises:
+        PlanMismatchError: a split of the plan is not one that these rules offer.
+    """
+    from autopar.ops import bound_rules
+
+    rules = bound_rules(plan.graph)
+    for name, split in plan.strategy.splits.items():
+        if set(split) - set(rules[name].choices) or not rules[name].divides(split, plan.mesh):
+            raise PlanMismatchError(
+                f"the plan splits {name} by {', '.join(split)}, which the rule of "
+                f"{plan.graph.operator[name].op} does not offer (it has "
+                f"{', '.join(rules[name].choices)}): the plan or autopar has changed; plan again"
+            )
+    return rules
+
+
+# Names
+
+
+Member = TypeVar("Member")
+
+
+def pick(table: Mapping[str, Member], name: str, what: str) -> Member:
+    """``table[name]``, or an error that says what there is.
+
+    >>> pick({"ilp": 1, "mcmc": 2}, "ipl", "searcher")
+    Traceback (most recent call last):
+      ...
+    autopar.errors.AutoparError: no searcher is called 'ipl'; did you mean ilp? Known: ilp, mcmc
+    """
+    if name in table:
+        return table[name]
+    raise AutoparError(unknown(name, table, what))
+
+
+def unknown(name: str, known: Iterable[str], what: str) -> str:
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"no {what} is called {name!r}; {hint}Known: {', '.join(names)}"
+
+
+_DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BYTES = {
+    **_DECIMAL,
+    **{f"{letter}b": size for letter, size in _DECIMAL.items()},
+    **{f"{letter}ib": 2 ** (10 * i) for i, letter in enumerate("kmgt", 1)},
+}
+
+
+def bytes_of(text: str) -> int:
+    """
+    >>> bytes_of("70GB"), bytes_of("1.5 GiB"), bytes_of("4096")
+    (70000000000, 1610612736, 4096)
+    """
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
+    try:
+        assert found is not None
+        return int(float(found[1]) * _BYTES[found[2].lower()])
+    except (AssertionError, KeyError, ValueError):
+        raise AutoparError(
+            f"{text!r} is not an amount of memory; write for example 70GB, 64GiB or 80000000000"
+        ) from None
+
+
+def _tell(progress: Progress | None, what: str) -> None:
+    if progress is not None:
+        progress(what)
+
+
+__all__ = [
+    "Progress",
+    "Wanted",
+    "diff",
+    "explain",
+    "export",
+    "extract",
+    "load_plan",
+    "plan",
+    "save_plan",
+    "search",
+    "simulate",
+]

@@ -1,0 +1,435 @@
+"""The command line: results to stdout, progress and errors to stderr, exit codes as documented."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from autopar import __version__
+from autopar.errors import AutoparError
+
+if TYPE_CHECKING:
+    from autopar.ir.simulation import Estimate
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells give it."""
+
+EXIT_CODES = """\b
+Exit codes: 0 ok, 1 internal error or failed verification, 2 usage,
+3 no plan fits, 4 model not supported, 5 out of time, 130 interrupted.
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """What the ``autopar`` command runs; always ends in ``SystemExit``."""
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        result = commands.main(given, prog_name="autopar", standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("autopar: interrupted", err=True)
+        code = INTERRUPTED
+    except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except AutoparError as error:
+        click.echo(f"autopar: {error}", err=True)
+        code = error.exit_code
+    except Exception as error:
+        click.echo(f"autopar: internal error: {type(error).__name__}: {error}", err=True)
+        if "--traceback" in given:
+            traceback.print_exc()
+        else:
+            click.echo("autopar: `autopar --traceback ...` shows where; please report it", err=True)
+        code = 1
+    sys.exit(code)
+
+
+class _InOrder(click.Group):
+    """Lists commands as they stand in this file, not by the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+HELP = {"help_option_names": ["-h", "--help"]}
+
+
+@click.group(cls=_InOrder, epilog=EXIT_CODES, context_settings=HELP)
+@click.option("--traceback", is_flag=True, help="Show the traceback of an internal error.")
+@click.version_option(__version__, prog_name="autopar")
+def commands(traceback: bool) -> None:
+    """Find the fastest way to train a PyTorch model on a cluster, and run it.
+
+    MODEL is a path to model.py (with functions model() and inputs(), optionally
+    loss(outputs, inputs)), package.module:callable, or hf:NAME_OR_PATH.
+    """
+
+
+# Options that several commands have
+
+_model_options = (
+    click.argument("model"),
+    click.option(
+        "--precision",
+        type=click.Choice(["full", "mixed"]),
+        default="full",
+        show_default=True,
+        help="As the model is, or bf16 with an fp32 master copy.",
+    ),
+    click.option("--batch", type=int, help="Global batch of an hf: model."),
+    click.option("--sequence", type=int, help="Tokens of a sample of an hf: model."),
+)
+
+_search_options = (
+    click.option(
+        "--topology",
+        default="local",
+        show_default=True,
+        help="A machine (`autopar list topologies`), NODESxDEVICESxMACHINE, a TOML file, or "
+        "local: this machine, measured once.",
+    ),
+    click.option(
+        "--devices", type=int, help="How many of this machine.  [default: its GPUs, else cores]"
+    ),
+    click.option("--mesh", help="Sizes of the mesh axes, e.g. 32,8.  [default: try all]"),
+    click.option("--memory-limit", help="For each device, e.g. 70GB.  [default: all it has]"),
+    click.option(
+        "--optimizer",
+        type=click.Choice(["sgd", "momentum", "adam", "adamw"]),
+        default="adamw",
+        show_default=True,
+        help="What the model is trained with.",
+    ),
+    click.option("--clip-norm", type=float, help="Clip gradients to this global norm."),
+    click.option(
+        "--microbatches", type=int, default=1, show_default=True, help="Of each global batch."
+    ),
+    click.option("--searcher", default="ilp", show_default=True, help="`autopar list searchers`."),
+    click.option(
+        "--time-limit", type=float, default=300.0, show_default=True, help="Seconds to search."
+    ),
+    click.option(
+        "--dimensions",
+        default="SOAP",
+        show_default=True,
+        help="What may be split: Sample, Operator, Attribute, Parameter.",
+    ),
+)
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def _with(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _wanted(options: dict[str, Any]) -> dict[str, Any]:
+    """The command line's options as ``api.plan`` names them."""
+    from autopar import api
+
+    limit = options["memory_limit"]
+    wanted = {
+        key: options[key]
+        for key in (
+            "topology",
+            "devices",
+            "optimizer",
+            "precision",
+            "clip_norm",
+            "microbatches",
+            "searcher",
+            "dimensions",
+            "batch",
+            "sequence",
+        )
+    }
+    return {
+        **wanted,
+        "time_limit_s": options["time_limit"],
+        "mesh": None if options["mesh"] is None else _sizes(options["mesh"]),
+        "memory_limit_bytes": None if limit is None else api.bytes_of(limit),
+    }
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        raise AutoparError(f"{text!r} is not a mesh; write its sizes, for example 32,8") from None
+
+
+# Commands, in the order in which a person meets them
+
+
+@commands.command("extract")
+@_with(*_model_options)
+@click.option("-o", "--output", type=Path, help="Write the graph as JSON.")
+@_json_option
+def extract_command(
+    model: str,
+    precision: Any,
+    batch: int | None,
+    sequence: int | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Trace MODEL and show its operators."""
+    from autopar import api
+    from autopar.ir.graph import graph_to_json
+    from autopar.ir.plan import write_atomically
+
+    with progress() as tell:
+        graph = api.extract(
+            model, precision=precision, batch=batch, sequence=sequence, progress=tell
+        )
+    if output is not None:
+        write_atomically(output, json.dumps(graph_to_json(graph)) + "\n")
+    if as_json:
+        click.echo(json.dumps(graph_to_json(graph)))
+        return
+    from autopar.exporters import text
+
+    click.echo(text.graph(graph))
+
+
+@commands.command("plan")
+@_with(*_model_options, *_search_options)
+@click.option("-o", "--output", type=Path, help="Write the plan to this file.")
+@click.option("--top", type=int, default=5, show_default=True, help="How many meshes to show.")
+@_json_option
+def plan_command(model: str, output: Path | None, top: int, as_json: bool, **options: Any) -> None:
+    """Find the fastest strategy for MODEL that fits in memory."""
+    from autopar import api
+    from autopar.exporters import json as json_exporter
+    from autopar.exporters import text
+
+    with progress() as tell:
+        found = api.plan(model, progress=tell, **_wanted(options))
+    if output is not None:
+        api.save_plan(found, output)
+    if as_json:
+        click.echo(json.dumps(json_exporter.summary(found)))
+        return
+    click.echo(text.summary(found, top))
+    if output is not None:
+        click.echo(f"\nwritten to {output}; `autopar explain {output}` says what it does and why")
+
+
+@commands.command("search")
+@_with(*_model_options, *_search_options)
+@_json_option
+def search_command(model: str, as_json: bool, **options: Any) -> None:
+    """Like plan, but print every mesh that was tried."""
+    from autopar import api
+    from autopar.exporters import text
+    from autopar.ir.plan import search_to_json, summarise
+
+    with progress() as tell:
+        wanted = _wanted(options)
+        searcher, limit_s = wanted.pop("searcher"), wanted.pop("time_limit_s")
+        problem = api.problem_of(model, progress=tell, **wanted)
+        result = api.run_search(problem, searcher, limit_s, tell)
+    summary = summarise(result, problem.memory_limit_bytes, problem.dimensions)
+    click.echo(json.dumps(search_to_json(summary)) if as_json else text.search(summary))
+    if result.best is None:
+        api.plan_of(problem, result)  # raises what the exit code tells
+
+
+@commands.command("explain")
+@click.argument("plan", type=Path)
+@click.option("--views", is_flag=True, help="List operators that cost nothing, too.")
+@_json_option
+def explain_command(plan: Path, views: bool, as_json: bool) -> None:
+    """What PLAN splits how, what each redistribution costs, and where the memory goes."""
+    from autopar import api
+    from autopar.exporters import json as json_exporter
+    from autopar.exporters import text
+
+    loaded = api.load_plan(plan)
+    rules = api.rules_of(loaded)
+    if as_json:
+        click.echo(json.dumps(json_exporter.explained(loaded, rules)))
+    else:
+        click.echo(text.explain(loaded, rules, views=views), nl=False)
+
+
+@commands.command("simulate")
+@click.argument("plan", type=Path)
+@click.option("--topology", help="Price it on this machine instead of its own.")
+@_json_option
+def simulate_command(plan: Path, topology: str | None, as_json: bool) -> None:
+    """Price PLAN again: on its own machine, or on another one."""
+    from autopar import api
+    from autopar.exporters import text
+
+    loaded = api.load_plan(plan)
+    with progress() as tell:
+        tell("pricing the plan")
+        estimate = api.simulate(loaded, topology)
+    if as_json:
+        click.echo(json.dumps(_estimate_json(estimate)))
+    else:
+        click.echo(text.estimate(estimate, topology or str(loaded.topology.get("name"))))
+
+
+def _estimate_json(estimate: Estimate) -> dict[str, Any]:
+    return {**asdict(estimate), "peak_memory_bytes": estimate.peak_memory_bytes}
+
+
+@commands.command("diff")
+@click.argument("first", type=Path)
+@click.argument("second", type=Path)
+@_json_option
+def diff_command(first: Path, second: Path, as_json: bool) -> None:
+    """What the plan SECOND decides otherwise than FIRST."""
+    from autopar import api
+    from autopar.exporters import text
+
+    found = api.diff(api.load_plan(first), api.load_plan(second))
+    click.echo(json.dumps(asdict(found)) if as_json else text.difference(found), nl=as_json)
+
+
+@commands.command("export")
+@click.argument("plan", type=Path)
+@click.argument("exporter")
+@click.option("-o", "--output", type=Path, help="Write to this file instead of stdout.")
+def export_command(plan: Path, exporter: str, output: Path | None) -> None:
+    """PLAN in another form: see `autopar list exporters`."""
+    from autopar import api
+    from autopar.ir.plan import write_atomically
+
+    content = api.export(api.load_plan(plan), exporter)
+    if output is None:
+        click.echo(content, nl=False)
+    else:
+        write_atomically(output, content)
+
+
+@commands.command("list")
+@click.argument("shelf")
+@_json_option
+def list_command(shelf: str, as_json: bool) -> None:
+    """What there is of SHELF: topologies, recipes, searchers, exporters or operators."""
+    from autopar import api
+
+    names = sorted(api.pick(_SHELVES, shelf, "shelf")())
+    click.echo(json.dumps(names) if as_json else "\n".join(names))
+
+
+def _topologies() -> list[str]:
+    from cost_models import topology_names
+
+    return ["local", *topology_names()]
+
+
+def _recipes() -> list[str]:
+    from autopar.recipes import RECIPES
+
+    return list(RECIPES)
+
+
+def _searchers() -> list[str]:
+    from autopar.searchers import SEARCHERS
+
+    return list(SEARCHERS)
+
+
+def _exporters() -> list[str]:
+    from autopar.exporters import EXPORTERS
+
+    return list(EXPORTERS)
+
+
+def _operators() -> list[str]:
+    from autopar.ops import RULES
+
+    return list(RULES)
+
+
+_SHELVES: dict[str, Callable[[], list[str]]] = {
+    "topologies": _topologies,
+    "recipes": _recipes,
+    "searchers": _searchers,
+    "exporters": _exporters,
+    "operators": _operators,
+}
+
+
+@commands.command("version")
+@_json_option
+def version_command(as_json: bool) -> None:
+    """Versions of autopar and of what it stands on."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"autopar": __version__, "python": platform.python_version()}
+    for package in ("torch", "spmd_types", "ortools", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    click.echo(json.dumps(found) if as_json else "\n".join(f"{k} {v}" for k, v in found.items()))
+
+
+# Progress
+
+
+SHOWN_AFTER_S = 1.0
+"""What is quicker is not worth a line."""
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Gives a function that is told what is being done, and shows it on stderr if it takes long."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+
+        with Console(stderr=True).status("") as status:
+            yield lambda what: status.update(f"{what} ...")
+        return
+    lines = _Lines()
+    try:
+        yield lines
+    finally:
+        lines.stop()
+
+
+class _Lines:
+    """A line on stderr for each thing that has taken more than a second."""
+
+    def __init__(self) -> None:
+        self._timer: threading.Timer | None = None
+
+    def __call__(self, what: str) -> None:
+        self.stop()
+        self._timer = threading.Timer(SHOWN_AFTER_S, self._show, (what,))
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _show(self, what: str) -> None:
+        click.echo(f"autopar: {what} ...", err=True)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()

@@ -1,0 +1,61 @@
+"""Writes the pages that are made from code: the plan's schema, the CLI reference, the pictures.
+
+``python docs/generate.py`` writes them; the tests fail when one of them is stale.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+DOCS = Path(__file__).parent
+
+
+def schema() -> str:
+    from autopar.ir.plan_schema import plan_schema
+
+    return json.dumps(plan_schema(), indent=1) + "\n"
+
+
+def cli_reference() -> str:
+    """Every command's ``--help``, as a terminal of 80 columns shows it."""
+    from autopar.cli import commands
+
+    pages = [
+        "# The command line\n",
+        "Made by `make docs` from what `--help` prints.\n",
+        _help(commands, "autopar"),
+    ]
+    for name in commands.list_commands(click.Context(commands)):
+        pages += [f"## autopar {name}\n", _help(commands.commands[name], f"autopar {name}")]
+    return "\n".join(pages)
+
+
+def _help(command: click.Command, path: str) -> str:
+    context = click.Context(command, info_name=path, max_content_width=80, terminal_width=80)
+    lines = [line.rstrip() for line in command.get_help(context).splitlines()]
+    return "```text\n" + "\n".join(lines) + "\n```\n"
+
+
+def picture() -> str:
+    sys.path.insert(0, str(DOCS))
+    from draw import overview
+
+    return overview()
+
+
+GENERATED: dict[str, Callable[[], str]] = {
+    "plan.schema.json": schema,
+    "cli.md": cli_reference,
+    "overview.svg": picture,
+}
+
+
+if __name__ == "__main__":
+    for name, make in GENERATED.items():
+        (DOCS / name).write_text(make())
+        print(f"docs/{name}")

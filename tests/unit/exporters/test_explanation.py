@@ -1,0 +1,139 @@
+"""The explanation adds up to the estimate, and equal things stand once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from autopar.exporters import EXPORTERS, text
+from autopar.exporters.explanation import REST, explanation
+from autopar.ir.plan import Plan
+from autopar.ir.sharding import Mesh
+from autopar.ir.strategy import Training
+from autopar.ops import bound_rules
+from autopar.simulator.prices import evaluate
+from tests.helpers import fake_plans
+from tests.helpers.fake_prices import FakePrices
+from tests.helpers.strategies import random_strategy
+
+
+def random_plan(seed: int, layers: int = 3) -> Plan:
+    """Any legal strategy, its gradients clipped so that some collective belongs to no block."""
+    plan = fake_plans.plan(layers)
+    rules = bound_rules(plan.graph)
+    mesh = Mesh((("a", 2), ("b", 2)))
+    training = Training(clip_norm=1.0)
+    strategy = random_strategy(plan.graph, rules, mesh, Random(seed), training)
+    strategy = replace(strategy, microbatches=1 + seed % 3)
+    estimate = evaluate(plan.graph, rules, FakePrices(latency_s=1e-5), strategy)
+    return replace(plan, strategy=strategy, estimate=estimate)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_blocks_communicate_as_long_as_the_estimate_says(seed: int) -> None:
+    plan = random_plan(seed)
+    found = explanation(plan, bound_rules(plan.graph))
+    estimate = plan.estimate
+    assert found.communication_s == pytest.approx(
+        estimate.forward_communication_s
+        + estimate.backward_communication_s
+        + estimate.gradient_synchronisation_s
+    )
+    rows = [c for block in found.blocks for c in block.collectives] + list(found.unplaced)
+    assert sum(row.times for row in rows) == sum(c.count for c in estimate.collectives)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_operator_and_parameter_stands_in_one_row(seed: int) -> None:
+    plan = random_plan(seed)
+    found = explanation(plan, bound_rules(plan.graph))
+    rows = [row for block in found.blocks for row in block.operators]
+    assert sum(row.count for row in rows) == len(plan.graph.operators)
+    kept = [row for block in found.blocks for row in block.parameters]
+    assert sum(row.count for row in kept) == len(plan.graph.parameters)
+
+
+def test_equal_layers_are_one_block_however_many() -> None:
+    for layers in (2, 7):
+        plan = fake_plans.priced(layers)
+        found = explanation(plan, bound_rules(plan.graph))
+        (block,) = (b for b in found.blocks if b.path != REST)
+        assert (block.path, block.count) == ("layers.*", layers)
+        assert [row.count for row in block.operators] == [layers] * 3
+        assert {row.storage for row in block.parameters} == {
+            ("whole", "S(0) split"),
+            ("whole", "S(1) split"),
+        }
+
+
+def test_a_size_that_no_axis_divides_is_named() -> None:
+    plan = fake_plans.priced(1)
+    narrow = fake_plans.two_blocks(layers=1, batch=6, width=16)
+    strategy = replace(
+        fake_plans.strategy(narrow),
+        splits={o.name: ("nothing", "nothing") for o in narrow.operators},
+    )
+    estimate = evaluate(narrow, bound_rules(narrow), FakePrices(devices=8), strategy)
+    odd = replace(plan, graph=narrow, strategy=strategy, estimate=estimate)
+    refused = [r for b in explanation(odd, bound_rules(narrow)).blocks for r in b.refusals]
+    assert {(r.axis, r.axis_size, r.size) for r in refused} == {("tensor", 4, 6)}
+    assert "4 devices do not divide 6" in text.explain(odd, bound_rules(narrow))
+
+
+Golden = Callable[[str, str], None]
+
+
+@pytest.fixture
+def golden(update_golden: bool) -> Golden:
+    def check(name: str, found: str) -> None:
+        path = Path(__file__).parent / "golden" / name
+        if update_golden:
+            path.write_text(found)
+        assert found == path.read_text(), "pytest --update-golden rewrites it; review the diff"
+
+    return check
+
+
+def test_the_summary_reads_as_it_did(golden: Golden) -> None:
+    golden("summary.txt", text.summary(fake_plans.priced(2)) + "\n")
+
+
+def test_the_explanation_reads_as_it_did(golden: Golden) -> None:
+    plan = fake_plans.priced(2)
+    golden("explain.txt", text.explain(plan, bound_rules(plan.graph)))
+
+
+@pytest.mark.parametrize("name", sorted(EXPORTERS))
+def test_every_exporter_takes_every_plan_and_names_its_model(name: str) -> None:
+    for seed in range(3):
+        plan = random_plan(seed)
+        assert plan.graph.name in EXPORTERS[name](plan, bound_rules(plan.graph)) or name == "json"
+
+
+def test_the_json_has_the_numbers_of_the_text() -> None:
+    plan = fake_plans.priced(2)
+    data = json.loads(EXPORTERS["json"](plan, bound_rules(plan.graph)))
+    assert data["estimate"]["step_time_s"] == plan.estimate.step_time_s
+    assert data["peak_memory_bytes"] == plan.estimate.peak_memory_bytes
+    assert [block["path"] for block in data["blocks"]] == ["layers.*", REST]
+
+
+def test_the_page_stands_alone_and_escapes_names() -> None:
+    plan = fake_plans.priced(1)
+    graph = replace(plan.graph, name="<script>alert(1)</script>")
+    page = EXPORTERS["html"](replace(plan, graph=graph), bound_rules(graph))
+    assert page.startswith("<!doctype html>")
+    assert "<script" not in page
+    assert "http" not in page.replace('charset="utf-8"', "")
+    assert page.count("<table>") == page.count("</table>") > 3
+
+
+def test_recipes_are_compared_and_what_does_not_fit_is_said() -> None:
+    found = text.summary(fake_plans.plan(2))
+    assert "1.25x faster than megatron" in found
+    assert "data_parallel does not fit: 20.0 MB" in found
