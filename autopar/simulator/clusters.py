@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from autopar.ir.graph import OperatorGraph, Role
-from autopar.ir.rule import REPLICATED, BoundRule, Choice
+from autopar.ir.rule import REPLICATED, SUMMED, BoundRule, Choice
 from autopar.ir.sharding import Placement
 from autopar.simulator.edges import Rules, canonical
 
@@ -143,7 +143,6 @@ class _Grouping:
         return (
             self.bound(operator).rule.kind in ("view", "memory")
             and not self.bound(operator).rule.inner
-            and not self.bound(operator).rule.special
             and self.copies[operator] == copies
             and len(self.home[operator].members) == 1
         )
@@ -156,10 +155,11 @@ class _Grouping:
         between = self._between(members, newcomer)
         if between is None:
             return None
+        partners = self._partners(newcomer, [link.tensor for link, _, _ in between])
         joined: list[Option] = []
         used: set[Choice] = set()
         for option in options:
-            extended = ({**option, newcomer: choice} for choice in self._partners(newcomer))
+            extended = ({**option, newcomer: choice} for choice in partners)
             agreeing = [e for e in extended if all(self._agrees(e, *edge) for edge in between)]
             if not agreeing:
                 return None
@@ -171,12 +171,20 @@ class _Grouping:
             return None
         return joined
 
-    def _partners(self, newcomer: int) -> tuple[Choice, ...]:
-        """All choices; without a gradient the two ways to do nothing are the same."""
+    def _partners(self, newcomer: int, inside: Sequence[str]) -> tuple[Choice, ...]:
+        """The newcomer's choices. Without a gradient the two ways to do nothing are the same; a
+        partial sum is not passed on where that would make another input, a residual, partial."""
         operator = self.graph.operators[newcomer]
-        names = (*operator.inputs, *operator.outputs)
-        differentiable = any(self.graph.by_name[name].differentiable for name in names)
-        return tuple(c for c in self.bound(newcomer).choices if differentiable or c != REPLICATED)
+        differentiable = [
+            name
+            for name in (*operator.inputs, *operator.outputs)
+            if self.graph.by_name[name].differentiable
+        ]
+        outside = set(differentiable) - set(inside) - set(operator.outputs)
+        unwanted = {REPLICATED} if not differentiable else set()
+        if outside:
+            unwanted.add(SUMMED)
+        return tuple(c for c in self.bound(newcomer).choices if c not in unwanted)
 
     def _between(self, members: list[int], newcomer: int) -> list[tuple[Link, int, int]] | None:
         """(link, consumer, input position) between the newcomer and members, either way; ``None``

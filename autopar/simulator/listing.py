@@ -43,7 +43,7 @@ class Use:
     """Parameters that are used alike: by the same classes of operators at the same inputs.
 
     ``readers``: (class, input position); ``saving``: for each reader, how many of its operators
-    need any one of these parameters again in the backward.
+    need one and the same parameter again in the backward.
     """
 
     parameters: tuple[str, ...]
@@ -397,10 +397,7 @@ class Listing:
         found = self._codes(reader, "input", position, tensor.differentiable)
         uses, index = np.unique(found, return_inverse=True)
         lists = [
-            self._storages(
-                tensor.spec, tensor.differentiable, int(u), use.saving[0] / len(use.parameters)
-            )
-            for u in uses
+            self._storages(tensor.spec, tensor.differentiable, int(u), use.saving[0]) for u in uses
         ]
         return Menu(
             use.parameters[0],
