@@ -106,7 +106,8 @@ def einsum(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
     for name in sorted(everywhere & set(right)):
         where = [name in side for side in sides]
         rest["batch" if all(where) else "m" if where[0] else "n"].append(name)
-    product = Product(*(" ".join(names) for names in rest.values()), " ".join(summed))
+    batch, m, n = (" ".join(names) for names in rest.values())
+    product = Product(batch, m, n, " ".join(summed))
     contracts = len(inputs) == 2 and bool(summed)
     return OpRule(
         signature(sides, [broadcast(out, out, list(right))]),

@@ -83,10 +83,11 @@ def classified(*, normalises: bool) -> RuleMaker:
             signature(tensors, out),
             whole=("classes",) if fixed and classes != "1" else (),
             sums=reduced if fixed else (*reduced, "classes"),
-            special=("*",) if smooth else counted if fixed else (*counted, "classes"),
+            special=counted if fixed else (*counted, "classes"),
             inner=tuple(inner),
             saves=(
                 *([Saved(points(logits))] if normalises else []),
+                *([Saved(points(tokens), dtype="bool")] if smooth and not probabilities else []),
                 Saved("input 1"),
                 *([Saved("input 2")] if weighted else []),
             ),

@@ -105,6 +105,12 @@ def instance_norm(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
 
 
 def batch_norm(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
+    if not operator.argument(5 if len(outputs) == 5 else 3, "training"):
+        return frozen_batch_norm(operator, inputs, outputs)
+    return _global_batch_norm(operator, inputs, outputs)
+
+
+def _global_batch_norm(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
     """In training: statistics over batch and space, all-reduced when these are split.
 
     Outputs: normalised, mean, 1 / deviation, new running mean, new running variance; all but the
@@ -172,6 +178,7 @@ RULES: dict[str, OpRule | RuleMaker] = {
     "aten.group_norm.default": group_norm,
     "aten.instance_norm.default": instance_norm,
     "aten._native_batch_norm_legit_functional.default": batch_norm,
+    "aten._native_batch_norm_legit.no_stats": batch_norm,
     "aten._native_batch_norm_legit_no_training.default": frozen_batch_norm,
     "aten.native_dropout.default": dropout,
     "aten.dropout.default": dropout,

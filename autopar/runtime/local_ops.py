@@ -1,0 +1,574 @@
+"""Implementations of ops whose local part is not the plain op on local tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from autopar.ir.graph import Operator
+from autopar.ir.rule import BoundRule, Dim, Split
+from autopar.ir.sharding import Mesh
+
+ReduceOp = Literal["sum", "max"]
+
+
+class LocalContext(Protocol):
+    """What an implementation may know of its rank and say to the others."""
+
+    @property
+    def bound(self) -> BoundRule: ...
+
+    @property
+    def split(self) -> Split: ...
+
+    @property
+    def mesh(self) -> Mesh: ...
+
+    @property
+    def seed(self) -> int:
+        """Changes every step; equal on all ranks."""
+        ...
+
+    @property
+    def operator_id(self) -> int:
+        """Equal on all ranks and in every process that runs the plan."""
+        ...
+
+    def axes(self, factor: str) -> tuple[int, ...]:
+        """The mesh axes that divide ``factor``."""
+        ...
+
+    def offset(self, factor: str) -> int:
+        """Where this rank's slice of ``factor`` starts."""
+        ...
+
+    def all_reduce(self, tensor: Tensor, axis: int, op: ReduceOp = "sum") -> Tensor:
+        """A new tensor, reduced over ``axis``; autograd does not see it."""
+        ...
+
+
+LocalOp = Callable[[LocalContext, Operator, Sequence[Any], Mapping[str, Any]], Any]
+"""(context, operator with local arguments, its values) -> local outputs."""
+
+
+def needs_local_op(bound: BoundRule, split: Split) -> bool:
+    """Whether the operator has to be called through ``LOCAL_OPS`` under this split."""
+    special = bound.rule.special
+    return "*" in special or any(choice in special for choice in split)
+
+
+def aten(op: str) -> Any:
+    """The overload that a name like ``aten.linear.default`` means."""
+    found: Any = torch.ops
+    for part in op.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _given(
+    values: Sequence[Any], keywords: Mapping[str, Any], index: int, keyword: str, default: Any
+) -> Any:
+    return values[index] if index < len(values) else keywords.get(keyword, default)
+
+
+def _local_size(context: LocalContext, factor: str) -> int:
+    return context.bound.local_sizes(context.split, context.mesh)[factor]
+
+
+def _reduce(
+    context: LocalContext, tensor: Tensor, factors: Sequence[str], op: ReduceOp = "sum"
+) -> Tensor:
+    """All-reduced over every axis that divides one of ``factors``."""
+    for factor in factors:
+        for axis in context.axes(factor):
+            tensor = context.all_reduce(tensor, axis, op)
+    return tensor
+
+
+# --- means ---------------------------------------------------------------------------------------
+
+
+def global_mean(
+    context: LocalContext, operator: Operator, values: Sequence[Any], keywords: Mapping[str, Any]
+) -> Any:
+    """The plain op divides by the local count; a partial sum of the global mean is this share."""
+    local = context.bound.local_sizes(context.split, context.mesh)
+    share = prod(local[f] / context.bound.sizes[f] for f in context.bound.rule.special)
+    return aten(operator.op)(*values, **keywords) * share
+
+
+# --- embedding -----------------------------------------------------------------------------------
+
+
+class _VocabularyShard(torch.autograd.Function):
+    """Rows that this rank has, zero for tokens that it does not; keeps the tokens only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, table: Tensor, tokens: Tensor, start: int, padding: int, by_frequency: bool
+    ) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.start, ctx.rows, ctx.padding = start, table.shape[0], padding
+        ctx.by_frequency = by_frequency
+        here, rows = _in_shard(tokens, start, table.shape[0])
+        return torch.embedding(table, rows).masked_fill_(~here.unsqueeze(-1), 0)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (tokens,) = ctx.saved_tensors
+        here, rows = _in_shard(tokens, ctx.start, ctx.rows)
+        here = here & (tokens != ctx.padding)
+        mine = gradient.masked_fill(~here.unsqueeze(-1), 0)
+        table = torch.ops.aten.embedding_dense_backward(mine, rows, ctx.rows, -1, ctx.by_frequency)
+        return table, None, None, None, None
+
+
+def _in_shard(tokens: Tensor, start: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Which tokens lie in rows ``start`` and following, and their row there (0 for the others)."""
+    here = (tokens >= start) & (tokens < start + rows)
+    return here, (tokens - start).masked_fill_(~here, 0)
+
+
+def embedding(
+    context: LocalContext, operator: Operator, values: Sequence[Any], keywords: Mapping[str, Any]
+) -> Tensor:
+    del operator
+    padding = int(_given(values, keywords, 2, "padding_idx", -1))
+    by_frequency = bool(_given(values, keywords, 3, "scale_grad_by_freq", False))
+    found: Tensor = _VocabularyShard.apply(
+        values[0], values[1], context.offset("vocab"), padding, by_frequency
+    )
+    return found
+
+
+# --- losses over classes -------------------------------------------------------------------------
+
+
+class _ClassShardEntropy(torch.autograd.Function):
+    """Each rank's part of the cross-entropy of every token; the parts sum to the whole.
+
+    With the largest logit and the sum of exponentials known, log-probabilities are local: a rank
+    contributes the picked class if it has it, and its classes' share of label smoothing.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        context: LocalContext,
+        dim: int,
+        ignored: int,
+        smoothing: float,
+    ) -> Tensor:
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        largest = _reduce(context, wide.amax(dim), ["classes"], "max")
+        shifted = wide - largest.unsqueeze(dim)
+        total = _reduce(context, shifted.exp().sum(dim), ["classes"])
+        log_p = (shifted - total.log().unsqueeze(dim)).to(logits.dtype)
+        classes = context.bound.sizes["classes"]
+        here, picked = _in_shard(target, context.offset("classes"), logits.shape[dim])
+        counts = target != ignored
+        loss = log_p.gather(dim, picked.unsqueeze(dim)).squeeze(dim).masked_fill(~here, 0)
+        loss = -(1 - smoothing) * loss
+        saved = [log_p, target]
+        if smoothing:
+            loss = loss - log_p.sum(dim) * (smoothing / classes)
+            saved.append(counts)
+        ctx.save_for_backward(*saved)
+        ctx.start, ctx.dim, ctx.ignored = context.offset("classes"), dim, ignored
+        ctx.smoothing, ctx.classes = smoothing, classes
+        return loss.masked_fill(~counts, 0)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        log_p, target = ctx.saved_tensors[:2]
+        dim = ctx.dim
+        gradient = gradient.masked_fill(target == ctx.ignored, 0)
+        here, picked = _in_shard(target, ctx.start, log_p.shape[dim])
+        logits = log_p.exp()
+        if ctx.smoothing:
+            logits -= ctx.smoothing / ctx.classes
+        hit = here.to(log_p.dtype).mul_(-(1 - ctx.smoothing))
+        logits.scatter_add_(dim, picked.unsqueeze(dim), hit.unsqueeze(dim))
+        return logits.mul_(gradient.unsqueeze(dim)), None, None, None, None, None
+
+
+class _ClassShardPick(torch.autograd.Function):
+    """Minus the target's log-probability on the rank that has it, zero elsewhere."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, log_p: Tensor, target: Tensor, start: int, dim: int, ignored: int
+    ) -> Tensor:
+        ctx.save_for_backward(target)
+        ctx.start, ctx.dim, ctx.ignored, ctx.shape = start, dim, ignored, log_p.shape
+        here, picked = _in_shard(target, start, log_p.shape[dim])
+        here = here & (target != ignored)
+        return -log_p.gather(dim, picked.unsqueeze(dim)).squeeze(dim).masked_fill(~here, 0)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (target,) = ctx.saved_tensors
+        here, picked = _in_shard(target, ctx.start, ctx.shape[ctx.dim])
+        here = here & (target != ctx.ignored)
+        gradient = gradient.masked_fill(~here, 0).neg_().unsqueeze(ctx.dim)
+        log_p = gradient.new_zeros(ctx.shape)
+        return log_p.scatter_(ctx.dim, picked.unsqueeze(ctx.dim), gradient), None, None, None, None
+
+
+NONE, MEAN, SUM = range(3)  # how ATen numbers reductions
+
+
+def _classified(*, normalises: bool) -> LocalOp:
+    """Cross-entropy, or the negative log-likelihood of what is normalised already."""
+
+    def loss(
+        context: LocalContext,
+        operator: Operator,
+        values: Sequence[Any],
+        keywords: Mapping[str, Any],
+    ) -> Any:
+        scores, target = values[0], values[1]
+        weight = _given(values, keywords, 2, "weight", None)
+        how = int(_given(values, keywords, 3, "reduction", MEAN))
+        ignored = int(_given(values, keywords, 4, "ignore_index", -100))
+        smoothing = (
+            float(_given(values, keywords, 5, "label_smoothing", 0.0)) if normalises else 0.0
+        )
+        dim = min(1, scores.ndim - 1)
+        if "classes" in context.split:
+            each: Tensor = (
+                _ClassShardEntropy.apply(scores, target, context, dim, ignored, smoothing)
+                if normalises
+                else _ClassShardPick.apply(scores, target, context.offset("classes"), dim, ignored)
+            )
+            total = each if how == NONE else each.sum()
+        else:
+            rest = (SUM if how == MEAN else how, ignored)
+            total = aten(operator.op)(
+                scores, target, weight, *rest, *([smoothing] if normalises else [])
+            )
+        if how != MEAN:
+            return total
+        return total / _count(context, target, weight, ignored, scores).to(total.dtype)
+
+    return loss
+
+
+def _count(
+    context: LocalContext, target: Tensor, weight: Tensor | None, ignored: int, scores: Tensor
+) -> Tensor:
+    """What a mean divides by: the tokens of the global batch that are not ignored, or their
+    weights; all tokens when the target is probabilities."""
+    tokens = [f for f in context.bound.rule.sums if f != "classes"]
+    if target.is_floating_point():
+        return scores.new_tensor(float(prod(context.bound.sizes[f] for f in tokens)))
+    counted = target != ignored
+    if weight is not None:
+        picked = weight.detach()[target.masked_fill(~counted, 0)]
+        return _reduce(context, picked.masked_fill(~counted, 0).sum(dtype=torch.float64), tokens)
+    return _reduce(context, counted.sum().to(torch.float64), tokens)
+
+
+# --- dropout -------------------------------------------------------------------------------------
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same bits."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+# Increment and multipliers of splitmix64: Steele, Lea and Flood, "Fast splittable pseudorandom
+# number generators", OOPSLA 2014, figure 17 (the variant of Stafford's mix 13).
+_INCREMENT = 0x9E3779B97F4A7C15
+_FIRST, _SECOND = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+
+
+def _mixed(value: int) -> int:
+    """splitmix64's finalizer, of one number."""
+    mask = (1 << 64) - 1
+    value &= mask
+    value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & mask
+    value = ((value ^ value >> 27) * 0x94D049BB133111EB) & mask
+    return value ^ value >> 31
+
+
+def keep_mask(
+    context: LocalContext, dims: tuple[Dim, ...], p: float, device: torch.device
+) -> Tensor:
+    """True with probability 1 - ``p``: a hash of the seed, the operator and the *global* index.
+
+    So every split and every replica draws the same mask. ``dims`` are the factors of the tensor.
+    """
+    local = context.bound.local_sizes(context.split, context.mesh)
+    key = _mixed(_mixed(context.seed) + context.operator_id * _INCREMENT)
+    state = torch.full((), _signed(key), dtype=torch.int64, device=device)
+    stride = prod(context.bound.sizes[f] for dim in dims for f in dim)
+    for dim in dims:
+        size = prod(context.bound.sizes[f] for f in dim)
+        stride //= size
+        # only the leading factor of a dim is ever split, so a slice of the dim is contiguous
+        start = (context.offset(dim[0]) * (size // context.bound.sizes[dim[0]])) if dim else 0
+        length = prod(local[f] for f in dim)
+        index = torch.arange(start, start + length, device=device)
+        state = state.unsqueeze(-1) + index * _signed(stride * _INCREMENT)
+    state ^= (state >> 30) & ((1 << 34) - 1)
+    state *= _FIRST
+    state ^= (state >> 27) & ((1 << 37) - 1)
+    state *= _SECOND
+    # p of all int64 lie below this; the highest bits of the product are the well mixed ones
+    return state >= min(max(int(p * 2.0**64) - 2**63, -(2**63)), 2**63 - 1)
+
+
+def dropout(
+    context: LocalContext, operator: Operator, values: Sequence[Any], keywords: Mapping[str, Any]
+) -> Any:
+    x = values[0]
+    p = float(_given(values, keywords, 1, "p", 0.5))
+    training = _given(values, keywords, 2, "train", True)
+    both = operator.op == "aten.native_dropout.default"
+    if p == 0.0 or training is False:
+        return (x.clone(), torch.ones_like(x, dtype=torch.bool)) if both else x.clone()
+    if p == 1.0:
+        return (x * 0.0, torch.zeros_like(x, dtype=torch.bool)) if both else x * 0.0
+    keep = keep_mask(context, context.bound.outputs[0], p, x.device)
+    out = (x * keep).mul_(1 / (1 - p))
+    return (out, keep) if both else out
+
+
+# --- attention -----------------------------------------------------------------------------------
+
+
+class _Attention(torch.autograd.Function):
+    """Attention by its definition; keeps its inputs and the probabilities, not the dropout mask."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        causal: bool,
+        keep: Callable[[], Tensor] | None,
+        p: float,
+    ) -> Tensor:
+        scores = _per_key_head(q * scale, k) @ k.transpose(-1, -2)
+        scores = scores.reshape(*q.shape[:-1], k.shape[-2])
+        if bias is not None:
+            if bias.dtype == torch.bool:
+                scores = scores.masked_fill(~bias, -torch.inf)
+            else:
+                scores = scores + bias
+        if causal:
+            shape = scores.shape[-2:]
+            lower = torch.ones(shape, dtype=torch.bool, device=q.device).tril()
+            scores = scores.masked_fill(~lower, -torch.inf)
+        weights = torch.ops.aten._safe_softmax(scores, -1)
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.scale, ctx.keep, ctx.p = scale, keep, p
+        ctx.bias = None if bias is None else bias.shape
+        kept = weights if keep is None else (weights * keep()).div_(1 - p)
+        return (_per_key_head(kept, k) @ v).reshape(*q.shape[:-1], v.shape[-1])
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights = ctx.saved_tensors
+        keep = None if ctx.keep is None else ctx.keep()
+        kept = weights if keep is None else (weights * keep).div_(1 - ctx.p)
+        grouped = _per_key_head(gradient, k)
+        dv = _per_key_head(kept, k).transpose(-1, -2) @ grouped
+        dw = (grouped @ v.transpose(-1, -2)).reshape(weights.shape)
+        if keep is not None:
+            dw = (dw * keep).div_(1 - ctx.p)
+        ds = weights * (dw - (dw * weights).sum(-1, keepdim=True))
+        dbias = ds.sum_to_size(ctx.bias) if ctx.needs_input_grad[3] else None
+        ds = _per_key_head(ds, k)
+        dq = ((ds @ k) * ctx.scale).reshape(q.shape)
+        dk = (ds.transpose(-1, -2) @ _per_key_head(q, k)) * ctx.scale
+        return dq, dk, dv, dbias, None, None, None, None
+
+
+def _per_key_head(x: Tensor, k: Tensor) -> Tensor:
+    """Rows of all query heads of a key head, one below the other."""
+    if x.ndim < 3 or x.shape[-3] == k.shape[-3]:
+        return x
+    return x.reshape(*k.shape[:-2], -1, x.shape[-1])
+
+
+def attention(
+    context: LocalContext, operator: Operator, values: Sequence[Any], keywords: Mapping[str, Any]
+) -> Tensor:
+    """The plain op where a fused kernel takes it; else by definition, with the hashed dropout."""
+    q, k, v = values[:3]
+    bias = _given(values, keywords, 3, "attn_mask", None)
+    p = float(_given(values, keywords, 4, "dropout_p", 0.0))
+    causal = bool(_given(values, keywords, 5, "is_causal", False))
+    scale = _given(values, keywords, 6, "scale", None)
+    learned = bias is not None and bias.requires_grad
+    if p == 0.0 and not learned and _fused(q, v):
+        plain: Tensor = aten(operator.op)(*values, **keywords)
+        return plain
+    rows, columns = context.bound.inputs[0][:-1], context.bound.inputs[1][-2]
+
+    def keep() -> Tensor:
+        return keep_mask(context, (*rows, columns), p, q.device)
+
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out: Tensor = _Attention.apply(q, k, v, bias, scale, causal, keep if p else None, p)
+    return out
+
+
+def _fused(q: Tensor, v: Tensor) -> bool:
+    return q.ndim == 4 and q.shape[-1] == v.shape[-1]
+
+
+# --- batch norm ----------------------------------------------------------------------------------
+
+
+class _BatchNorm(torch.autograd.Function):
+    """Normalised with the statistics of the global batch.
+
+    Outputs: normalised, mean, 1 / deviation, variance. Forward all-reduces the mean, then the
+    centred squares (their difference would lose digits); backward two sums at once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        epsilon: float,
+        count: int,
+        reduce: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        rows = [d for d in range(x.ndim) if d != 1]
+        mean = reduce(wide.sum(rows) / count)
+        centred = wide - _channels(mean, x)
+        variance = reduce(centred.square().sum(rows) / count)
+        scale = (variance + epsilon).rsqrt()
+        out = centred * _channels(scale, x)
+        if weight is not None:
+            out = out * _channels(weight, x)
+        if bias is not None:
+            out = out + _channels(bias, x)
+        ctx.save_for_backward(x, weight, mean, scale)
+        ctx.count, ctx.reduce = count, reduce
+        ctx.mark_non_differentiable(mean, scale, variance)
+        return out.to(x.dtype), mean, scale, variance
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        del unused
+        x, weight, mean, scale = ctx.saved_tensors
+        wide = gradient.to(mean.dtype)
+        rows = [d for d in range(x.ndim) if d != 1]
+        normal = (x.to(mean.dtype) - _channels(mean, x)) * _channels(scale, x)
+        sums = torch.stack([wide.sum(rows), (wide * normal).sum(rows)])
+        means = ctx.reduce(sums) / ctx.count
+        factor = scale if weight is None else scale * weight
+        dx = wide - _channels(means[0], x) - normal * _channels(means[1], x)
+        dx = (dx * _channels(factor, x)).to(x.dtype)
+        dbias = sums[0].to(x.dtype) if ctx.needs_input_grad[2] else None
+        dweight = sums[1].to(x.dtype) if ctx.needs_input_grad[1] else None
+        return dx, dweight, dbias, None, None, None
+
+
+def _channels(vector: Tensor, like: Tensor) -> Tensor:
+    return vector.view(-1, *[1] * (like.ndim - 2))
+
+
+def batch_norm(
+    context: LocalContext, operator: Operator, values: Sequence[Any], keywords: Mapping[str, Any]
+) -> tuple[Tensor, ...]:
+    tracked = operator.op == "aten._native_batch_norm_legit_functional.default"
+    after = 5 if tracked else 3
+    x, weight, bias = values[:3]
+    momentum = float(_given(values, keywords, after + 1, "momentum", 0.1))
+    epsilon = float(_given(values, keywords, after + 2, "eps", 1e-5))
+    rows = context.bound.rule.special
+    count = prod(context.bound.sizes[f] for f in rows)
+
+    def reduce(tensor: Tensor) -> Tensor:
+        return _reduce(context, tensor, rows)
+
+    out, mean, scale, variance = _BatchNorm.apply(x, weight, bias, epsilon, count, reduce)
+    if not tracked:
+        return out, mean, scale
+    running_mean, running_variance = values[3:5]
+    unbiased = variance * (count / max(count - 1, 1))
+    return (
+        out,
+        mean,
+        scale,
+        running_mean * (1 - momentum) + (mean * momentum).to(running_mean.dtype),
+        running_variance * (1 - momentum) + (unbiased * momentum).to(running_variance.dtype),
+    )
+
+
+# --- counting ------------------------------------------------------------------------------------
+
+
+def arange(
+    context: LocalContext, operator: Operator, values: Sequence[Any], keywords: Mapping[str, Any]
+) -> Tensor:
+    """Counts from where the slice starts."""
+    start = values[0] if operator.op != "aten.arange.default" else 0
+    step = values[2] if len(values) > 2 else keywords.get("step", 1)
+    dtype = getattr(torch, context.bound.output_specs[0].dtype)
+    first, length = context.offset("d0"), _local_size(context, "d0")
+    index = torch.arange(first, first + length, dtype=dtype, device=keywords.get("device"))
+    return index * step + start
+
+
+LOCAL_OPS: dict[str, LocalOp] = {
+    **{
+        op: global_mean
+        for op in (
+            "aten.mean.default",
+            "aten.mean.dim",
+            "aten.mse_loss.default",
+            "aten.l1_loss.default",
+            "aten.smooth_l1_loss.default",
+            "aten.huber_loss.default",
+            "aten.kl_div.default",
+            "aten.soft_margin_loss.default",
+            "aten.binary_cross_entropy.default",
+            "aten.binary_cross_entropy_with_logits.default",
+            "aten.adaptive_avg_pool1d.default",
+            "aten.adaptive_avg_pool2d.default",
+            "aten.adaptive_avg_pool3d.default",
+            "aten._adaptive_avg_pool2d.default",
+            "aten._adaptive_avg_pool3d.default",
+        )
+    },
+    "aten.embedding.default": embedding,
+    "aten.cross_entropy_loss.default": _classified(normalises=True),
+    "aten.nll_loss.default": _classified(normalises=False),
+    "aten.nll_loss_nd.default": _classified(normalises=False),
+    "aten.nll_loss2d.default": _classified(normalises=False),
+    "aten.native_dropout.default": dropout,
+    "aten.dropout.default": dropout,
+    "aten.scaled_dot_product_attention.default": attention,
+    "aten._native_batch_norm_legit_functional.default": batch_norm,
+    "aten._native_batch_norm_legit.no_stats": batch_norm,
+    "aten.arange.default": arange,
+    "aten.arange.start": arange,
+    "aten.arange.start_step": arange,
+}
+"""By op: what is called where ``needs_local_op`` says so."""
