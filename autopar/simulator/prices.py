@@ -94,7 +94,7 @@ def promise(graph: OperatorGraph, rules: Rules, strategy: Strategy) -> Iterator[
     for name, storage in strategy.storage.items():
         if graph.by_name[name].differentiable:
             yield from _storage_promise(graph.spec(name), name, storage, mesh)
-    yield from _clip_promise(strategy)
+    yield from _clip_promise(graph, strategy)
 
 
 def _parameter_promise(edge: ParameterEdge, mesh: Mesh, times: int) -> Iterator[PromisedCollective]:
@@ -118,13 +118,16 @@ def _storage_promise(
         yield _promised(transfer, "step", mesh, 1, name)
 
 
-def _clip_promise(strategy: Strategy) -> Iterator[PromisedCollective]:
-    """One sum of squares over all ranks, when any gradient is sharded."""
+def _clip_promise(graph: OperatorGraph, strategy: Strategy) -> Iterator[PromisedCollective]:
+    """One sum of squares over all ranks, when any gradient is sharded: float32, or float64 in a
+    model that has such gradients."""
     axes = clip_axes(strategy)
+    wide = any(p.differentiable and p.spec.dtype == "float64" for p in graph.parameters)
+    size = ITEM_BYTES["float64" if wide else "float32"]
     if strategy.training.clip_norm is not None:
         for axis in axes:
             yield PromisedCollective(
-                "all_reduce", "step", strategy.mesh.names[axis], 4, 1, "gradient norm", 0.0
+                "all_reduce", "step", strategy.mesh.names[axis], size, 1, "gradient norm", 0.0
             )
 
 
