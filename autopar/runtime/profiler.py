@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from cost_models.profiled import (
 
 Report = Callable[[str], None]
 
-MEASURE_S = 15.0
+MEASURE_S = 14.0
 """Default of the measurements together; starting the processes takes some seconds more."""
 
 MATMULS = (
@@ -58,10 +59,11 @@ MATMULS = (
 )
 """(batch, m, n, k): small and large, and each of the three sizes the short one."""
 
-ATTENTIONS = ((8, 64, 64, 32), (8, 256, 256, 64), (4, 1024, 1024, 64))
+ATTENTIONS = ((8, 64, 64, 32), (8, 256, 256, 64), (2, 1024, 1024, 64))
 PASS_BYTES = (2**12, 2**15, 2**18, 2**21, 2**24, 2**26)
 EXCHANGE_BYTES = (2**10, 2**14, 2**17, 2**20, 2**22, 2**24)
 DTYPES = ("float32", "float64", "bfloat16")
+ROUNDS = 3
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 
 BIGGER_ON_GPU = 8
@@ -241,28 +243,40 @@ def _rank(rank: int, devices: int, seconds: float, kind: str, folder: Path) -> N
         world_size=devices,
     )
     torch.manual_seed(rank)
-    bench = _Bench(devices, torch.device(kind, rank if kind == "cuda" else 0), seconds)
-    found = _measured(bench, rank == 0)
+    bench = _Bench(devices, torch.device(kind, rank if kind == "cuda" else 0))
+    found = _measured(bench, seconds, _to_stdout if rank == 0 else _nobody)
     if rank == 0:
         (folder / "profile.json").write_text(json.dumps(profile_to_json(found)))
     dist.destroy_process_group()
 
 
-def _measured(bench: _Bench, speaks: bool) -> Profile:
-    def stage(words: str) -> None:
-        if speaks:
-            sys.stdout.write(f"{PROGRESS}{words}\n")
-            sys.stdout.flush()
+def _to_stdout(line: str) -> None:
+    sys.stdout.write(f"{PROGRESS}{line}\n")
+    sys.stdout.flush()
 
-    shares = {"operators": 0.08, "matmul": 0.32, "attention": 0.08, "memory": 0.2, "groups": 0.32}
-    stage("  operators")
-    operator_s, call_s = bench.overheads(shares["operators"])
-    stage("  matrix products and attention")
-    products = bench.matmuls(shares["matmul"]) + bench.attentions(shares["attention"])
-    stage("  memory")
-    passes = bench.passes(shares["memory"])
-    stage("  collectives")
-    exchanges = bench.exchanges(shares["groups"])
+
+def _nobody(_line: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A call to be timed, and what its seconds mean. ``together``: it is a collective."""
+
+    call: Callable[[], Any]
+    answer: Callable[[float], Product | Pass | Exchange | float]
+    together: bool = False
+
+
+def _measured(bench: _Bench, seconds: float, report: Report) -> Profile:
+    overheads, products = bench.overheads(), [*bench.matmuls(), *bench.attentions()]
+    passes, exchanges = bench.passes(), bench.exchanges()
+    parts = ((overheads, 0.08), (products, 0.4), (passes, 0.2), (exchanges, 0.32))
+    questions = [question for part, _ in parts for question in part]
+    budgets_s = [share * seconds / len(part) for part, share in parts for _ in part]
+    times = bench.times_s(questions, budgets_s, report)
+    answers = [q.answer(time_s) for q, time_s in zip(questions, times, strict=True)]
+    operator_s, call_s = (a for a in answers if isinstance(a, float))
     on_gpu = bench.device.type == "cuda"
     return Profile(
         machine=machine_fingerprint(),
@@ -277,22 +291,21 @@ def _measured(bench: _Bench, speaks: bool) -> Profile:
         date=datetime.now(UTC).date().isoformat(),
         operator_s=operator_s,
         call_s=call_s,
-        products=tuple(products),
-        passes=tuple(passes),
-        exchanges=tuple(exchanges),
+        products=tuple(a for a in answers if isinstance(a, Product)),
+        passes=tuple(a for a in answers if isinstance(a, Pass)),
+        exchanges=tuple(a for a in answers if isinstance(a, Exchange)),
     )
 
 
 @dataclass(frozen=True)
 class _Bench:
-    """Measurements on one rank; all ranks call the same ones in the same order."""
+    """Measurements on one rank; all ranks make the same ones in the same order."""
 
     devices: int
     device: torch.device
-    seconds: float
 
-    def overheads(self, share: float) -> tuple[float, float]:
-        """(seconds of an operator in a chain with its autograd, of a single small call)."""
+    def overheads(self) -> list[_Question]:
+        """An operator of a chain, its share of autograd included; and a single small call."""
         length = 100
         small = torch.ones(16, device=self.device)
         leaf = torch.ones(16, device=self.device, requires_grad=True)
@@ -303,87 +316,87 @@ class _Bench:
                 value = value * small
             torch.autograd.grad(value.sum(), leaf)
 
-        budget_s = share * self.seconds / 2
-        return (
-            self.alone_s(chain, budget_s) / (2 * length),
-            self.alone_s(lambda: torch.mul(small, small), budget_s),
-        )
+        return [
+            _Question(chain, lambda seconds: seconds / (2 * length)),
+            _Question(lambda: torch.mul(small, small), lambda seconds: seconds),
+        ]
 
-    def matmuls(self, share: float) -> list[Product]:
+    def matmuls(self) -> list[_Question]:
         times = BIGGER_ON_GPU if self.device.type == "cuda" else 1
         shapes = [(b, m * times, n * times, k * times) for b, m, n, k in MATMULS]
-        budget_s = share * self.seconds / (len(shapes) * len(DTYPES))
-        found = []
-        for dtype in DTYPES:
-            for shape in shapes:
-                seconds = self.alone_s(self._matmul(shape, getattr(torch, dtype)), budget_s)
-                found.append(Product("matmul", dtype, shape, 2.0 * math.prod(shape), seconds))
-        return found
+        return [
+            _Question(
+                self._matmul(shape, getattr(torch, dtype)),
+                partial(Product, "matmul", dtype, shape, 2.0 * math.prod(shape)),
+            )
+            for dtype in DTYPES
+            for shape in shapes
+        ]
 
     def _matmul(self, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Callable[[], Any]:
         batch, m, n, k = shape
         left = torch.randn(batch, m, k, device=self.device).to(dtype)
         right = torch.randn(batch, n, k, device=self.device).to(dtype)
         if batch == 1:
-            rows, weight = left[0], right[0]
-            return lambda: F.linear(rows, weight)
-        return lambda: torch.bmm(left, right.transpose(1, 2))
+            return partial(F.linear, left[0], right[0])
+        return partial(torch.bmm, left, right.transpose(1, 2))
 
-    def attentions(self, share: float) -> list[Product]:
-        budget_s = share * self.seconds / (len(ATTENTIONS) * len(DTYPES))
-        found = []
-        for dtype in DTYPES:
-            for shape in ATTENTIONS:
-                heads, queries, keys, dim = shape
-                q, k, v = (
-                    torch.randn(1, heads, length, dim, device=self.device)
-                    .to(getattr(torch, dtype))
-                    .requires_grad_()
-                    for length in (queries, keys, keys)
-                )
-
-                def both(q: Any = q, k: Any = k, v: Any = v) -> None:
-                    out = F.scaled_dot_product_attention(q, k, v)
-                    torch.autograd.grad(out.sum(), (q, k, v))
-
-                seconds = self.alone_s(both, budget_s)
-                flops = FORWARD_AND_BACKWARD * 4.0 * math.prod(shape)
-                found.append(Product("attention", dtype, shape, flops, seconds))
-        return found
-
-    def passes(self, share: float) -> list[Pass]:
-        """The mean of a cheap and two dear elementwise operators, since ``Work`` does not say
-        which it is."""
-        budget_s = share * self.seconds / (len(PASS_BYTES) * len(DTYPES) * 3)
-        found = []
-        for dtype in DTYPES:
-            for size in PASS_BYTES:
-                kind = getattr(torch, dtype)
-                rows = torch.randn(size // 2 // kind.itemsize, device=self.device, dtype=kind)
-                rows = rows.view(-1, 64)
-                calls = (
-                    partial(torch.mul, rows, 2.0),
-                    partial(F.gelu, rows),
-                    partial(F.layer_norm, rows, (64,)),
-                )
-                seconds = [self.alone_s(call, budget_s) for call in calls]
-                moved = 2 * rows.numel() * rows.element_size()
-                found.append(Pass(dtype, moved, sum(seconds) / len(seconds)))
-        return found
-
-    def exchanges(self, share: float) -> list[Exchange]:
-        groups = list(self._groups())
-        if not groups:
-            return []
-        budget_s = share * self.seconds / (len(groups) * len(KINDS) * len(EXCHANGE_BYTES))
+    def attentions(self) -> list[_Question]:
         return [
-            Exchange(kind, size, nbytes, self.together_s(self._call(kind, group, nbytes), budget_s))
-            for size, group in groups
-            for kind in KINDS
-            for nbytes in EXCHANGE_BYTES
+            _Question(
+                self._attention(shape, getattr(torch, dtype)),
+                partial(
+                    Product,
+                    "attention",
+                    dtype,
+                    shape,
+                    FORWARD_AND_BACKWARD * 4.0 * math.prod(shape),
+                ),
+            )
+            for dtype in DTYPES
+            for shape in ATTENTIONS
         ]
 
-    def _groups(self) -> Iterator[tuple[int, Any]]:
+    def _attention(self, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Callable[[], Any]:
+        heads, queries, keys, dim = shape
+        q, k, v = (
+            torch.randn(1, heads, length, dim, device=self.device).to(dtype).requires_grad_()
+            for length in (queries, keys, keys)
+        )
+
+        def both() -> None:
+            out = F.scaled_dot_product_attention(q, k, v)
+            torch.autograd.grad(out.sum(), (q, k, v))
+
+        return both
+
+    def passes(self) -> list[_Question]:
+        """The mean of a cheap and two dear elementwise operators, since ``Work`` does not say
+        which it is."""
+        found = []
+        for dtype in DTYPES:
+            kind = getattr(torch, dtype)
+            largest = torch.randn(PASS_BYTES[-1] // 2 // kind.itemsize, device=self.device)
+            largest = largest.to(kind)
+            for size in PASS_BYTES:
+                rows = largest[: size // 2 // kind.itemsize].view(-1, 64)
+                found.append(_Question(partial(_three_passes, rows), partial(_third, dtype, size)))
+        return found
+
+    def exchanges(self) -> list[_Question]:
+        largest = torch.randn(EXCHANGE_BYTES[-1] // 4, device=self.device)
+        return [
+            _Question(
+                self._exchange(kind, group, largest, size),
+                partial(Exchange, kind, dist.get_world_size(group), size),
+                together=True,
+            )
+            for group in self._groups()
+            for kind in KINDS
+            for size in EXCHANGE_BYTES
+        ]
+
+    def _groups(self) -> Iterator[Any]:
         """This rank's group of each size that is measured: pairs, about half, and all ranks; the
         groups of a size cover the machine and work at once."""
         divisors = [d for d in range(2, self.devices + 1) if self.devices % d == 0]
@@ -393,67 +406,91 @@ class _Bench:
             for first in range(0, self.devices, size):
                 group = dist.new_group(list(range(first, first + size)))
                 if first <= rank < first + size:
-                    mine = group
-            yield size, mine
+                    yield group
 
-    def _call(self, kind: str, group: Any, nbytes: int) -> Callable[[], Any]:
+    def _exchange(
+        self, kind: str, group: Any, largest: torch.Tensor, size_bytes: int
+    ) -> Callable[[], Any]:
         """As the runtime calls them: the functional collectives, waited for."""
         c10d = torch.ops._c10d_functional
-        size, name = dist.get_world_size(group), group.group_name
-        count = max(size, nbytes // 4 // size * size)  # float32, a multiple of the group
-        whole = torch.randn(count, device=self.device)
-        part = whole[: count // size].clone()
-        rows = [count // size] * size
+        ranks, name = dist.get_world_size(group), group.group_name
+        count = max(ranks, size_bytes // 4 // ranks * ranks)  # float32, a multiple of the group
+        whole, part = largest[:count], largest[: count // ranks]
+        rows = [count // ranks] * ranks
         calls: dict[str, Callable[[], Any]] = {
             "all_reduce": lambda: c10d.wait_tensor(c10d.all_reduce(whole, "sum", name)),
-            "all_gather": lambda: c10d.wait_tensor(c10d.all_gather_into_tensor(part, size, name)),
+            "all_gather": lambda: c10d.wait_tensor(c10d.all_gather_into_tensor(part, ranks, name)),
             "reduce_scatter": lambda: c10d.wait_tensor(
-                c10d.reduce_scatter_tensor(whole, "sum", size, name)
+                c10d.reduce_scatter_tensor(whole, "sum", ranks, name)
             ),
             "all_to_all": lambda: c10d.wait_tensor(c10d.all_to_all_single(whole, rows, rows, name)),
             "send": lambda: _pass_on(whole, group),
         }
         return calls[kind]
 
-    def alone_s(self, call: Callable[[], Any], budget_s: float) -> float:
-        """Seconds of a call without communication, while the other ranks do the same."""
-        call()
-        self._synchronize()
-        dist.barrier()
-        start, calls, batch = time.perf_counter(), 0, 1
-        while (elapsed := time.perf_counter() - start) < budget_s:
-            for _ in range(batch):
-                call()
-            calls += batch
-            self._synchronize()
-            batch = 1 if elapsed == 0 else min(1000, max(1, calls // 4))
-        return self._mean(elapsed / calls)
+    def times_s(
+        self, questions: list[_Question], budgets_s: list[float], report: Report
+    ) -> list[float]:
+        """Seconds of each call: the median of rounds over all of them, so that what else the
+        machine does for a moment does not tell, and the mean of the ranks."""
+        report("first calls")
+        once = self._mean([self._once_s(question) for question in questions])
+        rounds = []
+        for i in range(ROUNDS):
+            report(f"round {i + 1} of {ROUNDS}")
+            dist.barrier()
+            rounds.append(
+                [
+                    # a collective must be called as often by all ranks
+                    self._repeated_s(q, max(2, int(budget_s / ROUNDS / once_s)))
+                    if q.together
+                    else self._steady_s(q, budget_s / ROUNDS)
+                    for q, budget_s, once_s in zip(questions, budgets_s, once, strict=True)
+                ]
+            )
+        return self._mean([median(times) for times in zip(*rounds, strict=True)])
 
-    def together_s(self, call: Callable[[], Any], budget_s: float) -> float:
-        """Seconds of a collective; all ranks make the same number of calls."""
-        call()
+    def _once_s(self, question: _Question) -> float:
+        question.call()  # the first call allocates and chooses kernels
+        return self._repeated_s(question, 1)
+
+    def _repeated_s(self, question: _Question, calls: int) -> float:
         self._synchronize()
-        dist.barrier()
-        start = time.perf_counter()
-        call()
-        self._synchronize()
-        once_s = self._mean(time.perf_counter() - start)
-        calls = min(500, max(2, int(budget_s / once_s)))
-        dist.barrier()
         start = time.perf_counter()
         for _ in range(calls):
-            call()
+            question.call()
         self._synchronize()
-        return self._mean((time.perf_counter() - start) / calls)
+        return (time.perf_counter() - start) / calls
+
+    def _steady_s(self, question: _Question, budget_s: float) -> float:
+        """While the other ranks do the same: for as long, however often."""
+        start, calls = time.perf_counter(), 0
+        while (elapsed := time.perf_counter() - start) < budget_s or calls == 0:
+            batch = max(1, calls // 4)
+            for _ in range(batch):
+                question.call()
+            calls += batch
+            self._synchronize()
+        return elapsed / calls
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _mean(self, seconds: float) -> float:
+    def _mean(self, seconds: list[float]) -> list[float]:
         total = torch.tensor(seconds, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
-        return float(total) / self.devices
+        return [float(value) for value in total / self.devices]
+
+
+def _three_passes(rows: torch.Tensor) -> None:
+    torch.mul(rows, 2.0)
+    F.gelu(rows)
+    F.layer_norm(rows, (rows.shape[1],))
+
+
+def _third(dtype: str, size_bytes: int, seconds: float) -> Pass:
+    return Pass(dtype, size_bytes, seconds / 3)
 
 
 def _pass_on(tensor: torch.Tensor, group: Any) -> None:
