@@ -7,6 +7,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,8 +40,13 @@ MAX_CONSTANT = 1 << 16
 _DROPPED = {"aten.alias.default", "aten.lift_fresh_copy.default", "aten.lift_fresh.default"}
 _NO_VALUE = {"aten._assert_tensor_metadata.default", "aten._assert_async.msg", "aten.sym_size.int"}
 
-_DROPOUTS = {"aten.native_dropout.default"}
+_CASTS = {f"aten.to.{variant}" for variant in ("device", "dtype", "dtype_layout", "other")}
+_RESHAPES = {"aten.flatten.using_ints", "aten.reshape.default", "aten.unflatten.int"}
+_DROPOUTS = {"aten.dropout.default", "aten.native_dropout.default"}
 _OFTEN_IDENTITY = {
+    *_CASTS,
+    *_RESHAPES,
+    "aten.expand_as.default",
     "aten._to_copy.default",
     "aten._unsafe_view.default",
     "aten.detach.default",
@@ -59,6 +65,22 @@ _SHAPED = {
 }
 """Operators whose second argument is the shape of the result, perhaps with a -1 in it."""
 
+_NO_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
+_REWRITTEN = {
+    *_CASTS,
+    *_RESHAPES,
+    "aten.chunk.default",
+    "aten.contiguous.default",
+    "aten.dropout.default",
+    "aten.expand_as.default",
+}
+"""Operators that ``_rewritten`` says in others, as ``run_decompositions`` would."""
+
+_WRITES_UNDECLARED = {"aten.batch_norm.default", "aten.instance_norm.default"}
+"""Operators that update buffers although their schema does not say so."""
+
 _GRADIENT_STOPS = re.compile(r"aten\.(detach|\w+_like|new_\w+|bernoulli|sign)\.")
 _ONLY_FIRST_DIFFERENTIABLE = re.compile(r"aten\.\w*batch_norm\w*\.")
 
@@ -67,26 +89,64 @@ def convert(
     program: ExportedProgram, model: nn.Module, inputs: list[tuple[str, str]], name: str
 ) -> OperatorGraph:
     """``inputs`` are (name, keyword) of the tensors given to the model, in order."""
-    _keep_no_grad(program.graph_module)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, about itself
-        program = program.run_decompositions({})
+    if not all(map(_is_known_functional, _calls(program.graph_module))):
+        program = _decomposed(program)
     return _Converter(program, model, inputs, name).graph()
 
 
-def _keep_no_grad(module: fx.GraphModule) -> None:
-    """Detach what leaves a ``no_grad`` region, since decomposition forgets the region."""
-    for node in module.graph.find_nodes(
-        op="call_function", target=torch.ops.higher_order.wrap_with_set_grad_enabled
-    ):
+def _calls(module: fx.GraphModule) -> Iterator[fx.Node]:
+    """The calls, those inside ``no_grad`` regions included."""
+    for node in module.graph.nodes:
+        if node.target is _NO_GRAD:
+            yield from _calls(_region(node))
+        elif node.op == "call_function":
+            yield node
+
+
+def _region(node: fx.Node) -> fx.GraphModule:
+    """The body of a region with gradients on or off."""
+    region = getattr(node.graph.owning_module, str(node.args[1].target))  # type: ignore[union-attr]
+    assert isinstance(region, fx.GraphModule)
+    return region
+
+
+def _is_known_functional(node: fx.Node) -> bool:
+    """Whether the converter can take the call as it is.
+
+    Not what writes to a tensor, nor what is made of other operators and may return a view of its
+    argument: ``_decomposed`` expresses those in others, which doubles the time of the extraction.
+    """
+    target = node.target
+    if target is operator.getitem or str(target) in _NO_VALUE | _REWRITTEN:
+        return True
+    if not isinstance(target, torch._ops.OpOverload) or str(target) in _WRITES_UNDECLARED:
+        return False
+    if target._schema.is_mutable:
+        return False
+    aliases = any(argument.alias_info for argument in target._schema.arguments)
+    return not (aliases and target.has_kernel_for_dispatch_key(_COMPOSITE))
+
+
+def _decomposed(program: ExportedProgram) -> ExportedProgram:
+    """Without writes to tensors; those to buffers are results instead."""
+    module = program.graph_module
+    for node in module.graph.find_nodes(op="call_function", target=_NO_GRAD):
         if node.args[0]:
             continue
-        for user in list(node.users):
+        for user in list(node.users):  # the region itself is forgotten
             with module.graph.inserting_after(user):
                 detached = module.graph.call_function(torch.ops.aten.detach.default, (user,))
             detached.meta = dict(user.meta)
             user.replace_all_uses_with(detached, lambda reader, d=detached: reader is not d)
     module.recompile()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about itself
+        functional: ExportedProgram = program.run_decompositions({})
+    return functional
+
+
+_Call = tuple[str, Any, Any]
+"""Op, arguments and keywords as they stand in an fx node."""
 
 
 class _Converter:
@@ -107,23 +167,29 @@ class _Converter:
         self.taken: Counter[str] = Counter()
         self.constants: dict[str, Any] = {}
         self.problems: list[str] = []
+        self.refused: set[fx.Node] = set()
         self.shared: list[tuple[str, str]] = []
 
     def graph(self) -> OperatorGraph:
         self._placeholders()
         for node in self.program.graph.nodes:
             if node.op == "call_function":
-                self._call(node)
+                self._consider(node)
         if self.problems:
             listed = "\n".join(f"  - {problem}" for problem in dict.fromkeys(self.problems))
             raise UnsupportedModelError(f"the model has what autopar cannot plan:\n{listed}")
         loss, mutations = self._outputs()
         operators = list(_live(self.operators, {loss, *(value for _, value in mutations)}))
         operators = _fuse_copies(operators, self.tensors)
+        receives = _receiving(operators, loss, self.tensors)
         used = {loss, *(n for pair in mutations for n in pair)}
         used |= {n for o in operators for n in o.inputs + o.outputs}
         used |= set(self.input_names)
-        tensors = tuple(t for t in self.tensors.values() if t.name in used)
+        tensors = tuple(
+            replace(t, differentiable=t.name in receives)
+            for t in self.tensors.values()
+            if t.name in used
+        )
         return OperatorGraph(
             tensors=tensors,
             operators=tuple(operators),
@@ -194,43 +260,75 @@ class _Converter:
 
     # -- operators
 
+    def _consider(self, node: fx.Node) -> None:
+        """Convert the call, or say once why not: what reads a refused result is not reported."""
+        known = len(self.problems)
+        if not self.refused.intersection(node.all_input_nodes):
+            self._call(node)
+            if len(self.problems) == known:
+                return
+        self.refused.add(node)
+
     def _call(self, node: fx.Node) -> None:
         op = str(node.target)
         if node.target is operator.getitem:
-            source = self.of.get(node.args[0])  # type: ignore[arg-type]
-            if source is not None:
-                self.of[node] = source[node.args[1]]  # type: ignore[index]
+            self.of[node] = self.of[node.args[0]][node.args[1]]  # type: ignore[index]
+        elif node.target is _NO_GRAD:
+            self._inline(node)
+        elif op in _NO_VALUE:
             return
-        if op in _NO_VALUE:
-            return
-        if op in _DROPPED:
+        elif op in _DROPPED:
             self.of[node] = self.of[node.args[0]]  # type: ignore[index]
-            return
-        if not isinstance(node.target, torch._ops.OpOverload):
+        elif not isinstance(node.target, torch._ops.OpOverload):
             self.problems.append(f"{op}{_where(node)}: not a tensor operator")
-            return
-        if not all(read in self.of for read in node.all_input_nodes):
-            return  # what it reads was already refused
-        if self._does_nothing(node, op):
+        elif self._does_nothing(node, op):
             whole = self.of[node.args[0]]  # type: ignore[index]
-            self.of[node] = (str(whole),) if op in _DROPOUTS else whole
+            self.of[node] = (str(whole),) if op == "aten.native_dropout.default" else whole
         elif op == "aten.broadcast_tensors.default":
             self._broadcast(node)
+        elif op == "aten.dropout.default":
+            value = node.meta["val"]
+            mask = torch.empty_like(value, dtype=torch.bool, device="meta")
+            results = (value, mask)
+            native: _Call = ("aten.native_dropout.default", node.args, {})
+            self.of[node] = self._operator(node, native, results)[0]
         else:
-            self._operator(node, op)
+            self.of[node] = self._operator(node, _rewritten(node), node.meta["val"])
+
+    def _inline(self, node: fx.Node) -> None:
+        """The calls of a region without gradients, and where they leave it a ``detach``."""
+        region = _region(node)
+        given = iter(node.args[2:])
+        for inner in region.graph.nodes:
+            if inner.op == "placeholder":
+                self.of[inner] = self.of[next(given)]  # type: ignore[index]
+            elif inner.op == "call_function":
+                self._consider(inner)
+        (output,) = region.graph.find_nodes(op="output")
+        results = []
+        for inner in output.args[0]:
+            name = str(self.of[inner])
+            if self.tensors[name].differentiable and not node.args[0]:
+                detach: _Call = ("aten.detach.default", (inner,), {})
+                name = str(self._operator(inner, detach, inner.meta["val"]))
+            results.append(name)
+        self.of[node] = tuple(results)
 
     def _does_nothing(self, node: fx.Node, op: str) -> bool:
         """Whether the only result that is used is the first argument itself."""
         if op in _DROPOUTS:
             _, p, training = node.args
-            used = {user.args[1] for user in node.users}
+            used = {user.args[1] for user in node.users} if "native" in op else {0}
             return (p == 0 or not training) and used == {0}
+        if op == "aten.contiguous.default":
+            before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+            return bool(before.stride() == after.stride())
         if op not in _OFTEN_IDENTITY or not isinstance(node.args[0], fx.Node):
             return False
-        before = self.tensors[str(self.of[node.args[0]])]
+        source = self.tensors[str(self.of[node.args[0]])]
         if op == "aten.detach.default":
-            return not before.differentiable
-        return before.spec == self._spec(node.meta["val"], node)
+            return not source.differentiable
+        return source.spec == self._spec(node.meta["val"], node)
 
     def _broadcast(self, node: fx.Node) -> None:
         """Losses do this to tensors that mostly have the same shape: ``expand`` the others."""
@@ -251,12 +349,14 @@ class _Converter:
             names.append(name)
         self.of[node] = tuple(names)
 
-    def _operator(self, node: fx.Node, op: str) -> None:
+    def _operator(self, node: fx.Node, call: _Call, results: Any) -> str | tuple[str, ...]:
+        """Add the call, which gives ``results``; the names of these."""
+        op, given, given_keywords = call
         inputs: list[str] = []
-        arguments = tuple(self._argument(value, inputs, node) for value in node.args)
+        arguments = tuple(self._argument(value, inputs, node) for value in given)
         keywords = tuple(
             (key, self._argument(value, inputs, node))
-            for key, value in node.kwargs.items()
+            for key, value in given_keywords.items()
             if key not in PLACEMENT_KEYWORDS
         )
         module = _module(node)
@@ -264,10 +364,9 @@ class _Converter:
         name = self._unique(".".join(filter(None, (module, short.strip("_") or short))))
         flows = any(self.tensors[i].differentiable for i in inputs)
         flows = flows and not _GRADIENT_STOPS.match(op)
-        values = node.meta["val"]
-        several = isinstance(values, tuple | list)
+        several = isinstance(results, tuple | list)
         outputs = []
-        for position, value in enumerate(values if several else (values,)):
+        for position, value in enumerate(results if several else (results,)):
             output = self._unique(f"{name}:{position}") if several else name
             if value is None:
                 continue
@@ -279,10 +378,10 @@ class _Converter:
             outputs.append(output)
         if op in _SHAPED:
             arguments = (arguments[0], self.tensors[name].spec.shape)
-        self.of[node] = tuple(outputs) if several else name
         self.operators.append(
             Operator(name, op, tuple(inputs), tuple(outputs), arguments, keywords, module)
         )
+        return tuple(outputs) if several else name
 
     def _argument(self, value: Any, inputs: list[str], node: fx.Node) -> Argument:
         match value:
@@ -357,6 +456,35 @@ class _Converter:
         return loss, mutations
 
 
+def _rewritten(node: fx.Node) -> _Call:
+    """The call in the operators that a decomposition would use."""
+    op, value = str(node.target), node.meta["val"]
+    if op in _CASTS:
+        return "aten._to_copy.default", node.args[:1], {"dtype": value.dtype}
+    if op in _RESHAPES:
+        before = node.args[0].meta["val"]  # type: ignore[union-attr]
+        view = "aten.view.default" if _can_view(before, value) else "aten.reshape.default"
+        return view, (node.args[0], tuple(value.shape)), {}
+    if op == "aten.expand_as.default":
+        return "aten.expand.default", (node.args[0], tuple(value.shape)), {}
+    if op == "aten.contiguous.default":
+        return "aten.clone.default", node.args[:1], {}
+    if op == "aten.chunk.default":
+        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+        return "aten.split.Tensor", (node.args[0], value[0].shape[dim], dim), {}
+    return op, node.args, node.kwargs
+
+
+def _can_view(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Whether no copy is needed to see ``before`` in the shape of ``after``."""
+    hollow = torch.empty_strided(before.shape, before.stride(), device="meta")
+    try:
+        hollow.view(after.shape)
+    except RuntimeError:
+        return False
+    return True
+
+
 def _first_names(model: nn.Module) -> dict[str, str]:
     """Every name of a parameter or buffer -> the first name of the same tensor."""
     first: dict[int, str] = {}
@@ -399,6 +527,15 @@ def _live(operators: Iterable[Operator], wanted: set[str]) -> Iterator[Operator]
             needed.update(o.inputs)
             kept.append(o)
     return reversed(kept)
+
+
+def _receiving(operators: list[Operator], loss: str, tensors: dict[str, Tensor]) -> set[str]:
+    """The tensors through which a gradient of ``loss`` flows."""
+    receiving = {loss}
+    for o in reversed(operators):
+        if receiving.intersection(o.outputs):
+            receiving.update(name for name in o.inputs if tensors[name].differentiable)
+    return receiving
 
 
 def _fuse_copies(operators: list[Operator], tensors: dict[str, Tensor]) -> list[Operator]:

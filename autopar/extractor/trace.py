@@ -165,11 +165,15 @@ def _trace(step: _Step, inputs: Inputs) -> ExportedProgram:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's warnings about itself, and the log of an error that ``blame`` explains."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    with warnings.catch_warnings(), patch.object(logger, "disabled", True):
-        warnings.simplefilter("ignore")
-        yield
+    """Without torch's warnings about itself, and its logs of errors that ``blame`` explains."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from autopar.ir.graph import Role
 class Mixed(nn.Module):
     """A detached branch, a no_grad branch, a frozen and an unused weight, a constant, a buffer."""
 
-    def __init__(self) -> None:
+    def __init__(self, writes: bool) -> None:
         super().__init__()
+        self.writes = writes
         self.used = nn.Linear(8, 8)
         self.frozen = nn.Linear(8, 8).requires_grad_(False)
         self.unused = nn.Linear(8, 8)
@@ -27,34 +28,42 @@ class Mixed(nn.Module):
             target = self.used(x).tanh()
         y = self.used(x) * self.scale + self.frozen(x) + torch.tensor([1.0, 2.0]).repeat(4)
         y = y - self.used(x).detach()
-        self.count += 1
-        y += 1
-        y.mul_(2)
+        if self.writes:
+            self.count += 1
+            y += 1
+            y[:, 2:4].mul_(2)
         return (y - target).pow(2).mean()
 
 
-def test_gradients_stop_where_the_model_stops_them() -> None:
+@pytest.mark.parametrize("writes", [False, True])
+def test_gradients_stop_where_the_model_stops_them(writes: bool) -> None:
     torch.manual_seed(0)
-    model, x = Mixed(), torch.randn(4, 8)
+    model, x = Mixed(writes), torch.randn(4, 8)
     graph = extract(model, (x,))
     model(x).backward()
     expected = [p.grad.clone() for p in model.used.parameters()]
     model.zero_grad()
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     environment: dict[str, Tensor] = {}
-    execute(graph, state, (x,), environment=environment).backward()
+    loss = execute(graph, state, (x,), environment=environment)
+    for tensor in environment.values():
+        if tensor.requires_grad and not tensor.is_leaf:
+            tensor.retain_grad()
+    loss.backward()
     for parameter, gradient in zip(model.used.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=0)
     for tensor in graph.tensors:
-        assert environment[tensor.name].requires_grad == tensor.differentiable, tensor
-    assert model.count.item() == 2
+        found = environment[tensor.name]
+        received = found.requires_grad and found.grad is not None
+        assert received == tensor.differentiable, tensor
+    assert model.count.item() == 2 * writes
     assert {t.name: t.differentiable for t in graph.parameters} == {
         "used.weight": True,
         "used.bias": True,
         "frozen.weight": False,
         "frozen.bias": False,
     }
-    assert [t.name for t in graph.of_role(Role.BUFFER)] == ["scale", "count"]
+    assert [t.name for t in graph.of_role(Role.BUFFER)] == ["scale", "count"][: 1 + writes]
     assert [value for _, value in graph.constants] == [(1.0, 2.0)]
 
 
@@ -202,5 +211,5 @@ def test_a_constant_without_a_value_says_what_to_do() -> None:
 
     with torch.device("meta"):
         model = Hidden()
-    with pytest.raises(UnsupportedModelError, match="'table'.*register it as a buffer"):
+    with pytest.raises(UnsupportedModelError, match=r"'table'.*register it as a buffer"):
         extract(model, (torch.ones(2, 4),))
