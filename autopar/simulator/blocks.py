@@ -113,7 +113,9 @@ def _runs(
         copies = length // period
         if last > first and copies >= 2:
             slack = length - copies * period
-            found.append(Block(_aligned(layers, first, slack), period, copies))
+            start_of_first = _aligned(layers, first, slack)
+            if _in_different_layers(layers, start_of_first, period, copies):
+                found.append(Block(start_of_first, period, copies))
         first = last + 1
     return found
 
@@ -124,3 +126,9 @@ def _aligned(layers: Sequence[str], first: int, slack: int) -> int:
         if index > 0 and layers[index] and layers[index] != layers[index - 1]:
             return index
     return first
+
+
+def _in_different_layers(layers: Sequence[str], first: int, period: int, copies: int) -> bool:
+    """Equal operators of one layer (the projections to q, k and v) are not copies of a block."""
+    starts = {layers[first + copy * period] for copy in range(copies)}
+    return len(starts) == copies

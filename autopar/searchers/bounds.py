@@ -1,0 +1,337 @@
+"""A lower bound for a price list, a selection near it, and what cannot be part of an optimum.
+
+The linear relaxation of the flow-form ILP (``ilp``) has the dual
+
+    maximise    Σ_n min_k θ̃[n,k]
+    subject to  Σ_c max(0, a[t,c,σ] + b[t,c,σ′]) ≤ C[t,σ,σ′]      for every tensor t and pair (σ,σ′)
+    where       θ̃[n,k] = θ[n,k] + Σ_(t made by n, c) a[t,c,σ(k)] + Σ_(t read by n) b[t,n,σ′(k)]
+
+with θ the price of an alternative, C that of a redistribution, c the consumers of t. Every a and b
+that satisfy the constraints give a lower bound; sweeps over the nodes raise it, one edge at a time
+(sequential reweighted message passing: Kolmogorov, TRW-S, 2006; sharing redistributions is ours).
+What memory costs enters θ and C with Lagrange multipliers (seconds per byte, by memory row).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.simulator.price_list import Flow, PriceList, Selection, cheapest_storages
+
+Seconds = NDArray[np.float64]
+Index = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+TOLERANCE = 1e-9
+"""Relative slack when alternatives are excluded, against rounding in the sums."""
+
+
+@dataclass
+class _Edge:
+    """One consumer of a flow, with its part of the dual."""
+
+    flow: int
+    producer: int
+    consumer: int
+    source: Index
+    target: Index
+    a: Seconds
+    b: Seconds
+
+
+@dataclass
+class Dual:
+    """Prices with memory multipliers in them, and a feasible dual."""
+
+    price_list: PriceList
+    weights: Seconds
+    theta: list[Seconds]
+    cost: list[Seconds]
+    edges: list[_Edge]
+    used: list[Seconds]
+    reduced: list[Seconds]
+    incident: list[list[_Edge]]
+    dummy: int
+
+    @property
+    def bound_s(self) -> float:
+        """No selection within the memory limits is faster."""
+        spare = float(self.weights @ np.where(np.isfinite(self._room), self._room, 0.0))
+        total = sum(float(r.min()) for r in self.reduced) + self.price_list.fixed_time_s
+        return total - spare
+
+    @property
+    def _room(self) -> Seconds:
+        limit = self.price_list.limit_bytes - self.price_list.fixed_memory_bytes
+        return np.asarray(limit, dtype=np.float64)
+
+    def excess(self, node: int) -> Seconds:
+        """By how much the bound rises if the node takes each alternative."""
+        return np.asarray(self.reduced[node] - self.reduced[node].min())
+
+
+def dual(price_list: PriceList, weights: Seconds | None = None) -> Dual:
+    """The dual with all a and b zero."""
+    rows = len(price_list.limit_bytes)
+    weights = np.zeros(rows) if weights is None else weights
+    theta = [node.count * (node.time_s + weights @ node.memory_bytes) for node in price_list.nodes]
+    for n, node in enumerate(price_list.nodes):
+        for menu in node.menus:
+            best = [
+                float((t + weights @ m).min())
+                for t, m in zip(menu.time_s, menu.memory_bytes, strict=True)
+            ]
+            theta[n] = theta[n] + menu.count * np.array(best)[menu.use]
+    dummy = len(theta)
+    theta.append(np.zeros(1))
+    flows = list(price_list.flows)
+    if weights.any():
+        flows += [_kept_as_flow(price_list, i, weights, dummy) for i in range(len(price_list.kept))]
+    cost = [flow.count * flow.time_s for flow in flows]
+    edges = [
+        _Edge(
+            i,
+            flow.producer,
+            consumer,
+            flow.source,
+            target,
+            np.zeros(cost[i].shape[0]),
+            np.zeros(cost[i].shape[1]),
+        )
+        for i, flow in enumerate(flows)
+        for consumer, target in flow.consumers
+    ]
+    incident: list[list[_Edge]] = [[] for _ in theta]
+    for edge in edges:
+        incident[edge.producer].append(edge)
+        if edge.consumer != edge.producer:
+            incident[edge.consumer].append(edge)
+    used = [np.zeros_like(c) for c in cost]
+    reduced = [t.copy() for t in theta]
+    return Dual(price_list, weights, theta, cost, edges, used, reduced, incident, dummy)
+
+
+def _kept_as_flow(price_list: PriceList, index: int, weights: Seconds, dummy: int) -> Flow:
+    """Kept versions are paid like redistributions from a node without a choice; version -1 becomes
+    a last version that costs nothing."""
+    kept = price_list.kept[index]
+    versions = kept.memory_bytes.shape[1]
+    cost = np.append(weights @ kept.memory_bytes, 0.0)[None, :]
+    consumers = tuple((n, np.where(v < 0, versions, v)) for n, v in kept.holders)
+    return Flow(kept.name, dummy, np.zeros(1, dtype=np.int64), consumers, cost, kept.count)
+
+
+def ascend(
+    problem: Dual, sweeps: int, enough: Callable[[float], bool] = lambda bound_s: False
+) -> None:
+    """Raise the bound by so many sweeps there and back, until it no longer rises, or until it is
+    ``enough``."""
+    before = problem.bound_s
+    order = range(len(problem.theta))
+    for _ in range(sweeps):
+        for node in order:
+            _push(problem, node, forward=True)
+        for node in reversed(order):
+            _push(problem, node, forward=False)
+        now = problem.bound_s
+        if enough(now) or now - before <= 1e-5 * abs(now):
+            return
+        before = now
+
+
+def _push(problem: Dual, node: int, *, forward: bool) -> None:
+    """Give the node's excess to its edges that lead on, and let the other ends have all that the
+    edges can carry."""
+    onward = [e for e in problem.incident[node] if (_other(e, node) > node) == forward]
+    if not onward:
+        return
+    behind = len(problem.incident[node]) - len(onward)
+    share = problem.excess(node) / max(len(onward), behind)
+    for edge in onward:
+        _move(problem, edge, node, share)
+
+
+def _other(edge: _Edge, node: int) -> int:
+    return edge.consumer if edge.producer == node else edge.producer
+
+
+def _move(problem: Dual, edge: _Edge, node: int, share: Seconds) -> None:
+    """Lower this end of the edge by ``share``, raise the other as far as the constraint allows."""
+    capacity = problem.cost[edge.flow] - problem.used[edge.flow] + _positive(edge)
+    if edge.producer == node:
+        give = _least(share, edge.source, len(edge.a))
+        edge.a -= give
+        problem.reduced[node] -= give[edge.source]
+        new = (capacity - edge.a[:, None]).min(axis=0)
+        problem.reduced[edge.consumer] += (new - edge.b)[edge.target]
+        edge.b = new
+    else:
+        give = _least(share, edge.target, len(edge.b))
+        edge.b -= give
+        problem.reduced[node] -= give[edge.target]
+        new = (capacity - edge.b[None, :]).min(axis=1)
+        problem.reduced[edge.producer] += (new - edge.a)[edge.source]
+        edge.a = new
+    problem.used[edge.flow] = problem.cost[edge.flow] - capacity + _positive(edge)
+
+
+def _positive(edge: _Edge) -> Seconds:
+    return np.maximum(edge.a[:, None] + edge.b[None, :], 0.0)
+
+
+def _least(values: Seconds, groups: Index, count: int) -> Seconds:
+    """The least value of each group; 0 for groups that no alternative belongs to."""
+    found = np.full(count, np.inf)
+    np.minimum.at(found, groups, values)
+    found[np.isinf(found)] = 0.0
+    return found
+
+
+# ---- selections ---------------------------------------------------------------------------------
+
+
+def decode(problem: Dual) -> tuple[int, ...]:
+    """Alternatives chosen one node after the other, the undecided ones represented by the dual."""
+    price_list = problem.price_list
+    chosen: dict[int, int] = {problem.dummy: 0}
+    wanted: list[set[int]] = [set() for _ in problem.cost]
+    for node in range(len(price_list.nodes)):
+        price = problem.theta[node].copy()
+        for edge in problem.incident[node]:
+            price += _edge_price(problem, edge, node, chosen, wanted)
+        chosen[node] = int(price.argmin())
+        for edge in problem.incident[node]:
+            if edge.consumer == node:
+                wanted[edge.flow].add(int(edge.target[chosen[node]]))
+    return tuple(chosen[node] for node in range(len(price_list.nodes)))
+
+
+def _edge_price(
+    problem: Dual, edge: _Edge, node: int, chosen: dict[int, int], wanted: list[set[int]]
+) -> Seconds:
+    cost = problem.cost[edge.flow]
+    if edge.producer == edge.consumer:
+        return np.asarray(cost[edge.source, edge.target])
+    if edge.consumer == node:
+        if edge.producer in chosen:
+            row = cost[edge.source[chosen[edge.producer]]].copy()
+            row[list(wanted[edge.flow])] = 0.0
+            return np.asarray(row[edge.target])
+        return np.asarray(edge.b[edge.target])
+    if edge.consumer in chosen:
+        return np.asarray(cost[edge.source, edge.target[chosen[edge.consumer]]])
+    return np.asarray(edge.a[edge.source])
+
+
+def improve(problem: Dual, alternatives: Sequence[int], rounds: int = 20) -> tuple[int, ...]:
+    """Change one node at a time as long as that lowers the price."""
+    current = [*alternatives, 0]
+    by_flow: dict[int, list[_Edge]] = {}
+    for edge in problem.edges:
+        by_flow.setdefault(edge.flow, []).append(edge)
+    for _ in range(rounds):
+        changed = False
+        for node in range(len(alternatives)):
+            price = _price_of_each(problem, node, current, by_flow)
+            best = int(price.argmin())
+            if price[best] < price[current[node]] * (1 - 1e-12) - 1e-18:
+                current[node] = best
+                changed = True
+        if not changed:
+            break
+    return tuple(current[:-1])
+
+
+def _price_of_each(
+    problem: Dual, node: int, current: Sequence[int], by_flow: dict[int, list[_Edge]]
+) -> Seconds:
+    """Everything that depends on this node, for each of its alternatives, the others fixed."""
+    price = problem.theta[node].copy()
+    for flow in dict.fromkeys(edge.flow for edge in problem.incident[node]):
+        edges = by_flow[flow]
+        cost = problem.cost[flow]
+        own = [edge for edge in edges if edge.consumer == node]
+        others = {int(e.target[current[e.consumer]]) for e in edges if e.consumer != node}
+        if edges[0].producer == node:
+            source = edges[0].source
+            for target in others:
+                price += cost[source, target]
+        else:
+            source = np.full(len(price), edges[0].source[current[edges[0].producer]])
+        paid: list[Index] = []
+        for edge in own:
+            new = ~np.isin(edge.target, list(others))
+            for earlier in paid:
+                new &= edge.target != earlier
+            price += np.where(new, cost[source, edge.target], 0.0)
+            paid.append(edge.target)
+    return price
+
+
+def near_selection(problem: Dual) -> Selection:
+    """A good selection under the multipliers; whether it fits is for the caller to see."""
+    alternatives = improve(problem, decode(problem))
+    return cheapest_storages(problem.price_list, alternatives, problem.weights)
+
+
+# ---- exclusion ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """What may still be part of a selection as fast as ``best_s``: alternatives of each node, pairs
+    of each flow (indexed as in the price list)."""
+
+    alternatives: tuple[Mask, ...]
+    pairs: tuple[Mask, ...]
+
+    @property
+    def columns(self) -> int:
+        return sum(int(m.sum()) for m in (*self.alternatives, *self.pairs))
+
+
+def everything(price_list: PriceList) -> Survivors:
+    return Survivors(
+        tuple(np.ones(len(n.time_s), dtype=bool) for n in price_list.nodes),
+        tuple(np.ones(f.time_s.shape, dtype=bool) for f in price_list.flows),
+    )
+
+
+def survivors(problem: Dual, best_s: float) -> Survivors:
+    """Drop what would raise the bound above ``best_s``: it is in no better selection."""
+    room = best_s - problem.bound_s + TOLERANCE * max(abs(best_s), 1e-12)
+    count = len(problem.price_list.nodes)
+    alternatives = [problem.excess(n) <= room for n in range(count)]
+    pairs = [np.zeros(c.shape, dtype=bool) for c in problem.cost[: len(problem.price_list.flows)]]
+    for edge in problem.edges:
+        if edge.flow < len(pairs):
+            pairs[edge.flow] |= _surviving_pairs(problem, edge, room, alternatives)
+    return Survivors(tuple(alternatives), tuple(pairs))
+
+
+def _surviving_pairs(problem: Dual, edge: _Edge, room: float, alternatives: Sequence[Mask]) -> Mask:
+    """The bound rises by the unused part of the redistribution's price, by what this consumer's
+    dual gives up, and by the excess of the best alternatives on both sides."""
+    unused = problem.cost[edge.flow] - problem.used[edge.flow]
+    given_up = np.maximum(-(edge.a[:, None] + edge.b[None, :]), 0.0)
+    rise = unused + given_up
+    rise = (
+        rise
+        + _least_or_inf(problem, edge.producer, edge.source, len(edge.a), alternatives)[:, None]
+    )
+    if edge.consumer != edge.producer:
+        rise = rise + _least_or_inf(problem, edge.consumer, edge.target, len(edge.b), alternatives)
+    return np.asarray(rise <= room)
+
+
+def _least_or_inf(
+    problem: Dual, node: int, groups: Index, count: int, alternatives: Sequence[Mask]
+) -> Seconds:
+    found = np.full(count, np.inf)
+    excess = np.where(alternatives[node], problem.excess(node), np.inf)
+    np.minimum.at(found, groups, excess)
+    return found

@@ -1,0 +1,211 @@
+"""The best selection of one price list: bound, exclude, and solve what is left as an ILP."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from time import monotonic
+
+import numpy as np
+
+from autopar.searchers._milp import solve
+from autopar.searchers.bounds import (
+    Dual,
+    Survivors,
+    ascend,
+    dual,
+    everything,
+    near_selection,
+    survivors,
+)
+from autopar.simulator.price_list import PriceList, Selection
+
+SWEEPS = 60
+SMALL = 4_000
+"""Columns up to which the ILP is solved as it is; building it costs less than bounding it."""
+
+OPTIMISTIC = 1.2
+"""When no selection is known that fits: at first what is within this factor of the bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class Optimum:
+    """``selection`` is ``None`` when none was found that fits and beats the cutoff; ``bound_s``: no
+    selection that fits is faster; ``infeasible``: proved that none fits; ``columns``: alternatives
+    and redistributions that were left to the ILP."""
+
+    selection: Selection | None
+    bound_s: float
+    infeasible: bool = False
+    columns: int = 0
+
+
+def optimum(
+    price_list: PriceList,
+    *,
+    cutoff_s: float = math.inf,
+    deadline: float = math.inf,
+    small: int = SMALL,
+) -> Optimum:
+    """The fastest selection that fits, if it is faster than ``cutoff_s``.
+
+    ``deadline`` (``time.monotonic``): then the best so far is returned, with a bound that holds.
+    """
+    offered = everything(price_list)
+    if offered.columns <= small:
+        return _finish(price_list, offered, None, -math.inf, cutoff_s, deadline)
+    relaxed = dual(price_list)
+    ascend(relaxed, SWEEPS, lambda bound_s: bound_s > cutoff_s)
+    if relaxed.bound_s > cutoff_s:
+        return Optimum(None, relaxed.bound_s)
+    best, tight = near_selection(relaxed), relaxed
+    if not price_list.fits(best):
+        found, tight = _within_memory(price_list, relaxed, best, deadline)
+        if found is None and _cannot_fit(price_list, tight):
+            return Optimum(None, math.inf, True)
+        if tight.bound_s > cutoff_s:
+            return Optimum(None, tight.bound_s)
+        if found is None:
+            return _without_example(price_list, tight, cutoff_s, deadline)
+        best = found
+    target_s = min(price_list.time_of(best), cutoff_s)
+    offered = survivors(tight, target_s)
+    return _finish(price_list, offered, best, tight.bound_s, cutoff_s, deadline)
+
+
+def _finish(
+    price_list: PriceList,
+    offered: Survivors,
+    best: Selection | None,
+    bound_s: float,
+    cutoff_s: float,
+    deadline: float,
+) -> Optimum:
+    """Solve the ILP over what may be better than ``best`` and the cutoff."""
+    best_s = price_list.time_of(best) if best is not None else math.inf
+    if best is not None and all(int(m.sum()) == 1 for m in offered.alternatives):
+        single = tuple(int(m.argmax()) for m in offered.alternatives)
+        if single == best.alternatives and not np.isfinite(price_list.limit_bytes).any():
+            return Optimum(best, max(bound_s, best_s * (1 - 1e-9)), columns=offered.columns)
+    target_s = min(best_s, cutoff_s)
+    solved = solve(
+        price_list,
+        offered,
+        time_limit_s=min(deadline - monotonic(), 1e6),
+        cutoff_s=target_s if math.isfinite(target_s) else None,
+    )
+    found = solved.selection
+    if found is not None and price_list.fits(found) and price_list.time_of(found) < best_s:
+        best, best_s = found, price_list.time_of(found)
+    if solved.infeasible:
+        nothing = best is None and not math.isfinite(cutoff_s)
+        bound_s = math.inf if nothing else max(bound_s, target_s * (1 - 1e-9))
+        return Optimum(_under(best, best_s, cutoff_s), bound_s, nothing, offered.columns)
+    bound_s = max(bound_s, min(solved.bound_s, best_s, cutoff_s))
+    return Optimum(_under(best, best_s, cutoff_s), bound_s, False, offered.columns)
+
+
+def _under(best: Selection | None, best_s: float, cutoff_s: float) -> Selection | None:
+    return best if best_s < cutoff_s else None
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+
+def _within_memory(
+    price_list: PriceList, relaxed: Dual, best: Selection, deadline: float
+) -> tuple[Selection | None, Dual]:
+    """Raise the price of memory until the selection fits, then halve the interval: the fastest
+    selection seen that fits, and the dual with the highest bound."""
+    rows = price_list.memory_of(best) > price_list.limit_bytes
+    unit = price_list.time_of(best) / np.maximum(price_list.limit_bytes, 1.0)
+    seen = _Memory(price_list, relaxed)
+    low, high = 0.0, math.inf
+    factor = 0.25
+    for _ in range(14):
+        if monotonic() > deadline:
+            break
+        selection = seen.look(np.where(rows, unit * factor, 0.0))
+        over = price_list.memory_of(selection) > price_list.limit_bytes
+        if (over & ~rows).any():
+            rows = rows | over
+            low = 0.0
+        if over.any():
+            low = factor
+        else:
+            high = factor
+        if math.isinf(high):
+            factor *= 4
+            if factor > 1e7:
+                break
+        elif low == 0.0:
+            factor /= 4
+        elif high / low < 1.1:
+            break
+        else:
+            factor = math.sqrt(low * high)
+    return seen.best, seen.tight
+
+
+@dataclass
+class _Memory:
+    """The best selection that fits and the best dual over the multipliers tried."""
+
+    price_list: PriceList
+    tight: Dual
+    best: Selection | None = None
+
+    def look(self, weights: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Selection:
+        problem = dual(self.price_list, weights)
+        ascend(problem, SWEEPS)
+        if problem.bound_s > self.tight.bound_s:
+            self.tight = problem
+        selection = near_selection(problem)
+        if self.price_list.fits(selection) and (
+            self.best is None
+            or self.price_list.time_of(selection) < self.price_list.time_of(self.best)
+        ):
+            self.best = selection
+        return selection
+
+
+def _cannot_fit(price_list: PriceList, tight: Dual) -> bool:
+    """Whether the bound for memory alone is above a limit: time is left out of the prices."""
+    timeless = replace(
+        price_list,
+        nodes=tuple(
+            replace(
+                node,
+                time_s=np.zeros_like(node.time_s),
+                menus=tuple(
+                    replace(menu, time_s=tuple(np.zeros_like(t) for t in menu.time_s))
+                    for menu in node.menus
+                ),
+            )
+            for node in price_list.nodes
+        ),
+        flows=(),
+        fixed_time_s=0.0,
+    )
+    for row in range(len(price_list.limit_bytes)):
+        if np.isfinite(price_list.limit_bytes[row]):
+            weights = np.zeros(len(price_list.limit_bytes))
+            weights[row] = 1.0
+            problem = dual(timeless, weights)
+            ascend(problem, SWEEPS)
+            if problem.bound_s > 1e-6 * abs(price_list.limit_bytes[row]):
+                return True
+    return False
+
+
+def _without_example(
+    price_list: PriceList, tight: Dual, cutoff_s: float, deadline: float
+) -> Optimum:
+    """No selection is known that fits: offer what could be near the bound, then everything."""
+    optimistic_s = min(tight.bound_s * OPTIMISTIC, cutoff_s)
+    offered = survivors(tight, optimistic_s)
+    first = _finish(price_list, offered, None, tight.bound_s, optimistic_s, deadline)
+    if first.selection is not None:
+        return first
+    every = everything(price_list) if math.isinf(cutoff_s) else survivors(tight, cutoff_s)
+    return _finish(price_list, every, None, tight.bound_s, cutoff_s, deadline)
