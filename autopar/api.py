@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, Unpack
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from autopar.exporters import Exporter
+    from autopar.ir.measurement import Measurement
+    from autopar.runtime.step import TrainingStep
     from autopar.simulator.edges import Rules
 
 Progress = Callable[[str], None]
@@ -134,7 +137,12 @@ def plan(
     """
     problem = problem_of(model, inputs, progress=progress, **wanted)
     result = run_search(problem, searcher, time_limit_s, progress)
-    return plan_of(problem, result, str(model) if isinstance(model, str | Path) else "")
+    found = plan_of(problem, result)
+    if not isinstance(model, str | Path):
+        return found
+    return replace(
+        found, model=str(model), batch=wanted.get("batch"), sequence=wanted.get("sequence")
+    )
 
 
 def problem_of(
@@ -226,7 +234,7 @@ def run_search(
     return found(problem, Budget(time_s=time_limit_s))
 
 
-def plan_of(problem: Problem, result: SearchResult, model: str = "") -> Plan:
+def plan_of(problem: Problem, result: SearchResult) -> Plan:
     """The best of ``result`` as a plan.
 
     Raises:
@@ -243,7 +251,6 @@ def plan_of(problem: Problem, result: SearchResult, model: str = "") -> Plan:
         strategy=best.strategy,
         estimate=best.estimate,
         search=summarise(result, problem.memory_limit_bytes, problem.dimensions),
-        model=model,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         autopar=__version__,
     )
@@ -336,6 +343,113 @@ def rules_of(plan: Plan) -> Rules:
     return rules
 
 
+def run(
+    plan: Plan,
+    model: str | Path | nn.Module | Callable[[], nn.Module] | None = None,
+    *,
+    seed: int = 0,
+    **hyperparameters: Any,
+) -> TrainingStep:
+    """The plan's training step on this process, one of those that torchrun started.
+
+    ``loss = step(batch)`` trains on one *global* batch, which every process passes whole, as the
+    model's ``forward`` takes it. ``model``: a name (default: that of the plan), a function that
+    makes it, or the module itself, at the price of a whole copy in every process.
+    ``hyperparameters`` go to torch's optimizer (``lr=...``).
+
+    Raises:
+        PlanMismatchError: another number of processes, or another model, than the plan's.
+    """
+    from autopar.runtime.launch import run as join
+
+    if model is not None and not isinstance(model, str | Path):
+        return join(plan, model, seed=seed, **hyperparameters)
+    build = source_of(plan, model)
+    return join(plan, lambda: build()[0], seed=seed, **hyperparameters)
+
+
+def rehearse(
+    plan: Plan, plan_path: str | Path, model: str, steps: int = 10, seed: int = 0
+) -> Measurement:
+    """Train for a few steps in as many processes of this machine as the plan has devices."""
+    from autopar.runtime import rehearsal
+
+    arguments = ["run", str(plan_path), model, "--steps", str(steps), "--seed", str(seed)]
+    return rehearsal.start(plan, arguments)
+
+
+def single_process(
+    plan: Plan, model: str, steps: int = 10, seed: int = 0
+) -> tuple[float, ...] | None:
+    """The losses of the same steps in plain PyTorch; ``None`` when these depend on random masks,
+    which torch draws otherwise than a plan's processes."""
+    from autopar.runtime import rehearsal
+
+    if rehearsal.draws_random_numbers(plan.graph):
+        return None
+    return rehearsal.single_process(plan, source_of(plan, model), steps, seed)
+
+
+def source_of(plan: Plan, model: str | Path | None = None) -> Callable[[], Any]:
+    """What builds the plan's model, batch and loss from a name (default: that of the plan)."""
+    from autopar.extractor import load
+
+    return load(named(plan, model), batch=plan.batch, sequence=plan.sequence).build
+
+
+def named(plan: Plan, model: str | Path | None) -> str:
+    found = plan.model if model is None else str(model)
+    if not found:
+        raise AutoparError("the plan was made for a module, not for a name: give the model as well")
+    return found
+
+
+def check_model(plan: Plan, model: str | Path, progress: Progress | None = None) -> None:
+    """Raises ``PlanMismatchError`` unless the model is the one that was planned."""
+    graph = extract(
+        model,
+        precision=plan.strategy.training.precision,
+        batch=plan.batch,
+        sequence=plan.sequence,
+        progress=progress,
+    )
+    if graph.fingerprint != plan.graph.fingerprint:
+        raise PlanMismatchError(
+            f"{model} is not the model of this plan ({_difference(plan.graph, graph)}); "
+            "plan it again, or give the model that was planned"
+        )
+
+
+def _difference(planned: OperatorGraph, found: OperatorGraph) -> str:
+    """The first thing that differs, in words."""
+    for name in planned.inputs:
+        if name in found.by_name and found.spec(name) != planned.spec(name):
+            a, b = planned.spec(name), found.spec(name)
+            return f"its input {name} is {b.dtype}{list(b.shape)}, not {a.dtype}{list(a.shape)}"
+    if planned.parameter_count != found.parameter_count:
+        return f"it has {found.parameter_count} parameters, not {planned.parameter_count}"
+    if len(planned.operators) != len(found.operators):
+        return f"it has {len(found.operators)} operators, not {len(planned.operators)}"
+    for a_operator, b_operator in zip(planned.operators, found.operators, strict=True):
+        if a_operator != b_operator:
+            return f"its operator {b_operator.name} differs"
+    return "its tensors differ"
+
+
+def profile(
+    devices: int | None = None, *, seconds: float | None = None, progress: Progress | None = None
+) -> CostModel:
+    """Measure this machine anew and keep what was found for ``topology="local"``."""
+    from autopar.runtime import profiler
+
+    return profiler.local_cost_model(
+        devices or profiler.local_devices(),
+        seconds=profiler.MEASURE_S if seconds is None else seconds,
+        refresh=True,
+        report=lambda line: _tell(progress, line),
+    )
+
+
 # Names
 
 
@@ -399,6 +513,8 @@ __all__ = [
     "extract",
     "load_plan",
     "plan",
+    "profile",
+    "run",
     "save_plan",
     "search",
     "simulate",

@@ -19,6 +19,8 @@ from autopar import __version__
 from autopar.errors import AutoparError
 
 if TYPE_CHECKING:
+    from autopar.ir.measurement import Measurement
+    from autopar.ir.plan import Plan
     from autopar.ir.simulation import Estimate
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -272,6 +274,108 @@ def explain_command(plan: Path, views: bool, as_json: bool) -> None:
         click.echo(json.dumps(json_exporter.explained(loaded, rules)))
     else:
         click.echo(text.explain(loaded, rules, views=views), nl=False)
+
+
+@commands.command("run")
+@click.argument("plan", type=Path)
+@click.argument("model", required=False)
+@click.option("--steps", type=int, default=10, show_default=True, help="How many to train.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of weights and batch.")
+@click.option(
+    "--compare", is_flag=True, help="Train the same in one process, too, and compare the losses."
+)
+@click.option("--result", type=Path, hidden=True)
+@_json_option
+def run_command(
+    plan: Path,
+    model: str | None,
+    steps: int,
+    seed: int,
+    compare: bool,
+    result: Path | None,
+    as_json: bool,
+) -> None:
+    """Train MODEL for a few steps as PLAN says, and compare with what it predicted.
+
+    Starts torchrun with a process for each device of the plan on this machine; started by torchrun,
+    it is one of these processes. MODEL is needed only when the plan does not name it.
+    """
+    from autopar import api
+
+    loaded = api.load_plan(plan)
+    name = api.named(loaded, model)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _run_here(loaded, name, steps, seed, result, as_json)
+        return
+    from autopar.exporters import text
+
+    with progress() as tell:
+        api.check_model(loaded, name, tell)
+        tell(f"training {steps} steps in {loaded.world_size} processes")
+        found = api.rehearse(loaded, plan, name, steps, seed)
+        if compare:
+            tell(f"training {steps} steps in one process")
+        alone = api.single_process(loaded, name, steps, seed) if compare else None
+    if as_json:
+        click.echo(json.dumps({**_measurement_json(loaded, found), "single_process_losses": alone}))
+    else:
+        click.echo(text.measurement(loaded, found, alone))
+
+
+def _run_here(
+    plan: Plan, name: str, steps: int, seed: int, result: Path | None, as_json: bool
+) -> None:
+    """As one of the processes that torchrun started: the first one prints, or writes ``result``."""
+    from autopar import api
+    from autopar.exporters import text
+    from autopar.runtime import rehearsal
+
+    first = os.environ["RANK"] == "0"
+    try:
+        found = rehearsal.rehearse(plan, api.source_of(plan, name), steps, seed)
+    except AutoparError as error:
+        if result is not None:
+            rehearsal.leave(result, error)
+        raise
+    if not first:
+        return
+    if result is not None:
+        rehearsal.leave(result, found)
+    elif as_json:
+        click.echo(json.dumps(_measurement_json(plan, found)))
+    else:
+        click.echo(text.measurement(plan, found, None))
+
+
+def _measurement_json(plan: Plan, found: Measurement) -> dict[str, Any]:
+    return {
+        **asdict(found),
+        "step_time_s": found.step_time_s,
+        "predicted_step_time_s": plan.estimate.step_time_s,
+        "predicted_peak_memory_bytes": plan.estimate.peak_memory_bytes,
+    }
+
+
+@commands.command("profile")
+@click.option("--devices", type=int, help="GPUs or processes.  [default: its GPUs, else cores]")
+@click.option("--seconds", type=float, help="How long to measure, about.")
+@click.option("-o", "--output", type=Path, help="Write the profile, for --topology, here, too.")
+@_json_option
+def profile_command(
+    devices: int | None, seconds: float | None, output: Path | None, as_json: bool
+) -> None:
+    """Measure this machine again, and keep it as --topology local."""
+    from autopar import api
+    from autopar.exporters import text
+    from autopar.ir.plan import write_atomically
+    from cost_models.saved import cost_model_to_json
+
+    with progress() as tell:
+        found = api.profile(devices, seconds=seconds, progress=tell)
+    saved = cost_model_to_json(found)
+    if output is not None:
+        write_atomically(output, json.dumps(saved["profiled"], indent=1) + "\n")
+    click.echo(json.dumps(saved) if as_json else text.profile(saved))
 
 
 @commands.command("simulate")

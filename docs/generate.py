@@ -25,20 +25,22 @@ def cli_reference() -> str:
     """Every command's ``--help``, as a terminal of 80 columns shows it."""
     from autopar.cli import commands
 
+    width = {"max_content_width": 80, "terminal_width": 80}
+    top = click.Context(commands, info_name="autopar", **width, **commands.context_settings)
     pages = [
         "# The command line\n",
         "Made by `make docs` from what `--help` prints.\n",
-        _help(commands, "autopar"),
+        _block(commands.get_help(top)),
     ]
-    for name in commands.list_commands(click.Context(commands)):
-        pages += [f"## autopar {name}\n", _help(commands.commands[name], f"autopar {name}")]
+    for name in commands.list_commands(top):
+        command = commands.commands[name]
+        context = click.Context(command, info_name=name, parent=top, **width)
+        pages += [f"## autopar {name}\n", _block(command.get_help(context))]
     return "\n".join(pages)
 
 
-def _help(command: click.Command, path: str) -> str:
-    context = click.Context(command, info_name=path, max_content_width=80, terminal_width=80)
-    lines = [line.rstrip() for line in command.get_help(context).splitlines()]
-    return "```text\n" + "\n".join(lines) + "\n```\n"
+def _block(text: str) -> str:
+    return "```text\n" + "\n".join(line.rstrip() for line in text.splitlines()) + "\n```\n"
 
 
 def picture() -> str:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from io import StringIO
+from typing import Any
 
 from rich.console import Console
 from rich.padding import Padding
@@ -20,6 +21,7 @@ from autopar.exporters.explanation import (
 )
 from autopar.exporters.units import bytes_text, count_text, share_text, time_text
 from autopar.ir.graph import OperatorGraph
+from autopar.ir.measurement import Measurement
 from autopar.ir.plan import Change, Plan, PlanDiff, SearchSummary, TrialSummary, mesh_text
 from autopar.ir.rule import NOTHING, REPLICATED, SUMMED
 from autopar.ir.sharding import Mesh, Sharding
@@ -406,6 +408,83 @@ def _alike(changes: Iterable[Change]) -> dict[tuple[str, str, str, str], int]:
     return found
 
 
+# Measurement: what `autopar run` prints
+
+
+def measurement(plan: Plan, found: Measurement, alone: tuple[float, ...] | None) -> str:
+    """``alone``: the losses of the same steps in one process."""
+    columns = ["step", "loss", "time"] + (["loss in one process", "difference"] if alone else [])
+    rows = []
+    for i, (loss, time_s) in enumerate(zip(found.losses, found.step_times_s, strict=True)):
+        row = [str(i + 1), f"{loss:.7g}", time_text(time_s)]
+        if alone:
+            row += [f"{alone[i]:.7g}", f"{_relative(loss, alone[i]):.1e}"]
+        rows.append(row)
+    predicted = plan.estimate
+    against = [
+        [
+            "step time",
+            time_text(predicted.step_time_s),
+            time_text(found.step_time_s),
+            _error(predicted.step_time_s, found.step_time_s),
+        ],
+        [
+            "peak memory of a device",
+            bytes_text(predicted.peak_memory_bytes),
+            bytes_text(found.peak_memory_bytes),
+            _error(predicted.peak_memory_bytes, found.peak_memory_bytes),
+        ],
+    ]
+    return "\n".join(
+        [
+            f"{plan.graph.name} on {plan.world_size} processes, mesh {mesh_text(plan.mesh)}",
+            table(columns, rows, right=range(len(columns))),
+            "",
+            table(["", "predicted", "measured", "prediction is"], against, right=(1, 2)),
+        ]
+    )
+
+
+def _relative(found: float, expected: float) -> float:
+    return abs(found - expected) / abs(expected) if expected else abs(found)
+
+
+def _error(predicted: float, measured: float) -> str:
+    """
+    >>> _error(1.2, 1.0), _error(0.9, 1.0), _error(1.0, 0.0)
+    ('20% too high', '10% too low', '-')
+    """
+    if not measured:
+        return "-"
+    error = predicted / measured - 1
+    return f"{abs(error):.0%} too {'high' if error > 0 else 'low'}"
+
+
+# Profile: what `autopar profile` prints
+
+
+def profile(saved: dict[str, Any]) -> str:
+    """The machine that was measured, and its fastest of each kind."""
+    data = saved["profiled"]
+    products = max(data["products"], key=lambda p: p["flops"] / p["seconds"])
+    passes = max(data["passes"], key=lambda p: p["bytes"] / p["seconds"])
+    lines = [
+        f"{saved['name']}: {saved['devices']} devices with "
+        f"{bytes_text(saved['memory_bytes'])} each, measured {data['date']}",
+        f"  an operator takes at least {time_text(data['operator_s'])}",
+        f"  products at {products['flops'] / products['seconds'] / 1e9:.3g} GFLOP/s "
+        f"({products['dtype']}, {' x '.join(map(str, products['shape']))})",
+        f"  memory at {bytes_text(passes['bytes'] / passes['seconds'])}/s",
+    ]
+    fastest: dict[str, float] = {}
+    for e in data["exchanges"]:
+        if e["group_size"] == saved["devices"]:
+            rate = e["bytes"] / e["seconds"]
+            fastest[e["kind"]] = max(rate, fastest.get(e["kind"], 0.0))
+    lines += [f"  {kind} at {bytes_text(rate)}/s" for kind, rate in fastest.items()]
+    return "\n".join(lines)
+
+
 # Layout
 
 
@@ -440,6 +519,3 @@ def rendered(what: object, width: int) -> str:
 
 def _indented(lines: Iterable[str]) -> list[str]:
     return [f"  {line}" for line in lines]
-
-
-__all__ = ["difference", "estimate", "explain", "export", "graph", "search", "summary"]

@@ -60,7 +60,8 @@ class Plan:
 
     ``topology`` is the machine as its cost model describes itself, ``name`` and ``devices`` among
     the keys. ``model`` is what the user gave (``model.py``, ``package.module:callable``,
-    ``hf:NAME``), ``""`` for an object. ``proposed`` are (op, rule) pairs that were found by trying
+    ``hf:NAME``), ``""`` for an object; ``batch`` and ``sequence`` are the sizes given with an
+    ``hf:`` one. ``proposed`` are (op, rule) pairs that were found by trying
     rather than written by a person. ``created`` is UTC, ISO 8601.
     """
 
@@ -70,6 +71,8 @@ class Plan:
     estimate: Estimate
     search: SearchSummary
     model: str = ""
+    batch: int | None = None
+    sequence: int | None = None
     proposed: tuple[tuple[str, OpRule], ...] = ()
     created: str = ""
     autopar: str = ""
@@ -234,6 +237,8 @@ def _read(data: dict[str, Any]) -> Plan:
         estimate=_estimate_from_json(data["estimate"]),
         search=_search_from_json(data["search"]),
         model=data["model"],
+        batch=data["batch"],
+        sequence=data["sequence"],
         proposed=tuple((op, rule_from_json(rule)) for op, rule in data["proposed"]),
         created=data["created"],
         autopar=data["autopar"],
@@ -247,6 +252,8 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "format": plan.format,
         "created": plan.created,
         "model": plan.model,
+        "batch": plan.batch,
+        "sequence": plan.sequence,
         "fingerprint": plan.graph.fingerprint,
         "topology": plan.topology,
         "estimate": _estimate_to_json(plan.estimate),
@@ -342,7 +349,7 @@ def rule_to_json(rule: OpRule) -> dict[str, Any]:
 
 def rule_from_json(data: dict[str, Any]) -> OpRule:
     made: dict[str, Callable[..., Any]] = {"products": Product, "saves": Saved, "inner": Inner}
-    values = {
+    values: dict[str, Any] = {
         key: tuple(made[key](**_tuples(item)) for item in value) if key in made else _tuple(value)
         for key, value in data.items()
     }

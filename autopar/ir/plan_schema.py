@@ -32,6 +32,8 @@ def plan_schema() -> Schema:
             format={"const": FORMAT},
             created=described(TEXT, "UTC, ISO 8601"),
             model=described(TEXT, "as the user named it; empty for an object"),
+            batch=described({"type": ["integer", "null"]}, "of an hf: model"),
+            sequence={"type": ["integer", "null"]},
             fingerprint={"type": "string", "pattern": "^[0-9a-f]{64}$"},
             topology=_topology(),
             estimate=_estimate(),

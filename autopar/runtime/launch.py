@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -116,8 +116,12 @@ def local_device() -> torch.device:
     return torch.device("cpu")
 
 
-def torchrun(processes: int, module: str, arguments: Sequence[str]) -> int:
+def torchrun(
+    processes: int, module: str, arguments: Sequence[str], errors: IO[str] | None = None
+) -> int:
     """Run ``python -m module arguments...`` in so many processes of this machine.
+
+    ``errors`` takes their stderr instead of this process's.
 
     Returns:
         The exit code; torchrun's is 1 whatever the failing process's was.
@@ -129,6 +133,5 @@ def torchrun(processes: int, module: str, arguments: Sequence[str]) -> int:
     ]
     # more threads than cores would have the processes wait for each other
     threads = max(1, (os.cpu_count() or 1) // processes)
-    return subprocess.run(
-        command, check=False, env={"OMP_NUM_THREADS": str(threads), **os.environ}
-    ).returncode
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    return subprocess.run(command, check=False, env=environment, stderr=errors).returncode

@@ -1,0 +1,194 @@
+"""A few real steps of a plan, against one process and against what was predicted."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from autopar.errors import AutoparError
+from autopar.ir.graph import Operator, OperatorGraph
+from autopar.ir.measurement import Measurement
+from autopar.ir.plan import Plan, write_atomically
+from autopar.ir.strategy import Training
+from autopar.runtime.initial import InitialValues
+from autopar.runtime.launch import local_device, run, torchrun
+from autopar.runtime.step import OPTIMIZERS, TrainingStep
+
+Build = Callable[[], tuple[nn.Module, Any, Callable[[Any, Any], Tensor] | None]]
+"""Makes the model, one global batch, and the loss if the model does not return it."""
+
+Batch = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def rehearse(plan: Plan, build: Build, steps: int, seed: int) -> Measurement:
+    """On one of the plan's processes: train so many steps on one batch, then once more to see how
+    much memory is alive at once."""
+    step = run(plan, lambda: build()[0], seed=seed)
+    args, kwargs = batch_of(plan.graph, _inputs(build, seed), plan.strategy.training)
+    losses, times_s = [], []
+    for _ in range(steps):
+        dist.barrier()
+        began_s = time.perf_counter()
+        loss = step(*args, **kwargs)
+        losses.append(float(loss))  # waits for the device
+        times_s.append(time.perf_counter() - began_s)
+    slowest_s = _largest(times_s)
+    peak_bytes = _peak_bytes(step, args, kwargs)
+    return Measurement(tuple(losses), tuple(slowest_s), int(_largest([peak_bytes])[0]))
+
+
+def _inputs(build: Build, seed: int) -> Any:
+    """The batch that ``build`` makes after the model, without keeping a model in memory."""
+    made: list[Any] = []
+
+    def model() -> nn.Module:
+        built: nn.Module
+        built, inputs, _ = build()
+        made.append(inputs)
+        return built
+
+    values = InitialValues()
+    values.make(model, seed)
+
+    def real(value: Any) -> Any:
+        return values.whole(value) if isinstance(value, Tensor) else value
+
+    (inputs,) = made
+    if isinstance(inputs, dict):
+        return {key: real(value) for key, value in inputs.items()}
+    return tuple(map(real, inputs))
+
+
+def batch_of(graph: OperatorGraph, inputs: Any, training: Training) -> Batch:
+    """Positional and keyword inputs as the plan was made for them."""
+
+    def cast(value: Any) -> Any:
+        if training.precision == "mixed" and isinstance(value, Tensor):
+            return value.to(torch.bfloat16) if value.is_floating_point() else value
+        return value
+
+    if isinstance(inputs, Mapping):
+        return (), {key: cast(inputs[key]) for key in graph.input_keys}
+    return tuple(map(cast, inputs)), {}
+
+
+def _largest(values: list[float]) -> list[float]:
+    """Element by element over all ranks."""
+    everywhere = torch.tensor(values, dtype=torch.float64, device=local_device())
+    dist.all_reduce(everywhere, op=dist.ReduceOp.MAX)
+    return [float(value) for value in everywhere]
+
+
+def _peak_bytes(step: TrainingStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        step(*args, **kwargs)
+        return torch.cuda.max_memory_allocated(device)
+    tracker = MemTracker()
+    tracker.track_external(*step.state.parameters.values(), *step.state.buffers.values())
+    with tracker:
+        step(*args, **kwargs)
+    peak = tracker.get_tracker_snapshot("peak")
+    return int(peak[device]["Total"])
+
+
+# The same in one process
+
+
+def single_process(plan: Plan, build: Build, steps: int, seed: int) -> tuple[float, ...]:
+    """The losses of plain PyTorch, without autopar: the model, its optimizer, the same batch."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, inputs, loss_of = build()
+    training = plan.strategy.training
+    args, kwargs = batch_of(plan.graph, inputs, training)
+    if training.precision == "mixed":
+        model = model.to(torch.bfloat16)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    masters = [p.detach().float() for p in trained] if training.precision == "mixed" else trained
+    maker, defaults = OPTIMIZERS[training.optimizer]
+    optimizer = maker(masters, **defaults)
+    losses = []
+    for _ in range(steps):
+        outputs = model(*args, **kwargs)
+        loss = (
+            getattr(outputs, "loss", outputs)
+            if loss_of is None
+            else loss_of(outputs, kwargs or args)
+        )
+        loss.backward()
+        if training.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(trained, training.clip_norm)
+        with torch.no_grad():
+            for master, parameter in zip(masters, trained, strict=True):
+                if master is not parameter and parameter.grad is not None:
+                    master.grad = parameter.grad.float()
+            optimizer.step()
+            for master, parameter in zip(masters, trained, strict=True):
+                if master is not parameter:
+                    parameter.copy_(master)
+                parameter.grad = None
+        losses.append(float(loss.detach()))
+    return tuple(losses)
+
+
+def draws_random_numbers(graph: OperatorGraph) -> bool:
+    """Whether a step depends on random masks, which torch draws otherwise than the runtime."""
+    return any(
+        "dropout" in operator.op or bool(_attention_dropout(operator))
+        for operator in graph.operators
+    )
+
+
+def _attention_dropout(operator: Operator) -> float:
+    if "scaled_dot_product_attention" not in operator.op:
+        return 0.0
+    return float(operator.argument(4, "dropout_p", 0.0))
+
+
+# Between the process that starts and those that are started
+
+
+def start(plan: Plan, arguments: Sequence[str]) -> Measurement:
+    """Run ``autopar arguments... --result FILE`` in the plan's number of processes on this machine,
+    and read what they left in the file."""
+    with tempfile.TemporaryDirectory(prefix="autopar-run-") as folder:
+        result, errors = Path(folder, "result.json"), Path(folder, "errors.txt")
+        with errors.open("w") as error_file:
+            code = torchrun(
+                plan.world_size, "autopar", [*arguments, "--result", str(result)], error_file
+            )
+        if result.exists():
+            return _read(json.loads(result.read_text()))
+        last = "\n".join(errors.read_text().strip().splitlines()[-30:])
+    raise RuntimeError(f"torchrun ended with exit code {code} and no result; it said:\n{last}")
+
+
+def leave(result: Path, found: Measurement | AutoparError) -> None:
+    """What one of the processes found, for ``start`` to read."""
+    if isinstance(found, AutoparError):
+        data: dict[str, Any] = {"error": str(found), "exit_code": found.exit_code}
+    else:
+        data = asdict(found)
+    write_atomically(result, json.dumps(data))
+
+
+def _read(data: dict[str, Any]) -> Measurement:
+    if "error" in data:
+        error = AutoparError(data["error"])
+        error.exit_code = data["exit_code"]
+        raise error
+    return Measurement(
+        tuple(data["losses"]), tuple(data["step_times_s"]), data["peak_memory_bytes"]
+    )
