@@ -43,6 +43,9 @@ Report = Callable[[str], None]
 MEASURE_S = 14.0
 """Default of the measurements together; starting the processes takes some seconds more."""
 
+BUSY = 0.5
+"""A load average of more than this for each core is told to the user."""
+
 MATMULS = (
     (1, 32, 32, 32),
     (1, 64, 256, 64),
@@ -60,7 +63,7 @@ MATMULS = (
 """(batch, m, n, k): small and large, and each of the three sizes the short one."""
 
 ATTENTIONS = ((8, 64, 64, 32), (8, 256, 256, 64), (2, 1024, 1024, 64))
-PASS_BYTES = (2**12, 2**15, 2**18, 2**21, 2**24, 2**26)
+PASS_BYTES = (2**12, 2**15, 2**18, 2**21, 2**23, 2**25)
 EXCHANGE_BYTES = (2**10, 2**14, 2**17, 2**20, 2**22, 2**24)
 DTYPES = ("float32", "float64", "bfloat16")
 ROUNDS = 3
@@ -68,6 +71,9 @@ KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 
 BIGGER_ON_GPU = 8
 """On a GPU every size of a product is this many times that of a CPU: 8192 instead of 1024."""
+
+MORE_BYTES_ON_GPU = 16
+"""The same of the bytes of passes and exchanges: up to 512 MB, which no cache holds."""
 
 FORWARD_AND_BACKWARD = 3.5
 """Flops of fused attention's forward and backward, in forwards: 2 products forward, 5 backward."""
@@ -94,6 +100,8 @@ def local_cost_model(
     say = report or _to_stderr
     kind = device_type(devices)
     say(f"measuring this machine with {devices} {_processes(kind)}, about {seconds + 8:.0f} s")
+    if os.getloadavg()[0] > BUSY * _cores():
+        say("other programs are busy here and make it look slower; measure again when they end")
     profile_ = profile(devices, seconds, report=say)
     save(profile_, path)
     say(f"kept in {path}")
@@ -232,8 +240,9 @@ def _main(devices: int, seconds: float, kind: str, folder: Path) -> int:
 
 
 def _rank(rank: int, devices: int, seconds: float, kind: str, folder: Path) -> None:
+    device = torch.device(kind, rank if kind == "cuda" else 0)
     if kind == "cuda":
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if kind == "cuda" else "gloo",
         store=dist.FileStore(  # type: ignore[attr-defined]
@@ -241,9 +250,10 @@ def _rank(rank: int, devices: int, seconds: float, kind: str, folder: Path) -> N
         ),
         rank=rank,
         world_size=devices,
+        device_id=device if kind == "cuda" else None,
     )
     torch.manual_seed(rank)
-    bench = _Bench(devices, torch.device(kind, rank if kind == "cuda" else 0))
+    bench = _Bench(devices, device)
     found = _measured(bench, seconds, _to_stdout if rank == 0 else _nobody)
     if rank == 0:
         (folder / "profile.json").write_text(json.dumps(profile_to_json(found)))
@@ -277,14 +287,13 @@ def _measured(bench: _Bench, seconds: float, report: Report) -> Profile:
     times = bench.times_s(questions, budgets_s, report)
     answers = [q.answer(time_s) for q, time_s in zip(questions, times, strict=True)]
     operator_s, call_s = (a for a in answers if isinstance(a, float))
-    on_gpu = bench.device.type == "cuda"
     return Profile(
         machine=machine_fingerprint(),
-        device=torch.cuda.get_device_name() if on_gpu else _processor(),
+        device=torch.cuda.get_device_name() if bench.on_gpu else _processor(),
         devices=bench.devices,
         memory_bytes=(
             torch.cuda.get_device_properties(bench.device).total_memory
-            if on_gpu
+            if bench.on_gpu
             else _memory_bytes() // bench.devices
         ),
         software=_software(),
@@ -304,6 +313,13 @@ class _Bench:
     devices: int
     device: torch.device
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _sizes(self, on_cpu: tuple[int, ...]) -> list[int]:
+        return [size * (MORE_BYTES_ON_GPU if self.on_gpu else 1) for size in on_cpu]
+
     def overheads(self) -> list[_Question]:
         """An operator of a chain, its share of autograd included; and a single small call."""
         length = 100
@@ -322,7 +338,7 @@ class _Bench:
         ]
 
     def matmuls(self) -> list[_Question]:
-        times = BIGGER_ON_GPU if self.device.type == "cuda" else 1
+        times = BIGGER_ON_GPU if self.on_gpu else 1
         shapes = [(b, m * times, n * times, k * times) for b, m, n, k in MATMULS]
         return [
             _Question(
@@ -373,18 +389,19 @@ class _Bench:
     def passes(self) -> list[_Question]:
         """The mean of a cheap and two dear elementwise operators, since ``Work`` does not say
         which it is."""
-        found = []
+        found, sizes = [], self._sizes(PASS_BYTES)
         for dtype in DTYPES:
             kind = getattr(torch, dtype)
-            largest = torch.randn(PASS_BYTES[-1] // 2 // kind.itemsize, device=self.device)
+            largest = torch.randn(sizes[-1] // 2 // kind.itemsize, device=self.device)
             largest = largest.to(kind)
-            for size in PASS_BYTES:
+            for size in sizes:
                 rows = largest[: size // 2 // kind.itemsize].view(-1, 64)
                 found.append(_Question(partial(_three_passes, rows), partial(_third, dtype, size)))
         return found
 
     def exchanges(self) -> list[_Question]:
-        largest = torch.randn(EXCHANGE_BYTES[-1] // 4, device=self.device)
+        sizes = self._sizes(EXCHANGE_BYTES)
+        largest = torch.randn(sizes[-1] // 4, device=self.device)
         return [
             _Question(
                 self._exchange(kind, group, largest, size),
@@ -393,7 +410,7 @@ class _Bench:
             )
             for group in self._groups()
             for kind in KINDS
-            for size in EXCHANGE_BYTES
+            for size in sizes
         ]
 
     def _groups(self) -> Iterator[Any]:
@@ -474,7 +491,7 @@ class _Bench:
         return elapsed / calls
 
     def _synchronize(self) -> None:
-        if self.device.type == "cuda":
+        if self.on_gpu:
             torch.cuda.synchronize()
 
     def _mean(self, seconds: list[float]) -> list[float]:
