@@ -319,9 +319,10 @@ def _all_to_all(hops: tuple[Span, ...], group_size: int) -> tuple[float, float]:
 
 
 def _send(hops: tuple[Span, ...], _group_size: int) -> tuple[float, float]:
+    """Over the farthest tier; between two devices of a mesh or torus there is one link."""
     tier = hops[-1].tier
-    link = tier.bytes_per_s if tier.pair_bytes_per_s is None else tier.pair_bytes_per_s
-    return tier.latency_s, 1 / (SEND_EFFICIENCY * min(link, tier.bytes_per_s))
+    rate = SEND_EFFICIENCY * min(tier.bytes_per_s, tier.pair_bytes_per_s or tier.bytes_per_s)
+    return tier.latency_s, 1 / min(rate, tier.ring_bytes_per_s or rate)
 
 
 COLLECTIVES: dict[str, Callable[[tuple[Span, ...], int], tuple[float, float]]] = {
