@@ -9,7 +9,7 @@ from autopar.ir.graph import Operator, OperatorGraph, Role, TensorSpec
 from autopar.ir.rule import BoundRule
 from autopar.ir.sharding import INVARIANT, REPLICATE, Mesh, Sharding, gradient
 from autopar.ir.strategy import Storage, Strategy
-from autopar.simulator.redistribution import Transfer, transfers
+from autopar.simulator.redistribution import Transfer, forward_collective, steps, transfers
 
 Rules = Mapping[str, BoundRule]
 """The bound rule of each operator, by operator name."""
@@ -72,8 +72,8 @@ class ParameterEdge:
     def gathers(self) -> bool:
         """Whether the forward communicates."""
         return any(
-            s.startswith("S") and s != t
-            for s, t in zip(self.storage.parameter, self.target, strict=True)
+            forward_collective(step) is not None
+            for step in steps(self.storage.parameter, self.target)
         )
 
     def forward_transfers(self, mesh: Mesh) -> tuple[Transfer, ...]:
