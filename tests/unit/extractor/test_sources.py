@@ -1,0 +1,171 @@
+"""From what is written on the command line to a model, and what is said when that fails."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from autopar.errors import AutoparError
+from autopar.extractor import extract, load
+
+MODEL = """
+import torch
+from torch import nn
+from width import WIDTH
+
+def model():
+    return nn.Sequential(nn.Linear(8, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 4))
+
+def inputs():
+    return (torch.randn(8, 8),)
+"""
+LOSS = """
+def loss(outputs, inputs):
+    return (outputs - inputs[0][:, :4]).pow(2).mean()
+"""
+
+
+@pytest.fixture(autouse=True)
+def _forget_imports() -> Iterator[None]:
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name in ("width", "shop") or name.startswith("autopar_model_"):
+            del sys.modules[name]
+
+
+def write(directory: Path, text: str, name: str = "model.py") -> str:
+    (directory / "width.py").write_text("WIDTH = 16\n")
+    (directory / name).write_text(text)
+    return str(directory / name)
+
+
+def test_a_file_gives_a_hollow_model_and_later_a_real_one(tmp_path: Path) -> None:
+    loaded = load(write(tmp_path, MODEL + LOSS))
+    assert loaded.name == tmp_path.name
+    assert all(p.is_meta for p in loaded.model.parameters())
+    graph = loaded.extract()
+    assert graph.parameter_count == 8 * 16 + 16 + 16 * 4 + 4
+    model, inputs, loss = loaded.materialise(seed=3)
+    again, same_inputs, _ = loaded.materialise(seed=3)
+    assert not any(p.is_meta for p in model.parameters())
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(inputs[0], same_inputs[0])
+    assert extract(model, inputs, loss, name=loaded.name) == graph
+
+
+def test_code_that_needs_values_is_built_for_real(tmp_path: Path) -> None:
+    text = MODEL.replace("WIDTH)", "int(torch.ones(16).sum().item()))", 1) + LOSS
+    loaded = load(write(tmp_path, text))
+    assert not any(p.is_meta for p in loaded.model.parameters())
+    assert loaded.extract().parameter_count == 8 * 16 + 16 + 16 * 4 + 4
+
+
+def test_a_function_in_a_package_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = MODEL + LOSS + "\ndef make():\n    return model(), inputs(), loss\n"
+    write(tmp_path, made, "shop.py")
+    monkeypatch.chdir(tmp_path)
+    loaded = load("shop:make")
+    assert loaded.name == "make"
+    assert loaded.extract().inputs == ("input",)
+
+
+BROKEN = {
+    "def modle(): return 1": r"no model\(\) and no inputs\(\).*defines modle",
+    "import nosuchpackage": r"model\.py failed at .*model\.py:1: ModuleNotFoundError",
+    "x = (": r"model\.py:1: SyntaxError",
+    "def model(): return 1\ndef inputs(): return 'a'": (
+        r"the model is a int, not an nn\.Module; the inputs are a str"
+    ),
+    MODEL + "\nloss = 3": r"loss must be a function",
+    MODEL.replace("torch.randn", "torch.rnadn"): r"model\.py:10: AttributeError.*rnadn",
+    "raise SystemExit(3)": r"model\.py:1: SystemExit",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_broken_file_says_what_is_wrong_and_where(tmp_path: Path, text: str) -> None:
+    with pytest.raises(AutoparError, match=BROKEN[text]):
+        load(write(tmp_path, text))
+
+
+def test_unknown_names_are_answered_with_the_nearest(tmp_path: Path) -> None:
+    path = write(tmp_path, MODEL)
+    with pytest.raises(AutoparError, match=r"no file .*Did you mean .*model\.py"):
+        load(path.replace("model.py", "modle.py"))
+    with pytest.raises(AutoparError, match=r"Did you mean .*model\.py"):
+        load(str(tmp_path))
+    with pytest.raises(
+        AutoparError, match=r"torch\.nn has no 'Liner'.*Did you mean torch\.nn:Line"
+    ):
+        load("torch.nn:Liner")
+    with pytest.raises(AutoparError, match="there is no module 'nosuchpackage'"):
+        load("nosuchpackage.models:make")
+    with pytest.raises(AutoparError, match="hf:PATH_OR_NAME"):
+        load("gpt5")
+    with pytest.raises(AutoparError, match="batch and sequence are for hf"):
+        load(path, batch=4)
+
+
+SMALL = {
+    "GPT2LMHeadModel": transformers.GPT2Config(n_layer=1, n_embd=32, n_head=4, vocab_size=64),
+    "Qwen2ForCausalLM": transformers.Qwen2Config(
+        num_hidden_layers=1,
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        max_position_embeddings=128,
+    ),
+    "BertForMaskedLM": transformers.BertConfig(
+        num_hidden_layers=1,
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=4,
+        vocab_size=64,
+        architectures=["BertModel"],
+    ),
+    "T5ForConditionalGeneration": transformers.T5Config(
+        num_layers=1, d_model=32, vocab_size=64, decoder_start_token_id=0
+    ),
+    "ViTForImageClassification": transformers.ViTConfig(num_hidden_layers=1, hidden_size=48),
+}
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_a_config_on_disk_becomes_a_model_with_labels(tmp_path: Path, kind: str) -> None:
+    SMALL[kind].save_pretrained(tmp_path)
+    loaded = load(f"hf:{tmp_path}", batch=4)
+    assert type(loaded.model).__name__ == kind
+    assert loaded.model.training
+    assert all(p.is_meta for p in loaded.model.parameters())
+    graph = loaded.extract()
+    assert {graph.spec(name).shape[0] for name in graph.inputs} == {4}
+    assert "labels" in graph.input_keys
+    assert len(graph.parameters) == len({id(p) for p in loaded.model.parameters()})
+
+
+def test_sequence_and_positions_of_a_config(tmp_path: Path) -> None:
+    SMALL["Qwen2ForCausalLM"].save_pretrained(tmp_path)
+    spec = f"hf:{tmp_path / 'config.json'}"
+    assert load(spec).inputs["input_ids"].shape == (8, 128)  # type: ignore[call-overload]
+    assert load(spec, sequence=64).inputs["labels"].shape == (8, 64)  # type: ignore[call-overload]
+    with pytest.raises(AutoparError, match="sequence 256 is longer than the 128 positions"):
+        load(spec, sequence=256)
+
+
+def test_a_name_that_is_not_cached_is_not_downloaded(tmp_path: Path) -> None:
+    with pytest.raises(AutoparError, match="nothing is downloaded"):
+        load("hf:nobody/nothing")
+    with pytest.raises(AutoparError, match=r"has no config\.json"):
+        load(f"hf:{tmp_path}")
+    (tmp_path / "config.json").write_text('{"model_type": "nosuchtype"}')
+    with pytest.raises(AutoparError, match="cannot read its config"):
+        load(f"hf:{tmp_path}")
