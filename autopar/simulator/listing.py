@@ -22,6 +22,7 @@ from autopar.simulator.edges import Rules, canonical, carries_gradient, saves_in
 from autopar.simulator.memory import optimizer_bytes_per_element
 from autopar.simulator.price_list import Flow, Kept, Menu, Node, PriceList, Selection
 from autopar.simulator.prices import update_time_s
+from autopar.simulator.redistribution import steps
 from autopar.simulator.redistribution_table import (
     Codes,
     RedistributionTable,
@@ -676,7 +677,8 @@ def storages(spec: TensorSpec, used: Sharding, mesh: Mesh, *, trained: bool) -> 
 
     An axis that shards the use shards the storage. On any other axis: replicated, or ZeRO-1, 2 or 3
     along the first dim that the axis divides and that no later axis cuts in the use (such a piece
-    of a piece could not be gathered alone).
+    of a piece could not be gathered alone). Nor is a gradient offered that arrives with every
+    microbatch in pieces that the optimizer's shard would have to be put together from.
     """
     dims = _zero_dims(spec.shape, used, mesh)
     per_axis: list[list[tuple[Placement, Placement, Placement]]] = []
@@ -691,7 +693,9 @@ def storages(spec: TensorSpec, used: Sharding, mesh: Mesh, *, trained: bool) -> 
         per_axis.append(levels)
     for axes in product(*per_axis):
         parameter, grad, optimizer = (tuple(level) for level in zip(*axes, strict=True))
-        yield Storage(parameter, grad, optimizer)
+        storage = Storage(parameter, grad, optimizer)
+        if _per_step(storage, used) or all(step.source == "I" for step in steps(grad, optimizer)):
+            yield storage
 
 
 def _zero_dims(shape: tuple[int, ...], used: Sharding, mesh: Mesh) -> list[int | None]:
