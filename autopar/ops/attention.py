@@ -20,9 +20,8 @@ def attention(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
     """Split by batch and heads; by queries too, where no causal mask depends on their position.
 
     Grouped queries have fewer key heads: ``(heads group)`` query heads meet ``heads`` key heads.
-    Three cases differ in what is kept: the fused kernel keeps the row sums of the scores; with
-    dropout, unequal head sizes or a gradient of the mask the local implementation keeps all
-    probabilities.
+    The fused kernel is used where it exists; dropout, unequal head sizes and masks with a gradient
+    have a local implementation that keeps the same: inputs, output and a number for each row.
     """
     q, k, v = (spec.shape for spec in inputs[:3])
     mask = position(operator, 3, "attn_mask")
@@ -59,16 +58,13 @@ def attention(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
 def _saves(
     batch: str, mask: int | None, tensors: list[list[str]], inputs: Specs, fused: bool
 ) -> tuple[Saved, ...]:
-    operands = (Saved("input 0"), Saved("input 1"), Saved("input 2"))
-    probabilities = f"{batch} q k".strip()
-    if not fused:
-        return (*operands, Saved(probabilities))
     rows = Saved(f"{batch} q".strip(), dtype=accumulation_dtype(inputs[0].dtype))
+    operands = (Saved("input 0"), Saved("input 1"), Saved("input 2"), Saved("output 0"), rows)
     if mask is None:
-        return (*operands, Saved("output 0"), rows)
-    if inputs[mask].is_floating:
-        return (*operands, Saved("output 0"), rows, Saved("input 3"), Saved(probabilities, (3,)))
-    return (*operands, Saved("output 0"), rows, Saved(points(tensors[3])))
+        return operands
+    if fused and not inputs[mask].is_floating:
+        return (*operands, Saved(points(tensors[3])))  # the kernel wants zeros and -inf
+    return (*operands, Saved("input 3"))
 
 
 RULES: dict[str, OpRule | RuleMaker] = {

@@ -95,7 +95,7 @@ def convolution(where: Arguments) -> RuleMaker:
             linear=(0, 2) if biased else (0,),
             kind="matmul",
             products=(product,),
-            saves=(Saved("input 0", needs=(1,)), Saved("input 1", needs=(0,))),
+            saves=(Saved("input 0"), Saved("input 1")),
             localize=_local_groups(where.groups, x[-rank - 1] // groups, -rank - 1)
             if groups > 1
             else None,
@@ -163,7 +163,15 @@ def adaptive_pool(*, saves: str | None, space: int, mean: bool = False) -> RuleM
             del ins
             return with_argument(o, 1, "output_size", outs[0][-space:])
 
-        return replace(rule, whole=whole, sums=total, special=total, localize=localize)
+        averages = mean and all(size == 1 for size in out[-space:])
+        return replace(
+            rule,
+            whole=whole,
+            sums=total,
+            special=total,
+            saves=() if averages else rule.saves,  # runs as a mean, which keeps nothing
+            localize=localize,
+        )
 
     return make
 

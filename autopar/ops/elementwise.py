@@ -6,7 +6,7 @@ from typing import Literal
 
 from autopar.ir.graph import Operator, TensorSpec
 from autopar.ir.rule import OpRule, RuleMaker, Saved
-from autopar.ops.signatures import broadcast, labels, position, signature
+from autopar.ops.signatures import broadcast, labels, points, position, signature
 
 Specs = tuple[TensorSpec, ...]
 Linearity = Literal["no", "together", "first", "scaled"]
@@ -75,9 +75,16 @@ def where(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
 
 
 def masked_fill(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
-    rule = pointwise(Saved("input 1", needs=(0,)))(operator, inputs, outputs)
+    rule = pointwise("input 1")(operator, inputs, outputs)
     zero = operator.argument(2, "value") == 0 and inputs[0].is_floating
     return OpRule(rule.signature, linear=(0,) if zero else (), saves=rule.saves)
+
+
+def log_sigmoid(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
+    """The CPU kernel keeps a buffer of its own."""
+    rule = KEEPS_INPUT(operator, inputs, outputs)
+    buffer = Saved(points(labels(outputs[0].shape)))
+    return OpRule(rule.signature, saves=(*rule.saves, buffer))
 
 
 def power(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
@@ -111,106 +118,41 @@ QUOTIENT = pointwise(Saved("input 0", needs=(1,)), Saved("input 1"), linear="sca
 SUM = pointwise(linear="together")
 KEEPS_BOTH = pointwise("input 0", "input 1")
 
-UNARY_INPUT = [
-    "gelu",
-    "silu",
-    "log",
-    "log2",
-    "log10",
-    "log1p",
-    "cos",
-    "sin",
-    "erf",
-    "erfc",
-    "erfinv",
-    "abs",
-    "hardswish",
-    "hardsigmoid",
-    "mish",
-    "elu",
-    "selu",
-    "celu",
-    "softplus",
-    "leaky_relu",
-    "hardtanh",
-    "relu6",
-    "atan",
-    "asin",
-    "acos",
-    "sinh",
-    "cosh",
-    "asinh",
-    "acosh",
-    "atanh",
-    "square",
-    "lgamma",
-    "hardshrink",
-    "softshrink",
-    "threshold",
-    "clamp",
-    "clamp_min",
-    "clamp_max",
-    "sinc",
-    "xlogy",
-    "logit",
-]
-UNARY_OUTPUT = [
-    "relu",
-    "tanh",
-    "sigmoid",
-    "exp",
-    "exp2",
-    "expm1",
-    "sqrt",
-    "rsqrt",
-    "reciprocal",
-    "tan",
-]
-UNARY_NOTHING = [
-    "sign",
-    "sgn",
-    "floor",
-    "ceil",
-    "round",
-    "trunc",
-    "frac",
-    "isnan",
-    "isinf",
-    "isfinite",
-    "logical_not",
-    "bitwise_not",
-    "zeros_like",
-    "ones_like",
-    "empty_like",
-    "full_like",
-    "signbit",
-]
-COMPARISONS = ["eq", "ne", "lt", "le", "gt", "ge"]
-LOGICAL = ["logical_and", "logical_or", "logical_xor"]
-BITWISE = [
-    "bitwise_and",
-    "bitwise_or",
-    "bitwise_xor",
-    "__and__",
-    "__or__",
-    "__xor__",
-    "bitwise_left_shift",
-    "bitwise_right_shift",
-    "__lshift__",
-    "__rshift__",
-]
+UNARY_INPUT = (
+    "abs acos acosh asin asinh atan atanh celu clamp clamp_max clamp_min cos cosh elu erf erfc",
+    "erfinv gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu lgamma log log10 log1p log2",
+    "logit mish relu6 selu silu sin sinc sinh softplus softshrink square threshold",
+)
+UNARY_OUTPUT = ("exp exp2 expm1 reciprocal relu rsqrt sigmoid sqrt tan tanh",)
+UNARY_NOTHING = (
+    "bitwise_not ceil floor frac full_like isfinite isinf isnan logical_not ones_like round sign",
+    "signbit trunc zeros_like",
+)
+COMPARISONS = ("eq ge gt le lt ne",)
+LOGICAL = ("logical_and logical_or logical_xor",)
+BITWISE = ("__and__ __or__ __xor__ bitwise_and bitwise_or bitwise_xor __lshift__ __rshift__",)
+SHIFTS = ("bitwise_left_shift bitwise_right_shift",)
+
+
+def _each(lines: tuple[str, ...], rule: RuleMaker, *overloads: str) -> dict[str, RuleMaker]:
+    names = " ".join(lines).split()
+    return {f"aten.{name}.{overload}": rule for name in names for overload in overloads}
+
 
 RULES: dict[str, OpRule | RuleMaker] = {
-    **{f"aten.{name}.default": KEEPS_INPUT for name in UNARY_INPUT},
-    **{f"aten.{name}.default": KEEPS_OUTPUT for name in UNARY_OUTPUT},
-    **{f"aten.{name}.default": KEEPS_NOTHING for name in UNARY_NOTHING},
-    **{f"aten.{n}.{kind}": KEEPS_NOTHING for n in COMPARISONS for kind in ("Tensor", "Scalar")},
-    **{f"aten.{n}.default": KEEPS_NOTHING for n in LOGICAL},
-    **{f"aten.{n}.{kind}": KEEPS_NOTHING for n in BITWISE for kind in ("Tensor", "Scalar")},
+    **_each(UNARY_INPUT, KEEPS_INPUT, "default"),
+    **_each(UNARY_OUTPUT, KEEPS_OUTPUT, "default"),
+    **_each(UNARY_NOTHING, KEEPS_NOTHING, "default"),
+    **_each(COMPARISONS, KEEPS_NOTHING, "Tensor", "Scalar"),
+    **_each(LOGICAL, KEEPS_NOTHING, "default"),
+    **_each(BITWISE, KEEPS_NOTHING, "Tensor", "Scalar"),
+    **_each(SHIFTS, KEEPS_NOTHING, "Tensor", "Tensor_Scalar"),
+    "aten.sgn.default": pointwise("input 0", "output 0"),
+    "aten.xlogy.Tensor": KEEPS_BOTH,
     "aten.clamp.Tensor": pointwise("input 0", "input 1", "input 2"),
     "aten.clamp_min.Tensor": KEEPS_BOTH,
     "aten.clamp_max.Tensor": KEEPS_BOTH,
-    "aten.log_sigmoid.default": pointwise("input 0"),
+    "aten.log_sigmoid.default": log_sigmoid,
     "aten.neg.default": COPY,
     "aten.positive.default": IDENTITY,
     "aten.add.Tensor": SUM,
@@ -223,14 +165,14 @@ RULES: dict[str, OpRule | RuleMaker] = {
     "aten.mul.Scalar": COPY,
     "aten.div.Tensor": QUOTIENT,
     "aten.div.Scalar": COPY,
-    "aten.div.Tensor_mode": KEEPS_NOTHING,
+    "aten.div.Tensor_mode": pointwise(Saved("input 0", needs=(1,)), "input 1"),
     "aten.div.Scalar_mode": KEEPS_NOTHING,
     "aten.floor_divide.default": KEEPS_NOTHING,
     "aten.remainder.Scalar": KEEPS_NOTHING,
     "aten.remainder.Tensor": KEEPS_NOTHING,
     "aten.fmod.Scalar": KEEPS_NOTHING,
     "aten.pow.Tensor_Scalar": power,
-    "aten.pow.Scalar": KEEPS_OUTPUT,
+    "aten.pow.Scalar": pointwise("input 0", "output 0"),
     "aten.pow.Tensor_Tensor": pointwise("input 0", "input 1", "output 0"),
     "aten.maximum.default": KEEPS_BOTH,
     "aten.minimum.default": KEEPS_BOTH,
@@ -240,7 +182,7 @@ RULES: dict[str, OpRule | RuleMaker] = {
     "aten.addcmul.default": pointwise(Saved("input 1", (2,)), Saved("input 2", (1,))),
     "aten.addcdiv.default": pointwise(Saved("input 1", (2,)), "input 2"),
     "aten.lerp.Scalar": pointwise(linear="together"),
-    "aten.lerp.Tensor": KEEPS_BOTH,
+    "aten.lerp.Tensor": pointwise(Saved("input 0", (2,)), Saved("input 1", (2,)), "input 2"),
     "aten.where.self": where,
     "aten.where.ScalarOther": where,
     "aten.where.ScalarSelf": where,
@@ -251,7 +193,7 @@ RULES: dict[str, OpRule | RuleMaker] = {
     "aten.to.dtype": cast,
     "aten.to.dtype_layout": cast,
     "aten.clone.default": COPY,
-    "aten.contiguous.default": COPY,
+    "aten.contiguous.default": IDENTITY,
     "aten.alias.default": IDENTITY,
     "aten.detach.default": IDENTITY,
     "aten.lift_fresh_copy.default": COPY,

@@ -11,14 +11,15 @@ Specs = tuple[TensorSpec, ...]
 
 def embedding(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
     """Split by tokens, by columns, and by vocabulary: then each rank looks up what it has, and the
-    output is partial. Gradients scaled by frequency need all tokens."""
+    output is partial. Gradients that are scaled by frequency are
+    only split by columns."""
     del outputs
     names = labels(inputs[1].shape, "token")
     table = ["1" if inputs[0].shape[0] == 1 else "vocab", "1" if inputs[0].shape[1] == 1 else "d"]
     scaled = bool(operator.argument(3, "scale_grad_by_freq", False))
     return OpRule(
         signature([table, names], [[*names, table[1]]]),
-        whole=tuple(n for n in names if n != "1") if scaled else (),
+        whole=("vocab", *(n for n in names if n != "1")) if scaled else (),
         sums=("vocab",),
         linear=(0,),
         special=("vocab",),

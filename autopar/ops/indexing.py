@@ -26,7 +26,7 @@ def gather(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
         signature([table, names], [names]),
         whole=tuple(names[i] for i in short if names[i] != "1"),
         linear=(0,) if inputs[0].is_floating else (),
-        saves=(Saved("input 1"),),
+        saves=(Saved("input 0"), Saved("input 1")),
     )
 
 
@@ -111,7 +111,7 @@ def scatter(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
     return OpRule(
         signature(sides, [sides[0]]),
         whole=tuple(sorted(own)) + tuple(sides[0][i] for i in partners if sides[0][i] != "1"),
-        saves=(Saved("input 1"),),
+        saves=(Saved("input 1", needs=(2,) if "add" in operator.op else ()),),
     )
 
 
@@ -126,7 +126,7 @@ def index_add(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
         signature([names, [positions], rows], [names]),
         whole=tuple(n for n in (names[dim], positions) if n != "1"),
         linear=(0, 2) if inputs[0].is_floating else (),
-        saves=(Saved("input 1", needs=(2,)),),
+        saves=(Saved("input 1", needs=(2,)), Saved("input 2", needs=(2,))),
     )
 
 

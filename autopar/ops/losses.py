@@ -17,14 +17,17 @@ Specs = tuple[TensorSpec, ...]
 NONE, MEAN, SUM = range(3)  # how ATen numbers reductions
 
 
-def compared(reduction: int, *saves: str) -> RuleMaker:
-    """Compares two tensors point by point; argument ``reduction`` says what is done with these."""
+def compared(reduction: int, *saves: Saved, keeps_difference: bool = False) -> RuleMaker:
+    """Compares two tensors point by point; argument ``reduction`` says what is done with these.
+
+    Without ``saves``, all inputs are kept, or the difference only."""
 
     def make(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
         shape = max((spec.shape for spec in inputs), key=len)
         names = labels(shape)
         how = operator.argument(reduction, "reduction", MEAN)
         every = tuple(n for n in names if n != "1")
+        kept = saves or tuple(Saved(f"input {i}") for i in range(len(inputs)))
         return OpRule(
             signature(
                 [broadcast(spec.shape, shape, names) for spec in inputs],
@@ -32,7 +35,7 @@ def compared(reduction: int, *saves: str) -> RuleMaker:
             ),
             sums=() if how == NONE else every,
             special=every if how == MEAN else (),
-            saves=tuple(Saved(f"input {i}") for i in range(len(inputs))),
+            saves=(Saved(points(names)),) if keeps_difference else kept,
         )
 
     return make
@@ -86,7 +89,7 @@ def classified(*, normalises: bool) -> RuleMaker:
             special=counted if fixed else (*counted, "classes"),
             inner=tuple(inner),
             saves=(
-                *([Saved(points(logits))] if normalises else []),
+                Saved(points(logits)) if normalises else Saved("input 0"),
                 *([Saved(points(tokens), dtype="bool")] if smooth and not probabilities else []),
                 Saved("input 1"),
                 *([Saved("input 2")] if weighted else []),
@@ -104,10 +107,10 @@ RULES: dict[str, OpRule | RuleMaker] = {
     "aten.nll_loss_nd.default": classified(normalises=False),
     "aten.nll_loss2d.default": classified(normalises=False),
     "aten.mse_loss.default": COMPARED,
-    "aten.l1_loss.default": COMPARED,
+    "aten.l1_loss.default": compared(2, keeps_difference=True),
     "aten.smooth_l1_loss.default": COMPARED,
     "aten.huber_loss.default": COMPARED,
-    "aten.kl_div.default": COMPARED,
+    "aten.kl_div.default": compared(2, Saved("input 0", (1,)), Saved("input 1")),
     "aten.soft_margin_loss.default": COMPARED,
     "aten.binary_cross_entropy.default": compared(3),
     "aten.binary_cross_entropy_with_logits.default": compared(4),

@@ -51,10 +51,10 @@ def rms_norm(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
     weight = position(operator, 2, "weight")
     accumulated = accumulation_dtype(inputs[0].dtype)
     every = points([*lead, *inner])
-    saves = [
-        Saved("input 0") if accumulated == inputs[0].dtype else Saved(every, dtype=accumulated),
-        Saved(points(lead), dtype=accumulated),
-    ]
+    x = Saved("input 0", needs=(0,))
+    if accumulated != inputs[0].dtype:
+        x = Saved(every, dtype=accumulated)
+    saves = [x, Saved(points(lead), needs=(0,), dtype=accumulated)]
     if weight is not None:
         saves += [Saved(f"input {weight}", needs=(0,)), Saved(every, (weight,), accumulated)]
     return OpRule(
@@ -130,7 +130,7 @@ def _global_batch_norm(operator: Operator, inputs: Specs, outputs: Specs) -> OpR
             Inner(name, "all_reduce", "backward", channel, times=2, dtype=accumulated),
         )
     )
-    weight = position(operator, 1, "weight")
+    bias = position(operator, 2, "bias")
     return OpRule(
         signature([x, *[[channels] for _ in inputs[1:]]], [x, *[[channels] for _ in outputs[1:]]]),
         agreed=tuple(range(1, len(outputs))),
@@ -138,7 +138,7 @@ def _global_batch_norm(operator: Operator, inputs: Specs, outputs: Specs) -> OpR
         inner=inner,
         saves=(
             Saved("input 0"),
-            *([Saved(f"input {weight}")] if weight is not None else []),
+            *(Saved(f"input {i}") for i in range(1, len(inputs)) if i != bias),
             Saved("output 1"),
             Saved("output 2"),
         ),
@@ -147,7 +147,7 @@ def _global_batch_norm(operator: Operator, inputs: Specs, outputs: Specs) -> OpR
 
 def frozen_batch_norm(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
     """In evaluation: a scale and a shift for each channel."""
-    del operator
+    bias = position(operator, 2, "bias")
     batch, channels, *space = labels(inputs[0].shape)
     x = [batch, channels, *space]
     out = [x] + [["empty"] if spec.shape == (0,) else [channels] for spec in outputs[1:]]
@@ -155,7 +155,7 @@ def frozen_batch_norm(operator: Operator, inputs: Specs, outputs: Specs) -> OpRu
         signature([x, *[[channels] for _ in inputs[1:]]], out),
         whole=("empty",) if any("empty" in dims for dims in out) else (),
         agreed=tuple(range(1, len(outputs))),
-        saves=(Saved("input 0"), Saved("input 1")),
+        saves=tuple(Saved(f"input {i}") for i in range(len(inputs)) if i != bias),
     )
 
 

@@ -9,7 +9,7 @@ from math import gcd
 from operator import mul
 
 from autopar.ir.graph import Operator, TensorSpec
-from autopar.ir.rule import Localize, OpRule, RuleMaker
+from autopar.ir.rule import Localize, OpRule, RuleMaker, Saved
 from autopar.ops.signatures import (
     Shape,
     broadcast,
@@ -191,13 +191,19 @@ def unsqueeze(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
 
 
 def squeeze(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
-    """Only dims of size 1 disappear, so the others keep their order."""
-    del operator
-    names = labels(inputs[0].shape)
-    rest = iter(name for name in names if name != "1")
-    return view_rule(
-        [names], [["1" if size == 1 else next(rest) for size in outputs[0].shape]], inputs
-    )
+    """Locally it must not squeeze dims that only this rank has at size 1."""
+    source = inputs[0].shape
+    names = labels(source)
+    given = None if operator.op == "aten.squeeze.default" else operator.argument(1, "dim")
+    gone = tuple(d for d in dims_of(given, len(source)) if source[d] == 1)
+    del outputs
+
+    def localize(o: Operator, ins: tuple[Shape, ...], outs: tuple[Shape, ...]) -> Operator:
+        del ins, outs
+        return replace(o, op="aten.squeeze.dims", arguments=(o.arguments[0], gone))
+
+    kept = [name for d, name in enumerate(names) if d not in gone]
+    return view_rule([names], [kept], inputs, localize=localize)
 
 
 def expand(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
@@ -345,7 +351,8 @@ def pad(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
     mode = operator.argument(2, "mode", "constant") if "constant" not in operator.op else "constant"
     index = 2 if "constant" in operator.op else 3
     filled = mode == "constant" and bool(operator.argument(index, "value", None))
-    return replace(rule, linear=()) if filled else rule
+    kept = () if mode == "constant" else (Saved("input 0"),)
+    return replace(rule, linear=() if filled else rule.linear, saves=kept)
 
 
 def keeping(dims: Callable[[Operator, int], tuple[int, ...]], *, linear: bool = True) -> RuleMaker:

@@ -119,7 +119,7 @@ class _VocabularyShard(torch.autograd.Function):
         return torch.embedding(table, rows).masked_fill_(~here.unsqueeze(-1), 0)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         (tokens,) = ctx.saved_tensors
         here, rows = _in_shard(tokens, ctx.start, ctx.rows)
@@ -141,7 +141,7 @@ def embedding(
     del operator
     padding = int(_given(values, keywords, 2, "padding_idx", -1))
     by_frequency = bool(_given(values, keywords, 3, "scale_grad_by_freq", False))
-    found: Tensor = _VocabularyShard.apply(
+    found: Tensor = _VocabularyShard.apply(  # type: ignore[no-untyped-call]
         values[0], values[1], context.offset("vocab"), padding, by_frequency
     )
     return found
@@ -187,7 +187,7 @@ class _ClassShardEntropy(torch.autograd.Function):
         return loss.masked_fill(~counts, 0)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         log_p, target = ctx.saved_tensors[:2]
         dim = ctx.dim
@@ -215,7 +215,7 @@ class _ClassShardPick(torch.autograd.Function):
         return -log_p.gather(dim, picked.unsqueeze(dim)).squeeze(dim).masked_fill(~here, 0)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         (target,) = ctx.saved_tensors
         here, picked = _in_shard(target, ctx.start, ctx.shape[ctx.dim])
@@ -247,9 +247,9 @@ def _classified(*, normalises: bool) -> LocalOp:
         dim = min(1, scores.ndim - 1)
         if "classes" in context.split:
             each: Tensor = (
-                _ClassShardEntropy.apply(scores, target, context, dim, ignored, smoothing)
+                _ClassShardEntropy.apply(scores, target, context, dim, ignored, smoothing)  # type: ignore[no-untyped-call]
                 if normalises
-                else _ClassShardPick.apply(scores, target, context.offset("classes"), dim, ignored)
+                else _ClassShardPick.apply(scores, target, context.offset("classes"), dim, ignored)  # type: ignore[no-untyped-call]
             )
             total = each if how == NONE else each.sum()
         else:
@@ -350,7 +350,11 @@ def dropout(
 
 
 class _Attention(torch.autograd.Function):
-    """Attention by its definition; keeps its inputs and the probabilities, not the dropout mask."""
+    """Attention by its definition; keeps what the fused kernels keep.
+
+    These are the inputs, the output and for each row the logarithm of its sum of exponentials:
+    probabilities and dropout mask are made again in the backward.
+    """
 
     @staticmethod
     def forward(
@@ -364,41 +368,56 @@ class _Attention(torch.autograd.Function):
         keep: Callable[[], Tensor] | None,
         p: float,
     ) -> Tensor:
-        scores = _per_key_head(q * scale, k) @ k.transpose(-1, -2)
-        scores = scores.reshape(*q.shape[:-1], k.shape[-2])
-        if bias is not None:
-            if bias.dtype == torch.bool:
-                scores = scores.masked_fill(~bias, -torch.inf)
-            else:
-                scores = scores + bias
-        if causal:
-            shape = scores.shape[-2:]
-            lower = torch.ones(shape, dtype=torch.bool, device=q.device).tril()
-            scores = scores.masked_fill(~lower, -torch.inf)
-        weights = torch.ops.aten._safe_softmax(scores, -1)
-        ctx.save_for_backward(q, k, v, weights)
-        ctx.scale, ctx.keep, ctx.p = scale, keep, p
-        ctx.bias = None if bias is None else bias.shape
-        kept = weights if keep is None else (weights * keep()).div_(1 - p)
-        return (_per_key_head(kept, k) @ v).reshape(*q.shape[:-1], v.shape[-1])
+        scores = _scores(q, k, bias, scale, causal)
+        rows = scores.logsumexp(-1)
+        weights = _probabilities(scores, rows).to(q.dtype)
+        if keep is not None:
+            weights.mul_(keep()).div_(1 - p)
+        out = (_per_key_head(weights, k) @ v).reshape(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, bias, out, rows)
+        ctx.scale, ctx.causal, ctx.keep, ctx.p = scale, causal, keep, p
+        return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights = ctx.saved_tensors
-        keep = None if ctx.keep is None else ctx.keep()
-        kept = weights if keep is None else (weights * keep).div_(1 - ctx.p)
+        q, k, v, bias, out, rows = ctx.saved_tensors
+        scores = _scores(q, k, bias, ctx.scale, ctx.causal)
+        weights = _probabilities(scores, rows).to(q.dtype)
         grouped = _per_key_head(gradient, k)
-        dv = _per_key_head(kept, k).transpose(-1, -2) @ grouped
         dw = (grouped @ v.transpose(-1, -2)).reshape(weights.shape)
-        if keep is not None:
-            dw = (dw * keep).div_(1 - ctx.p)
-        ds = weights * (dw - (dw * weights).sum(-1, keepdim=True))
-        dbias = ds.sum_to_size(ctx.bias) if ctx.needs_input_grad[3] else None
+        kept = weights
+        if ctx.keep is not None:
+            keep = ctx.keep()
+            kept = (weights * keep).div_(1 - ctx.p)
+            dw = dw.mul_(keep).div_(1 - ctx.p)
+        dv = _per_key_head(kept, k).transpose(-1, -2) @ grouped
+        # the sum over keys of dw x weights is that over v's columns of gradient x output
+        ds = weights * dw.sub_((gradient * out).sum(-1, keepdim=True))
+        dbias = ds.sum_to_size(bias.shape) if ctx.needs_input_grad[3] else None
         ds = _per_key_head(ds, k)
         dq = ((ds @ k) * ctx.scale).reshape(q.shape)
         dk = (ds.transpose(-1, -2) @ _per_key_head(q, k)) * ctx.scale
         return dq, dk, dv, dbias, None, None, None, None
+
+
+def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, causal: bool) -> Tensor:
+    scores = _per_key_head(q * scale, k) @ k.transpose(-1, -2)
+    scores = scores.reshape(*q.shape[:-1], k.shape[-2])
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32))
+    if bias is not None and bias.dtype == torch.bool:
+        scores = scores.masked_fill(~bias, -torch.inf)
+    elif bias is not None:
+        scores = scores + bias
+    if causal:
+        lower = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~lower, -torch.inf)
+    return scores
+
+
+def _probabilities(scores: Tensor, rows: Tensor) -> Tensor:
+    """A row in which everything is masked gets zeros."""
+    return (scores - rows.masked_fill(rows == -torch.inf, 0).unsqueeze(-1)).exp_()
 
 
 def _per_key_head(x: Tensor, k: Tensor) -> Tensor:
@@ -427,7 +446,7 @@ def attention(
         return keep_mask(context, (*rows, columns), p, q.device)
 
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out: Tensor = _Attention.apply(q, k, v, bias, scale, causal, keep if p else None, p)
+    out: Tensor = _Attention.apply(q, k, v, bias, scale, causal, keep if p else None, p)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -472,7 +491,7 @@ class _BatchNorm(torch.autograd.Function):
         return out.to(x.dtype), mean, scale, variance
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         del unused
         x, weight, mean, scale = ctx.saved_tensors
@@ -507,7 +526,7 @@ def batch_norm(
     def reduce(tensor: Tensor) -> Tensor:
         return _reduce(context, tensor, rows)
 
-    out, mean, scale, variance = _BatchNorm.apply(x, weight, bias, epsilon, count, reduce)
+    out, mean, scale, variance = _BatchNorm.apply(x, weight, bias, epsilon, count, reduce)  # type: ignore[no-untyped-call]
     if not tracked:
         return out, mean, scale
     running_mean, running_variance = values[3:5]
@@ -533,30 +552,30 @@ def arange(
     dtype = getattr(torch, context.bound.output_specs[0].dtype)
     first, length = context.offset("d0"), _local_size(context, "d0")
     index = torch.arange(first, first + length, dtype=dtype, device=keywords.get("device"))
-    return index * step + start
+    counted: Tensor = index * step + start
+    return counted
 
+
+_MEANS = (
+    "aten.mean.default",
+    "aten.mean.dim",
+    "aten.mse_loss.default",
+    "aten.l1_loss.default",
+    "aten.smooth_l1_loss.default",
+    "aten.huber_loss.default",
+    "aten.kl_div.default",
+    "aten.soft_margin_loss.default",
+    "aten.binary_cross_entropy.default",
+    "aten.binary_cross_entropy_with_logits.default",
+    "aten.adaptive_avg_pool1d.default",
+    "aten.adaptive_avg_pool2d.default",
+    "aten.adaptive_avg_pool3d.default",
+    "aten._adaptive_avg_pool2d.default",
+    "aten._adaptive_avg_pool3d.default",
+)
 
 LOCAL_OPS: dict[str, LocalOp] = {
-    **{
-        op: global_mean
-        for op in (
-            "aten.mean.default",
-            "aten.mean.dim",
-            "aten.mse_loss.default",
-            "aten.l1_loss.default",
-            "aten.smooth_l1_loss.default",
-            "aten.huber_loss.default",
-            "aten.kl_div.default",
-            "aten.soft_margin_loss.default",
-            "aten.binary_cross_entropy.default",
-            "aten.binary_cross_entropy_with_logits.default",
-            "aten.adaptive_avg_pool1d.default",
-            "aten.adaptive_avg_pool2d.default",
-            "aten.adaptive_avg_pool3d.default",
-            "aten._adaptive_avg_pool2d.default",
-            "aten._adaptive_avg_pool3d.default",
-        )
-    },
+    **dict.fromkeys(_MEANS, global_mean),
     "aten.embedding.default": embedding,
     "aten.cross_entropy_loss.default": _classified(normalises=True),
     "aten.nll_loss.default": _classified(normalises=False),
