@@ -13,7 +13,7 @@ from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 
 from autopar.errors import AutoparError, UnsupportedModelError
@@ -154,7 +154,7 @@ def _names(model: nn.Module, inputs: Inputs) -> list[tuple[str, str]]:
 def _trace(step: _Step, inputs: Inputs) -> ExportedProgram:
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     given = [name for name, _ in _names(step.model, inputs)]
-    with _quiet(), _plain_masks(given):
+    with _quiet(), _plain_masks(given), patch.object(fx.config, "do_not_emit_stack_traces", True):
         try:
             return torch.export.export(step, args, kwargs, strict=False)
         except AutoparError:
