@@ -1,0 +1,1 @@
+"""Shelf of searchers: from a problem to the best strategy, with a bound."""

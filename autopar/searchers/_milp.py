@@ -4,7 +4,7 @@ x[n,k] ∈ {0,1}      node n takes alternative k              Σ_k x[n,k] = 1
 f[t,c,σ,σ′] ∈ [0,1] consumer c of t gets it from σ in σ′    Σ_σ′ f = Σ_(k making σ) x[producer,k]
                                                             Σ_σ  f = Σ_(k wanting σ′) x[c,k]
 F[t,σ,σ′] ≥ f[t,c,σ,σ′] for every c                         paid once
-z[m,u,s] ∈ {0,1,…}       copies of menu m's parameter in storage s   Σ_s z[m,u,s] = count · Σ_(k: u) x
+z[m,u,s] ∈ {0,1,…}      copies of m's parameter in storage s  Σ_s z[m,u,s] = count · Σ_(k: u) x
 M[v] ≥ Σ_(k needing v) x[h,k] for every holder h            version v is kept
 
 minimise Σ x·time + Σ F·time + Σ z·time   subject to each memory row

@@ -32,13 +32,15 @@ TOLERANCE = 1e-9
 
 @dataclass
 class _Edge:
-    """One consumer of a flow, with its part of the dual."""
+    """One consumer of a flow, with its part of the dual. ``share``: of the price of each target,
+    what this consumer may take as long as all take equal parts."""
 
     flow: int
     producer: int
     consumer: int
     source: Index
     target: Index
+    share: Seconds
     a: Seconds
     b: Seconds
 
@@ -92,19 +94,7 @@ def dual(price_list: PriceList, weights: Seconds | None = None) -> Dual:
     if weights.any():
         flows += [_kept_as_flow(price_list, i, weights, dummy) for i in range(len(price_list.kept))]
     cost = [flow.count * flow.time_s for flow in flows]
-    edges = [
-        _Edge(
-            i,
-            flow.producer,
-            consumer,
-            flow.source,
-            target,
-            np.zeros(cost[i].shape[0]),
-            np.zeros(cost[i].shape[1]),
-        )
-        for i, flow in enumerate(flows)
-        for consumer, target in flow.consumers
-    ]
+    edges = [edge for i, flow in enumerate(flows) for edge in _edges(i, flow, cost[i].shape)]
     incident: list[list[_Edge]] = [[] for _ in theta]
     for edge in edges:
         incident[edge.producer].append(edge)
@@ -113,6 +103,26 @@ def dual(price_list: PriceList, weights: Seconds | None = None) -> Dual:
     used = [np.zeros_like(c) for c in cost]
     reduced = [t.copy() for t in theta]
     return Dual(price_list, weights, theta, cost, edges, used, reduced, incident, dummy)
+
+
+def _edges(number: int, flow: Flow, shape: tuple[int, ...]) -> list[_Edge]:
+    able = np.zeros((len(flow.consumers), shape[1]))
+    for i, (_, target) in enumerate(flow.consumers):
+        able[i, target] = 1.0
+    shares = able / np.maximum(able.sum(axis=0), 1.0)
+    return [
+        _Edge(
+            number,
+            flow.producer,
+            consumer,
+            flow.source,
+            target,
+            shares[i],
+            np.zeros(shape[0]),
+            np.zeros(shape[1]),
+        )
+        for i, (consumer, target) in enumerate(flow.consumers)
+    ]
 
 
 def _kept_as_flow(price_list: PriceList, index: int, weights: Seconds, dummy: int) -> Flow:
@@ -129,21 +139,25 @@ def ascend(
     problem: Dual, sweeps: int, enough: Callable[[float], bool] = lambda bound_s: False
 ) -> None:
     """Raise the bound by so many sweeps there and back, until it no longer rises, or until it is
-    ``enough``."""
-    before = problem.bound_s
+    ``enough``. At first the consumers of a tensor pay equal parts of a redistribution; then each
+    takes what the others leave."""
     order = range(len(problem.theta))
-    for _ in range(sweeps):
-        for node in order:
-            _push(problem, node, forward=True)
-        for node in reversed(order):
-            _push(problem, node, forward=False)
-        now = problem.bound_s
-        if enough(now) or now - before <= 1e-5 * abs(now):
-            return
-        before = now
+    for fair in (True, False):
+        before = problem.bound_s
+        for _ in range(sweeps):
+            for node in order:
+                _push(problem, node, forward=True, fair=fair)
+            for node in reversed(order):
+                _push(problem, node, forward=False, fair=fair)
+            now = problem.bound_s
+            if enough(now):
+                return
+            if now - before <= 1e-6 * abs(now):
+                break
+            before = now
 
 
-def _push(problem: Dual, node: int, *, forward: bool) -> None:
+def _push(problem: Dual, node: int, *, forward: bool, fair: bool) -> None:
     """Give the node's excess to its edges that lead on, and let the other ends have all that the
     edges can carry."""
     onward = [e for e in problem.incident[node] if (_other(e, node) > node) == forward]
@@ -152,16 +166,17 @@ def _push(problem: Dual, node: int, *, forward: bool) -> None:
     behind = len(problem.incident[node]) - len(onward)
     share = problem.excess(node) / max(len(onward), behind)
     for edge in onward:
-        _move(problem, edge, node, share)
+        _move(problem, edge, node, share, fair=fair)
 
 
 def _other(edge: _Edge, node: int) -> int:
     return edge.consumer if edge.producer == node else edge.producer
 
 
-def _move(problem: Dual, edge: _Edge, node: int, share: Seconds) -> None:
+def _move(problem: Dual, edge: _Edge, node: int, share: Seconds, *, fair: bool) -> None:
     """Lower this end of the edge by ``share``, raise the other as far as the constraint allows."""
-    capacity = problem.cost[edge.flow] - problem.used[edge.flow] + _positive(edge)
+    left = problem.cost[edge.flow] - problem.used[edge.flow] + _positive(edge)
+    capacity = problem.cost[edge.flow] * edge.share if fair else left
     if edge.producer == node:
         give = _least(share, edge.source, len(edge.a))
         edge.a -= give
@@ -176,7 +191,7 @@ def _move(problem: Dual, edge: _Edge, node: int, share: Seconds) -> None:
         new = (capacity - edge.b[None, :]).min(axis=1)
         problem.reduced[edge.producer] += (new - edge.a)[edge.source]
         edge.a = new
-    problem.used[edge.flow] = problem.cost[edge.flow] - capacity + _positive(edge)
+    problem.used[edge.flow] = problem.cost[edge.flow] - left + _positive(edge)
 
 
 def _positive(edge: _Edge) -> Seconds:

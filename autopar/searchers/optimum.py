@@ -45,15 +45,18 @@ def optimum(
     *,
     cutoff_s: float = math.inf,
     deadline: float = math.inf,
+    gap: float = 1e-6,
     small: int = SMALL,
 ) -> Optimum:
     """The fastest selection that fits, if it is faster than ``cutoff_s``.
 
     ``deadline`` (``time.monotonic``): then the best so far is returned, with a bound that holds.
+    ``gap``: relative distance to the bound that counts as optimal. ``small``: up to so many columns
+    the ILP is solved as it is.
     """
     offered = everything(price_list)
     if offered.columns <= small:
-        return _finish(price_list, offered, None, -math.inf, cutoff_s, deadline)
+        return _finish(price_list, offered, None, -math.inf, cutoff_s, deadline, gap)
     relaxed = dual(price_list)
     ascend(relaxed, SWEEPS, lambda bound_s: bound_s > cutoff_s)
     if relaxed.bound_s > cutoff_s:
@@ -66,11 +69,11 @@ def optimum(
         if tight.bound_s > cutoff_s:
             return Optimum(None, tight.bound_s)
         if found is None:
-            return _without_example(price_list, tight, cutoff_s, deadline)
+            return _without_example(price_list, tight, cutoff_s, deadline, gap)
         best = found
     target_s = min(price_list.time_of(best), cutoff_s)
     offered = survivors(tight, target_s)
-    return _finish(price_list, offered, best, tight.bound_s, cutoff_s, deadline)
+    return _finish(price_list, offered, best, tight.bound_s, cutoff_s, deadline, gap)
 
 
 def _finish(
@@ -80,18 +83,18 @@ def _finish(
     bound_s: float,
     cutoff_s: float,
     deadline: float,
+    gap: float,
 ) -> Optimum:
     """Solve the ILP over what may be better than ``best`` and the cutoff."""
     best_s = price_list.time_of(best) if best is not None else math.inf
-    if best is not None and all(int(m.sum()) == 1 for m in offered.alternatives):
-        single = tuple(int(m.argmax()) for m in offered.alternatives)
-        if single == best.alternatives and not np.isfinite(price_list.limit_bytes).any():
-            return Optimum(best, max(bound_s, best_s * (1 - 1e-9)), columns=offered.columns)
+    if best is not None and bound_s >= best_s * (1 - gap):
+        return Optimum(_under(best, best_s, cutoff_s), min(bound_s, best_s), columns=0)
     target_s = min(best_s, cutoff_s)
     solved = solve(
         price_list,
         offered,
         time_limit_s=min(deadline - monotonic(), 1e6),
+        gap=gap / 10,
         cutoff_s=target_s if math.isfinite(target_s) else None,
     )
     found = solved.selection
@@ -199,13 +202,13 @@ def _cannot_fit(price_list: PriceList, tight: Dual) -> bool:
 
 
 def _without_example(
-    price_list: PriceList, tight: Dual, cutoff_s: float, deadline: float
+    price_list: PriceList, tight: Dual, cutoff_s: float, deadline: float, gap: float
 ) -> Optimum:
     """No selection is known that fits: offer what could be near the bound, then everything."""
     optimistic_s = min(tight.bound_s * OPTIMISTIC, cutoff_s)
     offered = survivors(tight, optimistic_s)
-    first = _finish(price_list, offered, None, tight.bound_s, optimistic_s, deadline)
+    first = _finish(price_list, offered, None, tight.bound_s, optimistic_s, deadline, gap)
     if first.selection is not None:
         return first
     every = everything(price_list) if math.isinf(cutoff_s) else survivors(tight, cutoff_s)
-    return _finish(price_list, every, None, tight.bound_s, cutoff_s, deadline)
+    return _finish(price_list, every, None, tight.bound_s, cutoff_s, deadline, gap)
