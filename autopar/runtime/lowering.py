@@ -17,7 +17,7 @@ from autopar.ir.rule import BoundRule, Split
 from autopar.ir.sharding import Mesh, Sharding, gradient, local_shape
 from autopar.ir.strategy import Strategy
 from autopar.runtime.collectives import Communicator, Redistribute
-from autopar.runtime.local_ops import LOCAL_OPS
+from autopar.runtime.local_ops import LOCAL_OPS, needs_local_op
 from autopar.simulator.edges import (
     Edge,
     ParameterEdge,
@@ -287,19 +287,16 @@ class _Lowering:
         gathered: tuple[fx.Node, ...],
     ) -> fx.Node:
         result = operator.outputs[0] if len(operator.outputs) == 1 else operator.name
-        if "*" in bound.rule.special or any(choice in bound.rule.special for choice in split):
-            target = _identifier(operator.name)
-            self.root.add_module(target, LocalOperator(local, bound, split, self.mesh))
-            args = tuple(_argument(a, inputs) for a in local.arguments)
-            kwargs = {k: _argument(v, inputs) for k, v in local.keywords}
-            return self._named(
-                "call_module", target, result, (self.execution, gathered, args, kwargs)
-            )
-        op = resolve(operator.op)
+        op = resolve(local.op)
         args = tuple(_argument(a, inputs) for a in local.arguments)
         kwargs = {k: _argument(v, inputs) for k, v in local.keywords}
         if any(argument.name == "device" for argument in op._schema.arguments):
             kwargs["device"] = self.device
+        if needs_local_op(bound, split):
+            target = _identifier(operator.name)
+            self.root.add_module(target, LocalOperator(local, bound, split, self.mesh))
+            args, kwargs = (self.execution, gathered, args, kwargs), {}
+            return self._named("call_module", target, result, args, kwargs)
         if gathered:
             args = (self.execution, operator.name, gathered, op, *args)
             return self._named("call_function", regathering, result, args, kwargs)

@@ -75,11 +75,11 @@ class TrainingStep:
         self.execution.seed = self.seed + self.steps_done
         with recorder.during("forward"):
             loss, mutated = self.program(self.execution, self.state.buffers, inputs)
+        with recorder.during("backward"):
+            loss.backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for name, value in mutated.items():
                 self.state.buffers[name].copy_(value)
-        with recorder.during("backward"):
-            loss.backward()  # type: ignore[no-untyped-call]
         with recorder.during("step"), torch.no_grad():
             self._reduce()
         return loss.detach()

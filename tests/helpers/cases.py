@@ -11,22 +11,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from autopar.extractor import extract
 from autopar.ir.graph import OperatorGraph
 from autopar.ir.sharding import Mesh
 from autopar.ir.strategy import Strategy
+from autopar.ops import bound_rules
 from autopar.runtime.collectives import Communicator, connect
 from autopar.runtime.lowering import lower
 from autopar.runtime.recorder import Executed
 from autopar.runtime.step import OPTIMIZERS, TrainingStep
 from autopar.runtime.storage import from_module
-from autopar.simulator.edges import Rules
 from tests.helpers.zoo import Inputs, zoo
 
 STEPS = 3
 
 
 @dataclass(frozen=True)
-class Differences:
+class Case:
+    """A zoo model and its graph, traced once and sent to the processes."""
+
+    name: str
+    graph: OperatorGraph
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
     """Largest relative differences between a strategy and one process, and what it executed in the
     first step."""
 
@@ -38,18 +48,14 @@ class Differences:
 
 
 @lru_cache(maxsize=None)
-def traced(name: str, dropout: float = 0.0) -> tuple[OperatorGraph, Rules]:
-    from autopar.extractor import extract
-    from autopar.ops import bound_rules
-
+def case(name: str, dropout: float = 0.0) -> Case:
     model, inputs = zoo(name, dropout=dropout)
-    graph = extract(model, inputs, name=name)
-    return graph, bound_rules(graph)
+    return Case(name, extract(model, inputs, name=name), dropout)
 
 
 @dataclass(frozen=True)
-class Reference:
-    """Three steps of the original module on one process."""
+class Run:
+    """The first loss and gradients of three steps, and what they led to."""
 
     loss: Tensor
     gradients: dict[str, Tensor]
@@ -58,7 +64,8 @@ class Reference:
 
 
 @lru_cache(maxsize=None)
-def reference(name: str, optimizer: str, clip_norm: float | None) -> Reference:
+def one_process(name: str, optimizer: str, clip_norm: float | None) -> Run:
+    """Three steps of the original module."""
     model, inputs = zoo(name)
     maker, hyperparameters = OPTIMIZERS[optimizer]
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -77,7 +84,7 @@ def reference(name: str, optimizer: str, clip_norm: float | None) -> Reference:
         updates.step()
     assert first is not None
     values = {n: p.detach() for n, p in model.named_parameters()}
-    return Reference(*first, values, dict(model.named_buffers(remove_duplicate=False)))
+    return Run(*first, values, dict(model.named_buffers(remove_duplicate=False)))
 
 
 def loss_of(model: nn.Module, inputs: Inputs) -> Tensor:
@@ -86,42 +93,32 @@ def loss_of(model: nn.Module, inputs: Inputs) -> Tensor:
     return loss
 
 
-def differences(name: str, strategy: Strategy) -> Differences:
-    """On every rank: run the strategy for three steps and compare with one process."""
-    step, inputs = training_step(name, strategy)
-    expected = reference(name, strategy.training.optimizer, strategy.training.clip_norm)
-    recorder = step.communicator.recorder
-    with recorder.recording() as executed:
-        loss = _call(step, inputs)
+def outcome(case: Case, strategy: Strategy) -> Outcome | None:
+    """On every rank: three steps of the strategy; on rank 0, compared with one process."""
+    step, inputs = training_step(case, strategy)
+    found, executed = run(step, inputs)
+    if dist.get_rank() != 0:
+        return None
+    training = strategy.training
+    expected = one_process(case.name, training.optimizer, training.clip_norm)
+    return compare(found, expected, executed)
+
+
+def run(step: TrainingStep, inputs: Inputs) -> tuple[Run, dict[Executed, int]]:
+    with step.communicator.recorder.recording() as executed:
+        loss = call(step, inputs)
     gradients = step.full_gradients()
     for _ in range(STEPS - 1):
-        _call(step, inputs)
-    parameters = step.full_parameters()
-    trained = {n: expected.parameters[n] for n in parameters}
-    worst = max(expected.gradients, key=lambda n: relative(gradients[n], expected.gradients[n]))
-    for buffer, _ in step.graph.mutations:
-        assert relative(step.state.buffers[buffer], expected.buffers[buffer]) < 1e-9, buffer
-    return Differences(
-        relative(loss, expected.loss),
-        relative(gradients[worst], expected.gradients[worst]),
-        worst,
-        max(relative(parameters[n], trained[n]) for n in trained),
-        dict(executed),
-    )
+        call(step, inputs)
+    buffers = {name: step.state.buffers[name] for name, _ in step.graph.mutations}
+    return Run(loss, gradients, step.full_parameters(), buffers), dict(executed)
 
 
-def many(name: str, strategies: list[Strategy]) -> list[Differences]:
-    return [differences(name, strategy) for strategy in strategies]
-
-
-def training_step(
-    name: str, strategy: Strategy, dropout: float = 0.0
-) -> tuple[TrainingStep, Inputs]:
-    graph, rules = traced(name, dropout)
-    model, inputs = zoo(name, dropout=dropout)
+def training_step(case: Case, strategy: Strategy) -> tuple[TrainingStep, Inputs]:
+    model, inputs = zoo(case.name, dropout=case.dropout)
     communicator = communicator_of(strategy.mesh)
-    program = lower(graph, strategy, rules)
-    state = from_module(model, graph, strategy, communicator.rank, torch.device("cpu"))
+    program = lower(case.graph, strategy, bound_rules(case.graph))
+    state = from_module(model, case.graph, strategy, communicator.rank, torch.device("cpu"))
     return TrainingStep(program, strategy, state, communicator), inputs
 
 
@@ -136,11 +133,36 @@ def communicator_of(mesh: Mesh) -> Communicator:
     return _communicators[key]
 
 
-def _call(step: Callable[..., Tensor], inputs: Inputs) -> Tensor:
+def call(step: Callable[..., Tensor], inputs: Inputs) -> Tensor:
     return step(**inputs) if isinstance(inputs, dict) else step(*inputs)
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
+def compare(found: Run, expected: Run, executed: dict[Executed, int]) -> Outcome:
+    """A gradient that is zero but for rounding (the bias of attention's keys, which softmax
+    cancels) is measured against a millionth of the model's largest; the steps that Adam makes of
+    such rounding, against the same of the largest parameter."""
+    assert found.gradients.keys() == expected.gradients.keys()
+    gradients = _errors(found.gradients, expected.gradients, 1e-6)
+    parameters = _errors(found.parameters, expected.parameters, 1e-3)
+    buffers = _errors(found.buffers, expected.buffers, 1e-3)
+    worst = max(gradients, key=lambda name: gradients[name])
+    return Outcome(
+        relative(found.loss, expected.loss),
+        gradients[worst],
+        worst,
+        max([*parameters.values(), *buffers.values()]),
+        executed,
+    )
+
+
+def _errors(
+    found: dict[str, Tensor], expected: dict[str, Tensor], share: float
+) -> dict[str, float]:
+    least = share * max((float(expected[n].abs().max()) for n in found), default=0.0)
+    return {name: relative(found[name], expected[name], least) for name in found}
+
+
+def relative(found: Tensor, expected: Tensor, least: float = 0.0) -> float:
     """Largest difference over the largest value."""
-    scale = max(float(expected.abs().max()), 1e-12) if expected.numel() else 1.0
+    scale = max(float(expected.abs().max()), least, 1e-300)
     return float((found.double() - expected.double()).abs().max()) / scale

@@ -9,6 +9,7 @@ from autopar.ir.rule import NOTHING, BoundRule, Split
 from autopar.ir.sharding import Mesh, Sharding, shard, sharded_dim, shards_of
 from autopar.ir.strategy import Stage, Storage, Strategy, Training
 from autopar.simulator.edges import Rules
+from autopar.simulator.redistribution import steps
 
 PLAIN = Training()
 
@@ -47,11 +48,7 @@ def random_strategy(
     rng: Random,
     training: Training = PLAIN,
 ) -> Strategy:
-    """Any legal split for each operator, any legal storage for each parameter.
-
-    Half of the operators follow the choice of an axis-wide favourite factor size, so that long
-    stretches lie alike; the others are drawn alone.
-    """
+    """Any legal split for each operator, any legal storage for each parameter."""
     splits = {o.name: _random_split(rules[o.name], mesh, rng) for o in graph.operators}
     storage = {
         p.name: _random_storage(p.spec.shape, _uses(graph, rules, splits, p.name), mesh, rng)
@@ -81,37 +78,34 @@ def _random_storage(
     shape: tuple[int, ...], uses: list[Sharding], mesh: Mesh, rng: Random
 ) -> Storage:
     """On each axis whole, ZeRO-1, 2 or 3, or sharded as one of the uses wants it."""
-    axes = len(mesh.axes)
-    parameter, gradient, optimizer = (["I"] * axes for _ in range(3))
-    for axis in range(axes):
-        wanted = [use[axis] for use in uses if sharded_dim(use[axis]) is not None]
-        level = rng.choice((0, 1, 2, 3, 3, 4))
-        if level == 4 and wanted:
-            placement, level = rng.choice(wanted), 3
-        elif shape:
-            placement = shard(rng.randrange(len(shape)))
-        else:
-            level = 0
-        if level == 0 or not _fits(shape, optimizer, axis, placement, uses, mesh):
-            continue
-        for chosen in ([], [optimizer], [gradient, optimizer], [parameter, gradient, optimizer])[
-            min(level, 3)
-        ]:
-            chosen[axis] = placement
-    return Storage(tuple(parameter), tuple(gradient), tuple(optimizer))
+    while True:
+        levels = [_random_level(shape, uses, axis, mesh, rng) for axis in range(len(mesh.axes))]
+        parameter, gradient, optimizer = (tuple(level) for level in zip(*levels, strict=True))
+        only_cut = all(
+            step.source == "I"
+            for path in (steps(parameter, gradient), steps(gradient, optimizer))
+            for step in path
+        )
+        if only_cut and _divides(shape, optimizer, mesh):
+            return Storage(parameter, gradient, optimizer)
 
 
-def _fits(
-    shape: tuple[int, ...],
-    optimizer: list[str],
-    axis: int,
-    placement: str,
-    uses: list[Sharding],
-    mesh: Mesh,
-) -> bool:
-    """Whether the dim can be cut once more, and no later axis cuts it, in use or in storage."""
-    dim = sharded_dim(placement)
-    assert dim is not None
-    trial = (*optimizer[:axis], placement, *optimizer[axis + 1 :])
-    later = any(sharded_dim(p) == dim for use in uses for p in use[axis + 1 :])
-    return shape[dim] % shards_of(trial, dim, mesh) == 0 and not later
+def _random_level(
+    shape: tuple[int, ...], uses: list[Sharding], axis: int, mesh: Mesh, rng: Random
+) -> tuple[str, str, str]:
+    """Placements of parameter, gradient and optimizer on one axis."""
+    wanted = [use[axis] for use in uses if sharded_dim(use[axis]) is not None]
+    cut_later = {sharded_dim(placement) for use in uses for placement in use[axis + 1 :]}
+    free = [shard(dim) for dim in range(len(shape)) if dim not in cut_later]
+    whole = ("I", "I", "I")
+    offered = [whole]
+    if wanted:
+        offered += [(rng.choice(wanted),) * 3] * 2
+    if free:
+        s = rng.choice(free)
+        offered += [("I", "I", s), ("I", s, s), (s, s, s), (s, s, s)]
+    return rng.choice(offered)
+
+
+def _divides(shape: tuple[int, ...], sharding: Sharding, mesh: Mesh) -> bool:
+    return all(size % shards_of(sharding, dim, mesh) == 0 for dim, size in enumerate(shape))

@@ -1,0 +1,94 @@
+"""Whatever a strategy splits, it trains the same model and communicates what was promised."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import lru_cache
+from random import Random
+
+import pytest
+
+from autopar.ir.sharding import Mesh
+from autopar.ir.strategy import Strategy, Training
+from autopar.ops import bound_rules
+from autopar.runtime.recorder import Executed
+from autopar.simulator.edges import Rules
+from autopar.simulator.prices import promise
+from tests.helpers.cases import Case, Outcome, case, outcome
+from tests.helpers.pool import pool
+from tests.helpers.strategies import random_strategy
+
+MESHES = (
+    Mesh((("data", 2),)),
+    Mesh((("data", 4),)),
+    Mesh((("data", 2), ("tensor", 2))),
+)
+MODELS = (
+    "mlp",
+    "gpt",
+    "gpt_tied",
+    "gpt2",
+    "llama",
+    "qwen",
+    "bert",
+    "t5",
+    "vit",
+    "resnet",
+    "unet",
+    "two_tower",
+    "dlrm",
+    "transformer_encoder",
+)
+TRAININGS = (
+    Training("sgd"),
+    Training("momentum", clip_norm=0.5),
+    Training("adam", clip_norm=0.1),
+    Training("adamw"),
+)
+IN_DEFAULT_RUN = 4  # seeds for each model; the others are slow
+SEEDS = 15
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "seed",
+    [
+        seed if seed < IN_DEFAULT_RUN else pytest.param(seed, marks=pytest.mark.slow)
+        for seed in range(SEEDS)
+    ],
+)
+def test_a_random_strategy_trains_as_one_process_and_keeps_its_promise(
+    name: str, seed: int
+) -> None:
+    of = case(name)
+    strategy = drawn(of, seed)
+    found = on_ranks(of, strategy)
+    assert found.loss < 1e-9
+    assert found.gradient < 1e-9, found.worst_gradient
+    assert found.parameter < 1e-8
+    assert Counter(found.executed) == promised(of, strategy)
+
+
+def drawn(of: Case, seed: int) -> Strategy:
+    """Seeds walk through the meshes and, more slowly, through the optimizers."""
+    rng = Random(f"{of.name} {seed}")
+    mesh = MESHES[(seed + MODELS.index(of.name)) % len(MESHES)]
+    return random_strategy(of.graph, rules(of.name), mesh, rng, rng.choice(TRAININGS))
+
+
+@lru_cache(maxsize=None)
+def rules(name: str) -> Rules:
+    return bound_rules(case(name).graph)
+
+
+def on_ranks(of: Case, strategy: Strategy) -> Outcome:
+    found = pool().run(strategy.mesh.size, outcome, of, strategy)[0]
+    assert isinstance(found, Outcome)
+    return found
+
+
+def promised(of: Case, strategy: Strategy) -> Counter[Executed]:
+    counts: Counter[Executed] = Counter()
+    for one in promise(of.graph, rules(of.name), strategy):
+        counts[Executed(one.kind, one.phase, one.axis, one.bytes)] += one.count
+    return counts
