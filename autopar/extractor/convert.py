@@ -86,12 +86,19 @@ _ONLY_FIRST_DIFFERENTIABLE = re.compile(r"aten\.\w*batch_norm\w*\.")
 
 
 def convert(
-    program: ExportedProgram, model: nn.Module, inputs: list[tuple[str, str]], name: str
+    program: ExportedProgram,
+    model: nn.Module,
+    inputs: list[tuple[str, str]],
+    name: str,
+    problems: list[str],
 ) -> OperatorGraph:
-    """``inputs`` are (name, keyword) of the tensors given to the model, in order."""
+    """``inputs`` are (name, keyword) of the tensors given to the model, in order.
+
+    ``problems`` are what tracing found to be unsupported; they are listed with what is found here.
+    """
     if not all(map(_is_known_functional, _calls(program.graph_module))):
         program = _decomposed(program)
-    return _Converter(program, model, inputs, name).graph()
+    return _Converter(program, model, inputs, name, problems).graph()
 
 
 def _calls(module: fx.GraphModule) -> Iterator[fx.Node]:
@@ -158,6 +165,7 @@ class _Converter:
         model: nn.Module,
         inputs: list[tuple[str, str]],
         name: str,
+        problems: list[str],
     ) -> None:
         self.program, self.model, self.name = program, model, name
         self.inputs = inputs
@@ -166,7 +174,7 @@ class _Converter:
         self.of: dict[fx.Node, str | tuple[str, ...]] = {}
         self.taken: Counter[str] = Counter()
         self.constants: dict[str, Any] = {}
-        self.problems: list[str] = []
+        self.problems = list(problems)
         self.refused: set[fx.Node] = set()
         self.shared: list[tuple[str, str]] = []
 
@@ -286,6 +294,9 @@ class _Converter:
             self.of[node] = (str(whole),) if op == "aten.native_dropout.default" else whole
         elif op == "aten.broadcast_tensors.default":
             self._broadcast(node)
+        elif op == "aten.copy.default":  # a write to all of a tensor, which autograd cannot undo
+            written = str(self.of[node.args[1]])  # type: ignore[index]
+            self.of[node] = self._fitted(written, self._spec(node.meta["val"], node), _module(node))
         elif op == "aten.dropout.default":
             value = node.meta["val"]
             mask = torch.empty_like(value, dtype=torch.bool, device="meta")
@@ -332,22 +343,38 @@ class _Converter:
 
     def _broadcast(self, node: fx.Node) -> None:
         """Losses do this to tensors that mostly have the same shape: ``expand`` the others."""
-        names = []
-        for read, value in zip(node.args[0], node.meta["val"], strict=True):  # type: ignore[arg-type]
-            name, spec = str(self.of[read]), self._spec(value, node)
-            source = self.tensors[name]
-            if source.spec.shape != spec.shape:
-                module = _module(node)
-                name = self._unique(".".join(filter(None, (module, "expand"))))
-                self.tensors[name] = Tensor(name, spec, Role.ACTIVATION, source.differentiable)
-                arguments = (Input(0), spec.shape)
-                self.operators.append(
-                    Operator(
-                        name, "aten.expand.default", (source.name,), (name,), arguments, (), module
-                    )
-                )
-            names.append(name)
-        self.of[node] = tuple(names)
+        pairs = zip(node.args[0], node.meta["val"], strict=True)  # type: ignore[arg-type]
+        self.of[node] = tuple(
+            self._fitted(str(self.of[read]), self._spec(value, node), _module(node))
+            for read, value in pairs
+        )
+
+    def _fitted(self, name: str, spec: TensorSpec, module: str) -> str:
+        """The tensor, cast and expanded to ``spec`` where it differs."""
+        if self.tensors[name].spec.dtype != spec.dtype:
+            cast = TensorSpec(self.tensors[name].spec.shape, spec.dtype)
+            keywords = (("dtype", Dtype(spec.dtype)),)
+            name = self._unary("aten._to_copy.default", name, cast, (Input(0),), keywords, module)
+        if self.tensors[name].spec.shape != spec.shape:
+            arguments = (Input(0), spec.shape)
+            name = self._unary("aten.expand.default", name, spec, arguments, (), module)
+        return name
+
+    def _unary(
+        self,
+        op: str,
+        source: str,
+        spec: TensorSpec,
+        arguments: tuple[Argument, ...],
+        keywords: tuple[tuple[str, Argument], ...],
+        module: str,
+    ) -> str:
+        """Add an operator that no node stands for."""
+        name = self._unique(".".join(filter(None, (module, op.split(".")[1].strip("_")))))
+        flows = self.tensors[source].differentiable and spec.is_floating
+        self.tensors[name] = Tensor(name, spec, Role.ACTIVATION, flows)
+        self.operators.append(Operator(name, op, (source,), (name,), arguments, keywords, module))
+        return name
 
     def _operator(self, node: fx.Node, call: _Call, results: Any) -> str | tuple[str, ...]:
         """Add the call, which gives ``results``; the names of these."""

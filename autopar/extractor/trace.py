@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.nn.modules.module import register_module_buffer_registration_hook
 
 from autopar.errors import AutoparError, UnsupportedModelError
 from autopar.extractor.blame import blame
@@ -48,8 +49,9 @@ def extract(
     inputs = _on_device(checked(inputs), _device(model))
     if precision == "mixed":
         model, inputs = in_bfloat16(model), _cast(inputs)
-    program = _trace(_Step(model, loss), inputs)
-    return convert(program, model, _names(model, inputs), name)
+    with _unseen(model) as problems:
+        program = _trace(_Step(model, loss), inputs)
+    return convert(program, model, _names(model, inputs), name, problems)
 
 
 class _Step(nn.Module):
@@ -161,6 +163,46 @@ def _trace(step: _Step, inputs: Inputs) -> ExportedProgram:
             raise
         except Exception as error:
             raise UnsupportedModelError(blame(error, step.model)) from error
+
+
+@contextmanager
+def _unseen(model: nn.Module) -> Iterator[list[str]]:
+    """Collects what a model does that its operators do not show."""
+    problems = [
+        f"backward hooks on module {path!r}: do what they do in forward"
+        for path, module in model.named_modules()
+        if module._backward_hooks or module._backward_pre_hooks
+    ]
+    problems += [
+        f"gradient hooks on {name!r}: do what they do to the gradients after the backward"
+        for name, parameter in model.named_parameters()
+        if parameter._backward_hooks
+    ]
+    original = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith("torch.") and torch.is_grad_enabled():
+            problems.append(
+                f"torch.autograd.Function {cls.__module__}.{cls.__qualname__}: its backward is not "
+                "in the graph; write it with operators that have the gradient you want"
+            )
+        return original(cls, *args, **kwargs)
+
+    paths = {id(module): path for path, module in model.named_modules()}
+
+    def on_buffer(module: nn.Module, name: str, value: Any) -> None:
+        if id(module) in paths and module._buffers.get(name) is not value:
+            problems.append(
+                f"buffer {name!r} of module {paths[id(module)]!r} is replaced in forward: write to "
+                f"it in place, self.{name}.copy_(...)"
+            )
+
+    hook = register_module_buffer_registration_hook(on_buffer)
+    try:
+        with patch.object(torch.autograd.Function, "apply", classmethod(apply)):
+            yield problems
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -213,3 +215,58 @@ def test_a_constant_without_a_value_says_what_to_do() -> None:
         model = Hidden()
     with pytest.raises(UnsupportedModelError, match=r"'table'.*register it as a buffer"):
         extract(model, (torch.ones(2, 4),))
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * 2
+
+
+def test_what_operators_do_not_show_is_refused() -> None:
+    class Sly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.register_buffer("mean", torch.zeros(4))
+            self.linear.weight.register_hook(lambda gradient: gradient * 2)
+            self.linear.register_full_backward_hook(lambda *_: None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = Doubled.apply(self.linear(x))
+            self.mean = y.detach().mean(0)
+            return (y - self.mean).sum()
+
+    with pytest.raises(UnsupportedModelError) as refused:
+        extract(nn.Sequential(Sly()), (torch.ones(2, 4),))
+    message = str(refused.value)
+    assert "Doubled: its backward is not in the graph" in message
+    assert "gradient hooks on '0.linear.weight'" in message
+    assert "backward hooks on module '0.linear'" in message
+    assert "buffer 'mean' of module '0' is replaced in forward" in message
+
+
+def test_a_write_to_part_of_a_tensor_has_its_gradient() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x).clone()
+            y[:, :4] = self.b(x)[:, 4:]
+            y[:, 7] = 0.5
+            return y.pow(2).mean()
+
+    model, x = Writes(), torch.randn(4, 8)
+    graph = extract(model, (x,))
+    names = list(dict(model.named_parameters()))
+    expected = torch.autograd.grad(model(x), list(model.parameters()))
+    loss = execute(graph, dict(model.named_parameters()), (x,))
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    for name, a, b in zip(names, found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
