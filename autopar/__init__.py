@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         save_plan,
         search,
         simulate,
+        verify,
     )
     from autopar.errors import AutoparError
     from autopar.ir.plan import Plan
@@ -38,6 +39,7 @@ _HOME = {
     "save_plan": "autopar.api",
     "search": "autopar.api",
     "simulate": "autopar.api",
+    "verify": "autopar.api",
 }
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "save_plan",
     "search",
     "simulate",
+    "verify",
 ]
 
 

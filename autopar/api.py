@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from autopar.exporters import Exporter
     from autopar.ir.measurement import Measurement
     from autopar.runtime.step import TrainingStep
+    from autopar.runtime.verify import Report
     from autopar.simulator.edges import Rules
 
 Progress = Callable[[str], None]
@@ -35,7 +36,8 @@ Progress = Callable[[str], None]
 
 Precision = Literal["full", "mixed"]
 Optimizer = Literal["sgd", "momentum", "adam", "adamw"]
-Searcher = Callable[[Problem, Budget], SearchResult]
+Searcher = Callable[..., SearchResult]
+"""``search(problem, budget, progress=...)``, as those on the shelf."""
 Loss = Callable[[Any, Any], Any]
 
 LOCAL = "local"
@@ -231,7 +233,7 @@ def run_search(
     found = pick(SEARCHERS, searcher, "searcher") if isinstance(searcher, str) else searcher
     tried = f"{len(problem.meshes)} meshes" if len(problem.meshes) > 1 else "the mesh"
     _tell(progress, f"searching {tried} of {problem.cost_model.devices} devices")
-    return found(problem, Budget(time_s=time_limit_s))
+    return found(problem, Budget(time_s=time_limit_s), progress=progress or _silent)
 
 
 def plan_of(problem: Problem, result: SearchResult) -> Plan:
@@ -341,6 +343,15 @@ def rules_of(plan: Plan) -> Rules:
                 f"{', '.join(rules[name].choices)}): the plan or autopar has changed; plan again"
             )
     return rules
+
+
+def verify(plan: Plan, *, rank: int = 0, progress: Progress | None = None) -> Report:
+    """Dry-run one training step as one rank, in this process and without devices, and compare its
+    collectives and its memory with what the plan promised (``report.ok``)."""
+    from autopar.runtime import verify as dry_run
+
+    _tell(progress, f"dry-running rank {rank} of {plan.world_size}")
+    return dry_run.verify(plan, rank=rank, rules=rules_of(plan))
 
 
 def run(
@@ -499,6 +510,10 @@ def bytes_of(text: str) -> int:
         ) from None
 
 
+def _silent(_: str) -> None:
+    """Who did not ask is not told."""
+
+
 def _tell(progress: Progress | None, what: str) -> None:
     if progress is not None:
         progress(what)
@@ -518,4 +533,5 @@ __all__ = [
     "save_plan",
     "search",
     "simulate",
+    "verify",
 ]

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -37,6 +38,8 @@ Exit codes: 0 ok, 1 internal error or failed verification, 2 usage,
 def main(arguments: list[str] | None = None) -> None:
     """What the ``autopar`` command runs; always ends in ``SystemExit``."""
     given = sys.argv[1:] if arguments is None else arguments
+    if arguments is None and not sys.warnoptions:
+        warnings.simplefilter("ignore")  # torch's words to its developers, among others
     try:
         result = commands.main(given, prog_name="autopar", standalone_mode=False)
         code = result if isinstance(result, int) else 0
@@ -274,6 +277,29 @@ def explain_command(plan: Path, views: bool, as_json: bool) -> None:
         click.echo(json.dumps(json_exporter.explained(loaded, rules)))
     else:
         click.echo(text.explain(loaded, rules, views=views), nl=False)
+
+
+@commands.command("verify")
+@click.argument("plan", type=Path)
+@click.argument("model", required=False)
+@click.option("--rank", type=int, default=0, show_default=True, help="Which process to be.")
+@_json_option
+def verify_command(plan: Path, model: str | None, rank: int, as_json: bool) -> int:
+    """Dry-run one step of PLAN as one rank, and compare with what it promised.
+
+    Works without devices for any number of processes. Exit code 1 if collectives, bytes or peak
+    memory differ. With MODEL, also check that the plan was made for it.
+    """
+    from autopar import api
+    from autopar.exporters import text
+
+    loaded = api.load_plan(plan)
+    with progress() as tell:
+        if model is not None:
+            api.check_model(loaded, model, tell)
+        report = api.verify(loaded, rank=rank, progress=tell)
+    click.echo(report.to_json() if as_json else text.verification(report))
+    return 0 if report.ok else 1
 
 
 @commands.command("run")

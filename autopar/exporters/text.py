@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from io import StringIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.padding import Padding
@@ -27,6 +27,9 @@ from autopar.ir.rule import NOTHING, REPLICATED, SUMMED
 from autopar.ir.sharding import Mesh, Sharding
 from autopar.ir.simulation import Estimate, Memory
 from autopar.simulator.edges import Rules
+
+if TYPE_CHECKING:
+    from autopar.runtime.verify import Report
 
 WIDTH = 120
 
@@ -100,15 +103,19 @@ def _quality(plan: Plan) -> str:
 
 
 def _best(plan: Plan, top: int) -> list[str]:
+    """The best strategy of each mesh, the fastest first; a recipe stands here only when no mesh's
+    own strategy is as fast."""
     search = plan.search
     tried = [t for t in search.trials if t.outcome != "recipe"]
-    found = sorted((t for t in tried if t.step_time_s is not None), key=_step_time_s)
-    if not found:
-        return []
+    found = [t for t in tried if t.step_time_s is not None]
+    found = sorted(filter(lambda t: _fits(t, search), found), key=_step_time_s)
+    fastest = [t for t in search.trials if t.step_time_s == plan.estimate.step_time_s]
+    if fastest and not any(t in found for t in fastest):
+        found.insert(0, fastest[0])
     rows = [
         [
             str(place),
-            mesh_text(trial.mesh),
+            f"{mesh_text(trial.mesh)} {trial.name}".rstrip(),
             time_text(_step_time_s(trial)),
             _against_limit(trial, search.memory_limit_bytes),
             trial.bound_by,
@@ -124,7 +131,12 @@ def _best(plan: Plan, top: int) -> list[str]:
     }
     left = ", ".join(f"{n} {what}" for what, n in others.items() if n)
     columns = ["", "mesh", "step", "memory", "bound by", "lower bound"]
-    return [table(columns, rows, right=(2,))] + ([f"  meshes: {left}", ""] if left else [])
+    shown = [table(columns, rows, right=(2,))] if rows else []
+    return [*shown, *([f"  other meshes: {left}"] if left else []), ""]
+
+
+def _fits(trial: TrialSummary, search: SearchSummary) -> bool:
+    return (trial.peak_memory_bytes or 0) <= search.memory_limit_bytes
 
 
 def _number(trials: list[TrialSummary], outcome: str) -> int:
@@ -458,6 +470,29 @@ def _error(predicted: float, measured: float) -> str:
         return "-"
     error = predicted / measured - 1
     return f"{abs(error):.0%} too {'high' if error > 0 else 'low'}"
+
+
+# Verification: what `autopar verify` prints
+
+
+def verification(report: Report) -> str:
+    """Promised against executed, and what differs."""
+    rows = [
+        [r.phase, r.kind, r.axis, bytes_text(r.bytes), str(r.promised), str(r.executed)]
+        for r in report.collectives
+    ]
+    columns = ["", "collective", "axis", "bytes", "promised", "executed"]
+    promised = report.promised_memory.total_bytes
+    lines = [f"rank {report.rank} of {report.world_size}, dry run of one step"]
+    lines += [table(columns, rows, right=(3, 4, 5))] if rows else ["no communication"]
+    lines += [
+        f"peak memory {bytes_text(promised)} promised, "
+        f"{bytes_text(report.measured_peak_bytes)} measured ({report.memory_error:+.1%}), "
+        f"at {report.measured_peak_at}",
+        *(f"DIFFERENT {difference}" for difference in report.differences),
+        "the plan keeps its promise" if report.ok else "the plan does not keep its promise",
+    ]
+    return "\n".join(lines)
 
 
 # Profile: what `autopar profile` prints

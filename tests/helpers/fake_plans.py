@@ -102,8 +102,8 @@ def plan(layers: int = 2, step_time_s: float = 0.01) -> Plan:
             memory_limit_bytes=LIMIT_BYTES,
             dimensions="SOAP",
             trials=(
-                _trial("data 2 x tensor 4", MESH, "optimal", step_time_s, best.peak_memory_bytes),
-                _trial("tensor 8", Mesh((("tensor", 8),)), "bounded", None, None),
+                _trial("", MESH, "optimal", step_time_s, best.peak_memory_bytes),
+                _trial("", Mesh((("tensor", 8),)), "bounded", None, None),
                 _trial("megatron", MESH, "recipe", step_time_s * 1.25, LIMIT_BYTES - 1),
                 _trial("data_parallel", MESH, "recipe", step_time_s, 2 * LIMIT_BYTES),
                 _trial("hsdp", MESH, "infeasible", None, None),
