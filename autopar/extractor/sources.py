@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +22,8 @@ from autopar.extractor.trace import Inputs, Loss, checked, extract
 from autopar.ir.graph import OperatorGraph
 
 FORMS = "a path to model.py, package.module:callable, or hf:PATH_OR_NAME"
+
+_T = TypeVar("_T")
 
 Built = tuple[nn.Module, Inputs, Loss | None]
 
@@ -78,12 +80,15 @@ def load(spec: str, *, batch: int | None = None, sequence: int | None = None) ->
     return LoadedModel(spec, name, model, inputs, loss, build)
 
 
-def _on_meta(build: Callable[[], Built]) -> Built:
-    """Without allocating; for real where the code needs the values of tensors."""
+def _on_meta(build: Callable[[], _T]) -> _T:
+    """Without allocating; for real only where the code needs the values of tensors."""
     try:
         with torch.device("meta"):
             return build()
-    except Exception:
+    except Exception as error:
+        if "meta" not in str(error):  # not what torch says of tensors without values
+            raise
+    with torch.device("cpu"):
         return build()
 
 
@@ -101,7 +106,9 @@ def _from_file(path: Path) -> tuple[str, Callable[[], Built]]:
     if not path.is_file():
         raise AutoparError(f"there is no file {str(path)!r}{_directory_hint(path)}")
     module = _run_file(path.resolve())
-    makers = {name: getattr(module, name, None) for name in ("model", "inputs", "loss")}
+    makers: dict[str, Any] = {
+        name: getattr(module, name, None) for name in ("model", "inputs", "loss")
+    }
     missing = [f"{name}()" for name in ("model", "inputs") if not callable(makers[name])]
     if missing:
         defined = [n for n, v in vars(module).items() if callable(v) and _is_own(v, module)]
@@ -114,8 +121,11 @@ def _from_file(path: Path) -> tuple[str, Callable[[], Built]]:
         raise AutoparError(f"{path}: loss must be a function loss(outputs, inputs)")
 
     def build() -> Built:
+        hollow = torch.get_default_device().type == "meta"
+        part = _on_meta if hollow else lambda make: make()
         with _importing_from(path.resolve().parent), _user_code(str(path)):
-            model, inputs = makers["model"](), makers["inputs"]()  # type: ignore[misc]
+            inputs = part(makers["inputs"])  # first: a mistake here costs no model
+            model = part(makers["model"])
         return _checked_build(str(path), (model, inputs, makers["loss"]))
 
     return path.stem if path.stem != "model" else path.resolve().parent.name, build

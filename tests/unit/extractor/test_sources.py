@@ -67,6 +67,19 @@ def test_code_that_needs_values_is_built_for_real(tmp_path: Path) -> None:
     assert loaded.extract().parameter_count == 8 * 16 + 16 + 16 * 4 + 4
 
 
+def test_inputs_that_need_values_do_not_make_the_model_real(tmp_path: Path) -> None:
+    text = MODEL.replace("torch.randn(8, 8)", "torch.randn(8, int(torch.ones(8).sum()))") + LOSS
+    loaded = load(write(tmp_path, text))
+    assert all(p.is_meta for p in loaded.model.parameters())
+    assert loaded.extract().spec("input").shape == (8, 8)
+
+
+def test_a_mistake_in_the_inputs_is_found_before_a_model_is_made(tmp_path: Path) -> None:
+    text = MODEL.replace("return nn.Seq", "raise SystemExit\n    return nn.Seq")
+    with pytest.raises(AutoparError, match="NameError: name 'batch'"):
+        load(write(tmp_path, text.replace("randn(8, 8)", "randn(batch, 8)")))
+
+
 def test_a_function_in_a_package_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = MODEL + LOSS + "\ndef make():\n    return model(), inputs(), loss\n"
     write(tmp_path, made, "shop.py")
