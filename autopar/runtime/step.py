@@ -177,7 +177,7 @@ class TrainingStep:
         path = steps(storage.optimizer, storage.parameter)
         if path:
             parameter.copy_(self.communicator.walk(piece.to(parameter.dtype), path))
-        elif piece.data_ptr() != parameter.data_ptr():
+        elif self.strategy.training.precision == "mixed":
             parameter.copy_(piece)
 
     # ---- for looking at ------------------------------------------------------------------------
