@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from autopar.extractor import execute, extract
+from autopar.extractor import convert, execute, extract
 from autopar.ir.graph import OperatorGraph, Role, graph_from_json, graph_to_json
 from tests.helpers.zoo import ZOO, zoo
 
@@ -100,3 +100,14 @@ def test_bfloat16_is_extracted_without_touching_the_model() -> None:
     assert {t.spec.dtype for t in graph.parameters} == {"bfloat16"}
     assert graph.shared == (("head.weight", "tokens.weight"),)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "dlrm"])
+def test_decomposition_would_give_the_same_operators(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = zoo(name, dropout=0.1)
+    calls = [(o.op, o.arguments, o.keywords) for o in extract(model, inputs).operators]
+    monkeypatch.setattr(convert, "_is_known_functional", lambda _: False)
+    decomposed = extract(model, inputs)
+    assert [(o.op, o.arguments, o.keywords) for o in decomposed.operators] == calls
