@@ -345,7 +345,8 @@ def run_command(
     if as_json:
         click.echo(json.dumps({**_measurement_json(loaded, found), "single_process_losses": alone}))
     else:
-        click.echo(text.measurement(loaded, found, alone))
+        random = compare and alone is None
+        click.echo(text.measurement(loaded, found, alone, random=random))
 
 
 def _run_here(

@@ -423,8 +423,11 @@ def _alike(changes: Iterable[Change]) -> dict[tuple[str, str, str, str], int]:
 # Measurement: what `autopar run` prints
 
 
-def measurement(plan: Plan, found: Measurement, alone: tuple[float, ...] | None) -> str:
-    """``alone``: the losses of the same steps in one process."""
+def measurement(
+    plan: Plan, found: Measurement, alone: tuple[float, ...] | None, *, random: bool = False
+) -> str:
+    """``alone``: the losses of the same steps in one process, which there are none of when they
+    depend on ``random`` masks."""
     columns = ["step", "loss", "time"] + (["loss in one process", "difference"] if alone else [])
     rows = []
     for i, (loss, time_s) in enumerate(zip(found.losses, found.step_times_s, strict=True)):
@@ -451,6 +454,7 @@ def measurement(plan: Plan, found: Measurement, alone: tuple[float, ...] | None)
         [
             f"{plan.graph.name} on {plan.world_size} processes, mesh {mesh_text(plan.mesh)}",
             table(columns, rows, right=range(len(columns))),
+            *(["  not compared with one process: torch draws other random masks"] * random),
             "",
             table(["", "predicted", "measured", "prediction is"], against, right=(1, 2)),
         ]

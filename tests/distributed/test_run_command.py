@@ -1,0 +1,126 @@
+"""``autopar run``: a plan trains in processes of its own, and says how it went."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from autopar import api
+from autopar.ir.plan import Plan, save_plan
+from autopar.ir.search import SearchResult, Trial
+from autopar.ops import bound_rules
+from autopar.simulator.prices import evaluate
+from tests.helpers.strategies import random_strategy
+
+MODEL = """
+import torch
+from torch import nn
+
+
+def model():
+    return nn.Sequential(nn.Linear(16, 32), nn.GELU(), {extra}nn.Linear(32, 16))
+
+
+def inputs():
+    return (torch.randn(8, 16),)
+
+
+def loss(outputs, inputs):
+    return (outputs - inputs[0]).square().mean()
+"""
+ROOT = Path(__file__).parents[2]
+
+
+def planned(folder: Path, extra: str = "", precision: api.Precision = "full") -> Plan:
+    """A random strategy of a small model for two processes, in ``folder``."""
+    model = folder / "model.py"
+    model.write_text(MODEL.format(extra=extra))
+    problem = api.problem_of(
+        str(model), topology="1x2xh100-sxm", mesh=(2,), precision=precision, clip_norm=1.0
+    )
+    rules = bound_rules(problem.graph)
+    (mesh,) = problem.meshes
+    strategy = random_strategy(problem.graph, rules, mesh, Random(1), problem.training)
+    estimate = evaluate(problem.graph, rules, problem.cost_model, strategy)
+    trial = Trial("", mesh, strategy, estimate, estimate.step_time_s, "optimal")
+    result = SearchResult("random", (trial,), trial, 0.0, "time", 0.0)
+    plan = replace(api.plan_of(problem, result), model=str(model))
+    save_plan(plan, folder / "plan.json")
+    return plan
+
+
+def autopar(*arguments: object, processes: int = 0) -> subprocess.CompletedProcess[str]:
+    started = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [*started, "--module", "autopar"] if processes else ["-m", "autopar"]
+    return subprocess.run(
+        [sys.executable, *command, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("precision", ["full", "mixed"])
+def test_the_losses_are_those_of_one_process(tmp_path: Path, precision: api.Precision) -> None:
+    plan = planned(tmp_path, precision=precision)
+    done = autopar("run", tmp_path / "plan.json", "--steps", 3, "--compare", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found["losses"]) == len(found["step_times_s"]) == 3
+    exact = precision == "full"
+    assert found["losses"] == pytest.approx(
+        found["single_process_losses"], rel=1e-5 if exact else 0.02
+    )
+    assert found["losses"][0] > found["losses"][2]
+    assert found["predicted_step_time_s"] == plan.estimate.step_time_s
+    assert found["peak_memory_bytes"] > 0
+
+
+def test_random_masks_are_not_compared_with_other_random_masks(tmp_path: Path) -> None:
+    planned(tmp_path, extra="nn.Dropout(0.5), ")
+    done = autopar("run", tmp_path / "plan.json", "--steps", 1, "--compare")
+    assert done.returncode == 0, done.stderr
+    assert "random masks" in done.stdout
+    assert "loss in one process" not in done.stdout
+
+
+def test_a_wrong_number_of_processes_is_said_once_and_clearly(tmp_path: Path) -> None:
+    planned(tmp_path)
+    done = autopar("run", tmp_path / "plan.json", processes=1)
+    assert done.returncode != 0
+    assert "the plan is for 2 processes" in done.stderr
+
+
+def test_a_model_that_fails_in_the_processes_keeps_its_message_and_code(tmp_path: Path) -> None:
+    planned(tmp_path)
+    model = tmp_path / "model.py"
+    model.write_text(
+        model.read_text().replace(
+            "def model():\n",
+            'def model():\n    import os\n    assert "RANK" not in os.environ, "no GPU for me"\n',
+        )
+    )
+    done = autopar("run", tmp_path / "plan.json")
+    assert done.returncode == 2
+    assert "no GPU for me" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_under_torchrun_the_first_process_prints(tmp_path: Path) -> None:
+    planned(tmp_path)
+    done = autopar("run", tmp_path / "plan.json", "--steps", 1, "--json", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["losses"]) == 1
