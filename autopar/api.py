@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from autopar.exporters import Exporter
     from autopar.ir.measurement import Measurement
+    from autopar.ops import Proposals
     from autopar.runtime.step import TrainingStep
     from autopar.runtime.verify import Report
     from autopar.simulator.edges import Rules
@@ -54,6 +55,7 @@ class Wanted(TypedDict, total=False):
     - ``memory_limit_bytes``: for each device (default: what it has).
     - ``optimizer``, ``precision``, ``clip_norm``, ``microbatches``: what is trained with.
     - ``dimensions``: which of Sample, Operator, Attribute and Parameter may be split.
+    - ``propose``: find rules by trying for ops that have none.
     - ``loss``: ``loss(outputs, inputs)`` when the model does not return its own.
     - ``batch``, ``sequence``: sizes of the batch of an ``hf:`` model.
     """
@@ -67,6 +69,7 @@ class Wanted(TypedDict, total=False):
     clip_norm: float | None
     microbatches: int
     dimensions: str
+    propose: bool
     loss: Loss | None
     batch: int | None
     sequence: int | None
@@ -175,6 +178,7 @@ def problem_of(
         progress=progress,
     )
     limit = wanted.get("memory_limit_bytes")
+    proposals = proposals_for(graph, progress) if wanted.get("propose") else ()
     return Problem(
         graph=graph,
         cost_model=cost_model,
@@ -183,7 +187,17 @@ def problem_of(
         training=Training(wanted.get("optimizer", "adamw"), precision, wanted.get("clip_norm")),
         microbatches=wanted.get("microbatches", 1),
         dimensions=_dimensions(wanted.get("dimensions", "SOAP")),
+        proposals=proposals,
     )
+
+
+def proposals_for(graph: OperatorGraph, progress: Progress | None = None) -> Proposals:
+    """Rules, found by trying and then checked like all others, for the calls that have none."""
+    from autopar.runtime.discovery import rules_with_proposals
+
+    _tell(progress, "trying how ops without a rule can be split")
+    _, proposals = rules_with_proposals(graph)
+    return proposals
 
 
 def _dimensions(letters: str) -> str:
@@ -253,6 +267,7 @@ def plan_of(problem: Problem, result: SearchResult) -> Plan:
         strategy=best.strategy,
         estimate=best.estimate,
         search=summarise(result, problem.memory_limit_bytes, problem.dimensions),
+        proposed=problem.proposals,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         autopar=__version__,
     )
@@ -334,7 +349,7 @@ def rules_of(plan: Plan) -> Rules:
     """
     from autopar.ops import bound_rules
 
-    rules = bound_rules(plan.graph)
+    rules = bound_rules(plan.graph, plan.proposed)
     for name, split in plan.strategy.splits.items():
         if set(split) - set(rules[name].choices) or not rules[name].divides(split, plan.mesh):
             raise PlanMismatchError(
@@ -373,10 +388,11 @@ def run(
     """
     from autopar.runtime.launch import run as join
 
+    rules = rules_of(plan)
     if model is not None and not isinstance(model, str | Path):
-        return join(plan, model, seed=seed, **hyperparameters)
+        return join(plan, model, rules=rules, seed=seed, **hyperparameters)
     build = source_of(plan, model)
-    return join(plan, lambda: build()[0], seed=seed, **hyperparameters)
+    return join(plan, lambda: build()[0], rules=rules, seed=seed, **hyperparameters)
 
 
 def rehearse(

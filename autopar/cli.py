@@ -135,6 +135,7 @@ _search_options = (
         show_default=True,
         help="What may be split: Sample, Operator, Attribute, Parameter.",
     ),
+    click.option("--propose", is_flag=True, help="Find rules by trying for ops that have none."),
 )
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -165,6 +166,7 @@ def _wanted(options: dict[str, Any]) -> dict[str, Any]:
             "microbatches",
             "searcher",
             "dimensions",
+            "propose",
             "batch",
             "sequence",
         )
@@ -359,7 +361,8 @@ def _run_here(
 
     first = os.environ["RANK"] == "0"
     try:
-        found = rehearsal.rehearse(plan, api.source_of(plan, name), steps, seed)
+        rules, build = api.rules_of(plan), api.source_of(plan, name)
+        found = rehearsal.rehearse(plan, rules, build, steps, seed)
     except AutoparError as error:
         if result is not None:
             rehearsal.leave(result, error)

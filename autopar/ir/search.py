@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from autopar.ir.graph import OperatorGraph
+from autopar.ir.rule import OpRule
 from autopar.ir.sharding import Mesh
 from autopar.ir.simulation import Estimate
 from autopar.ir.strategy import Strategy, Training
@@ -16,7 +17,8 @@ class Problem:
     """A model, a machine and what is fixed beforehand.
 
     ``meshes``: those to try (all factorizations of the devices, or the one that the user gave).
-    ``dimensions``: letters of SOAP that may be split. ``memory_limit_bytes``: on each device.
+    ``dimensions``: letters of SOAP that may be split. ``proposals``: (call, rule) pairs for
+    operators that have no rule of their own. ``memory_limit_bytes``: on each device.
     """
 
     graph: OperatorGraph
@@ -26,6 +28,7 @@ class Problem:
     training: Training = Training()
     microbatches: int = 1
     dimensions: str = "SOAP"
+    proposals: tuple[tuple[str, OpRule], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
