@@ -63,6 +63,10 @@ class Analytical:
     def memory_bytes(self) -> int:
         return self.topology.device.memory_bytes
 
+    @property
+    def scale_up_devices(self) -> int:
+        return min(self.topology.tiers[0].size, self.topology.devices)
+
     def compute_time_s(self, work: Work) -> float:
         known = self._computed.get(work)
         if known is None:

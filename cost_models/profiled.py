@@ -177,6 +177,10 @@ class Profiled:
         return self.profile.devices
 
     @property
+    def scale_up_devices(self) -> int:
+        return self.profile.devices
+
+    @property
     def memory_bytes(self) -> int:
         return self.profile.memory_bytes
 

@@ -25,7 +25,7 @@ def cost_model_to_json(cost_model: CostModel) -> dict[str, Any]:
             found["name"] = cost_model.topology.name
             found["analytical"] = asdict(cost_model.topology)
         case Profiled():
-            found["name"] = cost_model.profile.machine
+            found["name"] = f"local ({cost_model.profile.device})"
             found["profiled"] = profile_to_json(cost_model.profile)
     plain: dict[str, Any] = json.loads(json.dumps(found))  # tuples become lists, as in a file
     return plain

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 from autopar.ir.graph import Operator, TensorSpec
 from autopar.ir.sharding import INVARIANT, PARTIAL, REPLICATE, Mesh, Placement, Sharding, shard
@@ -166,8 +166,19 @@ class BoundRule:
         """What one axis may do, divisibility aside. ``REPLICATED`` is legal for every operator."""
         return (*self.factors, NOTHING, REPLICATED) + ((SUMMED,) if self.rule.linear else ())
 
+    @cached_property
+    def _known(self) -> dict[object, Any]:
+        """Answers of ``placements`` (by choice) and ``shardings`` (by split)."""
+        return {}
+
     def placements(self, choice: Choice) -> tuple[tuple[Placement, ...], tuple[Placement, ...]]:
         """How inputs and outputs lie on an axis that makes this choice."""
+        found = self._known.get(choice)
+        if found is None:
+            found = self._known[choice] = self._placements(choice)
+        return found  # type: ignore[no-any-return]
+
+    def _placements(self, choice: Choice) -> tuple[tuple[Placement, ...], tuple[Placement, ...]]:
         if choice == NOTHING:
             return (INVARIANT,) * len(self.inputs), (INVARIANT,) * len(self.outputs)
         if choice == REPLICATED:
@@ -193,6 +204,12 @@ class BoundRule:
 
     def shardings(self, split: Split) -> tuple[tuple[Sharding, ...], tuple[Sharding, ...]]:
         """Shardings of the inputs and of the outputs under ``split``."""
+        found = self._known.get(split)
+        if found is None:
+            found = self._known[split] = self._shardings(split)
+        return found  # type: ignore[no-any-return]
+
+    def _shardings(self, split: Split) -> tuple[tuple[Sharding, ...], tuple[Sharding, ...]]:
         by_axis = [self.placements(choice) for choice in split]
         inputs = tuple(tuple(axis[0][i] for axis in by_axis) for i in range(len(self.inputs)))
         outputs = tuple(tuple(axis[1][i] for axis in by_axis) for i in range(len(self.outputs)))

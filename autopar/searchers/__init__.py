@@ -1,1 +1,17 @@
-"""Shelf of searchers: from a problem to the best strategy, with a bound."""
+"""Shelf of searchers: from a problem to the best strategy, with a lower bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from autopar.ir.search import SearchResult
+from autopar.searchers import exhaustive, ilp
+
+Searcher = Callable[..., SearchResult]
+"""``search(problem, budget, progress=...)``; ``progress`` is called with one line at a time."""
+
+SEARCHERS: dict[str, Searcher] = {
+    "ilp": ilp.search,
+    "exhaustive": exhaustive.search,
+}
+"""By the name that ``--searcher`` takes."""

@@ -137,24 +137,42 @@ def _kept_as_flow(price_list: PriceList, index: int, weights: Seconds, dummy: in
 
 def ascend(
     problem: Dual, sweeps: int, enough: Callable[[float], bool] = lambda bound_s: False
-) -> None:
+) -> Selection:
     """Raise the bound by so many sweeps there and back, until it no longer rises, or until it is
-    ``enough``. At first the consumers of a tensor pay equal parts of a redistribution; then each
-    takes what the others leave."""
-    order = range(len(problem.theta))
+    ``enough``; returns the best selection met on the way (which may not fit).
+
+    At first the consumers of a tensor pay equal parts of a redistribution; then each takes what the
+    others leave.
+    """
+    met = []
     for fair in (True, False):
-        before = problem.bound_s
-        for _ in range(sweeps):
-            for node in order:
-                _push(problem, node, forward=True, fair=fair)
-            for node in reversed(order):
-                _push(problem, node, forward=False, fair=fair)
-            now = problem.bound_s
-            if enough(now):
-                return
-            if now - before <= 1e-6 * abs(now):
-                break
-            before = now
+        if _sweep(problem, sweeps, fair, enough):
+            return near_selection(problem)
+        met.append(near_selection(problem))
+    return min(met, key=lambda selection: weighed_s(problem, selection))
+
+
+def weighed_s(problem: Dual, selection: Selection) -> float:
+    """Time and, with the multipliers, memory of a selection."""
+    memory = float(problem.weights @ problem.price_list.memory_of(selection))
+    return problem.price_list.time_of(selection) + memory
+
+
+def _sweep(problem: Dual, sweeps: int, fair: bool, enough: Callable[[float], bool]) -> bool:
+    order = range(len(problem.theta))
+    before = problem.bound_s
+    for _ in range(sweeps):
+        for node in order:
+            _push(problem, node, forward=True, fair=fair)
+        for node in reversed(order):
+            _push(problem, node, forward=False, fair=fair)
+        now = problem.bound_s
+        if enough(now):
+            return True
+        if now - before <= 1e-6 * abs(now):
+            break
+        before = now
+    return False
 
 
 def _push(problem: Dual, node: int, *, forward: bool, fair: bool) -> None:

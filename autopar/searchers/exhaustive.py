@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import product
 from math import comb, prod
@@ -9,6 +10,9 @@ from math import comb, prod
 import numpy as np
 
 from autopar.errors import AutoparError
+from autopar.ir.search import Budget, Problem, SearchResult
+from autopar.searchers.optimum import Optimum
+from autopar.searchers.over_meshes import Progress, search_meshes
 from autopar.simulator.price_list import Menu, Node, PriceList, Selection
 
 MOST_SELECTIONS = 3_000_000
@@ -74,3 +78,19 @@ def _spreads(menu: Menu, k: int) -> list[tuple[int, ...]]:
                 yield (first, *rest)
 
     return list(spread(menu.count, len(menu.time_s[menu.use[k]])))
+
+
+def search(
+    problem: Problem, budget: Budget, progress: Progress = lambda line: None
+) -> SearchResult:
+    """Try every selection on every mesh: for small models, and to check the others."""
+    return search_meshes("exhaustive", problem, budget, _solve, progress)
+
+
+def _solve(price_list: PriceList, cutoff_s: float, deadline: float, gap: float) -> Optimum:
+    del deadline, gap
+    best = best_selection(price_list)
+    if best is None:
+        return Optimum(None, math.inf, True)
+    time_s = price_list.time_of(best)
+    return Optimum(best if time_s < cutoff_s else None, time_s)

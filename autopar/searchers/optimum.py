@@ -15,15 +15,11 @@ from autopar.searchers.bounds import (
     ascend,
     dual,
     everything,
-    near_selection,
     survivors,
 )
 from autopar.simulator.price_list import PriceList, Selection
 
 SWEEPS = 60
-SMALL = 4_000
-"""Columns up to which the ILP is solved as it is; building it costs less than bounding it."""
-
 OPTIMISTIC = 1.2
 """When no selection is known that fits: at first what is within this factor of the bound."""
 
@@ -46,22 +42,21 @@ def optimum(
     cutoff_s: float = math.inf,
     deadline: float = math.inf,
     gap: float = 1e-6,
-    small: int = SMALL,
+    exclude: bool = True,
 ) -> Optimum:
     """The fastest selection that fits, if it is faster than ``cutoff_s``.
 
     ``deadline`` (``time.monotonic``): then the best so far is returned, with a bound that holds.
-    ``gap``: relative distance to the bound that counts as optimal. ``small``: up to so many columns
-    the ILP is solved as it is.
+    ``gap``: relative distance to the bound that counts as optimal. Without ``exclude``
+    the ILP is solved as it is, with nothing left out.
     """
-    offered = everything(price_list)
-    if offered.columns <= small:
-        return _finish(price_list, offered, None, -math.inf, cutoff_s, deadline, gap)
+    if not exclude:
+        return _finish(price_list, everything(price_list), None, -math.inf, cutoff_s, deadline, gap)
     relaxed = dual(price_list)
-    ascend(relaxed, SWEEPS, lambda bound_s: bound_s > cutoff_s)
+    best = ascend(relaxed, SWEEPS, lambda bound_s: bound_s > cutoff_s)
     if relaxed.bound_s > cutoff_s:
         return Optimum(None, relaxed.bound_s)
-    best, tight = near_selection(relaxed), relaxed
+    tight = relaxed
     if not price_list.fits(best):
         found, tight = _within_memory(price_list, relaxed, best, deadline)
         if found is None and _cannot_fit(price_list, tight):
@@ -160,10 +155,9 @@ class _Memory:
 
     def look(self, weights: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Selection:
         problem = dual(self.price_list, weights)
-        ascend(problem, SWEEPS)
+        selection = ascend(problem, SWEEPS)
         if problem.bound_s > self.tight.bound_s:
             self.tight = problem
-        selection = near_selection(problem)
         if self.price_list.fits(selection) and (
             self.best is None
             or self.price_list.time_of(selection) < self.price_list.time_of(self.best)

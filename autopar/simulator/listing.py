@@ -19,6 +19,7 @@ from autopar.simulator.blocks import Block, blocks
 from autopar.simulator.clusters import Cluster, Link, clusters, links
 from autopar.simulator.costs import ComputeCache, Costs
 from autopar.simulator.edges import Rules, canonical, carries_gradient, saves_input
+from autopar.simulator.folding import Folded, fold
 from autopar.simulator.memory import optimizer_bytes_per_element
 from autopar.simulator.price_list import Flow, Kept, Menu, Node, PriceList, Selection
 from autopar.simulator.prices import update_time_s
@@ -58,7 +59,6 @@ class Structure:
 
     graph: OperatorGraph
     rules: Rules
-    dimensions: str = "SOAP"
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
@@ -79,6 +79,10 @@ class Structure:
         for representative in self.class_of:
             found[representative] = found.get(representative, 0) + 1
         return found
+
+    @cached_property
+    def folded(self) -> Folded:
+        return fold(self.graph, self.blocks)
 
     @cached_property
     def links(self) -> tuple[Link, ...]:
@@ -111,17 +115,18 @@ class Structure:
 
     @cached_property
     def letters(self) -> dict[int, dict[str, str]]:
-        """SOAP: for each class, whether a factor is Sample (it comes from the batch dim of an
-        input), Parameter (it indexes a parameter) or Attribute (neither)."""
-        sampled = {t.name: {0} for t in self.graph.of_role(Role.INPUT) if t.spec.shape}
+        """SOAP: for each class, where the index of a factor comes from: the batch dim of an input
+        (S), another dim of an input (A), or a parameter (P)."""
+        origin = {
+            t.name: ("S" + "A" * len(t.spec.shape))[: len(t.spec.shape)]
+            for t in self.graph.of_role(Role.INPUT)
+        }
         found: dict[int, dict[str, str]] = {}
         for index, operator in enumerate(self.graph.operators):
             bound = self.rules[operator.name]
-            letters = _letters(self.graph, operator, bound, sampled)
+            letters = _letters(self.graph, operator, bound, origin)
             for name, dims in zip(operator.outputs, bound.outputs, strict=True):
-                sampled[name] = {
-                    i for i, dim in enumerate(dims) if dim and letters.get(dim[0]) == "S"
-                }
+                origin[name] = "".join(letters[dim[0]] if dim else "A" for dim in dims)
             found.setdefault(self.class_of[index], letters)
         return found
 
@@ -130,16 +135,26 @@ class Structure:
 
 
 def _letters(
-    graph: OperatorGraph, operator: Operator, bound: BoundRule, sampled: dict[str, set[int]]
+    graph: OperatorGraph, operator: Operator, bound: BoundRule, origin: dict[str, str]
 ) -> dict[str, str]:
-    letters = dict.fromkeys(bound.sizes, "A")
+    """A factor that meets several origins is S before A before P; one that meets none is A."""
+    met: dict[str, set[str]] = {factor: set() for factor in bound.sizes}
     for name, dims in zip(operator.inputs, bound.inputs, strict=True):
-        for i, dim in enumerate(dims):
-            if i in sampled.get(name, ()):
-                letters.update(dict.fromkeys(dim[:1], "S"))
-            elif graph.by_name[name].role is Role.PARAMETER:
-                letters.update({f: "P" for f in dim if letters[f] == "A"})
-    return letters
+        parameter = graph.by_name[name].role is Role.PARAMETER
+        known = "P" * len(dims) if parameter else origin.get(name, "")
+        for dim, letter in zip(dims, known, strict=False):
+            for factor in dim[:1]:
+                met[factor].add(letter)
+    return {f: next((x for x in "SAP" if x in letters), "A") for f, letters in met.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """What one mesh axis may do: divide factors of these ``letters`` of SOAP, and keep parameters
+    replicated or at one of these ZeRO ``levels``."""
+
+    letters: str = "SAP"
+    levels: tuple[int, ...] = (0, 1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -164,6 +179,7 @@ class Listing:
     training: Training
     microbatches: int = 1
     compute_cache: ComputeCache = field(default_factory=dict)
+    allowed: tuple[Allowed, ...] = ()  # for each axis; empty: everything on all
 
     @cached_property
     def costs(self) -> Costs:
@@ -185,8 +201,11 @@ class Listing:
 
     def _candidates(self, cluster: Cluster) -> Candidates:
         """Options for each axis, where every operator's factors divide exactly."""
-        allowed = [i for i, o in enumerate(cluster.options) if self._allowed(cluster, o)]
-        every = np.array(list(product(allowed, repeat=len(self.mesh.axes))), dtype=np.int64)
+        per_axis = [
+            [i for i, option in enumerate(cluster.options) if self._may(axis, cluster, option)]
+            for axis in range(len(self.mesh.axes))
+        ]
+        every = np.array(list(product(*per_axis)), dtype=np.int64)
         legal = np.ones(len(every), dtype=bool)
         for member in cluster.members:
             bound = self.structure.bound(member)
@@ -196,14 +215,16 @@ class Listing:
                 legal &= (sizes % cuts == 0).all(axis=1)
         return Candidates(cluster, every[legal])
 
-    def _allowed(self, cluster: Cluster, option: dict[int, Choice]) -> bool:
-        """Whether the dimensions of SOAP that the user allows include what the first member
-        divides; the others follow it."""
+    def _may(self, axis: int, cluster: Cluster, option: dict[int, Choice]) -> bool:
+        """Whether the axis is allowed what the first member divides; the others follow it."""
         first = cluster.members[0]
         choice = option[first]
-        return choice in RESERVED or (
-            self.structure.letters[first][choice] in self.structure.dimensions
-        )
+        if choice in RESERVED or not self.allowed:
+            return True
+        return self.structure.letters[first][choice] in self.allowed[axis].letters
+
+    def _levels(self, axis: int) -> tuple[int, ...]:
+        return self.allowed[axis].levels if self.allowed else (0, 1, 2, 3)
 
     def _cuts(self, cluster: Cluster, member: int, option: Index) -> tuple[Index, Index]:
         """For each alternative: the choice of each axis (as a number), and into how many pieces
@@ -218,8 +239,17 @@ class Listing:
     # ---- nodes ---------------------------------------------------------------------------------
 
     @cached_property
+    def least_s(self) -> float:
+        """What all decisions cost at least, redistributions left out: quick to know."""
+        return sum(n.count * float(n.time_s.min()) for n in self._nodes)
+
+    @cached_property
+    def _nodes(self) -> list[Node]:
+        return [self._node(number) for number in range(len(self.structure.clusters))]
+
+    @cached_property
     def price_list(self) -> PriceList:
-        nodes = [self._node(number) for number in range(len(self.structure.clusters))]
+        nodes = list(self._nodes)
         flows = [flow for link in self.structure.links for flow in self._flows(link)]
         for use in self._shared_uses:
             flows += self._shared_flows(use, len(nodes))
@@ -421,7 +451,8 @@ class Listing:
         found = self._storage_cache.get(key)
         if found is None:
             target = sharding(used, len(self.mesh.axes))
-            offered = tuple(storages(spec, target, self.mesh, trained=trained))
+            levels = [self._levels(axis) for axis in range(len(self.mesh.axes))]
+            offered = tuple(storages(spec, target, self.mesh, levels, trained=trained))
             time_s = self._storage_time_s(spec, trained, offered, target) + saving * (
                 self._gather_time_s(spec, offered, target)
             )
@@ -507,17 +538,26 @@ class Listing:
 
     def shared_storages(self, use: Use) -> tuple[Storage, ...]:
         """The alternatives of a parameter with several users: any that the mesh divides."""
-        tensor = self.graph.by_name[use.parameters[0]]
-        per_axis = [("I", "I", "I")]
-        for dim in range(len(tensor.spec.shape)):
-            s = shard(dim)
-            per_axis += [(s, s, s), ("I", s, s), ("I", "I", s)]
+        spec = self.graph.spec(use.parameters[0])
+        per_axis = [self._shared_levels(spec.shape, axis) for axis in range(len(self.mesh.axes))]
         found = []
-        for axes in product(per_axis, repeat=len(self.mesh.axes)):
+        for axes in product(*per_axis):
             parameter, grad, optimizer = (tuple(level) for level in zip(*axes, strict=True))
-            if _divides(tensor.spec.shape, optimizer, self.mesh):
+            if _divides(spec.shape, optimizer, self.mesh):
                 found.append(Storage(parameter, grad, optimizer))
         return tuple(found)
+
+    def _shared_levels(
+        self, shape: tuple[int, ...], axis: int
+    ) -> list[tuple[Placement, Placement, Placement]]:
+        """On one axis. Where parameters may be divided (tensor parallelism), kept divided too."""
+        dims = [d for d, n in enumerate(shape) if n % self.mesh.sizes[axis] == 0]
+        levels = set(self._levels(axis)) if dims else {0}
+        if dims and self.allowed and "P" in self.allowed[axis].letters:
+            levels |= {0, 3}
+        return [
+            _level(level, shard(d)) for level in sorted(levels) for d in (dims if level else [0])
+        ]
 
     def _shared_node(self, use: Use) -> Node:
         tensor = self.graph.by_name[use.parameters[0]]
@@ -620,6 +660,14 @@ class Listing:
 
     # ---- back to a strategy --------------------------------------------------------------------
 
+    def treats_copies_alike(self, selection: Selection) -> bool:
+        """Whether all copies of a block keep their parameters alike (they are split alike)."""
+        return all(
+            max(counts) == menu.count
+            for node, storages_ in zip(self.price_list.nodes, selection.storages, strict=True)
+            for menu, counts in zip(node.menus, storages_, strict=True)
+        )
+
     def strategy(self, selection: Selection) -> Strategy:
         """The strategy that a selection stands for."""
         splits: dict[str, Split] = {}
@@ -672,30 +720,45 @@ def _per_step(storage: Storage, target: Sharding) -> bool:
     return storage.gradient == storage.parameter and not gathers
 
 
-def storages(spec: TensorSpec, used: Sharding, mesh: Mesh, *, trained: bool) -> Iterator[Storage]:
+def storages(
+    spec: TensorSpec,
+    used: Sharding,
+    mesh: Mesh,
+    levels: Sequence[tuple[int, ...]],
+    *,
+    trained: bool,
+) -> Iterator[Storage]:
     """How a parameter that is used as ``used`` may be kept.
 
-    An axis that shards the use shards the storage. On any other axis: replicated, or ZeRO-1, 2 or 3
-    along the first dim that the axis divides and that no later axis cuts in the use (such a piece
-    of a piece could not be gathered alone). Nor is a gradient offered that arrives with every
-    microbatch in pieces that the optimizer's shard would have to be put together from.
+    An axis that shards the use shards the storage. On any other axis: replicated, or ZeRO of one of
+    its ``levels`` along the first dim that the axis divides and that no later axis cuts in the use
+    (such a piece of a piece could not be gathered alone). Nor is a gradient offered that arrives
+    with every microbatch in pieces that the optimizer's shard would have to be put together from.
     """
     dims = _zero_dims(spec.shape, used, mesh)
     per_axis: list[list[tuple[Placement, Placement, Placement]]] = []
-    for placement, dim in zip(used, dims, strict=True):
+    for placement, dim, offered in zip(used, dims, levels, strict=True):
         if sharded_dim(placement) is not None:
             per_axis.append([(placement,) * 3])
-            continue
-        levels: list[tuple[Placement, Placement, Placement]] = [("I", "I", "I")]
-        if dim is not None:
-            s = shard(dim)
-            levels += [("I", "I", s), ("I", s, s), (s, s, s)] if trained else [(s, s, s)]
-        per_axis.append(levels)
+        elif dim is None:
+            per_axis.append([_level(0, "")])
+        else:
+            useful = offered if trained else tuple(n for n in offered if n in (0, 3)) or (0,)
+            per_axis.append([_level(n, shard(dim)) for n in useful])
     for axes in product(*per_axis):
         parameter, grad, optimizer = (tuple(level) for level in zip(*axes, strict=True))
         storage = Storage(parameter, grad, optimizer)
         if _per_step(storage, used) or all(step.source == "I" for step in steps(grad, optimizer)):
             yield storage
+
+
+def _level(level: int, sharded: Placement) -> tuple[Placement, Placement, Placement]:
+    """Parameter, gradient and optimizer state at a ZeRO level (0: replicated)."""
+    return (
+        sharded if level >= 3 else "I",
+        sharded if level >= 2 else "I",
+        sharded if level >= 1 else "I",
+    )
 
 
 def _zero_dims(shape: tuple[int, ...], used: Sharding, mesh: Mesh) -> list[int | None]:

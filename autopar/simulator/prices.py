@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 
 from autopar.ir.graph import ITEM_BYTES, OperatorGraph, TensorSpec
@@ -12,12 +12,14 @@ from autopar.ir.simulation import Estimate, PromisedCollective
 from autopar.ir.strategy import Storage, Strategy, Training
 from autopar.simulator.costs import ComputeCache, Costs, inner_transfers
 from autopar.simulator.edges import (
+    Edge,
     ParameterEdge,
     Rules,
     carries_gradient,
     edges,
     parameter_edges,
 )
+from autopar.simulator.folding import Folded, whole
 from autopar.simulator.memory import optimizer_bytes_per_element, peak_memory
 from autopar.simulator.redistribution import Transfer, transfers
 from cost_models.interface import CostModel
@@ -30,31 +32,25 @@ def evaluate(
     strategy: Strategy,
     *,
     compute_cache: ComputeCache | None = None,
+    folded: Folded | None = None,
 ) -> Estimate:
-    """Price a whole strategy, choice by choice, without any folding or clustering.
+    """Price a whole strategy, choice by choice. ``graph`` is that of one microbatch.
 
-    Times are summed: nothing overlaps. ``graph`` is that of one microbatch.
+    Times are summed: nothing overlaps. ``folded``: the same graph with equal blocks left out, for
+    strategies that treat the copies alike; the answer is the same, sooner.
     """
+    seen = whole(graph) if folded is None else folded
     costs = Costs(cost_model, strategy.mesh, {} if compute_cache is None else compute_cache)
-    promised = tuple(_priced(promise(graph, rules, strategy), costs))
-    forward_s = backward_s = 0.0
-    for operator in graph.operators:
-        differentiable = tuple(graph.by_name[name].differentiable for name in operator.inputs)
-        if not carries_gradient(graph, operator):
-            differentiable = (False,) * len(differentiable)
-        forward, backward = costs.operator_s(
-            rules[operator.name], strategy.splits[operator.name], differentiable
-        )
-        forward_s += forward
-        backward_s += backward
-    moved_forward_s, moved_backward_s = _local_moves_s(graph, rules, strategy, costs)
+    needed = _needed(seen, rules, strategy)
+    promised = tuple(_priced(_promise(graph, seen, rules, strategy, needed), costs))
+    forward_s, backward_s = _operators_s(seen, rules, strategy, costs)
+    moved_forward_s, moved_backward_s = _local_moves_s(needed, strategy, costs)
     times = strategy.microbatches
     forward_s = (forward_s + moved_forward_s) * times
     backward_s = (backward_s + moved_backward_s) * times
     optimizer_s = sum(
-        optimizer_time_s(graph.spec(name), storage, strategy.training, costs)
-        for name, storage in strategy.storage.items()
-        if graph.by_name[name].differentiable
+        optimizer_time_s(graph.spec(name), storage, strategy.training, costs) * count
+        for name, storage, count in _stored_alike(graph, strategy)
     )
     spent = {
         phase: sum(c.time_s * c.count for c in promised if c.phase == phase)
@@ -73,27 +69,86 @@ def evaluate(
     )
 
 
+def _operators_s(
+    seen: Folded, rules: Rules, strategy: Strategy, costs: Costs
+) -> tuple[float, float]:
+    """Compute of all operators, forward and backward."""
+    forward_s = backward_s = 0.0
+    graph = seen.graph
+    for operator in graph.operators:
+        differentiable = tuple(graph.by_name[name].differentiable for name in operator.inputs)
+        if not carries_gradient(graph, operator):
+            differentiable = (False,) * len(differentiable)
+        forward, backward = costs.operator_s(
+            rules[operator.name], strategy.splits[operator.name], differentiable
+        )
+        forward_s += forward * seen.weight[operator.name]
+        backward_s += backward * seen.weight[operator.name]
+    return forward_s, backward_s
+
+
+def _stored_alike(graph: OperatorGraph, strategy: Strategy) -> Iterator[tuple[str, Storage, int]]:
+    """Trained parameters of the same shape and storage: the first, and how many."""
+    counts: dict[tuple[TensorSpec, Storage], int] = {}
+    first: dict[tuple[TensorSpec, Storage], str] = {}
+    for name, storage in strategy.storage.items():
+        tensor = graph.by_name[name]
+        if tensor.differentiable:
+            key = (tensor.spec, storage)
+            counts[key] = counts.get(key, 0) + 1
+            first.setdefault(key, name)
+    return ((first[key], key[1], count) for key, count in counts.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Needed:
+    """The redistributions of a strategy, each with how many there are."""
+
+    activations: tuple[tuple[Edge, int], ...]
+    parameters: tuple[tuple[ParameterEdge, int], ...]
+
+
+def _needed(seen: Folded, rules: Rules, strategy: Strategy) -> Needed:
+    made = {name: seen.weight[o.name] for o in seen.graph.operators for name in o.outputs}
+    return Needed(
+        tuple((edge, made[edge.tensor]) for edge in edges(seen.graph, rules, strategy)),
+        tuple(
+            (edge, min(seen.weight[name] for name in edge.consumers))
+            for edge in parameter_edges(seen.graph, rules, strategy)
+        ),
+    )
+
+
 def promise(graph: OperatorGraph, rules: Rules, strategy: Strategy) -> Iterator[PromisedCollective]:
     """Every collective that a step executes, unpriced (``time_s`` is 0)."""
-    mesh, times = strategy.mesh, strategy.microbatches
-    for operator in graph.operators:
+    seen = whole(graph)
+    return _promise(graph, seen, rules, strategy, _needed(seen, rules, strategy))
+
+
+def _promise(
+    graph: OperatorGraph, seen: Folded, rules: Rules, strategy: Strategy, needed: Needed
+) -> Iterator[PromisedCollective]:
+    mesh, microbatches = strategy.mesh, strategy.microbatches
+    for operator in seen.graph.operators:
         bound, split = rules[operator.name], strategy.splits[operator.name]
+        times = microbatches * seen.weight[operator.name]
         for transfer in inner_transfers(bound, split, mesh, "forward"):
             yield _promised(transfer, "forward", mesh, times, operator.name)
-        if carries_gradient(graph, operator):
+        if carries_gradient(seen.graph, operator):
             for transfer in inner_transfers(bound, split, mesh, "backward"):
                 yield _promised(transfer, "backward", mesh, times, operator.name)
-    for edge in edges(graph, rules, strategy):
+    for edge, count in needed.activations:
         forward, backward = edge.transfers(mesh)
         for transfer in forward:
-            yield _promised(transfer, "forward", mesh, times, edge.tensor)
+            yield _promised(transfer, "forward", mesh, microbatches * count, edge.tensor)
         for transfer in backward:
-            yield _promised(transfer, "backward", mesh, times, edge.tensor)
-    for parameter_edge in parameter_edges(graph, rules, strategy):
-        yield from _parameter_promise(parameter_edge, mesh, times)
-    for name, storage in strategy.storage.items():
-        if graph.by_name[name].differentiable:
-            yield from _storage_promise(graph.spec(name), name, storage, mesh)
+            yield _promised(transfer, "backward", mesh, microbatches * count, edge.tensor)
+    for parameter_edge, count in needed.parameters:
+        for one in _parameter_promise(parameter_edge, mesh, microbatches):
+            yield replace(one, count=one.count * count)
+    for name, storage, count in _stored_alike(graph, strategy):
+        for one in _storage_promise(graph.spec(name), name, storage, mesh):
+            yield replace(one, count=one.count * count)
     yield from _clip_promise(graph, strategy)
 
 
@@ -160,19 +215,18 @@ def _priced(promised: Iterator[PromisedCollective], costs: Costs) -> Iterator[Pr
         yield replace(one, time_s=costs.collective_s(one.kind, axis, one.bytes))
 
 
-def _local_moves_s(
-    graph: OperatorGraph, rules: Rules, strategy: Strategy, costs: Costs
-) -> tuple[float, float]:
+def _local_moves_s(needed: Needed, strategy: Strategy, costs: Costs) -> tuple[float, float]:
     """Slices, masks and pads of all redistributions, forward and backward."""
     forward = backward = 0.0
-    for edge in edges(graph, rules, strategy):
-        forward += costs.moves_s(edge.spec, edge.source, edge.target, backward=False)
+    for edge, count in needed.activations:
+        sides = (edge.spec, edge.source, edge.target)
+        forward += costs.moves_s(*sides, backward=False) * count
         if edge.backward:
-            backward += costs.moves_s(edge.spec, edge.source, edge.target, backward=True)
-    for parameter_edge in parameter_edges(graph, rules, strategy):
+            backward += costs.moves_s(*sides, backward=True) * count
+    for parameter_edge, count in needed.parameters:
         there, back = _parameter_moves_s(parameter_edge, costs)
-        forward += there
-        backward += back / strategy.microbatches if parameter_edge.per_step else back
+        forward += there * count
+        backward += back * count / (strategy.microbatches if parameter_edge.per_step else 1)
     return forward, backward
 
 

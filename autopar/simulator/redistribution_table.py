@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,83 +68,104 @@ def codes(placements: NDArray[np.int64]) -> Codes:
     return total
 
 
+Encoded = tuple[tuple[int, ...], tuple[int, ...]]
+"""The steps of a path: what each does, and the mask of axes that divide its buffer."""
+
+
 @dataclass
 class Paths:
-    """The steps between pairs of codes, as rows of (what, which axes divide the buffer).
+    """The steps between pairs of codes, numbered; many pairs have the same steps.
 
     ``what`` is nothing, a copy, or 2 + kind * axes + axis; the buffer of the step is the whole
     tensor divided by the axes in the bits of ``mask``.
     """
 
     axes: int
-    rows: dict[tuple[int, int], int] = field(default_factory=dict)
-    what: list[tuple[list[int], list[int]]] = field(default_factory=list)
-    mask: list[tuple[list[int], list[int]]] = field(default_factory=list)
-    _arrays: tuple[Any, Any] | None = None
+    _numbers: dict[tuple[int, int], int] = field(default_factory=dict)
+    _patterns: dict[tuple[Sharding, Sharding], int] = field(default_factory=dict)
+    _encoded: dict[tuple[Encoded, Encoded], int] = field(default_factory=dict)
     _blocks: dict[tuple[bytes, bytes], NDArray[np.int64]] = field(default_factory=dict)
 
-    def row(self, source: int, target: int) -> int:
-        found = self.rows.get((source, target))
+    def number(self, source: int, target: int) -> int:
+        found = self._numbers.get((source, target))
         if found is None:
-            found = self._add(source, target)
+            found = self._number(sharding(source, self.axes), sharding(target, self.axes))
+            self._numbers[source, target] = found
         return found
 
     def pairs(self, sources: Codes, targets: Codes) -> NDArray[np.int64]:
-        """Row numbers for arrays of the same shape."""
+        """Numbers for arrays of the same shape."""
         span = BASE**self.axes
         joined = sources * span + targets
         unique, inverse = np.unique(joined, return_inverse=True)
-        rows = [self.row(*divmod(int(pair), span)) for pair in unique]
-        return np.asarray(rows, dtype=np.int64)[inverse].reshape(joined.shape)
+        numbers = [self.number(*divmod(int(pair), span)) for pair in unique]
+        return np.asarray(numbers, dtype=np.int64)[inverse].reshape(joined.shape)
 
     def block(self, sources: Codes, targets: Codes) -> NDArray[np.int64]:
-        """Row numbers for every source (rows) with every target (columns)."""
+        """Numbers for every source (rows) with every target (columns)."""
         key = (sources.tobytes(), targets.tobytes())
         found = self._blocks.get(key)
         if found is None:
             found = np.asarray(
-                [[self.row(a, b) for b in targets.tolist()] for a in sources.tolist()],
+                [[self.number(a, b) for b in targets.tolist()] for a in sources.tolist()],
                 dtype=np.int64,
             ).reshape(len(sources), len(targets))
             self._blocks[key] = found
         return found
 
+    @property
+    def count(self) -> int:
+        return len(self._encoded)
+
     def arrays(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """``what`` and ``mask`` as (rows, forward or backward, steps)."""
-        if self._arrays is None or len(self._arrays[0]) != len(self.what):
-            self._arrays = np.asarray(self.what), np.asarray(self.mask)
-        return self._arrays
+        """``what`` and ``mask`` as (numbers, forward or backward, steps)."""
+        what = [(there[0], back[0]) for there, back in self._encoded]
+        mask = [(there[1], back[1]) for there, back in self._encoded]
+        return np.asarray(what), np.asarray(mask)
 
-    def _add(self, source: int, target: int) -> int:
-        a, b = sharding(source, self.axes), sharding(target, self.axes)
-        there = self._encode(a, [(s.axis, s.source, s.target) for s in steps(a, b)])
-        back_steps = [reverse(s) for s in reversed(steps(a, b))]
-        back = self._encode(gradient(b), [(s.axis, s.source, s.target) for s in back_steps])
-        self.what.append((there[0], back[0]))
-        self.mask.append((there[1], back[1]))
-        self.rows[source, target] = len(self.what) - 1
-        return len(self.what) - 1
+    def _number(self, source: Sharding, target: Sharding) -> int:
+        """The steps do not depend on which dims are cut, only on which are the same."""
+        names: dict[int, Placement] = {}
+        pattern = (_renamed(source, names), _renamed(target, names))
+        found = self._patterns.get(pattern)
+        if found is None:
+            a, b = pattern
+            path = steps(a, b)
+            there = self._encode(a, path)
+            back = self._encode(gradient(b), [reverse(step) for step in reversed(path)])
+            found = self._encoded.setdefault((there, back), len(self._encoded))
+            self._patterns[pattern] = found
+        return found
 
-    def _encode(
-        self, start: Sharding, path: Sequence[tuple[int, Placement, Placement]]
-    ) -> tuple[list[int], list[int]]:
+    def _encode(self, start: Sharding, path: Sequence[Step]) -> Encoded:
         what, mask = [_NOTHING] * _MOST_STEPS, [0] * _MOST_STEPS
         current = list(start)
-        for i, (axis, source, target) in enumerate(path):
+        for i, step in enumerate(path):
             before = _mask(current)
-            current[axis] = target
+            current[step.axis] = step.target
             after = _mask(current)
-            kind = forward_collective(Step(axis, source, target))
+            kind = forward_collective(step)
             if kind is not None:
-                what[i] = 2 + _KINDS.index(kind) * self.axes + axis
+                what[i] = 2 + _KINDS.index(kind) * self.axes + step.axis
                 mask[i] = before & after  # the larger buffer is divided by fewer axes
-            elif target[0] in "SP":
+            elif step.target[0] in "SP":
                 what[i], mask[i] = _COPY, after
-        return what, mask
+        return tuple(what), tuple(mask)
+
+
+def _renamed(of: Sharding, names: dict[int, Placement]) -> Sharding:
+    """Dims numbered in the order in which they are met."""
+    renamed = []
+    for placement in of:
+        dim = sharded_dim(placement)
+        if dim is not None:
+            placement = names.setdefault(dim, shard(len(names)))
+        renamed.append(placement)
+    return tuple(renamed)
 
 
 def _mask(current: list[Placement]) -> int:
-    return sum(1 << axis for axis, p in enumerate(current) if p.startswith("S"))
+    return sum(1 << axis for axis, p in enumerate(current) if p[0] == "S")
 
 
 @lru_cache(maxsize=None)
@@ -159,30 +179,38 @@ class RedistributionTable:
     """Redistribution seconds on one mesh, equal to ``Costs.redistribution_s``, for whole arrays."""
 
     costs: Costs
-    _steps: dict[TensorSpec, Seconds] = field(default_factory=dict)
+    _steps: dict[tuple[int, str], Seconds] = field(default_factory=dict)
+    _times: dict[tuple[int, str, bool], tuple[int, Seconds]] = field(default_factory=dict)
 
     @property
     def paths(self) -> Paths:
         return paths(len(self.costs.mesh.axes))
 
     def seconds(
-        self, spec: TensorSpec, rows: NDArray[np.int64], *, copies: bool = True
+        self, spec: TensorSpec, numbers: NDArray[np.int64], *, copies: bool = True
     ) -> tuple[Seconds, Seconds]:
-        """Forward and backward seconds for an array of row numbers; without ``copies`` the
+        """Forward and backward seconds for an array of path numbers; without ``copies`` the
         collectives alone."""
-        what, mask = self.paths.arrays()
-        by_step = self._step_seconds(spec)
-        if not copies:
-            by_step = by_step.copy()
-            by_step[_COPY] = 0.0
-        unique, inverse = np.unique(rows, return_inverse=True)
-        times = by_step[what[unique], mask[unique]].sum(axis=-1)
-        found = times[inverse].reshape((*rows.shape, 2))
+        found = self._path_seconds(spec, copies)[numbers]
         return found[..., 0], found[..., 1]
+
+    def _path_seconds(self, spec: TensorSpec, copies: bool) -> Seconds:
+        """Forward and backward seconds of every path met so far."""
+        key = (spec.bytes, spec.dtype, copies)
+        known, times = self._times.get(key, (0, np.zeros((0, 2))))
+        if known != self.paths.count:
+            what, mask = self.paths.arrays()
+            by_step = self._step_seconds(spec)
+            if not copies:
+                by_step = by_step.copy()
+                by_step[_COPY] = 0.0
+            times = by_step[what, mask].sum(axis=-1)
+            self._times[key] = (self.paths.count, times)
+        return times
 
     def _step_seconds(self, spec: TensorSpec) -> Seconds:
         """Seconds by (what, mask)."""
-        key = TensorSpec((spec.bytes,), spec.dtype)
+        key = (spec.bytes, spec.dtype)
         found = self._steps.get(key)
         if found is None:
             mesh = self.costs.mesh

@@ -29,6 +29,10 @@ class FakePrices:
     )
     latency_s: float = 0.0
 
+    @property
+    def scale_up_devices(self) -> int:
+        return self.devices
+
     def compute_time_s(self, work: Work) -> float:
         return self.work[work.kind] * (work.bytes if work.kind == "memory" else work.flops)
 
