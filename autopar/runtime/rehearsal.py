@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._tools.mem_tracker import MemTracker
 
 from autopar.errors import AutoparError
 from autopar.ir.graph import Operator, OperatorGraph
@@ -23,6 +22,7 @@ from autopar.ir.strategy import Training
 from autopar.runtime.initial import InitialValues
 from autopar.runtime.launch import local_device, run, torchrun
 from autopar.runtime.step import OPTIMIZERS, TrainingStep
+from autopar.runtime.watch import MemoryWatch, Watch
 from autopar.simulator.edges import Rules
 
 Build = Callable[[], tuple[nn.Module, Any, Callable[[Any, Any], Tensor] | None]]
@@ -96,12 +96,27 @@ def _peak_bytes(step: TrainingStep, args: tuple[Any, ...], kwargs: dict[str, Any
         torch.cuda.reset_peak_memory_stats(device)
         step(*args, **kwargs)
         return torch.cuda.max_memory_allocated(device)
-    tracker = MemTracker()
-    tracker.track_external(*step.state.parameters.values(), *step.state.buffers.values())
-    with tracker:
+    recorder, meshes = step.communicator.recorder, step.communicator.device_mesh
+    axes = enumerate(step.strategy.mesh.names)
+    axis_of_group = {str(meshes.get_group(i).group_name): name for i, name in axes}
+    watch = Watch(MemoryWatch(), axis_of_group, lambda: recorder.phase)
+    watch.memory.keep("kept", _kept(step))
+    watch.memory.restart()
+    with watch:
         step(*args, **kwargs)
-    peak = tracker.get_tracker_snapshot("peak")
-    return int(peak[device]["Total"])
+    return watch.memory.peak_bytes
+
+
+def _kept(step: TrainingStep) -> Iterator[Tensor]:
+    """What is there between steps: parameters, buffers, constants, masters, optimizer states."""
+    yield from step.state.parameters.values()
+    yield from step.state.buffers.values()
+    yield from step.program.graph_module.buffers()
+    for group in step.optimizer.param_groups:
+        for parameter in group["params"]:
+            yield parameter
+            states = step.optimizer.state[parameter].values()
+            yield from (state for state in states if isinstance(state, Tensor))
 
 
 # The same in one process
