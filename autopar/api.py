@@ -53,7 +53,7 @@ class Wanted(TypedDict, total=False):
     - ``devices``: how many of this machine (default: its GPUs, else its cores).
     - ``mesh``: sizes of the mesh axes, outermost first (default: all factorizations).
     - ``memory_limit_bytes``: for each device (default: what it has).
-    - ``optimizer``, ``precision``, ``clip_norm``, ``microbatches``: what is trained with.
+    - ``optimizer``, ``precision``, ``clip_norm``: what is trained with.
     - ``dimensions``: which of Sample, Operator, Attribute and Parameter may be split.
     - ``propose``: find rules by trying for ops that have none.
     - ``loss``: ``loss(outputs, inputs)`` when the model does not return its own.
@@ -67,7 +67,6 @@ class Wanted(TypedDict, total=False):
     optimizer: Optimizer
     precision: Precision
     clip_norm: float | None
-    microbatches: int
     dimensions: str
     propose: bool
     loss: Loss | None
@@ -185,7 +184,6 @@ def problem_of(
         meshes=tried,
         memory_limit_bytes=cost_model.memory_bytes if limit is None else limit,
         training=Training(wanted.get("optimizer", "adamw"), precision, wanted.get("clip_norm")),
-        microbatches=wanted.get("microbatches", 1),
         dimensions=_dimensions(wanted.get("dimensions", "SOAP")),
         proposals=proposals,
     )
@@ -285,13 +283,13 @@ def _nothing_found(problem: Problem, result: SearchResult) -> AutoparError:
     if result.nearest_miss_bytes is None:
         return InfeasibleError(
             f"no strategy of {problem.graph.name} on {problem.cost_model.devices} devices fits in "
-            f"{limit} a device; allow more devices, memory, microbatches or dimensions"
+            f"{limit} a device; allow more devices, memory or dimensions"
         )
     need = bytes_text(result.nearest_miss_bytes)
     return InfeasibleError(
         f"nothing fits: the smallest strategy of {problem.graph.name} that was found needs {need} "
-        f"on a device, the limit is {limit}; allow more devices, a smaller batch, more "
-        "microbatches, another optimizer or mixed precision"
+        f"on a device, the limit is {limit}; allow more devices, a smaller batch, "
+        "another optimizer or mixed precision"
     )
 
 

@@ -122,9 +122,6 @@ _search_options = (
         help="What the model is trained with.",
     ),
     click.option("--clip-norm", type=float, help="Clip gradients to this global norm."),
-    click.option(
-        "--microbatches", type=int, default=1, show_default=True, help="Of each global batch."
-    ),
     click.option("--searcher", default="ilp", show_default=True, help="`autopar list searchers`."),
     click.option(
         "--time-limit", type=float, default=300.0, show_default=True, help="Seconds to search."
@@ -163,7 +160,6 @@ def _wanted(options: dict[str, Any]) -> dict[str, Any]:
             "optimizer",
             "precision",
             "clip_norm",
-            "microbatches",
             "searcher",
             "dimensions",
             "propose",
