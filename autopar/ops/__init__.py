@@ -20,6 +20,7 @@ from autopar.ops import (
     reductions,
     views,
 )
+from autopar.ops.proposals import Proposals, bind_proposal
 from autopar.ops.signatures import NoRuleError
 
 RULES: dict[str, OpRule | RuleMaker] = {
@@ -48,8 +49,8 @@ def rule_for(
     return None if bound is None else bound.rule
 
 
-def bound_rules(graph: OperatorGraph) -> dict[str, BoundRule]:
-    """By operator name.
+def bound_rules(graph: OperatorGraph, proposals: Proposals = ()) -> dict[str, BoundRule]:
+    """By operator name; ``proposals`` are for calls that the table has no rule for.
 
     Raises:
         UnsupportedModelError: naming every op of the graph that has no rule.
@@ -58,6 +59,8 @@ def bound_rules(graph: OperatorGraph) -> dict[str, BoundRule]:
     missing: dict[str, list[Operator]] = {}
     for operator in graph.operators:
         bound = bind_operator(graph, operator)
+        if bound is None and proposals:
+            bound = bind_proposal(graph, operator, proposals)
         if bound is None:
             missing.setdefault(operator.op, []).append(operator)
         else:
@@ -121,4 +124,4 @@ def _complaint(graph: OperatorGraph, missing: dict[str, list[Operator]]) -> str:
     )
 
 
-__all__ = ["RULES", "bind_operator", "bound_rules", "rule_for"]
+__all__ = ["RULES", "Proposals", "bind_operator", "bound_rules", "rule_for"]

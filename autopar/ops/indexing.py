@@ -77,9 +77,10 @@ def index(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
 
 
 def index_put(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
-    """Split by the dims that are not indexed; positions may meet, so they stay whole."""
+    """Split by the dims that are not indexed; by positions too where values are added up."""
     sides, out, at = _indexed(operator, inputs)
-    positions = [name for side in sides[1:] for name in side]
+    positions = list(dict.fromkeys(n for side in sides[1:] for n in side if n != "1"))
+    adds = bool(operator.argument(3, "accumulate", False)) and inputs[0].is_floating
     known = {
         name: size
         for side, spec in zip(sides, inputs, strict=False)
@@ -89,28 +90,40 @@ def index_put(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
     del outputs
     return OpRule(
         signature([*sides, values], [sides[0]]),
-        whole=tuple(dict.fromkeys(n for n in (*at, *positions) if n != "1")),
+        whole=tuple(dict.fromkeys(n for n in (*at, *([] if adds else positions)) if n != "1")),
+        sums=tuple(positions) if adds else (),
+        addends=(0,) if adds else (),
+        linear=(0, len(inputs) - 1) if inputs[0].is_floating else (),
         saves=tuple(Saved(f"input {i}") for i in range(1, len(inputs) - 1)),
     )
 
 
 def scatter(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
-    """Split by the dims that run along in all tensors."""
+    """Split by the dims that run along in all tensors; by positions too where values are added."""
     del outputs
     shape, rank = inputs[0].shape, len(inputs[0].shape)
     dim = dim_of(operator.argument(1, "dim"), rank)
-    sides = []
-    for n, spec in enumerate(inputs):
-        names = labels(shape) if n == 0 else labels(spec.shape, f"i{n}_")
-        for i, size in enumerate(spec.shape):
-            if i != dim and all(size == other.shape[i] for other in inputs):
-                names[i] = "1" if size == 1 else f"d{i}"
-        sides.append(names)
-    own = {n for side in sides[1:] for n in side if n.startswith("i")}
-    partners = {i for i in range(rank) if any(f"_{i}" in n for n in own)} | {dim}
+    adds = "add" in operator.op and inputs[0].is_floating
+    names = labels(shape)
+    positions = labels(inputs[1].shape, "position")
+    source = labels(inputs[-1].shape, "source") if len(inputs) == 3 else []
+    for i in range(rank):
+        if i != dim and all(spec.shape[i] == shape[i] for spec in inputs):
+            positions[i] = names[i]
+        if source and inputs[1].shape[i] == inputs[2].shape[i]:
+            source[i] = positions[i]
+    sides = [names, positions, source][: len(inputs)]
+    shared = {n for n in names if all(n in side for side in sides)}
+    loose = {n for side in sides for n in side} - {"1"} - shared
+    # along other dims, position i meets row i of the tensor: a slice would meet the wrong one
+    adds = adds and positions[dim] != "1" and positions[dim] == source[dim]
+    summed = (positions[dim],) if adds else ()
     return OpRule(
-        signature(sides, [sides[0]]),
-        whole=tuple(sorted(own)) + tuple(sides[0][i] for i in partners if sides[0][i] != "1"),
+        signature(sides, [names]),
+        whole=tuple(sorted(loose - set(summed))),
+        sums=summed,
+        addends=(0,) if adds else (),
+        linear=(0, 2) if len(inputs) == 3 and inputs[0].is_floating else (),
         saves=(Saved("input 1", needs=(2,) if "add" in operator.op else ()),),
     )
 
@@ -124,7 +137,9 @@ def index_add(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
     rows = [*names[:dim], positions, *names[dim + 1 :]]
     return OpRule(
         signature([names, [positions], rows], [names]),
-        whole=tuple(n for n in (names[dim], positions) if n != "1"),
+        whole=tuple(n for n in (names[dim],) if n != "1"),
+        sums=(positions,) if positions != "1" else (),
+        addends=(0,),
         linear=(0, 2) if inputs[0].is_floating else (),
         saves=(Saved("input 1", needs=(2,)), Saved("input 2", needs=(2,))),
     )

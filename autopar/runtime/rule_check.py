@@ -238,10 +238,10 @@ class _Case:
         if self._random:
             outputs = self._call(context, self.operator, tensors)
         else:
-            outputs = _listed(_plain(self.operator, tensors))
+            outputs = listed(plain(self.operator, tensors))
             if needs_local_op(self.bound, ()):
                 own = self._call(context, self.operator, self._leaves(inputs))
-                if not all(map(_close, own, outputs)):
+                if not all(map(close, own, outputs)):
                     mismatch = "the local implementation differs from the op"
         cotangents = [
             torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype)
@@ -358,9 +358,9 @@ class _Case:
 
     def _call(self, context: _Context, operator: Operator, tensors: list[Tensor]) -> list[Tensor]:
         if not needs_local_op(context.bound, context.split):
-            return _listed(_plain(operator, tensors))
+            return listed(plain(operator, tensors))
         values, keywords = _arguments(operator, tensors)
-        return _listed(LOCAL_OPS[operator.op](context, operator, values, keywords))
+        return listed(LOCAL_OPS[operator.op](context, operator, values, keywords))
 
     def _gradients(
         self, tensors: list[Tensor], outputs: list[Tensor], cotangents: list[Tensor | None]
@@ -453,24 +453,43 @@ def _recording(found: list[Tensor]) -> Iterator[None]:
         yield
 
 
-def _classified(
+def kept_tensors(
+    operator: Operator, inputs: Sequence[Tensor], differentiable: Sequence[int]
+) -> tuple[set[str], list[Tensor]]:
+    """Names of the inputs and outputs that autograd keeps, and the tensors of its own."""
+    leaves = [x.detach().clone().requires_grad_(i in differentiable) for i, x in enumerate(inputs)]
+    found: list[Tensor] = []
+    with _recording(found):
+        outputs = listed(plain(operator, leaves))
+    return _sorted_out(found, leaves, outputs)
+
+
+def _sorted_out(
     found: list[Tensor], inputs: list[Tensor], outputs: list[Tensor]
-) -> tuple[set[str], int]:
-    """Names of kept inputs and outputs, and bytes of other storages; scalars do not count."""
+) -> tuple[set[str], list[Tensor]]:
     known: dict[int, str] = {}
     for kind, tensors in (("output", outputs), ("input", inputs)):
         for i, tensor in enumerate(tensors):
             known[tensor.untyped_storage().data_ptr()] = f"{kind} {i}"
-    names, own = set(), {}
+    names: set[str] = set()
+    own: dict[int, Tensor] = {}
     for tensor in found:
+        pointer = tensor.untyped_storage().data_ptr()
         if tensor.numel() == 0:
             continue
-        pointer = tensor.untyped_storage().data_ptr()
         if pointer in known:
             names.add(known[pointer])
         else:
-            own[pointer] = tensor.untyped_storage().nbytes()
-    return names, sum(own.values())
+            own[pointer] = tensor
+    return names, list(own.values())
+
+
+def _classified(
+    found: list[Tensor], inputs: list[Tensor], outputs: list[Tensor]
+) -> tuple[set[str], int]:
+    """Names of kept inputs and outputs, and bytes of other storages."""
+    names, own = _sorted_out(found, inputs, outputs)
+    return names, sum(tensor.untyped_storage().nbytes() for tensor in own)
 
 
 def _run_all(
@@ -531,7 +550,7 @@ def _compared(
             for a, p in enumerate(sharding)
         )
         if distinct in alike:
-            if not _close(share, alike[distinct]):
+            if not close(share, alike[distinct]):
                 yield f"{name} differs between ranks that should agree ({sharding})"
                 return
             continue
@@ -541,11 +560,12 @@ def _compared(
             joined[box] = share
         else:
             joined[box] += share
-    if not _close(joined, whole):
+    if not close(joined, whole):
         yield f"{name} joined from {sharding} differs from the whole"
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to the order of sums."""
     if a.shape != b.shape:
         return False
     if not (a.is_floating_point() or a.is_complex()):
@@ -566,19 +586,20 @@ _AS_RESHAPE = {
 """As the lowered program does: a shard need not have the strides that a view can count on."""
 
 
-def _plain(operator: Operator, tensors: list[Tensor]) -> Any:
+def plain(operator: Operator, tensors: Sequence[Tensor]) -> Any:
+    """The op itself on these tensors, with the operator's other arguments."""
     values, keywords = _arguments(operator, tensors)
     return aten(_AS_RESHAPE.get(operator.op, operator.op))(*values, **keywords)
 
 
-def _arguments(operator: Operator, tensors: list[Tensor]) -> tuple[list[Any], dict[str, Any]]:
+def _arguments(operator: Operator, tensors: Sequence[Tensor]) -> tuple[list[Any], dict[str, Any]]:
     return (
         [_value(a, tensors) for a in operator.arguments],
         {k: _value(v, tensors) for k, v in operator.keywords},
     )
 
 
-def _value(argument: Argument, tensors: list[Tensor]) -> Any:
+def _value(argument: Argument, tensors: Sequence[Tensor]) -> Any:
     match argument:
         case Input(index):
             return tensors[index]
@@ -590,8 +611,21 @@ def _value(argument: Argument, tensors: list[Tensor]) -> Any:
             return argument
 
 
-def _listed(outputs: Any) -> list[Tensor]:
+def listed(outputs: Any) -> list[Tensor]:
     return list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
 
 
-__all__ = ["MESHES", "Draw", "Failure", "check", "index_data", "signed_data", "spread", "widened"]
+__all__ = [
+    "MESHES",
+    "Draw",
+    "Failure",
+    "check",
+    "close",
+    "index_data",
+    "kept_tensors",
+    "listed",
+    "plain",
+    "signed_data",
+    "spread",
+    "widened",
+]
