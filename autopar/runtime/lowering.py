@@ -420,9 +420,11 @@ def regathering(
     dropped after its last use; so an operator that saves a gathered parameter (in its rule's
     ``saves``) repeats the forward's collectives exactly once.
     """
-    group = _Again(execution, execution.regathered[operator])
-    with saved_tensors_hooks(lambda tensor: group.pack(tensor, gathered), group.unpack):
-        return op(*args, **kwargs)
+    group = _Again(execution, execution.regathered[operator], gathered)
+    with saved_tensors_hooks(group.pack, group.unpack):
+        result = op(*args, **kwargs)
+    group.gathered = ()  # autograd holds on to both hooks until the backward
+    return result
 
 
 @dataclass(frozen=True)
@@ -438,14 +440,19 @@ class _View:
 class _Again:
     """The gathered parameters that one call of an operator has saved."""
 
-    def __init__(self, execution: Execution, edges: tuple[ParameterEdge, ...]) -> None:
-        self.execution, self.edges = execution, edges
+    def __init__(
+        self,
+        execution: Execution,
+        edges: tuple[ParameterEdge, ...],
+        gathered: tuple[Tensor, ...],
+    ) -> None:
+        self.execution, self.edges, self.gathered = execution, edges, gathered
         self.wanted = [0] * len(edges)
         self.whole: list[Tensor | None] = [None] * len(edges)
 
-    def pack(self, tensor: Tensor, gathered: tuple[Tensor, ...]) -> Tensor | _View:
+    def pack(self, tensor: Tensor) -> Tensor | _View:
         storage = tensor.untyped_storage()._cdata
-        for i, whole in enumerate(gathered):
+        for i, whole in enumerate(self.gathered):
             if whole.untyped_storage()._cdata == storage:
                 self.wanted[i] += 1
                 return _View(i, tensor.size(), tensor.stride(), tensor.storage_offset())
