@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import threading
@@ -38,8 +39,10 @@ Exit codes: 0 ok, 1 internal error or failed verification, 2 usage,
 def main(arguments: list[str] | None = None) -> None:
     """What the ``autopar`` command runs; always ends in ``SystemExit``."""
     given = sys.argv[1:] if arguments is None else arguments
-    if arguments is None and not sys.warnoptions:
-        warnings.simplefilter("ignore")  # torch's words to its developers, among others
+    if arguments is None and not sys.warnoptions and "--traceback" not in given:
+        # what torch and transformers say to their developers
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
     try:
         result = commands.main(given, prog_name="autopar", standalone_mode=False)
         code = result if isinstance(result, int) else 0
