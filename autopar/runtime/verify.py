@@ -136,7 +136,10 @@ def _dry_run(
     """A step in the state that training is in: optimizer states exist."""
     mesh, device = strategy.mesh, device_for_dry_runs()
     recorder = communicator.recorder
-    groups = {communicator.device_mesh.get_group(i).group_name: n for i, n in enumerate(mesh.names)}
+    groups = {
+        str(communicator.device_mesh.get_group(axis).group_name): name
+        for axis, name in enumerate(mesh.names)
+    }
     watch = Watch(MemoryWatch(), groups, lambda: recorder.phase)
     with FakeTensorMode():
         program = lower(graph, strategy, rules, device)
@@ -145,6 +148,7 @@ def _dry_run(
         step = TrainingStep(program, strategy, state, communicator)
         _make_optimizer_states(step)
         _keep(watch.memory, step)
+        watch.memory.ignore(inputs.values())
         kept_bytes = watch.memory.live_bytes
         watch.memory.restart()
         args, kwargs = _arguments(graph, inputs)

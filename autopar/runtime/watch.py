@@ -58,6 +58,11 @@ class MemoryWatch:
         for tensor in tensors:
             self._see(tensor, kind, kind)
 
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """Do not count ``tensors``, nor views of them."""
+        for tensor in tensors:
+            self._seen[tensor.untyped_storage()] = 0
+
     def restart(self) -> None:
         """Forget the peak; what is alive stays counted."""
         self._before = dict(self._alive)
@@ -102,13 +107,13 @@ class MemoryWatch:
         self._events.append((number, sign, piece))
 
 
-class Watch(TorchDispatchMode):
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Enter it inside the fake tensor mode: it sees operators after autograd took them apart."""
 
     def __init__(
         self, memory: MemoryWatch, axis_of_group: Mapping[str, str], phase: Callable[[], Phase]
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.memory, self.axis_of_group, self.phase = memory, axis_of_group, phase
         self.executed: Counter[Executed] = Counter()
 
@@ -116,16 +121,16 @@ class Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         del types
-        result = func(*args, **(kwargs or {}))
         name = func._schema.name.partition("::")[2]
+        if name == "wait_tensor":
+            return args[0]  # so does the real one; the fake one makes a new tensor
+        result = func(*args, **(kwargs or {}))
         if func.namespace == "_c10d_functional":
             self._collective(name, args, result)
         self.memory.see(_tensors(result), name, self.phase())
         return result
 
     def _collective(self, name: str, args: Sequence[Any], result: Any) -> None:
-        if name == "wait_tensor":
-            return
         kind, largest = _COLLECTIVES[name]
         tensor = result if largest == "output" else args[0]
         axis = self.axis_of_group[args[-1]]

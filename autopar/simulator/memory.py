@@ -1,29 +1,35 @@
-"""Peak memory of one device: the step is walked operator by operator, forward and backward.
+"""Peak memory of one device: the step is walked as the runtime executes it, operator by operator.
 
 Counted: parameters, gradients and optimizer states as they are stored; what autograd saves, until
 the operator that saved it has had its backward; tensors that are passed on; gradients of
-activations; what redistributions allocate; the optimizer's temporaries. Views share their base's
-memory. Left out: the caller's batch, allocator fragmentation, the framework's and the
-communication library's own memory.
+activations; what redistributions allocate; the workspace of operators and of the optimizer. Views
+share their base's memory. Left out: the caller's batch, the allocator's rounding and fragmentation,
+the framework's and the communication library's own memory.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from math import prod
+from typing import TypeVar
 
 from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph, Role, TensorSpec
-from autopar.ir.rule import BoundRule
-from autopar.ir.sharding import Mesh, Sharding, local_shape
+from autopar.ir.rule import BoundRule, Split
+from autopar.ir.sharding import INVARIANT, Mesh, Sharding, gradient, local_shape, sharded_dim
 from autopar.ir.simulation import Memory
 from autopar.ir.strategy import Storage, Strategy, Training
-from autopar.simulator.edges import Rules, canonical, carries_gradient
-from autopar.simulator.redistribution import forward_collective, steps
+from autopar.simulator.edges import Rules, canonical, parameter_edges
+from autopar.simulator.redistribution import Step, forward_collective, reverse, steps
+from autopar.simulator.workspace import passes_gradient_on, workspace_bytes
 
 Key = tuple[str, Sharding]
-"""A tensor in one of its shardings."""
+"""A tensor in one of its shardings: a version of it."""
+
+_K = TypeVar("_K", bound=Hashable)
+
+KINDS = ("parameters", "gradients", "optimizer", "activations", "temporaries", "buffers")
 
 
 def local_bytes(spec: TensorSpec, sharding: Sharding, mesh: Mesh) -> int:
@@ -40,67 +46,106 @@ def optimizer_bytes_per_element(spec: TensorSpec, training: Training) -> int:
     return training.state_tensors * ITEM_BYTES[spec.dtype]
 
 
-def stored_bytes(
-    spec: TensorSpec, storage: Storage, training: Training, mesh: Mesh, *, trained: bool
-) -> tuple[int, int, int]:
-    """Parameter, gradient and optimizer state that a device keeps for one parameter."""
-    parameter = local_bytes(spec, storage.parameter, mesh)
-    if not trained:
-        return parameter, 0, 0
-    elements = prod(local_shape(spec.shape, storage.optimizer, mesh))
-    return (
-        parameter,
-        local_bytes(spec, storage.gradient, mesh),
-        elements * optimizer_bytes_per_element(spec, training),
-    )
+def peak_memory(graph: OperatorGraph, rules: Rules, strategy: Strategy) -> Memory:
+    """Bytes on one device at the worst moment of a step (all ranks are alike)."""
+    return _Walk(graph, rules, strategy).memory()
 
 
-def copies(source: Sharding, target: Sharding) -> bool:
-    """Whether the redistribution allocates; else the result is the same memory (I to R)."""
-    return any(
-        forward_collective(step) is not None or step.target[0] in "SP"
-        for step in steps(source, target)
-    )
-
-
-@dataclass
+@dataclass(slots=True, eq=False)
 class _Block:
-    """A piece of device memory and how many need it still."""
+    """A piece of device memory, and how many need it still."""
 
     size_bytes: int
     kind: str
-    users: int = 0
+    users: int = 1
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
+class _Footprint:
+    """What one operator does to memory under one split; equal operators share it.
+
+    ``wanted`` and ``produced``: the shardings of inputs and outputs, with their local bytes.
+    ``aliases``: the outputs are views of input 0. ``saved_inputs``, ``saved_outputs`` and
+    ``own_bytes`` are kept for the backward. ``passes_on``: inputs whose gradient is the incoming
+    one, the same memory.
+    """
+
+    wanted: tuple[Sharding, ...]
+    wanted_bytes: tuple[int, ...]
+    produced: tuple[Sharding, ...]
+    produced_bytes: tuple[int, ...]
+    aliases: bool
+    carries_gradient: bool
+    differentiable: tuple[bool, ...]
+    saved_inputs: tuple[int, ...]
+    saved_outputs: tuple[int, ...]
+    own_bytes: int
+    forward_bytes: int
+    backward_bytes: int
+    passes_on: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """What a redistribution allocates: the most at once, its own result excepted, and the result.
+
+    ``in_place``: the result is the same memory (I to R).
+    """
+
+    extra_bytes: int
+    result_bytes: int
+    in_place: bool
+
+
 class _Walk:
-    """Where the walk stands: blocks by what they hold, and the peak so far."""
+    """Where the walk stands: what is alive by kind, blocks by what they hold, and the peak."""
 
-    graph: OperatorGraph
-    rules: Rules
-    strategy: Strategy
-    live: Counter[str] = field(default_factory=Counter)
-    blocks: dict[Key, _Block] = field(default_factory=dict)
-    peak: tuple[int, Counter[str], str] = (0, Counter(), "")
+    def __init__(self, graph: OperatorGraph, rules: Rules, strategy: Strategy) -> None:
+        self.graph, self.rules, self.strategy = graph, rules, strategy
+        self.mesh = strategy.mesh
+        self.live = dict.fromkeys(KINDS, 0)
+        self.total = 0
+        self.peak = 0
+        self.at_peak = dict(self.live)
+        self.where = "start"
+        self.blocks: dict[Key, _Block] = {}
+        self._footprints: dict[object, _Footprint] = {}
+        self._moves: dict[object, _Move] = {}
+        self.footprints = [self._footprint(operator) for operator in graph.operators]
+        self.edges = {(e.parameter, e.target): e for e in parameter_edges(graph, rules, strategy)}
+        self.arrived: dict[Key, _Block] = {}
+        self.home: dict[str, Sharding] = {}
+        self.made: list[list[Key]] = []
+        self.reads: Counter[Key] = Counter()
+        self._plan_versions()
+
+    def memory(self) -> Memory:
+        self._keep()
+        saved = self._forward()
+        self._backward(saved)
+        self._update()
+        kinds = {f"{kind}_bytes": size for kind, size in self.at_peak.items()}
+        return Memory(**kinds, at=self.where)
+
+    # ---- blocks --------------------------------------------------------------------------------
 
     def mark(self, where: str, extra_bytes: int = 0) -> None:
-        total = sum(self.live.values()) + extra_bytes
-        if total > self.peak[0]:
-            at_peak = self.live.copy()
-            at_peak["temporaries"] += extra_bytes
-            self.peak = (total, at_peak, where)
+        """``extra_bytes``: what is there for this moment only."""
+        if self.total + extra_bytes > self.peak:
+            self.peak = self.total + extra_bytes
+            self.at_peak = self.live.copy()
+            self.at_peak["temporaries"] += extra_bytes
+            self.where = where
 
     def allocate(self, size_bytes: int, kind: str) -> _Block:
+        self.total += size_bytes
         self.live[kind] += size_bytes
         return _Block(size_bytes, kind)
-
-    def hold(self, block: _Block) -> _Block:
-        block.users += 1
-        return block
 
     def release(self, block: _Block) -> None:
         block.users -= 1
         if block.users == 0:
+            self.total -= block.size_bytes
             self.live[block.kind] -= block.size_bytes
 
     def relabel(self, block: _Block, kind: str) -> None:
@@ -108,328 +153,428 @@ class _Walk:
         self.live[kind] += block.size_bytes
         block.kind = kind
 
+    # ---- what is known before ------------------------------------------------------------------
 
-def peak_memory(graph: OperatorGraph, rules: Rules, strategy: Strategy) -> Memory:
-    """Bytes on one device at the worst moment of a step (all ranks are alike)."""
-    walk = _Walk(graph, rules, strategy)
-    _keep_parameters(walk)
-    saved = _forward(walk)
-    _backward(walk, saved)
-    _optimizer(walk)
-    _, at_peak, where = walk.peak
-    return Memory(
-        parameters_bytes=at_peak["parameters"],
-        gradients_bytes=at_peak["gradients"],
-        optimizer_bytes=at_peak["optimizer"],
-        activations_bytes=at_peak["activations"],
-        temporaries_bytes=at_peak["temporaries"],
-        buffers_bytes=at_peak["buffers"],
-        at=where,
-    )
-
-
-def _keep_parameters(walk: _Walk) -> None:
-    mesh, training = walk.strategy.mesh, walk.strategy.training
-    for name, storage in walk.strategy.storage.items():
-        tensor = walk.graph.by_name[name]
-        parameter, _, optimizer = stored_bytes(
-            tensor.spec, storage, training, mesh, trained=tensor.differentiable
-        )
-        walk.live["parameters"] += parameter
-        walk.live["optimizer"] += optimizer
-    for role in (Role.BUFFER, Role.CONSTANT):
-        walk.live["parameters"] += sum(t.spec.bytes for t in walk.graph.of_role(role))
-
-
-def _wanted(walk: _Walk, operator: Operator) -> list[Key]:
-    inputs, _ = walk.rules[operator.name].shardings(walk.strategy.splits[operator.name])
-    by_name = walk.graph.by_name
-    return [
-        (name, canonical(sharding, by_name[name].differentiable))
-        for name, sharding in zip(operator.inputs, inputs, strict=True)
-    ]
-
-
-def _last_uses(walk: _Walk) -> tuple[dict[Key, int], dict[str, int]]:
-    """The last operator that reads each version, and the last that reads any of a tensor's."""
-    versions: dict[Key, int] = {}
-    tensors: dict[str, int] = {}
-    for index, operator in enumerate(walk.graph.operators):
-        for key in _wanted(walk, operator):
-            versions[key] = index
-            tensors[key[0]] = index
-    for name in (walk.graph.loss, *(tensor for _, tensor in walk.graph.mutations)):
-        tensors[name] = len(walk.graph.operators)
-    return versions, tensors
-
-
-def _forward(walk: _Walk) -> dict[str, list[_Block]]:
-    """Walk the forward; returns what each operator saved."""
-    mesh = walk.strategy.mesh
-    last_version, last_any = _last_uses(walk)
-    ends: dict[int, list[Key]] = {}
-    for key, index in last_version.items():
-        ends.setdefault(index, []).append(key)
-    produced: dict[str, Sharding] = {}
-    saved: dict[str, list[_Block]] = {}
-    for index, operator in enumerate(walk.graph.operators):
-        bound = walk.rules[operator.name]
-        wanted = _wanted(walk, operator)
-        for key in wanted:
-            _make_version(walk, produced, key)
-        _, shardings = bound.shardings(walk.strategy.splits[operator.name])
-        for name, sharding in zip(operator.outputs, shardings, strict=True):
-            tensor = walk.graph.by_name[name]
-            home = canonical(sharding, tensor.differentiable)
-            produced[name] = home
-            base = _base(walk, bound, wanted)
-            block = base or walk.allocate(local_bytes(tensor.spec, home, mesh), "temporaries")
-            walk.blocks[name, home] = walk.hold(block)
-        walk.mark(f"{operator.name} forward")
-        saved[operator.name] = _save(walk, operator, bound, wanted, produced)
-        _forget(walk, operator, index, ends, produced, last_any)
-    return saved
-
-
-def _base(walk: _Walk, bound: BoundRule, wanted: list[Key]) -> _Block | None:
-    """The memory that a view shares."""
-    if bound.rule.kind != "view" or not wanted:
-        return None
-    return walk.blocks.get(wanted[0])
-
-
-def _make_version(walk: _Walk, produced: dict[str, Sharding], key: Key) -> None:
-    """Have ``key`` in memory: a slice of an input, a gathered parameter, a redistribution."""
-    if key in walk.blocks:
-        return
-    name, target = key
-    tensor, mesh = walk.graph.by_name[name], walk.strategy.mesh
-    size = local_bytes(tensor.spec, target, mesh)
-    if name in produced:
-        source = produced[name]
-        home = walk.blocks.get((name, source))
-        same = home is not None and not copies(source, target)
-        block = home if same and home else walk.allocate(size, "buffers")
-    elif tensor.role is Role.PARAMETER:
-        storage = walk.strategy.storage[name]
-        if not copies(storage.parameter, target):
-            return  # the stored parameter itself
-        block = walk.allocate(size, "buffers")
-    elif tensor.role is Role.INPUT or target != canonical(
-        ("I",) * len(target), tensor.differentiable
-    ):
-        block = walk.allocate(size, "temporaries")
-    else:
-        return  # a whole buffer or constant, already counted
-    walk.blocks[key] = walk.hold(block)
-
-
-def _save(
-    walk: _Walk,
-    operator: Operator,
-    bound: BoundRule,
-    wanted: list[Key],
-    produced: dict[str, Sharding],
-) -> list[_Block]:
-    """Hold what autograd keeps; gathered parameters are not kept but gathered again."""
-    if not carries_gradient(walk.graph, operator):
-        return []
-    needed = [walk.graph.by_name[name].differentiable for name in operator.inputs]
-    held: list[_Block] = []
-    for item in bound.rule.saves:
-        if item.needs and not any(needed[i] for i in item.needs):
-            continue
-        what, _, number = item.what.rpartition(" ")
-        if what == "input":
-            key = wanted[int(number)]
-            if walk.graph.by_name[key[0]].role is Role.PARAMETER and _gathered(walk, key):
-                continue
-            block = walk.blocks.get(key)
-        elif what == "output":
-            name = operator.outputs[int(number)]
-            block = walk.blocks.get((name, produced[name]))
-        else:
-            sizes = bound.local_sizes(walk.strategy.splits[operator.name], walk.strategy.mesh)
-            elements = prod(
-                size
-                for factor, size in sizes.items()
-                if factor in item.what.split()
-                or ("..." in item.what.split() and factor.startswith("..."))
+    def _footprint(self, operator: Operator) -> _Footprint:
+        bound, split = self.rules[operator.name], self.strategy.splits[operator.name]
+        by_name = self.graph.by_name
+        ins = tuple([by_name[name].differentiable for name in operator.inputs])
+        outs = tuple([by_name[name].differentiable for name in operator.outputs])
+        key = (id(bound), split, ins, outs)
+        found = self._footprints.get(key)
+        if found is None:
+            found = self._footprints[key] = _footprint(
+                operator, bound, split, self.mesh, (ins, outs)
             )
-            dtype = item.dtype or bound.output_specs[0].dtype
-            block = walk.allocate(elements * ITEM_BYTES[dtype], "activations")
+        return found
+
+    def _plan_versions(self) -> None:
+        """Which versions each operator is the first to want, and how often each version is read:
+        by an operator, or to make another version of it."""
+        seen: set[Key] = set()
+        for operator, footprint in zip(self.graph.operators, self.footprints, strict=True):
+            made = []
+            for key in dict.fromkeys(zip(operator.inputs, footprint.wanted, strict=True)):
+                name, target = key
+                home = self.home.get(name)
+                if home != target and key not in seen:
+                    made.append(key)
+                    seen.add(key)
+                    if home is not None:
+                        self.reads[name, home] += 1
+                self.reads[key] += 1
+            self.made.append(made)
+            self.home.update(zip(operator.outputs, footprint.produced, strict=True))
+        whole = (INVARIANT,) * len(self.mesh.axes)
+        made = []
+        for name in (self.graph.loss, *(tensor for _, tensor in self.graph.mutations)):
+            key = name, canonical(whole, self.graph.by_name[name].differentiable)
+            home = self.home.get(name)
+            if home != key[1] and key not in seen:
+                made.append(key)
+                seen.add(key)
+            self.reads[key] += 1
+        self.made.append(made)
+
+    def _move(self, spec: TensorSpec, source: Sharding, target: Sharding, backward: bool) -> _Move:
+        key = (spec, source, target, backward)
+        found = self._moves.get(key)
+        if found is None:
+            path = steps(source, target)
+            if backward:
+                path = tuple(reverse(step) for step in reversed(path))
+                source = gradient(target)
+            found = self._moves[key] = _path_memory(spec, source, path, self.mesh)
+        return found
+
+    def moved(
+        self, block: _Block | None, move: _Move, kind: str, where: str, *, keep: bool = False
+    ) -> _Block:
+        """The block after the move; the old one is released unless ``keep`` or it was stored."""
+        if move.in_place and block is not None:
+            if keep:
+                block.users += 1
+            return block
+        self.mark(where, move.extra_bytes + move.result_bytes)
+        result = self.allocate(move.result_bytes, kind)
+        if block is not None and not keep:
+            self.release(block)
+        return result
+
+    # ---- forward -------------------------------------------------------------------------------
+
+    def _keep(self) -> None:
+        training = self.strategy.training
+        for name, storage in self.strategy.storage.items():
+            tensor = self.graph.by_name[name]
+            self.allocate(local_bytes(tensor.spec, storage.parameter, self.mesh), "parameters")
+            if tensor.differentiable:
+                elements = prod(local_shape(tensor.spec.shape, storage.optimizer, self.mesh))
+                size = elements * optimizer_bytes_per_element(tensor.spec, training)
+                self.allocate(size + _moved_piece_bytes(tensor.spec, storage, self), "optimizer")
+        for role in (Role.BUFFER, Role.CONSTANT):
+            for tensor in self.graph.of_role(role):
+                self.allocate(tensor.spec.bytes, "parameters")
+
+    def _forward(self) -> list[list[_Block]]:
+        """What each operator saved."""
+        saved = []
+        blocks, reads = self.blocks, self.reads
+        for operator, footprint, made in zip(
+            self.graph.operators, self.footprints, self.made, strict=False
+        ):
+            for key in made:
+                self._make(key, operator.name)
+            versions = list(zip(operator.inputs, footprint.wanted, strict=True))
+            base = blocks.get(versions[0]) if versions and footprint.aliases else None
+            for name, home, size in zip(
+                operator.outputs, footprint.produced, footprint.produced_bytes, strict=True
+            ):
+                if not footprint.aliases:
+                    blocks[name, home] = self.allocate(size, "temporaries")
+                elif base is not None:
+                    base.users += 1
+                    blocks[name, home] = base
+            saved.append(self._save(operator, footprint))
+            self.mark(f"{operator.name} forward", footprint.forward_bytes)
+            for key in dict.fromkeys(versions):
+                self._read(key)
+            for key in zip(operator.outputs, footprint.produced, strict=True):
+                if not reads[key]:
+                    self._forget(key)
+        for key in self.made[-1]:
+            self._make(key, "end of the forward")
+        return saved
+
+    def _make(self, key: Key, operator: str) -> None:
+        """Have a version: a part of an input, a gathered parameter, a redistributed activation."""
+        name, target = key
+        tensor = self.graph.by_name[name]
+        where = f"{name} for {operator}"
+        if tensor.role is Role.ACTIVATION:
+            home = self.home[name]
+            move = self._move(tensor.spec, home, target, False)
+            block = self.blocks.get((name, home))
+            if block is not None or not move.in_place:
+                self.blocks[key] = self.moved(block, move, "buffers", where, keep=True)
+            self._read((name, home))
+            return
+        stored = (
+            self.strategy.storage[name].parameter
+            if tensor.role is Role.PARAMETER
+            else (INVARIANT,) * len(target)
+        )
+        move = self._move(tensor.spec, stored, target, False)
+        if not move.in_place:
+            kind = "buffers" if tensor.role is Role.PARAMETER else "temporaries"
+            self.blocks[key] = self.moved(None, move, kind, where)
+
+    def _save(self, operator: Operator, footprint: _Footprint) -> list[_Block]:
+        """Hold what autograd keeps; gathered parameters are not kept but gathered again."""
+        held = []
+        if footprint.own_bytes:
+            held.append(self.allocate(footprint.own_bytes, "activations"))
+        for index in footprint.saved_inputs:
+            key = operator.inputs[index], footprint.wanted[index]
+            edge = self.edges.get(key)
+            if edge is None or not edge.gathers:
+                self._hold(key, held)
+        for index in footprint.saved_outputs:
+            self._hold((operator.outputs[index], footprint.produced[index]), held)
+        return held
+
+    def _hold(self, key: Key, held: list[_Block]) -> None:
+        block = self.blocks.get(key)
         if block is not None:
             if block.kind != "activations":
-                walk.relabel(block, "activations")
-            held.append(walk.hold(block))
-    return held
+                self.relabel(block, "activations")
+            block.users += 1
+            held.append(block)
 
+    def _read(self, key: Key) -> None:
+        self.reads[key] -= 1
+        if not self.reads[key]:
+            self._forget(key)
 
-def _gathered(walk: _Walk, key: Key) -> bool:
-    name, target = key
-    return any(
-        s.startswith("S") and s != t
-        for s, t in zip(walk.strategy.storage[name].parameter, target, strict=True)
-    )
-
-
-def _forget(
-    walk: _Walk,
-    operator: Operator,
-    index: int,
-    ends: dict[int, list[Key]],
-    produced: dict[str, Sharding],
-    last_any: dict[str, int],
-) -> None:
-    """Drop the program's own references to what no later operator reads."""
-    keys: set[Key] = set(ends.get(index, ()))
-    for name in {*operator.inputs, *operator.outputs}:
-        if name in produced and last_any.get(name, index) <= index:
-            keys.add((name, produced[name]))
-    for key in keys:
-        name = key[0]
-        if name in produced and key[1] == produced[name] and last_any.get(name, index) > index:
-            continue  # other versions are still made from it
-        block = walk.blocks.pop(key, None)
+    def _forget(self, key: Key) -> None:
+        block = self.blocks.pop(key, None)
         if block is not None:
-            walk.release(block)
+            self.release(block)
 
+    # ---- backward ------------------------------------------------------------------------------
 
-def _backward(walk: _Walk, saved: dict[str, list[_Block]]) -> None:
-    """Walk the backward: gradients of outputs in, gradients of inputs out, saved tensors freed."""
-    gradients: dict[Key, _Block] = {}
-    produced = _productions(walk)
-    remaining = _gradient_readers(walk)
-    for operator in reversed(walk.graph.operators):
-        if not carries_gradient(walk.graph, operator):
-            continue
-        bound = walk.rules[operator.name]
-        incoming = _incoming(walk, operator, gradients, produced)
-        transient = _regathered_bytes(walk, operator, saved)
-        _outgoing(walk, operator, bound, gradients, incoming)
-        walk.mark(f"{operator.name} backward", transient)
-        for block in (*incoming, *saved[operator.name]):
-            walk.release(block)
-        _finish_parameters(walk, operator, gradients, remaining)
-    for block in gradients.values():
-        walk.release(block)
+    def _backward(self, saved: list[list[_Block]]) -> None:
+        """In the exact reverse of the forward, redistributions included."""
+        gradients: dict[Key, _Block] = {}
+        loss = self.graph.by_name[self.graph.loss]
+        whole = (INVARIANT,) * len(self.mesh.axes)
+        gradients[loss.name, whole] = self.allocate(loss.spec.bytes, "temporaries")
+        self._move_back(self.made[-1], gradients)
+        for index in range(len(self.footprints) - 1, -1, -1):
+            operator, footprint = self.graph.operators[index], self.footprints[index]
+            if footprint.carries_gradient:
+                self._operator_backward(operator, footprint, gradients, saved[index])
+            self._move_back(self.made[index], gradients)
 
-
-def _productions(walk: _Walk) -> dict[str, Sharding]:
-    return {
-        name: sharding
-        for operator in walk.graph.operators
-        for name, sharding in zip(
-            operator.outputs,
-            walk.rules[operator.name].shardings(walk.strategy.splits[operator.name])[1],
+    def _operator_backward(
+        self,
+        operator: Operator,
+        footprint: _Footprint,
+        gradients: dict[Key, _Block],
+        saved: list[_Block],
+    ) -> None:
+        incoming = [
+            block
+            for key in zip(operator.outputs, footprint.produced, strict=True)
+            if (block := gradients.pop(key, None)) is not None
+        ]
+        where = f"{operator.name} backward"
+        saved += self._regathered(operator, footprint, where)
+        outgoing: list[tuple[Key, _Block]] = []
+        by_name = self.graph.by_name
+        for key, size, differentiable, passes in zip(
+            zip(operator.inputs, footprint.wanted, strict=True),
+            footprint.wanted_bytes,
+            footprint.differentiable,
+            footprint.passes_on,
             strict=True,
-        )
-    }
+        ):
+            if not differentiable:
+                continue
+            if passes and incoming:
+                incoming[0].users += 1
+                outgoing.append((key, incoming[0]))
+            else:
+                kind = "gradients" if by_name[key[0]].role is Role.PARAMETER else "temporaries"
+                outgoing.append((key, self.allocate(size, kind)))
+        self.mark(where, footprint.backward_bytes)
+        for block in incoming:
+            self.release(block)
+        for block in saved:
+            self.release(block)
+        for key, block in outgoing:
+            self._add(gradients, key, block, where)
+
+    def _regathered(self, operator: Operator, footprint: _Footprint, where: str) -> list[_Block]:
+        """Parameters that this backward gathers again."""
+        found = []
+        for key in dict.fromkeys(
+            (operator.inputs[i], footprint.wanted[i]) for i in footprint.saved_inputs
+        ):
+            edge = self.edges.get(key)
+            if edge is not None and edge.gathers:
+                move = self._move(edge.spec, edge.storage.parameter, edge.target, False)
+                found.append(self.moved(None, move, "buffers", where))
+        return found
+
+    def _add(self, gradients: dict[_K, _Block], key: _K, block: _Block, where: str) -> None:
+        """Gradients of one version are summed as they arrive."""
+        before = gradients.get(key)
+        if before is None:
+            gradients[key] = block
+            return
+        gradients[key] = self.allocate(before.size_bytes, before.kind)
+        self.mark(where)
+        self.release(before)
+        self.release(block)
+
+    def _move_back(self, made: Sequence[Key], gradients: dict[Key, _Block]) -> None:
+        """The gradients of versions travel to where the tensor was made or is stored."""
+        for key in reversed(made):
+            block = gradients.pop(key, None)
+            if block is None:
+                continue
+            name, target = key
+            tensor = self.graph.by_name[name]
+            where = f"{name} gradient"
+            if tensor.role is Role.ACTIVATION:
+                home = self.home[name]
+                move = self._move(tensor.spec, home, target, True)
+                self._add(gradients, (name, home), self.moved(block, move, "buffers", where), where)
+            elif tensor.role is Role.PARAMETER:
+                edge = self.edges[key]
+                self.relabel(block, "gradients")
+                if not edge.per_step:
+                    move = self._move(tensor.spec, gradient(target), edge.destination, False)
+                    block = self.moved(block, move, "gradients", where)
+                self.arrived[key] = block
+            else:
+                self.release(block)
+
+    # ---- update --------------------------------------------------------------------------------
+
+    def _update(self) -> None:
+        """Gradients go to the optimizer's shards; then each is scaled or cast, and used."""
+        reduced = self._reduce()
+        for key in list(self.blocks):
+            self._forget(key)
+        training = self.strategy.training
+        mixed, clips = training.precision == "mixed", training.clip_norm is not None
+        pieces = [_piece_bytes(self, name, mixed) for name in reduced]
+        if mixed or clips:
+            for size in pieces:
+                self.allocate(size, "gradients")
+        # Adam's denominator and the square root in it, parameter by parameter
+        copies = 2 if training.optimizer.startswith("adam") else 0
+        self.mark("optimizer step", copies * max(pieces, default=0))
+        if mixed or clips:
+            self.total -= sum(pieces)
+            self.live["gradients"] -= sum(pieces)
+        for name in reduced:
+            self._refresh(name, mixed)
+
+    def _reduce(self) -> dict[str, _Block]:
+        reduced: dict[str, _Block] = {}
+        for key, block in self.arrived.items():
+            edge, where = self.edges[key], f"{key[0]} reduction"
+            here = gradient(edge.target) if edge.per_step else edge.destination
+            for there in dict.fromkeys((edge.destination, edge.storage.optimizer)):
+                if here != there:
+                    move = self._move(edge.spec, here, there, False)
+                    block = self.moved(block, move, "gradients", where)
+                here = there
+            self._add(reduced, key[0], block, where)
+        return reduced
+
+    def _refresh(self, name: str, mixed: bool) -> None:
+        """The updated piece back to the parameter's dtype and storage."""
+        storage, spec = self.strategy.storage[name], self.graph.spec(name)
+        move = self._move(spec, storage.optimizer, storage.parameter, False)
+        if not move.in_place:
+            cast = local_bytes(spec, storage.optimizer, self.mesh) if mixed else 0
+            self.mark(f"{name} update", cast + move.extra_bytes + move.result_bytes)
 
 
-def _gradient_readers(walk: _Walk) -> Counter[Key]:
-    """How many operators will still contribute to the gradient of each parameter version."""
-    readers: Counter[Key] = Counter()
-    for operator in walk.graph.operators:
-        if carries_gradient(walk.graph, operator):
-            readers.update(
-                key
-                for key in set(_wanted(walk, operator))
-                if walk.graph.by_name[key[0]].role is Role.PARAMETER
-            )
-    return readers
+# ---- what is the same for equal operators ------------------------------------------------------
 
 
-def _incoming(
-    walk: _Walk,
-    operator: Operator,
-    gradients: dict[Key, _Block],
-    produced: dict[str, Sharding],
-) -> list[_Block]:
-    """The gradients of the operator's outputs, summed over the versions that were read."""
-    mesh = walk.strategy.mesh
-    found = []
-    for name in operator.outputs:
-        tensor = walk.graph.by_name[name]
-        versions = [key for key in gradients if key[0] == name]
-        if not versions:
-            continue
-        home = next((key for key in versions if not copies(produced[name], key[1])), None)
-        if home is None or len(versions) > 1:
-            block = walk.hold(
-                walk.allocate(local_bytes(tensor.spec, produced[name], mesh), "temporaries")
-            )
-            walk.mark(f"{operator.name} backward")
-            for key in versions:
-                walk.release(gradients.pop(key))
-        else:
-            block = gradients.pop(home)
-        found.append(block)
-    return found
-
-
-def _outgoing(
-    walk: _Walk,
+def _footprint(
     operator: Operator,
     bound: BoundRule,
-    gradients: dict[Key, _Block],
-    incoming: list[_Block],
-) -> None:
-    """Gradients of the differentiable inputs; a view's gradient shares its output's memory."""
-    mesh = walk.strategy.mesh
-    for key in _wanted(walk, operator):
-        tensor = walk.graph.by_name[key[0]]
-        if not tensor.differentiable or tensor.role is Role.INPUT:
-            continue
-        passes_on = bound.rule.kind == "view" and incoming
-        if key in gradients:
-            continue  # added to what is there
-        if passes_on:
-            gradients[key] = walk.hold(incoming[0])
-        else:
-            kind = "gradients" if tensor.role is Role.PARAMETER else "temporaries"
-            size = local_bytes(tensor.spec, key[1], mesh)
-            gradients[key] = walk.hold(walk.allocate(size, kind))
-
-
-def _regathered_bytes(walk: _Walk, operator: Operator, saved: dict[str, list[_Block]]) -> int:
-    """Parameters that are gathered again for this backward."""
-    mesh = walk.strategy.mesh
-    return sum(
-        local_bytes(walk.graph.spec(key[0]), key[1], mesh)
-        for key in set(_wanted(walk, operator))
-        if walk.graph.by_name[key[0]].role is Role.PARAMETER and _gathered(walk, key)
+    split: Split,
+    mesh: Mesh,
+    differentiable: tuple[tuple[bool, ...], tuple[bool, ...]],
+) -> _Footprint:
+    ins, outs = differentiable
+    inputs, outputs = bound.shardings(split)
+    wanted = tuple(canonical(s, d) for s, d in zip(inputs, ins, strict=True))
+    produced = tuple(canonical(s, d) for s, d in zip(outputs, outs, strict=True))
+    wanted_bytes = _each_bytes(bound.input_specs, wanted, mesh)
+    produced_bytes = _each_bytes(bound.output_specs, produced, mesh)
+    carries = any(outs)
+    saved = [
+        s for s in bound.rule.saves if carries and (not s.needs or any(ins[i] for i in s.needs))
+    ]
+    sizes = bound.local_sizes(split, mesh)
+    forward, backward = workspace_bytes(operator, bound, sizes, wanted_bytes, produced_bytes)
+    return _Footprint(
+        wanted=wanted,
+        wanted_bytes=wanted_bytes,
+        produced=produced,
+        produced_bytes=produced_bytes,
+        aliases=bound.rule.kind == "view",
+        carries_gradient=carries,
+        differentiable=ins,
+        saved_inputs=tuple(int(s.what[6:]) for s in saved if s.what.startswith("input ")),
+        saved_outputs=tuple(int(s.what[7:]) for s in saved if s.what.startswith("output ")),
+        own_bytes=sum(
+            _points(s.what, sizes) * ITEM_BYTES[s.dtype or bound.output_specs[0].dtype]
+            for s in saved
+            if not s.what.startswith(("input ", "output "))
+        ),
+        forward_bytes=forward,
+        backward_bytes=backward,
+        passes_on=tuple(
+            passes_gradient_on(operator, bound, i) and size == produced_bytes[0]
+            for i, size in enumerate(wanted_bytes)
+        ),
     )
 
 
-def _finish_parameters(
-    walk: _Walk, operator: Operator, gradients: dict[Key, _Block], remaining: Counter[Key]
-) -> None:
-    """A parameter version's gradient is complete: bring it to where it is stored."""
-    mesh = walk.strategy.mesh
-    for key in set(_wanted(walk, operator)):
-        name, _target = key
-        if key not in remaining or key not in gradients:
-            continue
-        remaining[key] -= 1
-        if remaining[key]:
-            continue
-        storage = walk.strategy.storage[name]
-        kept = local_bytes(walk.graph.spec(name), storage.gradient, mesh)
-        block = gradients.pop(key)
-        if kept != block.size_bytes:
-            walk.hold(walk.allocate(kept, "gradients"))
-            walk.mark(f"{name} gradient")
-            walk.release(block)
-        # else it stays where it is until the optimizer has used it
+def _each_bytes(
+    specs: Sequence[TensorSpec], shardings: Sequence[Sharding], mesh: Mesh
+) -> tuple[int, ...]:
+    return tuple(local_bytes(*pair, mesh) for pair in zip(specs, shardings, strict=True))
 
 
-def _optimizer(walk: _Walk) -> None:
-    """The largest parameter's update needs two temporaries of its shard's size."""
-    mesh = walk.strategy.mesh
-    shards: Iterable[int] = (
-        local_bytes(walk.graph.spec(name), storage.optimizer, mesh)
-        for name, storage in walk.strategy.storage.items()
-        if walk.graph.by_name[name].differentiable
+def _points(factors: str, sizes: dict[str, int]) -> int:
+    """How many elements a tensor over these factors has; ``...`` are all leading ones."""
+    names = factors.split()
+    return prod(
+        size
+        for factor, size in sizes.items()
+        if factor in names or ("..." in names and factor.startswith("..."))
     )
-    walk.mark("optimizer step", 2 * max(shards, default=0))
+
+
+# ---- what a redistribution allocates -----------------------------------------------------------
+
+
+def _path_memory(spec: TensorSpec, source: Sharding, path: Sequence[Step], mesh: Mesh) -> _Move:
+    """The tensor it starts from is somebody else's; what is between two steps is freed."""
+    current = list(source)
+    most = between = 0
+    size = local_bytes(spec, source, mesh)
+    in_place = True
+    for step in path:
+        before = size
+        current[step.axis] = step.target
+        size = local_bytes(spec, tuple(current), mesh)
+        if forward_collective(step) is None and step.target[0] not in "SP":
+            continue  # nothing happens
+        in_place = False
+        most = max(most, between + _staging_bytes(step, before, size) + size)
+        between = size
+    return _Move(most - between, between, in_place)
+
+
+def _staging_bytes(step: Step, before: int, after: int) -> int:
+    """Collectives work on dim 0: along another dim the pieces are put together before or after."""
+    cut, joined = sharded_dim(step.target), sharded_dim(step.source)
+    match forward_collective(step):
+        case "all_gather":
+            return after if joined else 0
+        case "reduce_scatter":
+            return before if cut else 0
+        case "all_to_all":
+            return (before if cut else 0) + (before if joined else 0)
+        case _:
+            return 0
+
+
+# ---- parameters --------------------------------------------------------------------------------
+
+
+def _piece_bytes(walk: _Walk, name: str, mixed: bool) -> int:
+    """What the optimizer updates of a parameter."""
+    spec, storage = walk.graph.spec(name), walk.strategy.storage[name]
+    elements = prod(local_shape(spec.shape, storage.optimizer, walk.mesh))
+    return elements * (4 if mixed else ITEM_BYTES[spec.dtype])
+
+
+def _moved_piece_bytes(spec: TensorSpec, storage: Storage, walk: _Walk) -> int:
+    """The optimizer's shard is a view of the parameter's, unless its pieces lie elsewhere."""
+    if walk.strategy.training.precision == "mixed":
+        return 0  # the master copy is a part of the state
+    moves = any(s.source != INVARIANT for s in steps(storage.parameter, storage.optimizer))
+    return local_bytes(spec, storage.optimizer, walk.mesh) if moves else 0
