@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from math import prod
@@ -13,17 +13,15 @@ from numpy.typing import NDArray
 
 from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph, Role, TensorSpec
 from autopar.ir.rule import RESERVED, BoundRule, Choice, Split
-from autopar.ir.sharding import Mesh, Placement, Sharding, gradient, shard, sharded_dim
+from autopar.ir.sharding import Mesh, Sharding, sharded_dim
 from autopar.ir.strategy import Stage, Storage, Strategy, Training
 from autopar.simulator.blocks import Block, blocks
 from autopar.simulator.clusters import Cluster, Link, clusters, links
 from autopar.simulator.costs import ComputeCache, Costs
 from autopar.simulator.edges import Rules, canonical, carries_gradient, saves_input
 from autopar.simulator.folding import Folded, fold
-from autopar.simulator.memory import optimizer_bytes_per_element
+from autopar.simulator.parameter_prices import LEVELS, Offers, ParameterPrices, Priced
 from autopar.simulator.price_list import Flow, Kept, Menu, Node, PriceList, Selection
-from autopar.simulator.prices import update_time_s
-from autopar.simulator.redistribution import steps
 from autopar.simulator.redistribution_table import (
     Codes,
     RedistributionTable,
@@ -154,7 +152,7 @@ class Allowed:
     replicated or at one of these ZeRO ``levels``."""
 
     letters: str = "SAP"
-    levels: tuple[int, ...] = (0, 1, 2, 3)
+    levels: tuple[int, ...] = LEVELS
 
 
 @dataclass(frozen=True)
@@ -222,9 +220,6 @@ class Listing:
         if choice in RESERVED or not self.allowed:
             return True
         return self.structure.letters[first][choice] in self.allowed[axis].letters
-
-    def _levels(self, axis: int) -> tuple[int, ...]:
-        return self.allowed[axis].levels if self.allowed else (0, 1, 2, 3)
 
     def _cuts(self, cluster: Cluster, member: int, option: Index) -> tuple[Index, Index]:
         """For each alternative: the choice of each axis (as a number), and into how many pieces
@@ -422,181 +417,76 @@ class Listing:
         """Parameters with several kinds of users: their storage is a decision of its own."""
         return tuple(use for use in self.structure.uses if len(use.readers) > 1)
 
+    @cached_property
+    def parameters(self) -> ParameterPrices:
+        levels = [a.levels for a in self.allowed] or [LEVELS] * len(self.mesh.axes)
+        return ParameterPrices(self.table, self.training, self.microbatches, levels)
+
     def _menu(self, use: Use) -> Menu:
         ((reader, position),) = use.readers
         tensor = self.graph.by_name[use.parameters[0]]
         found = self._codes(reader, "input", position, tensor.differentiable)
         uses, index = np.unique(found, return_inverse=True)
-        lists = [
-            self._storages(tensor.spec, tensor.differentiable, int(u), use.saving[0]) for u in uses
-        ]
+        lists = self._priced(use, uses.tolist())
         return Menu(
             use.parameters[0],
             index.astype(np.int64),
-            tuple(time_s for _, time_s, _ in lists),
-            tuple(memory for _, _, memory in lists),
+            tuple(priced.time_s for priced in lists),
+            tuple(priced.memory_bytes for priced in lists),
             len(use.parameters),
+        )
+
+    def _priced(self, use: Use, targets: Sequence[int]) -> list[Priced]:
+        tensor = self.graph.by_name[use.parameters[0]]
+        return self.parameters.priced(
+            tensor.spec, targets, use.saving[0], trained=tensor.differentiable
         )
 
     def storages(self, use: Use, used: Sharding) -> tuple[Storage, ...]:
         """The storages of the menu for this use, in its order."""
-        tensor = self.graph.by_name[use.parameters[0]]
-        return self._storages(tensor.spec, tensor.differentiable, code(used), use.saving[0])[0]
-
-    def _storages(
-        self, spec: TensorSpec, trained: bool, used: int, saving: int
-    ) -> tuple[tuple[Storage, ...], NDArray[np.float64], NDArray[np.float64]]:
-        """Storages worth having for this use, their times and their memory rows."""
-        key = (spec, trained, used, saving)
-        found = self._storage_cache.get(key)
-        if found is None:
-            target = sharding(used, len(self.mesh.axes))
-            levels = [self._levels(axis) for axis in range(len(self.mesh.axes))]
-            offered = tuple(storages(spec, target, self.mesh, levels, trained=trained))
-            time_s = self._storage_time_s(spec, trained, offered, target) + saving * (
-                self._gather_time_s(spec, offered, target)
-            )
-            memory = self._storage_memory(spec, trained, offered)
-            keep = _undominated(time_s, memory)
-            found = tuple(offered[i] for i in keep), time_s[keep], memory[:, keep]
-            self._storage_cache[key] = found
-        return found
-
-    @cached_property
-    def _storage_cache(
-        self,
-    ) -> dict[object, tuple[tuple[Storage, ...], NDArray[np.float64], NDArray[np.float64]]]:
-        return {}
-
-    def _storage_time_s(
-        self, spec: TensorSpec, trained: bool, offered: Sequence[Storage], target: Sharding
-    ) -> NDArray[np.float64]:
-        """What a parameter costs in a step when used as ``target`` once, but for gathering it
-        again: to its use, its gradient back, and (``_update_time_s``) its update."""
-        forward = self._forward_s(spec, [s.parameter for s in offered], [target] * len(offered))
-        total = forward * self.microbatches
-        if not trained:
-            return np.asarray(total)
-        back = gradient(target)
-        per_step = np.array([_per_step(s, target) for s in offered])
-        destination = [
-            s.optimizer if late else s.gradient for s, late in zip(offered, per_step, strict=True)
-        ]
-        backward = self._forward_s(spec, [back] * len(offered), destination)
-        total = total + backward * np.where(per_step, 1, self.microbatches)
-        return np.asarray(total + self._update_time_s(spec, offered))
-
-    def _update_time_s(self, spec: TensorSpec, offered: Sequence[Storage]) -> NDArray[np.float64]:
-        """The optimizer on its shard, and the parameter made whole again from the shards."""
-        again = self._forward_s(
-            spec, [s.optimizer for s in offered], [s.parameter for s in offered], copies=False
-        )
-        return again + np.array(
-            [self._optimizer_time_s(spec, self._pieces(s.optimizer)) for s in offered]
-        )
-
-    def _optimizer_time_s(self, spec: TensorSpec, pieces: int) -> float:
-        return update_time_s(spec.numel // pieces, spec, self.training, self.costs)
-
-    def _gather_time_s(
-        self, spec: TensorSpec, offered: Sequence[Storage], target: Sharding
-    ) -> NDArray[np.float64]:
-        """Gathering the parameter once more, in the backward of one operator."""
-        return self.microbatches * self._forward_s(
-            spec, [s.parameter for s in offered], [target] * len(offered), copies=False
-        )
-
-    def _forward_s(
-        self,
-        spec: TensorSpec,
-        sources: Sequence[Sharding],
-        targets: Sequence[Sharding],
-        *,
-        copies: bool = True,
-    ) -> NDArray[np.float64]:
-        rows = self.table.paths.pairs(
-            np.array([code(s) for s in sources], dtype=np.int64),
-            np.array([code(t) for t in targets], dtype=np.int64),
-        )
-        return self.table.seconds(spec, rows, copies=copies)[0]
-
-    def _pieces(self, of: Sharding) -> int:
-        return prod(
-            n for p, n in zip(of, self.mesh.sizes, strict=True) if sharded_dim(p) is not None
-        )
-
-    def _storage_memory(
-        self, spec: TensorSpec, trained: bool, offered: Sequence[Storage]
-    ) -> NDArray[np.float64]:
-        parameter = np.array([spec.bytes / self._pieces(s.parameter) for s in offered])
-        if not trained:
-            return np.stack([parameter, parameter])
-        state = optimizer_bytes_per_element(spec, self.training)
-        optimizer = np.array([spec.numel / self._pieces(s.optimizer) * state for s in offered])
-        grad = np.array([spec.bytes / self._pieces(s.gradient) for s in offered])
-        return np.stack([parameter + optimizer, parameter + optimizer + grad])
+        (priced,) = self._priced(use, [code(used)])
+        return self._as_storages(priced.offers)
 
     def shared_storages(self, use: Use) -> tuple[Storage, ...]:
-        """The alternatives of a parameter with several users: any that the mesh divides."""
-        spec = self.graph.spec(use.parameters[0])
-        per_axis = [self._shared_levels(spec.shape, axis) for axis in range(len(self.mesh.axes))]
-        found = []
-        for axes in product(*per_axis):
-            parameter, grad, optimizer = (tuple(level) for level in zip(*axes, strict=True))
-            if _divides(spec.shape, optimizer, self.mesh):
-                found.append(Storage(parameter, grad, optimizer))
-        return tuple(found)
+        """The alternatives of a parameter with several users."""
+        return self._as_storages(self._shared_offers(use))
 
-    def _shared_levels(
-        self, shape: tuple[int, ...], axis: int
-    ) -> list[tuple[Placement, Placement, Placement]]:
-        """On one axis. Where parameters may be divided (tensor parallelism), kept divided too."""
-        dims = [d for d, n in enumerate(shape) if n % self.mesh.sizes[axis] == 0]
-        levels = set(self._levels(axis)) if dims else {0}
-        if dims and self.allowed and "P" in self.allowed[axis].letters:
-            levels |= {0, 3}
-        return [
-            _level(level, shard(d)) for level in sorted(levels) for d in (dims if level else [0])
-        ]
+    def _as_storages(self, offers: Offers) -> tuple[Storage, ...]:
+        rows = range(len(offers.target))
+        return tuple(offers.storage(row, len(self.mesh.axes)) for row in rows)
+
+    def _shared_offers(self, use: Use) -> Offers:
+        divided = ["P" in a.letters for a in self.allowed] or [False] * len(self.mesh.axes)
+        return self.parameters.any_storage(self.graph.spec(use.parameters[0]), divided)
 
     def _shared_node(self, use: Use) -> Node:
         tensor = self.graph.by_name[use.parameters[0]]
-        offered = self.shared_storages(use)
-        update = (
-            self._update_time_s(tensor.spec, offered)
-            if tensor.differentiable
-            else np.zeros(len(offered))
-        )
-        memory = self._storage_memory(tensor.spec, tensor.differentiable, offered)
+        offers, prices = self._shared_offers(use), self.parameters
+        update = prices.update_s(tensor.spec, offers) * tensor.differentiable
+        memory = prices.memory_bytes(tensor.spec, offers, trained=tensor.differentiable)
         return Node(use.parameters[0], update, memory, len(use.parameters))
 
     def _shared_flows(self, use: Use, node: int) -> Iterator[Flow]:
         """To each distinct use once, and again in the backward of each operator that needs it."""
         tensor = self.graph.by_name[use.parameters[0]]
-        offered = self.shared_storages(use)
+        offers, prices = self._shared_offers(use), self.parameters
         found = [self._codes(c, "input", p, tensor.differentiable) for c, p in use.readers]
         targets, index = np.unique(np.concatenate(found), return_inverse=True)
-        shardings = [sharding(int(t), len(self.mesh.axes)) for t in targets]
         starts = np.cumsum([0, *(len(codes_) for codes_ in found)])
         consumers = [
             (self.structure.home[c], index[a:b].astype(np.int64))
             for (c, _), a, b in zip(use.readers, starts, starts[1:], strict=False)
         ]
-        every = np.arange(len(offered), dtype=np.int64)
-        update = self._update_time_s(tensor.spec, offered) if tensor.differentiable else 0.0
-        first = np.stack(
-            [
-                self._storage_time_s(tensor.spec, tensor.differentiable, offered, t) - update
-                for t in shardings
-            ],
-            axis=1,
-        )
-        again = np.stack([self._gather_time_s(tensor.spec, offered, t) for t in shardings], axis=1)
-        count = len(use.parameters)
-        yield Flow(use.parameters[0], node, every, tuple(consumers), np.maximum(first, 0.0), count)
+        to_each = [replace(offers, target=np.full(len(offers.target), t)) for t in targets]
+        first = [prices.use_s(tensor.spec, o, trained=tensor.differentiable) for o in to_each]
+        again = [prices.gather_s(tensor.spec, o) for o in to_each]
+        every = np.arange(len(offers.target), dtype=np.int64)
+        count, name = len(use.parameters), use.parameters[0]
+        yield Flow(name, node, every, tuple(consumers), np.stack(first, axis=1), count)
         for consumer, saving in zip(consumers, use.saving, strict=True):
             if saving:
-                yield Flow(use.parameters[0], node, every, (consumer,), again * saving, count)
+                more = np.stack(again, axis=1) * saving
+                yield Flow(name, node, every, (consumer,), more, count)
 
     # ---- memory --------------------------------------------------------------------------------
 
@@ -655,7 +545,7 @@ class Listing:
     def _local_bytes(self, spec: TensorSpec, found: Codes) -> Index:
         axes = len(self.mesh.axes)
         unique, inverse = np.unique(found, return_inverse=True)
-        sizes = [spec.bytes // self._pieces(sharding(int(u), axes)) for u in unique]
+        sizes = [spec.bytes // _pieces(sharding(int(u), axes), self.mesh) for u in unique]
         return np.array(sizes, dtype=np.int64)[inverse]
 
     # ---- back to a strategy --------------------------------------------------------------------
@@ -713,91 +603,5 @@ class Listing:
         return {t.name: found[t.name] for t in self.graph.parameters}
 
 
-def _per_step(storage: Storage, target: Sharding) -> bool:
-    gathers = any(
-        p.startswith("S") and p != t for p, t in zip(storage.parameter, target, strict=True)
-    )
-    return storage.gradient == storage.parameter and not gathers
-
-
-def storages(
-    spec: TensorSpec,
-    used: Sharding,
-    mesh: Mesh,
-    levels: Sequence[tuple[int, ...]],
-    *,
-    trained: bool,
-) -> Iterator[Storage]:
-    """How a parameter that is used as ``used`` may be kept.
-
-    An axis that shards the use shards the storage. On any other axis: replicated, or ZeRO of one of
-    its ``levels`` along the first dim that the axis divides and that no later axis cuts in the use
-    (such a piece of a piece could not be gathered alone). Nor is a gradient offered that arrives
-    with every microbatch in pieces that the optimizer's shard would have to be put together from.
-    """
-    dims = _zero_dims(spec.shape, used, mesh)
-    per_axis: list[list[tuple[Placement, Placement, Placement]]] = []
-    for placement, dim, offered in zip(used, dims, levels, strict=True):
-        if sharded_dim(placement) is not None:
-            per_axis.append([(placement,) * 3])
-        elif dim is None:
-            per_axis.append([_level(0, "")])
-        else:
-            useful = offered if trained else tuple(n for n in offered if n in (0, 3)) or (0,)
-            per_axis.append([_level(n, shard(dim)) for n in useful])
-    for axes in product(*per_axis):
-        parameter, grad, optimizer = (tuple(level) for level in zip(*axes, strict=True))
-        storage = Storage(parameter, grad, optimizer)
-        if _per_step(storage, used) or all(step.source == "I" for step in steps(grad, optimizer)):
-            yield storage
-
-
-def _level(level: int, sharded: Placement) -> tuple[Placement, Placement, Placement]:
-    """Parameter, gradient and optimizer state at a ZeRO level (0: replicated)."""
-    return (
-        sharded if level >= 3 else "I",
-        sharded if level >= 2 else "I",
-        sharded if level >= 1 else "I",
-    )
-
-
-def _zero_dims(shape: tuple[int, ...], used: Sharding, mesh: Mesh) -> list[int | None]:
-    """For each axis the dim along which it can shard the storage as well."""
-    left = list(shape)
-    for placement, size in zip(used, mesh.sizes, strict=True):
-        dim = sharded_dim(placement)
-        if dim is not None:
-            left[dim] //= size
-    found: list[int | None] = []
-    for axis, size in enumerate(mesh.sizes):
-        later = {sharded_dim(p) for p in used[axis + 1 :]}
-        fitting = (d for d, n in enumerate(left) if d not in later and n % size == 0)
-        dim = None if sharded_dim(used[axis]) is not None else next(fitting, None)
-        if dim is not None:
-            left[dim] //= size
-        found.append(dim)
-    return found
-
-
-def _divides(shape: tuple[int, ...], placed: Sharding, mesh: Mesh) -> bool:
-    left = list(shape)
-    for placement, size in zip(placed, mesh.sizes, strict=True):
-        dim = sharded_dim(placement)
-        if dim is not None:
-            if left[dim] % size:
-                return False
-            left[dim] //= size
-    return True
-
-
-def _undominated(time_s: NDArray[np.float64], memory: NDArray[np.float64]) -> list[int]:
-    """Indices of storages that no other beats in time and in every memory row."""
-    order = np.lexsort((memory.sum(axis=0), time_s))
-    keep: list[int] = []
-    for i in order.tolist():
-        if not any(
-            time_s[j] <= time_s[i] * (1 + 1e-12) and bool(np.all(memory[:, j] <= memory[:, i]))
-            for j in keep
-        ):
-            keep.append(i)
-    return keep
+def _pieces(of: Sharding, mesh: Mesh) -> int:
+    return prod(n for p, n in zip(of, mesh.sizes, strict=True) if sharded_dim(p) is not None)

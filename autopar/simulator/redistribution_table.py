@@ -84,7 +84,9 @@ class Paths:
     _numbers: dict[tuple[int, int], int] = field(default_factory=dict)
     _patterns: dict[tuple[Sharding, Sharding], int] = field(default_factory=dict)
     _encoded: dict[tuple[Encoded, Encoded], int] = field(default_factory=dict)
-    _blocks: dict[tuple[bytes, bytes], NDArray[np.int64]] = field(default_factory=dict)
+    _places: dict[int, int] = field(default_factory=dict)
+    _matrix: NDArray[np.int64] = field(default_factory=lambda: np.full((64, 64), -1))
+    _collective: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool))
 
     def number(self, source: int, target: int) -> int:
         found = self._numbers.get((source, target))
@@ -95,23 +97,41 @@ class Paths:
 
     def pairs(self, sources: Codes, targets: Codes) -> NDArray[np.int64]:
         """Numbers for arrays of the same shape."""
-        span = BASE**self.axes
-        joined = sources * span + targets
-        unique, inverse = np.unique(joined, return_inverse=True)
-        numbers = [self.number(*divmod(int(pair), span)) for pair in unique]
-        return np.asarray(numbers, dtype=np.int64)[inverse].reshape(joined.shape)
+        return self._numbers_at(self._place(sources), self._place(targets))
 
     def block(self, sources: Codes, targets: Codes) -> NDArray[np.int64]:
         """Numbers for every source (rows) with every target (columns)."""
-        key = (sources.tobytes(), targets.tobytes())
-        found = self._blocks.get(key)
-        if found is None:
-            found = np.asarray(
-                [[self.number(a, b) for b in targets.tolist()] for a in sources.tolist()],
-                dtype=np.int64,
-            ).reshape(len(sources), len(targets))
-            self._blocks[key] = found
+        rows, columns = self._place(sources), self._place(targets)
+        return self._numbers_at(
+            np.broadcast_to(rows[:, None], (len(rows), len(columns))),
+            np.broadcast_to(columns[None, :], (len(rows), len(columns))),
+        )
+
+    def _place(self, found: Codes) -> NDArray[np.int64]:
+        """Where codes stand in the matrix of all pairs met so far."""
+        unique, inverse = np.unique(found, return_inverse=True)
+        places = [self._places.setdefault(int(c), len(self._places)) for c in unique]
+        if (size := len(self._places)) > len(self._matrix):
+            larger = np.full((2 * size, 2 * size), -1)
+            larger[: len(self._matrix), : len(self._matrix)] = self._matrix
+            self._matrix = larger
+        return np.asarray(places, dtype=np.int64)[inverse].reshape(found.shape)
+
+    def _numbers_at(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.int64]:
+        found = self._matrix[rows, columns]
+        if (found < 0).any():
+            codes_ = list(self._places)
+            unknown = found < 0
+            for r, c in set(zip(rows[unknown].tolist(), columns[unknown].tolist(), strict=True)):
+                self._matrix[r, c] = self.number(codes_[r], codes_[c])
+            found = self._matrix[rows, columns]
         return found
+
+    def communicates(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether the forward of each path has a collective."""
+        if len(self._collective) != self.count:
+            self._collective = np.asarray((self.arrays()[0][:, 0] > _COPY).any(axis=-1))
+        return self._collective[numbers]
 
     @property
     def count(self) -> int:
