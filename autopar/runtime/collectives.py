@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
+import spmd_types
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,6 +18,7 @@ from autopar.runtime.recorder import Executed, Recorder
 from autopar.simulator.redistribution import Step, reverse, steps
 
 _c10d = torch.ops._c10d_functional
+_TYPES = {"R": spmd_types.R, "I": spmd_types.I, "P": spmd_types.P, "S": spmd_types.V}
 
 
 @dataclass
@@ -99,6 +101,14 @@ class Communicator:
             tensor = self.move(tensor, step)
         return tensor
 
+    def types(self, sharding: Sharding) -> dict[Any, Any]:
+        """The sharding in the words of ``spmd_types``, which leaves out axes of one rank."""
+        return {
+            spmd_types.MeshAxis.of(self.device_mesh.get_group(axis)): _TYPES[placement[0]]
+            for axis, placement in enumerate(sharding)
+            if self.mesh.sizes[axis] > 1
+        }
+
     def _slice(self, tensor: Tensor, axis: int, dim: int) -> Tensor:
         # a copy: a view would keep the whole alive, which no memory estimate counts
         return tensor.chunk(self.mesh.sizes[axis], dim)[self.coordinates[axis]].clone(
@@ -138,12 +148,29 @@ class Redistribute(torch.autograd.Function):
     ) -> Tensor:
         ctx.communicator = communicator
         ctx.ends = source, target
-        return communicator.walk(tensor, steps(source, target))
+        return fresh(communicator.walk(tensor, steps(source, target)), tensor)
+
+    @staticmethod
+    def spmd_typecheck(
+        moved: Tensor,
+        *,
+        tensor: Tensor,
+        communicator: Communicator,
+        source: Sharding,
+        target: Sharding,
+    ) -> None:
+        spmd_types.assert_type(tensor, communicator.types(source))
+        spmd_types.assert_type(moved, communicator.types(target))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         communicator: Communicator = ctx.communicator
         return communicator.walk(gradient, _steps_back(*ctx.ends)), None, None, None
+
+
+def fresh(moved: Tensor, tensor: Tensor) -> Tensor:
+    """``moved``, as another object than ``tensor``: each has a type of its own."""
+    return moved.view_as(moved) if moved is tensor else moved
 
 
 @lru_cache(maxsize=None)

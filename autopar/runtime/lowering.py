@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import spmd_types
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -16,7 +17,7 @@ from autopar.ir.graph import Argument, Dtype, Input, Operator, OperatorGraph, Ro
 from autopar.ir.rule import BoundRule, Split
 from autopar.ir.sharding import Mesh, Sharding, gradient, local_shape
 from autopar.ir.strategy import Strategy
-from autopar.runtime.collectives import Communicator, Redistribute
+from autopar.runtime.collectives import Communicator, Redistribute, fresh
 from autopar.runtime.local_ops import LOCAL_OPS, needs_local_op
 from autopar.simulator.edges import (
     Edge,
@@ -135,8 +136,10 @@ class _Lowering:
         }
         for name in (*names[Role.PARAMETER], *names[Role.BUFFER], *self.graph.inputs):
             self.made[name] = self._named("placeholder", _identifier(name), name)
+            self._describe(self.made[name], name, self._given_as(name))
         for name, value in self.graph.constants:
             self.made[name] = self._constant(name, value)
+            self._describe(self.made[name], name, self._given_as(name))
         for operator in self.graph.operators:
             self._call(operator)
         whole = ("I",) * len(self.mesh.axes)
@@ -173,6 +176,15 @@ class _Lowering:
         return self._named("get_attr", target, name)
 
     # ---- tensors -------------------------------------------------------------------------------
+
+    def _given_as(self, name: str) -> Sharding:
+        """How the caller passes a tensor: parameters as stored, everything else whole."""
+        tensor = self.graph.by_name[name]
+        if tensor.role is Role.PARAMETER:
+            kept = self.strategy.storage[name].parameter
+        else:
+            kept = ("I",) * len(self.mesh.axes)
+        return canonical(kept, tensor.differentiable)
 
     def _as(self, name: str, wanted: Sharding) -> fx.Node:
         """``name`` in the sharding ``wanted``, moved there when nobody has asked before."""
@@ -219,17 +231,21 @@ class _Lowering:
         ]
         if not carries_gradient(self.graph, operator):
             inputs = [
-                self._detached(node) if self.graph.by_name[name].differentiable else node
-                for name, node in zip(operator.inputs, inputs, strict=True)
+                self._detached(node, name, sharding)
+                if self.graph.by_name[name].differentiable
+                else node
+                for name, node, sharding in zip(operator.inputs, inputs, wanted, strict=True)
             ]
         gathered = self._gathered(operator, wanted)
         local = self._localized(operator, bound, wanted, produced)
         node = self._operation(operator, local, bound, split, inputs, gathered)
-        node.meta["operator"] = operator.name
         shardings = [
             canonical(sharding, self.graph.by_name[name].differentiable)
             for name, sharding in zip(operator.outputs, produced, strict=True)
         ]
+        node.meta["operator"] = operator.name
+        node.meta["given"], node.meta["wanted"] = inputs, wanted
+        node.meta["produced"] = shardings
         if _returns_one(operator.op):
             (name,), (sharding,) = operator.outputs, shardings
             self.made[name] = node
@@ -239,10 +255,12 @@ class _Lowering:
             self.made[name] = self._named("call_function", _getitem, name, (node, index))
             self._describe(self.made[name], name, sharding)
 
-    def _detached(self, node: fx.Node) -> fx.Node:
+    def _detached(self, node: fx.Node, name: str, sharding: Sharding) -> fx.Node:
         """For operators off the loss's way, lest they keep what no backward will ask for."""
-        name = f"{node.name}_detached"
-        return self._named("call_function", torch.ops.aten.detach.default, name, (node,))
+        op = torch.ops.aten.detach.default
+        detached = self._named("call_function", op, f"{node.name}_detached", (node,))
+        self._describe(detached, name, canonical(sharding, False))
+        return detached
 
     def _gathered(self, operator: Operator, wanted: Sequence[Sharding]) -> tuple[fx.Node, ...]:
         """Inputs that the operator's backward gathers again; noted in ``regathered``."""
@@ -319,7 +337,11 @@ def _with_comment(line: str, comments: dict[str, str]) -> str:
 
 
 def _identifier(name: str) -> str:
-    return re.sub(r"\W", "_", name)
+    """
+    >>> _identifier("0.weight")
+    '_0_weight'
+    """
+    return re.sub(r"\W|^(?=\d)", "_", name)
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -374,7 +396,8 @@ def redistribute(
 
 def own_part(tensor: Tensor, execution: Execution, target: Sharding) -> Tensor:
     """This rank's part of a tensor that every rank has whole and that needs no gradient."""
-    return execution.communicator.walk(tensor, steps(("I",) * len(target), target))
+    path = steps(("I",) * len(target), target)
+    return fresh(execution.communicator.walk(tensor, path), tensor)
 
 
 def use_parameter(parameter: Tensor, execution: Execution, name: str, target: Sharding) -> Tensor:
@@ -389,7 +412,15 @@ class _UseParameter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, execution: Execution, edge: ParameterEdge) -> Tensor:
         ctx.execution, ctx.edge = execution, edge
-        return gathered_parameter(parameter, execution.communicator, edge)
+        return fresh(gathered_parameter(parameter, execution.communicator, edge), parameter)
+
+    @staticmethod
+    def spmd_typecheck(
+        used: Tensor, *, parameter: Tensor, execution: Execution, edge: ParameterEdge
+    ) -> None:
+        types = execution.communicator.types
+        spmd_types.assert_type(parameter, types(edge.storage.parameter))
+        spmd_types.assert_type(used, types(edge.target))
 
     @staticmethod
     def backward(ctx: Any, arrived: Tensor) -> tuple[None, None, None]:

@@ -12,6 +12,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+ANSWER_TIMEOUT_S = 60.0  # cases take a few seconds; under pytest's own timeout
+
 
 class Pool:
     """``size`` processes; a job of ``ranks`` runs on the first so many, as a world of its own."""
@@ -37,17 +39,29 @@ class Pool:
             self._world = (ranks, str(Path(self._folder.name) / f"world{self._worlds}"))
         for rank in range(ranks):
             self._pipes[rank].send((rank, self._world, function, args))
-        answers = [self._pipes[rank].recv() for rank in range(ranks)]
+        answers = []
+        for rank in range(ranks):
+            if not self._pipes[rank].poll(ANSWER_TIMEOUT_S):
+                said = [str(p.recv()[1]) for p in self._pipes[rank + 1 : ranks] if p.poll(0)]
+                self._restart()
+                raise AssertionError(f"rank {rank} of {ranks} waits; the others: {said or answers}")
+            answers.append(self._pipes[rank].recv())
         for rank, (failed, answer) in enumerate(answers):
             if failed:
                 raise AssertionError(f"rank {rank} of {ranks}:\n{answer}")
         return [answer for _, answer in answers]
 
+    def _restart(self) -> None:
+        """A rank that failed alone leaves the others in a collective for ever."""
+        size = len(self._processes)
+        self.close()
+        Pool.__init__(self, size)
+
     def close(self) -> None:
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
-            process.join(5)
+            process.join(2)
             process.kill()
         self._folder.cleanup()
 
