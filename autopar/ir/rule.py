@@ -84,9 +84,9 @@ class OpRule:
     """``signature``: labelled dims of the tensor inputs and outputs.
 
     ``"... in, out in -> ... out"``: names are factors, the same name has the same size everywhere;
-    ``...`` stands for any leading dims (named ``...0``, ``...1``, counted from the left); ``1`` is a
-    dim of size 1; ``(heads dim)`` is a dim made of two factors of which only the first can be split.
-    A scalar tensor has no labels: ``"tokens vocab, tokens ->"``.
+    ``...`` stands for any leading dims (named ``...0``, ``...1``, counted from the left); ``1`` is
+    a dim of size 1; ``(heads dim)`` is a dim made of two factors of which only the first can be
+    split. A scalar tensor has no labels: ``"tokens vocab, tokens ->"``.
 
     - ``whole``: factors that are never split.
     - ``sizes``: of factors whose size does not follow from the shapes (the groups of group norm).
@@ -176,7 +176,7 @@ class BoundRule:
         found = self._known.get(choice)
         if found is None:
             found = self._known[choice] = self._placements(choice)
-        return found  # type: ignore[no-any-return]
+        return found
 
     def _placements(self, choice: Choice) -> tuple[tuple[Placement, ...], tuple[Placement, ...]]:
         if choice == NOTHING:
@@ -207,7 +207,7 @@ class BoundRule:
         found = self._known.get(split)
         if found is None:
             found = self._known[split] = self._shardings(split)
-        return found  # type: ignore[no-any-return]
+        return found
 
     def _shardings(self, split: Split) -> tuple[tuple[Sharding, ...], tuple[Sharding, ...]]:
         by_axis = [self.placements(choice) for choice in split]
@@ -257,7 +257,7 @@ def bind(
         ValueError: ranks or sizes do not fit the signature.
 
     >>> linear = OpRule("... in, out in -> ... out", sums=("in",))
-    >>> x, w, y = TensorSpec((4, 2), "float32"), TensorSpec((6, 2), "float32"), TensorSpec((4, 6), "float32")
+    >>> x, w, y = (TensorSpec(shape, "float32") for shape in ((4, 2), (6, 2), (4, 6)))
     >>> bound = bind(linear, (x, w), (y,))
     >>> bound.factors
     ('...0', 'in', 'out')

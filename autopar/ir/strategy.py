@@ -33,10 +33,10 @@ class Storage:
     """How a parameter, its gradient and its optimizer state are kept between microbatches.
 
     Each placement is ``I`` (whole) or ``S(d)``. On an axis: all ``I`` is plain replication;
-    ``optimizer`` alone sharded is ZeRO-1 (the gradient stays whole until the end of the step and is
-    then reduce-scattered to the optimizer's shards); with ``gradient`` ZeRO-2; all three ZeRO-3 (and
-    the way a tensor-parallel parameter is kept). A sharded ``parameter`` has its ``gradient`` sharded the
-    same way, and a sharded ``gradient`` its ``optimizer``.
+    ``optimizer`` alone sharded is ZeRO-1 (the gradient stays whole until the end of the step and
+    is then reduce-scattered to the optimizer's shards); with ``gradient`` ZeRO-2; all three ZeRO-3
+    (and the way a tensor-parallel parameter is kept). A sharded ``parameter`` has its ``gradient``
+    sharded the same way, and a sharded ``gradient`` its ``optimizer``.
     """
 
     parameter: Sharding

@@ -1,0 +1,1 @@
+"""Torch's door out: a plan becomes a running program, is verified, and measured."""

@@ -1,0 +1,1 @@
+"""Shelf of pipeline schedules: it has no members yet, since a plan has one stage."""
