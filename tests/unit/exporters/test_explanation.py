@@ -100,7 +100,7 @@ def golden(update_golden: bool) -> Golden:
 
 
 def test_the_summary_reads_as_it_did(golden: Golden) -> None:
-    golden("summary.txt", text.summary(fake_plans.priced(2)) + "\n")
+    golden("summary.txt", text.summary(fake_plans.plan(2)) + "\n")
 
 
 def test_the_explanation_reads_as_it_did(golden: Golden) -> None:
