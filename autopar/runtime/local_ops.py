@@ -322,9 +322,9 @@ def keep_mask(
         length = prod(local[f] for f in dim)
         index = torch.arange(start, start + length, device=device)
         state = state.unsqueeze(-1) + index * _signed(stride * _INCREMENT)
-    state ^= (state >> 30) & ((1 << 34) - 1)
+    state ^= (state >> 30).bitwise_and_((1 << 34) - 1)
     state *= _FIRST
-    state ^= (state >> 27) & ((1 << 37) - 1)
+    state ^= (state >> 27).bitwise_and_((1 << 37) - 1)
     state *= _SECOND
     # p of all int64 lie below this; the highest bits of the product are the well mixed ones
     return state >= min(max(int(p * 2.0**64) - 2**63, -(2**63)), 2**63 - 1)
@@ -374,6 +374,8 @@ class _Attention(torch.autograd.Function):
         if keep is not None:
             weights.mul_(keep()).div_(1 - p)
         out = (_per_key_head(weights, k) @ v).reshape(*q.shape[:-1], v.shape[-1])
+        if out.ndim == 4:  # laid out as by the fused kernels: joining the heads is then a view
+            out = out.transpose(1, 2).contiguous().transpose(1, 2)
         ctx.save_for_backward(q, k, v, bias, out, rows)
         ctx.scale, ctx.causal, ctx.keep, ctx.p = scale, causal, keep, p
         return out

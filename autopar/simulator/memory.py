@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import TypeVar
 
@@ -430,17 +431,16 @@ class _Walk:
             self._forget(key)
         training = self.strategy.training
         mixed, clips = training.precision == "mixed", training.clip_norm is not None
-        pieces = [_piece_bytes(self, name, mixed) for name in reduced]
+        names = [p.name for p in self.graph.parameters if p.name in reduced]
+        pieces = [_piece_bytes(self, name, mixed) for name in names]
         if mixed or clips:
             for size in pieces:
                 self.allocate(size, "gradients")
-        # Adam's denominator and the square root in it, parameter by parameter
-        copies = 2 if training.optimizer.startswith("adam") else 0
-        self.mark("optimizer step", copies * max(pieces, default=0))
+        self.mark("optimizer step", _update_bytes(pieces, training))
         if mixed or clips:
             self.total -= sum(pieces)
             self.live["gradients"] -= sum(pieces)
-        for name in reduced:
+        for name in names:
             self._refresh(name, mixed)
 
     def _reduce(self) -> dict[str, _Block]:
@@ -486,7 +486,7 @@ def _footprint(
         s for s in bound.rule.saves if carries and (not s.needs or any(ins[i] for i in s.needs))
     ]
     sizes = bound.local_sizes(split, mesh)
-    forward, backward = workspace_bytes(operator, bound, sizes, wanted_bytes, produced_bytes)
+    forward, backward = workspace_bytes(operator, bound, sizes, ins, wanted_bytes, produced_bytes)
     return _Footprint(
         wanted=wanted,
         wanted_bytes=wanted_bytes,
@@ -570,6 +570,14 @@ def _piece_bytes(walk: _Walk, name: str, mixed: bool) -> int:
     spec, storage = walk.graph.spec(name), walk.strategy.storage[name]
     elements = prod(local_shape(spec.shape, storage.optimizer, walk.mesh))
     return elements * (4 if mixed else ITEM_BYTES[spec.dtype])
+
+
+def _update_bytes(pieces: Sequence[int], training: Training) -> int:
+    """Adam makes a denominator and the square root in it, parameter by parameter, and lets go of a
+    denominator when it has the next."""
+    if not training.optimizer.startswith("adam"):
+        return 0
+    return max((2 * b + a for a, b in pairwise((0, *pieces))), default=0)
 
 
 def _moved_piece_bytes(spec: TensorSpec, storage: Storage, walk: _Walk) -> int:

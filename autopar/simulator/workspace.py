@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from autopar.ir.graph import ITEM_BYTES, Operator
-from autopar.ir.rule import BoundRule
+from autopar.ir.rule import BoundRule, Dim
 
 PASSES_ON: dict[str, tuple[int, ...]] = {
     "aten.add.Tensor": (0, 1),
@@ -38,6 +39,7 @@ def workspace_bytes(
     operator: Operator,
     bound: BoundRule,
     sizes: Mapping[str, int],
+    differentiable: Sequence[bool],
     read: Sequence[int],
     written: Sequence[int],
 ) -> tuple[int, int]:
@@ -46,7 +48,7 @@ def workspace_bytes(
     found = WORKSPACE.get(operator.op)
     if found is None:
         return 0, 0
-    return found(_Local(operator, bound, sizes, read, written))
+    return found(_Local(operator, bound, sizes, differentiable, read, written))
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class _Local:
     operator: Operator
     bound: BoundRule
     sizes: Mapping[str, int]
+    differentiable: Sequence[bool]
     read: Sequence[int]
     written: Sequence[int]
 
@@ -74,6 +77,47 @@ def _cross_entropy(local: _Local) -> tuple[int, int]:
     return (wide, 0) if wide == logits else (3 * wide, 0)
 
 
+_MASK_BYTES = 2 * ITEM_BYTES["int64"]
+"""Of an element of a dropout mask while it is hashed: the state, and the state shifted."""
+
+
+def _dropout(local: _Local) -> tuple[int, int]:
+    """The mask is hashed before there is a result."""
+    out = local.written[0]
+    elements = out // ITEM_BYTES[local.bound.output_specs[0].dtype]
+    return max(0, (_MASK_BYTES - 1) * elements - out), 0
+
+
+def _attention(local: _Local) -> tuple[int, int]:
+    """By its definition: scores in float32 or wider, probabilities, their gradients, and the mask,
+    all for each query and key. The fused kernels have none of these."""
+    dropout = float(local.operator.argument(4, "dropout_p", 0.0)) > 0.0
+    q, _, v = local.bound.input_specs[:3]
+    learned = len(local.bound.input_specs) > 3 and local.differentiable[3]
+    if not dropout and not learned and len(q.shape) == 4 and q.shape[-1] == v.shape[-1]:
+        return 0, 0
+    item = ITEM_BYTES[q.dtype]
+    wide = max(item, 4)
+    scores = _product(local, local.bound.inputs[0][:-1])
+    scores *= _product(local, local.bound.inputs[1][-2:-1])
+    narrowed = item if item < wide else 0
+    out, results = local.written[0], sum(local.read[:3])
+    forward = [2 * wide + narrowed, wide + item + _MASK_BYTES * dropout]
+    summing = [scores * size - out for size in forward] + [scores * (wide + item) + out]
+    backward = [
+        scores * (wide + 2 * item + _MASK_BYTES * dropout) - results,
+        scores * (wide + 3 * item + (item + 1) * dropout) + max(local.read[:2]),
+    ]
+    return max(0, *summing), max(0, *backward)
+
+
+def _product(local: _Local, dims: Sequence[Dim]) -> int:
+    return prod(local.sizes[factor] for dim in dims for factor in dim)
+
+
 WORKSPACE: dict[str, Callable[[_Local], tuple[int, int]]] = {
     "aten.cross_entropy_loss.default": _cross_entropy,
+    "aten.dropout.default": _dropout,
+    "aten.native_dropout.default": _dropout,
+    "aten.scaled_dot_product_attention.default": _attention,
 }
