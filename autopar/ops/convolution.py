@@ -163,7 +163,7 @@ def adaptive_pool(*, saves: str | None, space: int, mean: bool = False) -> RuleM
             del ins
             return with_argument(o, 1, "output_size", outs[0][-space:])
 
-        averages = mean and all(size == 1 for size in out[-space:])
+        averages = mean and ".adaptive" in operator.op and all(n == 1 for n in out[-space:])
         return replace(
             rule,
             whole=whole,

@@ -51,6 +51,14 @@ def one_hot(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
 FILLED = filled(0)
 NEW = filled(1)
 
+READ_NO_VALUES = frozenset(
+    {"aten.new_zeros.default", "aten.new_ones.default", "aten.new_full.default"}
+)
+"""Ops that ask a tensor for its dtype and device only."""
+
+COUNTERS = {"aten.arange.default": 0, "aten.arange.start": 1, "aten.arange.start_step": 1}
+"""Ops that count, and which argument is the end."""
+
 RULES: dict[str, OpRule | RuleMaker] = {
     "aten.full.default": FILLED,
     "aten.zeros.default": FILLED,

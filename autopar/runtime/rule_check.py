@@ -34,7 +34,7 @@ Draw = Callable[[Operator, Specs, int, torch.Generator], Tensor | None]
 
 MESHES = (Mesh((("a", 2),)), Mesh((("a", 3),)), Mesh((("a", 2), ("b", 2))))
 TOLERANCE = 1e-9  # relative, in float64: the order of sums differs
-COLLECTIVE_TIMEOUT_S = 20.0  # a rank that never comes
+COLLECTIVE_TIMEOUT_S = 5.0  # a rank that never comes
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +162,7 @@ def index_data(spec: TensorSpec, count: int, generator: torch.Generator) -> Tens
 # --- one rank and its peers ----------------------------------------------------------------------
 
 
-class _Group:
+class Group:
     """Ranks in threads that meet at a barrier."""
 
     def __init__(self, mesh: Mesh) -> None:
@@ -180,16 +180,17 @@ class _Group:
 
 
 @dataclass
-class _Context:
-    """``LocalContext`` of one rank, noting its collectives."""
+class RankContext:
+    """``LocalContext`` of one rank, noting its collectives and what autograd keeps."""
 
     bound: BoundRule
     split: Split
     mesh: Mesh
     rank: int
-    group: _Group
+    group: Group
     seed: int = 5
     operator_id: int = 7
+    divisor: Tensor | None = None
     phase: str = "forward"
     done: Counter[tuple[int, str, str, int]] = field(default_factory=Counter)
     kept: list[Tensor] = field(default_factory=list)
@@ -232,7 +233,7 @@ class _Case:
     def whole(self, inputs: list[Tensor], generator: torch.Generator) -> _Result:
         """The plain op; the local implementation where only that is deterministic."""
         mesh = Mesh(())
-        context = _Context(self.bound, (), mesh, 0, _Group(mesh))
+        context = RankContext(self.bound, (), mesh, 0, Group(mesh))
         tensors = self._leaves(inputs)
         mismatch = ""
         if self._random:
@@ -278,10 +279,10 @@ class _Case:
             for value, sharding in zip(whole.cotangents, produced, strict=True)
         ]
         local = self._localized(wanted, produced, mesh)
-        group = _Group(mesh)
+        group = Group(mesh)
 
-        def run(rank: int) -> tuple[list[Tensor], dict[int, Tensor], _Context]:
-            context = _Context(self.bound, split, mesh, rank, group)
+        def run(rank: int) -> tuple[list[Tensor], dict[int, Tensor], RankContext]:
+            context = RankContext(self.bound, split, mesh, rank, group)
             tensors = self._leaves([share[rank] for share in shares])
             with _recording(context.kept):
                 outputs = self._call(context, local, tensors)
@@ -293,7 +294,7 @@ class _Case:
             return [o.detach() for o in outputs], gradients, context
 
         try:
-            ranks = _run_all(run, mesh.size, together=bool(self.bound.rule.inner))
+            ranks = _run_all(run, mesh.size, together=needs_local_op(self.bound, split))
         except Exception as error:
             yield f"a rank raises {type(error).__name__}: {error}"
             return
@@ -356,7 +357,9 @@ class _Case:
             for i, x in enumerate(inputs)
         ]
 
-    def _call(self, context: _Context, operator: Operator, tensors: list[Tensor]) -> list[Tensor]:
+    def _call(
+        self, context: RankContext, operator: Operator, tensors: list[Tensor]
+    ) -> list[Tensor]:
         if not needs_local_op(context.bound, context.split):
             return listed(plain(operator, tensors))
         values, keywords = _arguments(operator, tensors)
@@ -388,7 +391,7 @@ class _Case:
 
     def _kept(self, inputs: list[Tensor]) -> Iterator[str]:
         mesh = Mesh(())
-        context = _Context(self.bound, (), mesh, 0, _Group(mesh))
+        context = RankContext(self.bound, (), mesh, 0, Group(mesh))
         tensors = self._leaves(inputs)
         found: list[Tensor] = []
         with _recording(found):
@@ -494,7 +497,7 @@ def _classified(
 
 def _run_all(
     run: Callable[[int], Any], ranks: int, *, together: bool
-) -> list[tuple[list[Tensor], dict[int, Tensor], _Context]]:
+) -> list[tuple[list[Tensor], dict[int, Tensor], RankContext]]:
     if not together:
         return [run(rank) for rank in range(ranks)]
     with ThreadPoolExecutor(ranks) as pool:
@@ -619,6 +622,8 @@ __all__ = [
     "MESHES",
     "Draw",
     "Failure",
+    "Group",
+    "RankContext",
     "check",
     "close",
     "index_data",

@@ -1,0 +1,91 @@
+"""Local implementations: masks that no split changes, and numbers that plain ops would lose."""
+
+from __future__ import annotations
+
+from math import prod
+
+import pytest
+import torch
+
+from autopar.ir.graph import TensorSpec
+from autopar.ir.rule import BoundRule, OpRule, Split, bind
+from autopar.ir.sharding import Mesh
+from autopar.ops import RULES, rule_for
+from autopar.runtime.local_ops import LOCAL_OPS, keep_mask
+from autopar.runtime.rule_check import Group, RankContext
+from tests.unit.ops.examples import EXAMPLES
+
+ONE = Mesh(())
+
+
+def context(
+    bound: BoundRule,
+    split: Split = (),
+    mesh: Mesh = ONE,
+    rank: int = 0,
+    seed: int = 0,
+    operator: int = 0,
+) -> RankContext:
+    return RankContext(bound, split, mesh, rank, Group(mesh), seed=seed, operator_id=operator)
+
+
+def masked(shape: tuple[int, ...], **options: int) -> torch.Tensor:
+    rule = OpRule(" ".join(f"d{i}" for i in range(len(shape))) + " ->")
+    bound = bind(rule, (TensorSpec(shape, "float32"),), (TensorSpec((), "float32"),))
+    return keep_mask(context(bound, **options), bound.inputs[0], 0.3, torch.device("cpu"))
+
+
+def test_a_mask_keeps_as_many_as_asked() -> None:
+    keep = masked((512, 1024)).double()
+    deviation = (0.3 * 0.7 / keep.numel()) ** 0.5
+    assert abs(keep.mean().item() - 0.7) < 4 * deviation
+
+
+def test_neighbours_in_a_mask_are_independent() -> None:
+    keep = masked((512, 1024)).double() - 0.7
+    for dim in (0, 1):
+        for distance in (1, 2, 64):
+            product = keep * keep.roll(distance, dim)
+            assert abs(product.mean().item()) < 4 * 0.21 / keep.numel() ** 0.5
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"operator": 1}])
+def test_steps_and_operators_draw_other_masks(other: dict[str, int]) -> None:
+    first, second = masked((64, 128)).double() - 0.7, masked((64, 128), **other).double() - 0.7
+    assert abs((first * second).mean().item()) < 5 * 0.21 / first.numel() ** 0.5
+
+
+def test_the_mask_of_a_shard_is_the_shard_of_the_mask() -> None:
+    spec = TensorSpec((8, 12), "float32")
+    bound = bind(OpRule("a b -> a b"), (spec,), (spec,))
+    whole = keep_mask(context(bound), bound.inputs[0], 0.5, torch.device("cpu"))
+    mesh = Mesh((("x", 2), ("y", 3)))
+    for rank in range(mesh.size):
+        i, j = mesh.coordinates(rank)
+        mine = keep_mask(
+            context(bound, ("a", "b"), mesh, rank), bound.inputs[0], 0.5, torch.device("cpu")
+        )
+        assert torch.equal(mine, whole[4 * i : 4 * i + 4, 4 * j : 4 * j + 4])
+
+
+def test_indices_beyond_32_bits_still_differ() -> None:
+    shape = (2**20, 2**16)
+    spec = TensorSpec(shape, "float32")
+    bound = bind(OpRule("a b -> a b"), (spec,), (spec,))
+    mesh = Mesh((("x", 2**17),))
+    first, far = (
+        keep_mask(context(bound, ("a",), mesh, rank), bound.inputs[0], 0.5, torch.device("cpu"))
+        for rank in (0, 2**16)
+    )
+    assert prod(shape) > 2**32
+    assert 0.45 < (first == far).double().mean().item() < 0.55
+
+
+def test_every_op_with_special_factors_has_an_implementation() -> None:
+    special = set()
+    for example in EXAMPLES:
+        rule = rule_for(example.operator, example.input_specs, example.output_specs)
+        assert rule is not None
+        if rule.special:
+            special.add(example.op)
+    assert special == set(LOCAL_OPS) & set(RULES)
