@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,8 @@ class TrainingStep:
     """``loss = step(inputs...)``: one optimizer step on one *global* batch.
 
     Every rank calls it together with the same batch, passed as the model's ``forward`` takes it,
-    and gets the loss of the whole batch. ``gradients`` are those of the last step, sharded as
+    and gets the loss of the whole batch: with m microbatches, for which ``program`` then is, the
+    mean of their m losses. ``gradients`` are those of the last step, sharded as
     ``storage.optimizer``, before clipping.
     """
 
@@ -72,17 +73,22 @@ class TrainingStep:
         inputs = self._inputs(args, kwargs)
         self.gradients = {}
         self.execution.gradients.clear()
-        self.execution.seed = self.seed + self.steps_done
-        with recorder.during("forward"):
-            loss, mutated = self.program(self.execution, self.state.buffers, inputs)
-        with recorder.during("backward"):
-            loss.backward()  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            for name, value in mutated.items():
-                self.state.buffers[name].copy_(value)
+        count = self.strategy.microbatches
+        total = torch.zeros((), device=self._device)
+        for index, microbatch in enumerate(self._microbatches(inputs)):
+            self.execution.seed = self.seed + self.steps_done * count + index
+            with recorder.during("forward"):
+                loss, mutated = self.program(self.execution, self.state.buffers, microbatch)
+                loss = loss / count if count > 1 else loss
+            with recorder.during("backward"):
+                loss.backward()  # type: ignore[no-untyped-call]
+            with torch.no_grad():
+                for name, value in mutated.items():
+                    self.state.buffers[name].copy_(value)
+            total = total + loss.detach()
         with recorder.during("step"), torch.no_grad():
             self._reduce()
-        return loss.detach()
+        return total
 
     def update(self) -> None:
         """Clip, step the optimizer, and bring the parameters up to date on every rank."""
@@ -206,16 +212,39 @@ class TrainingStep:
             )
         given = dict(zip(positional, args, strict=True))
         given.update({keys[key]: value for key, value in kwargs.items()})
-        for name, value in given.items():
-            expected = self.graph.spec(name)
-            found = tuple(value.shape), str(value.dtype).removeprefix("torch.")
-            if found != (expected.shape, expected.dtype):
-                raise PlanMismatchError(
-                    f"input {name!r} is {found[1]}{list(found[0])}; the plan was made for a global "
-                    f"batch with {expected.dtype}{list(expected.shape)}. Every rank passes the "
-                    "whole batch"
-                )
-        return {name: value.to(self._device) for name, value in given.items()}
+        return {name: self._input(name, value) for name, value in given.items()}
+
+    def _input(self, name: str, value: Tensor) -> Tensor:
+        expected = self.graph.spec(name)
+        if self.strategy.training.precision == "mixed" and value.is_floating_point():
+            value = value.to(torch.bfloat16)
+        found = str(value.dtype).removeprefix("torch.")
+        if found != expected.dtype or self._pieces_of(name, value) is None:
+            raise PlanMismatchError(
+                f"input {name!r} is {found}{list(value.shape)}; the plan was made for a global "
+                f"batch with {expected.dtype}{list(expected.shape)}"
+                f"{f' times {m} microbatches' if (m := self.strategy.microbatches) > 1 else ''}. "
+                "Every rank passes the whole batch"
+            )
+        return value.to(self._device)
+
+    def _microbatches(self, inputs: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """The batch in as many equal parts as the plan has microbatches."""
+        pieces = {name: self._pieces_of(name, value) for name, value in inputs.items()}
+        for index in range(self.strategy.microbatches):
+            yield {name: found[index] for name, found in pieces.items() if found is not None}
+
+    def _pieces_of(self, name: str, value: Tensor) -> Sequence[Tensor] | None:
+        """An input in microbatches, cut along the dim that is so many times that of the program;
+        an input that is as large as the program's is the same for all. ``None``: neither."""
+        shape, count = self.graph.spec(name).shape, self.strategy.microbatches
+        found = tuple(value.shape)
+        if found == shape:
+            return (value,) * count
+        for dim, size in enumerate(shape):
+            if found == (*shape[:dim], size * count, *shape[dim + 1 :]):
+                return value.chunk(count, dim)
+        return None
 
 
 __all__ = ["OPTIMIZERS", "TrainingStep"]

@@ -49,13 +49,12 @@ def from_function(
     most one large parameter is whole at a time."""
     values = InitialValues(large_elements)
     module = values.make(function, seed)
-    if strategy.training.precision == "mixed":
-        module = module.to(torch.bfloat16)
     named: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     named.update(module.named_buffers(remove_duplicate=False))
     state = State({}, {})
     for tensor in _stored(graph):
-        keep(state, tensor, values.whole(_checked(tensor, named)), strategy, rank, device)
+        value = values.whole(_checked(tensor, named, strategy))
+        keep(state, tensor, value, strategy, rank, device)
     return state
 
 
@@ -69,7 +68,7 @@ def from_values(
     """The shards of whole tensors by name (a ``state_dict``)."""
     state = State({}, {})
     for tensor in _stored(graph):
-        keep(state, tensor, _checked(tensor, values).detach(), strategy, rank, device)
+        keep(state, tensor, _checked(tensor, values, strategy).detach(), strategy, rank, device)
     return state
 
 
@@ -86,12 +85,13 @@ def keep(
     device: torch.device,
 ) -> None:
     """Put this rank's part of the whole ``value`` into ``state``."""
+    dtype: torch.dtype = getattr(torch, tensor.spec.dtype)
     if tensor.role is Role.BUFFER:
-        state.buffers[tensor.name] = value.to(device, copy=True)
+        state.buffers[tensor.name] = value.to(device, dtype, copy=True)
         return
     sharding = strategy.storage[tensor.name].parameter
     part = own_box(value, sharding, strategy.mesh, rank)
-    shard = torch.empty(part.shape, dtype=part.dtype, device=device).copy_(part)
+    shard = torch.empty(part.shape, dtype=dtype, device=device).copy_(part)
     state.parameters[tensor.name] = shard.requires_grad_(tensor.differentiable)
 
 
@@ -118,7 +118,8 @@ def gather(
     return {name: whole(shards[name], shardings[name], communicator) for name in names}
 
 
-def _checked(tensor: GraphTensor, values: Mapping[str, Tensor]) -> Tensor:
+def _checked(tensor: GraphTensor, values: Mapping[str, Tensor], strategy: Strategy) -> Tensor:
+    """The value, of the plan's shape and dtype; for a mixed-precision plan it is cast later."""
     value = values.get(tensor.name)
     if value is None:
         raise PlanMismatchError(
@@ -126,6 +127,8 @@ def _checked(tensor: GraphTensor, values: Mapping[str, Tensor]) -> Tensor:
             f"this model has none of that name. Make a new plan for it"
         )
     found = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+    if strategy.training.precision == "mixed" and value.is_floating_point():
+        found = found[0], tensor.spec.dtype
     if found != (tensor.spec.shape, tensor.spec.dtype):
         raise PlanMismatchError(
             f"{tensor.role} {tensor.name!r} is {found[1]}{list(found[0])} in this model, and "

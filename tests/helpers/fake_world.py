@@ -1,4 +1,4 @@
-"""One process that is any rank of a world of any size: collectives give tensors of the right shape."""
+"""One process that is any rank of a world of any size: collectives have the right shapes only."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def test_a_program_without_one_of_its_redistributions_does_not(kind: object) -> 
     rules = bound_rules(of.graph)
     strategy = random_strategy(of.graph, rules, MESH, Random(3))
     left_out = 0
-    nodes = [n for n in lower(of.graph, strategy, rules).graph_module.graph.nodes]
+    nodes = list(lower(of.graph, strategy, rules).graph_module.graph.nodes)
     for index, node in enumerate(nodes):
         if node.target is not kind or not changes(node.args):
             continue

@@ -1,0 +1,209 @@
+"""What a training step does beside its arithmetic: dropout, precision, memory, microbatches."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autopar.errors import PlanMismatchError
+from autopar.extractor import extract
+from autopar.ir.graph import OperatorGraph
+from autopar.ir.sharding import Mesh
+from autopar.ir.strategy import Storage, Strategy, Training
+from autopar.ops import bound_rules
+from autopar.runtime.lowering import lower
+from autopar.runtime.recorder import Recorder
+from autopar.runtime.step import TrainingStep
+from autopar.runtime.storage import from_function, from_module
+from tests.helpers.cases import Case, call, case, communicator_of, relative, run, training_step
+from tests.helpers.pool import pool
+from tests.helpers.strategies import one_stage, random_strategy, replicate
+from tests.helpers.zoo import zoo
+
+TWO = Mesh((("data", 2),))
+FOUR = Mesh((("data", 2), ("tensor", 2)))
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("mesh", [TWO, FOUR])
+def test_dropout_masks_are_those_of_one_rank(mesh: Mesh) -> None:
+    of = case("gpt", dropout=0.2)
+    strategy = random_strategy(of.graph, bound_rules(of.graph), mesh, Random(7))
+    alone = replicate(of.graph, Mesh((("data", 1),)))
+    expected = torch.load(io.BytesIO(pool().run(1, trained, of, alone)[0]))
+    found = torch.load(io.BytesIO(pool().run(mesh.size, trained, of, strategy)[0]))
+    assert relative(found.pop("loss"), expected.pop("loss")) < 1e-9
+    for name, value in expected.items():
+        assert relative(found[name], value, 1e-3) < 1e-8, name
+
+
+def trained(of: Case, strategy: Strategy) -> bytes:
+    step, inputs = training_step(of, strategy)
+    found, _ = run(step, inputs)
+    buffer = io.BytesIO()
+    torch.save({"loss": found.loss, **found.parameters}, buffer)
+    return buffer.getvalue()
+
+
+def test_mixed_precision_steps_a_master_copy_that_bfloat16_could_not_hold() -> None:
+    model, inputs = zoo("mlp", dtype=torch.float32)
+    graph = extract(model, inputs, precision="mixed")
+    mixed = Training("sgd", precision="mixed")
+    strategy = random_strategy(graph, bound_rules(graph), TWO, Random(2), mixed)
+    pool().run(2, check_mixed, graph, strategy)
+
+
+def check_mixed(graph: OperatorGraph, strategy: Strategy) -> None:
+    model, inputs = zoo("mlp", dtype=torch.float32)
+    communicator = communicator_of(strategy.mesh)
+    state = from_module(model, graph, strategy, communicator.rank, CPU)
+    program = lower(graph, strategy, bound_rules(graph))
+    step = TrainingStep(program, strategy, state, communicator, {"lr": 1e-6})
+    loss = call(step, inputs)
+    assert relative(loss, call(model, inputs)) < 0.02  # bfloat16 keeps 8 bits
+    assert all(p.dtype == torch.bfloat16 for p in state.parameters.values())
+    masters = next(group["params"] for group in step.optimizer.param_groups)
+    assert all(master.dtype == torch.float32 for master in masters)
+    assert any(not torch.equal(m, m.bfloat16().float()) for m in masters)
+
+
+def test_a_gathered_parameter_is_not_kept_for_the_backward() -> None:
+    of = case("mlp")
+    sharded = Storage(("S(0)",), ("S(0)",), ("S(0)",))
+    splits = {o.name: ("replicated",) for o in of.graph.operators}
+    storage = {p.name: sharded for p in of.graph.parameters}
+    strategy = one_stage(of.graph, TWO, splits, storage)
+    pool().run(2, check_not_kept, of, strategy)
+
+
+def check_not_kept(of: Case, strategy: Strategy) -> None:
+    step, inputs = training_step(of, strategy)
+    assert not isinstance(inputs, dict)
+    batch = dict(zip(of.graph.inputs, inputs, strict=True))
+    kept: list[tuple[int, ...]] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss, _ = step.program(step.execution, step.state.buffers, batch)
+    whole = {p.spec.shape for p in of.graph.parameters if len(p.spec.shape) == 2}
+    assert not {shape for shape in kept if shape in whole or shape[::-1] in whole}
+    with step.communicator.recorder.during("backward"), step.communicator.recorder.recording() as n:
+        loss.backward()
+    again = sum(c for executed, c in n.items() if executed.kind == "all_gather")
+    assert again == 2  # the first layer's input needs no gradient, so its weight is not needed
+
+
+class Watch(TorchDispatchMode):
+    """Counts what is really called on the backend, however it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace in ("_c10d_functional", "c10d"):
+            self.seen[func._schema.name.split("::")[1]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_collective_escapes_the_recorder() -> None:
+    of = case("resnet")
+    training = Training("adam", clip_norm=0.1)
+    strategy = random_strategy(of.graph, bound_rules(of.graph), FOUR, Random(5), training)
+    pool().run(4, check_recorder, of, strategy)
+
+
+def check_recorder(of: Case, strategy: Strategy) -> None:
+    step, inputs = training_step(of, strategy)
+    recorder: Recorder = step.communicator.recorder
+    with Watch() as watch, recorder.recording() as counts:
+        call(step, inputs)
+    names = {
+        "all_reduce": "all_reduce",
+        "all_gather": "all_gather_into_tensor",
+        "reduce_scatter": "reduce_scatter_tensor",
+        "all_to_all": "all_to_all_single",
+    }
+    recorded: Counter[str] = Counter()
+    for executed, count in counts.items():
+        recorded[names[executed.kind]] += count
+    del watch.seen["wait_tensor"]
+    assert watch.seen == recorded
+
+
+def test_shards_made_one_by_one_are_those_of_the_model_in_memory() -> None:
+    of = case("gpt_tied")
+    strategy = random_strategy(of.graph, bound_rules(of.graph), FOUR, Random(1))
+    pool().run(4, check_shards, of, strategy)
+
+
+def check_shards(of: Case, strategy: Strategy) -> None:
+    rank = dist.get_rank()
+    model, _ = zoo(of.name)
+    expected = from_module(model, of.graph, strategy, rank, CPU)
+    torch.set_default_dtype(torch.float64)
+    try:
+        made = from_function(
+            lambda: zoo_model(of.name), of.graph, strategy, rank, CPU, 0, large_elements=0
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, shard in expected.parameters.items():
+        assert torch.equal(shard, made.parameters[name]), name
+        assert shard.untyped_storage().nbytes() == shard.numel() * shard.element_size()
+
+
+def zoo_model(name: str) -> torch.nn.Module:
+    from tests.helpers.zoo import ZOO
+
+    model, _ = ZOO[name]()
+    return model
+
+
+def test_a_batch_of_microbatches_has_the_gradients_of_the_whole() -> None:
+    model, inputs = zoo("unet")
+    assert not isinstance(inputs, dict)
+    half = extract(model, tuple(x[:4] for x in inputs), name="unet")
+    strategy = replace(
+        random_strategy(half, bound_rules(half), TWO, Random(3), Training("sgd")), microbatches=2
+    )
+    pool().run(2, check_microbatches, Case("unet", half), strategy)
+
+
+def check_microbatches(of: Case, strategy: Strategy) -> None:
+    step, inputs = training_step(of, strategy)
+    model, _ = zoo(of.name)
+    loss = sum(call(model, tuple(x[i : i + 4] for x in inputs)) for i in (0, 4)) / 2
+    loss.backward()
+    assert relative(call(step, inputs), loss.detach()) < 1e-9
+    found = step.full_gradients()
+    for name, parameter in model.named_parameters():
+        assert relative(found[name], parameter.grad, 1e-6) < 1e-9, name
+
+
+def test_a_batch_of_another_size_is_refused() -> None:
+    of = case("mlp")
+    pool().run(1, check_refused, of, replicate(of.graph, Mesh((("data", 1),))))
+
+
+def check_refused(of: Case, strategy: Strategy) -> None:
+    step, inputs = training_step(of, strategy)
+    assert not isinstance(inputs, dict)
+    with pytest.raises(PlanMismatchError, match="Every rank passes the whole batch"):
+        step(*(x[:4] for x in inputs))
+    with pytest.raises(PlanMismatchError, match="2 positional inputs"):
+        step(inputs[0])
