@@ -122,8 +122,9 @@ class _Walk:
 
     def memory(self) -> Memory:
         self._keep()
-        saved = self._forward()
-        self._backward(saved)
+        # in the second microbatch the gradients of the first are there; the others are like it
+        for _ in range(min(2, self.strategy.microbatches)):
+            self._backward(self._forward())
         self._update()
         kinds = {f"{kind}_bytes": size for kind, size in self.at_peak.items()}
         return Memory(**kinds, at=self.where)
@@ -240,12 +241,14 @@ class _Walk:
     def _forward(self) -> list[list[_Block]]:
         """What each operator saved."""
         saved = []
-        blocks, reads = self.blocks, self.reads
+        for key in list(self.blocks):
+            self._forget(key)  # what the last microbatch returned
+        blocks, reads = self.blocks, self.reads.copy()
         for operator, footprint, made in zip(
             self.graph.operators, self.footprints, self.made, strict=False
         ):
             for key in made:
-                self._make(key, operator.name)
+                self._make(key, operator.name, reads)
             versions = list(zip(operator.inputs, footprint.wanted, strict=True))
             base = blocks.get(versions[0]) if versions and footprint.aliases else None
             for name, home, size in zip(
@@ -259,15 +262,15 @@ class _Walk:
             saved.append(self._save(operator, footprint))
             self.mark(f"{operator.name} forward", footprint.forward_bytes)
             for key in dict.fromkeys(versions):
-                self._read(key)
+                self._read(key, reads)
             for key in zip(operator.outputs, footprint.produced, strict=True):
                 if not reads[key]:
                     self._forget(key)
         for key in self.made[-1]:
-            self._make(key, "end of the forward")
+            self._make(key, "end of the forward", reads)
         return saved
 
-    def _make(self, key: Key, operator: str) -> None:
+    def _make(self, key: Key, operator: str, reads: Counter[Key]) -> None:
         """Have a version: a part of an input, a gathered parameter, a redistributed activation."""
         name, target = key
         tensor = self.graph.by_name[name]
@@ -278,7 +281,7 @@ class _Walk:
             block = self.blocks.get((name, home))
             if block is not None or not move.in_place:
                 self.blocks[key] = self.moved(block, move, "buffers", where, keep=True)
-            self._read((name, home))
+            self._read((name, home), reads)
             return
         stored = (
             self.strategy.storage[name].parameter
@@ -312,9 +315,9 @@ class _Walk:
             block.users += 1
             held.append(block)
 
-    def _read(self, key: Key) -> None:
-        self.reads[key] -= 1
-        if not self.reads[key]:
+    def _read(self, key: Key, reads: Counter[Key]) -> None:
+        reads[key] -= 1
+        if not reads[key]:
             self._forget(key)
 
     def _forget(self, key: Key) -> None:
@@ -418,7 +421,7 @@ class _Walk:
                 if not edge.per_step:
                     move = self._move(tensor.spec, gradient(target), edge.destination, False)
                     block = self.moved(block, move, "gradients", where)
-                self.arrived[key] = block
+                self._add(self.arrived, key, block, where)
             else:
                 self.release(block)
 
