@@ -119,8 +119,7 @@ def _complaint(graph: OperatorGraph, missing: dict[str, list[Operator]]) -> str:
     return (
         f"{len(missing)} ops have no rule that says how they can be split:\n"
         + "\n".join(lines)
-        + "\nlet autopar propose rules by trying them (propose=True, --propose), write the ops in "
-        "terms of others, or add a rule to a file in autopar/ops"
+        + "\nwrite them in terms of other ops, or add a rule to a file in autopar/ops"
     )
 
 

@@ -39,16 +39,16 @@ def pointwise(
 def _linear(
     operator: Operator, inputs: Specs, outputs: Specs, linear: Linearity
 ) -> tuple[int, ...]:
-    if not inputs or not outputs[0].is_floating or not inputs[0].is_floating:
+    if not outputs[0].is_floating or not any(spec.is_floating for spec in inputs):
         return ()
     if linear == "together":
         alone = len(inputs) == 1 and len(_values(operator)) > 1
         return () if alone or not all(x.is_floating for x in inputs) else tuple(range(len(inputs)))
     if linear == "scaled":
-        return (0,) if position(operator, 0, "self") == 0 else ()
+        return (0,) if position(operator, 0, "self") == 0 and inputs[0].is_floating else ()
     if linear == "first":
-        whole = (i for i, spec in enumerate(inputs) if spec.shape == outputs[0].shape)
-        return (next(whole, 0),)
+        floating = [i for i, spec in enumerate(inputs) if spec.is_floating]
+        return (max(floating, key=lambda i: (inputs[i].numel, -i)),)
     return ()
 
 

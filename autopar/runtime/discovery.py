@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -47,6 +48,7 @@ Attempt = tuple[tuple[int | None, ...], tuple[int, ...]]
 CALL_TIME_S = 120.0  # for one call, with all its attempts; then it stays without a rule
 MOST_ELEMENTS = 200_000  # a tensor that is tried at its real size has at most so many
 MOST_ATTEMPTS = 4000  # ways of cutting the inputs of one call
+MOST_TOGETHER = 6  # inputs of which all subsets are tried as partial sums
 PAIR = Mesh((("a", 2),))
 VERSION = 1  # of what is cached
 
@@ -157,7 +159,8 @@ def _in_process(
     its.close()
     last: Attempt | None = None
     try:
-        while mine.poll(CALL_TIME_S):
+        until_s = time.monotonic() + CALL_TIME_S
+        while mine.poll(max(0.0, until_s - time.monotonic())):
             kind, value = mine.recv()
             if kind == "rule":
                 return None if value is None else rule_from_json(value)
@@ -480,7 +483,9 @@ def _linear(
 ) -> tuple[int, ...]:
     """The largest set of inputs that may be partial sums together."""
     floating = [i for i, spec in enumerate(trial.inputs) if spec.is_floating]
-    sizes = range(len(floating), 0, -1)
+    sizes: Sequence[int] = range(len(floating), 0, -1)
+    if len(floating) > MOST_TOGETHER:  # all of them, or one: what lies between is rare and much
+        sizes = (len(floating), 1)
     for together in chain.from_iterable(combinations(floating, n) for n in sizes):
         attempt: Attempt = ((None,) * count, together)
         if attempt in fatal:

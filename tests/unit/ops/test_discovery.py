@@ -145,6 +145,29 @@ def test_an_attempt_that_kills_the_process_is_left_out(
     assert [bound.placements(f) for f in bound.factors] == [(("S(0)",), ("S(0)",))]
 
 
+@torch.library.custom_op("autopar_tests::doubled_rows", mutates_args=())
+def doubled_rows(x: torch.Tensor) -> torch.Tensor:
+    return x * 2 + x.flip(1)
+
+
+@doubled_rows.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+doubled_rows.register_autograd(lambda ctx, gradient: gradient * 2 + gradient.flip(1))
+
+
+def test_a_custom_op_of_this_process_gets_a_rule(tmp_path: Path) -> None:
+    x = TensorSpec((12, 6), "float32")
+    custom = operator("autopar_tests.doubled_rows.default", Input(0))
+    rule = propose(custom, (x,), (x,), cache=tmp_path)
+    assert rule is not None
+    bound = bind(rule, (x,), (x,))
+    assert [bound.placements(f) for f in bound.factors] == [(("S(0)",), ("S(0)",))]
+    assert rule.linear == (0,)
+
+
 class Unusual(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -142,7 +142,7 @@ def test_every_op_without_a_rule_is_listed_with_its_module() -> None:
     for operator in {o.op: o for o in reversed(strange)}.values():
         assert operator.op in message
         assert operator.module in message
-    assert "propose" in message
+    assert "add a rule" in message
 
 
 def test_an_einsum_that_the_table_does_not_cover_has_no_rule() -> None:
