@@ -11,7 +11,7 @@ import numpy as np
 
 from autopar.errors import AutoparError
 from autopar.ir.search import Budget, Problem, SearchResult
-from autopar.searchers.optimum import Optimum
+from autopar.searchers.optimum import Optimum, Weights
 from autopar.searchers.over_meshes import Progress, search_meshes
 from autopar.simulator.price_list import Menu, Node, PriceList, Selection
 
@@ -87,8 +87,15 @@ def search(
     return search_meshes("exhaustive", problem, budget, _solve, progress)
 
 
-def _solve(price_list: PriceList, cutoff_s: float, deadline: float, gap: float) -> Optimum:
-    del deadline, gap
+def _solve(
+    price_list: PriceList,
+    *,
+    cutoff_s: float,
+    deadline: float,
+    gap: float,
+    hint: Weights | None,
+) -> Optimum:
+    del deadline, gap, hint
     best = best_selection(price_list)
     if best is None:
         return Optimum(None, math.inf, True)

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from autopar.ir.search import Budget, Problem, SearchResult
-from autopar.searchers.optimum import Optimum, optimum
+from autopar.searchers.optimum import optimum
 from autopar.searchers.over_meshes import Progress, search_meshes
-from autopar.simulator.price_list import PriceList
 
 
 def search(
     problem: Problem, budget: Budget, progress: Progress = lambda line: None
 ) -> SearchResult:
     """The fastest strategy that fits on any of the problem's meshes, with a lower bound."""
-    return search_meshes("ilp", problem, budget, _solve, progress)
-
-
-def _solve(price_list: PriceList, cutoff_s: float, deadline: float, gap: float) -> Optimum:
-    return optimum(price_list, cutoff_s=cutoff_s, deadline=deadline, gap=gap)
+    return search_meshes("ilp", problem, budget, optimum, progress)

@@ -24,16 +24,21 @@ OPTIMISTIC = 1.2
 """When no selection is known that fits: at first what is within this factor of the bound."""
 
 
+Weights = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
+
 @dataclass(frozen=True, slots=True)
 class Optimum:
     """``selection`` is ``None`` when none was found that fits and beats the cutoff; ``bound_s``: no
     selection that fits is faster; ``infeasible``: proved that none fits; ``columns``: alternatives
-    and redistributions that were left to the ILP."""
+    and redistributions that were left to the ILP; ``weights``: the memory multipliers (seconds per
+    byte, by memory row) of the bound."""
 
     selection: Selection | None
     bound_s: float
     infeasible: bool = False
     columns: int = 0
+    weights: Weights | None = None
 
 
 def optimum(
@@ -43,32 +48,40 @@ def optimum(
     deadline: float = math.inf,
     gap: float = 1e-6,
     exclude: bool = True,
+    hint: Weights | None = None,
 ) -> Optimum:
     """The fastest selection that fits, if it is faster than ``cutoff_s``.
 
     ``deadline`` (``time.monotonic``): then the best so far is returned, with a bound that holds.
     ``gap``: relative distance to the bound that counts as optimal. Without ``exclude``
-    the ILP is solved as it is, with nothing left out.
+    the ILP is solved as it is, with nothing left out. ``hint``: memory multipliers that were good
+    for a similar price list; a bound with them may show at once that nothing beats the cutoff.
     """
     if not exclude:
         return _finish(price_list, everything(price_list), None, -math.inf, cutoff_s, deadline, gap)
+    if hint is not None and hint.any() and math.isfinite(cutoff_s):
+        similar = dual(price_list, hint)
+        ascend(similar, SWEEPS, lambda bound_s: bound_s > cutoff_s)
+        if similar.bound_s > cutoff_s:
+            return Optimum(None, similar.bound_s)
     relaxed = dual(price_list)
     best = ascend(relaxed, SWEEPS, lambda bound_s: bound_s > cutoff_s)
     if relaxed.bound_s > cutoff_s:
         return Optimum(None, relaxed.bound_s)
     tight = relaxed
     if not price_list.fits(best):
-        found, tight = _within_memory(price_list, relaxed, best, deadline)
-        if found is None and _cannot_fit(price_list, tight):
+        if _cannot_fit(price_list):
             return Optimum(None, math.inf, True)
+        cheapest, tight = _within_memory(price_list, relaxed, best, deadline)
         if tight.bound_s > cutoff_s:
             return Optimum(None, tight.bound_s)
-        if found is None:
+        if cheapest is None:
             return _without_example(price_list, tight, cutoff_s, deadline, gap)
-        best = found
+        best = cheapest
     target_s = min(price_list.time_of(best), cutoff_s)
     offered = survivors(tight, target_s)
-    return _finish(price_list, offered, best, tight.bound_s, cutoff_s, deadline, gap)
+    found = _finish(price_list, offered, best, tight.bound_s, cutoff_s, deadline, gap)
+    return replace(found, weights=tight.weights)
 
 
 def _finish(
@@ -153,7 +166,7 @@ class _Memory:
     tight: Dual
     best: Selection | None = None
 
-    def look(self, weights: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Selection:
+    def look(self, weights: Weights) -> Selection:
         problem = dual(self.price_list, weights)
         selection = ascend(problem, SWEEPS)
         if problem.bound_s > self.tight.bound_s:
@@ -166,7 +179,7 @@ class _Memory:
         return selection
 
 
-def _cannot_fit(price_list: PriceList, tight: Dual) -> bool:
+def _cannot_fit(price_list: PriceList) -> bool:
     """Whether the bound for memory alone is above a limit: time is left out of the prices."""
     timeless = replace(
         price_list,

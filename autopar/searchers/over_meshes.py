@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from time import monotonic
+from typing import Protocol
 
 import numpy as np
 
@@ -15,14 +16,26 @@ from autopar.ir.simulation import Estimate
 from autopar.ir.strategy import Strategy
 from autopar.ops import bound_rules
 from autopar.recipes import RECIPES, Recipe
-from autopar.searchers.optimum import Optimum, optimum
+from autopar.searchers.optimum import Optimum, Weights, optimum
 from autopar.simulator.costs import ComputeCache
 from autopar.simulator.listing import Allowed, Listing, Structure
 from autopar.simulator.price_list import PriceList, Selection
 from autopar.simulator.prices import evaluate
 
-Solver = Callable[[PriceList, float, float, float], Optimum]
-"""(price list, cutoff_s, deadline, gap) -> its optimum."""
+
+class Solver(Protocol):
+    """Finds the optimum of a price list; ``hint``: memory multipliers of the last one."""
+
+    def __call__(
+        self,
+        price_list: PriceList,
+        *,
+        cutoff_s: float,
+        deadline: float,
+        gap: float,
+        hint: Weights | None,
+    ) -> Optimum: ...
+
 
 Progress = Callable[[str], None]
 """Told in one line what is being done."""
@@ -68,6 +81,7 @@ class _Search:
     nearest_miss_bytes: int | None = None
     unseen_bound_s: float = math.inf
     compute_cache: ComputeCache = field(default_factory=dict)
+    weights: Weights | None = None
 
     def run(self) -> str:
         """Fill in trials; returns why it stopped."""
@@ -169,7 +183,14 @@ class _Search:
         price_list = listing.price_list
         bound_s: float | None = None
         for _ in range(MOST_CORRECTIONS):
-            found = self.solver(price_list, cutoff_s, self.deadline, self.budget.gap)
+            found = self.solver(
+                price_list,
+                cutoff_s=cutoff_s,
+                deadline=self.deadline,
+                gap=self.budget.gap,
+                hint=self.weights,
+            )
+            self.weights = found.weights if found.weights is not None else self.weights
             bound_s = found.bound_s if bound_s is None else bound_s
             if found.selection is None:
                 outcome = _outcome(found, bound_s, cutoff_s, self.deadline)
