@@ -39,6 +39,11 @@ class LocalContext(Protocol):
         """Equal on all ranks and in every process that runs the plan."""
         ...
 
+    @property
+    def divisor(self) -> Tensor | None:
+        """What a mean over several microbatches divides by, when it has to be counted."""
+        ...
+
     def axes(self, factor: str) -> tuple[int, ...]:
         """The mesh axes that divide ``factor``."""
         ...
@@ -272,11 +277,24 @@ def _count(
     tokens = [f for f in context.bound.rule.sums if f != "classes"]
     if target.is_floating_point():
         return scores.new_tensor(float(prod(context.bound.sizes[f] for f in tokens)))
+    if context.divisor is not None:
+        return context.divisor
+    return _reduce(context, _own_count(target, weight, ignored), tokens)
+
+
+def _own_count(target: Tensor, weight: Tensor | None, ignored: int) -> Tensor:
     counted = target != ignored
     if weight is not None:
         picked = weight.detach()[target.masked_fill(~counted, 0)]
-        return _reduce(context, picked.masked_fill(~counted, 0).sum(dtype=torch.float64), tokens)
-    return _reduce(context, counted.sum().to(torch.float64), tokens)
+        return picked.masked_fill(~counted, 0).sum(dtype=torch.float64)
+    return counted.sum().to(torch.float64)
+
+
+def mean_divisor(values: Sequence[Any], keywords: Mapping[str, Any]) -> Tensor:
+    """What a mean over classified tokens divides by, given its arguments; the scores, the first of
+    them, are not looked at."""
+    weight = _given(values, keywords, 2, "weight", None)
+    return _own_count(values[1], weight, int(_given(values, keywords, 4, "ignore_index", -100)))
 
 
 # --- dropout -------------------------------------------------------------------------------------

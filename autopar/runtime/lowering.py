@@ -14,11 +14,11 @@ from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from autopar.ir.graph import Argument, Dtype, Input, Operator, OperatorGraph, Role
-from autopar.ir.rule import BoundRule, Split
+from autopar.ir.rule import RESERVED, BoundRule, Split
 from autopar.ir.sharding import Mesh, Sharding, gradient, local_shape
 from autopar.ir.strategy import Strategy
 from autopar.runtime.collectives import Communicator, Redistribute, fresh
-from autopar.runtime.local_ops import LOCAL_OPS, needs_local_op
+from autopar.runtime.local_ops import LOCAL_OPS, mean_divisor, needs_local_op
 from autopar.simulator.edges import (
     Edge,
     ParameterEdge,
@@ -28,6 +28,7 @@ from autopar.simulator.edges import (
     edges,
     parameter_edges,
 )
+from autopar.simulator.microbatches import Division, undivided
 from autopar.simulator.redistribution import steps
 
 
@@ -36,8 +37,10 @@ class Execution:
     """What the lowered program needs beside tensors: passed as its first argument.
 
     ``parameters``: this rank's shards. ``seed``: of this pass, the same on all ranks; dropout masks
-    are made from it. ``gradients``: what the backward has summed for each parameter edge, as
-    ``gradient(edge.target)`` where it travels once a step, else as ``edge.destination``.
+    are made from it. ``microbatch``: which one this pass is. ``divisors``: by operator, what its
+    mean over all microbatches divides by, where that is counted. ``gradients``: what the backward
+    has summed for each parameter edge, as ``gradient(edge.target)`` where it travels once a step,
+    else as ``edge.destination``.
     """
 
     communicator: Communicator
@@ -45,6 +48,8 @@ class Execution:
     regathered: dict[str, tuple[ParameterEdge, ...]]
     parameters: dict[str, Tensor]
     seed: int = 0
+    microbatch: int = 0
+    divisors: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[tuple[str, Sharding], Tensor] = field(default_factory=dict)
 
     def accumulate(self, edge: ParameterEdge, addend: Tensor) -> None:
@@ -58,12 +63,13 @@ class LoweredProgram:
     """The forward of one (micro)batch on one rank; autograd derives the planned backward.
 
     ``graph_module(execution, *parameters, *buffers, *inputs)`` returns the loss and the new values
-    of ``mutated`` buffers. Parameters are shards as stored, inputs are the whole global batch, from
-    which each rank takes its part. ``print(program)`` shows it, with the sharding of each tensor.
+    of ``mutated`` buffers. Parameters are shards as stored, inputs are the whole (micro)batch, from
+    which each rank takes its part. ``graph`` is that of one microbatch, ``division`` says of what.
+    ``print(program)`` shows it, with the sharding of each tensor.
     """
 
     graph_module: fx.GraphModule
-    graph: OperatorGraph
+    division: Division
     mesh: Mesh
     parameters: tuple[str, ...]
     buffers: tuple[str, ...]
@@ -71,6 +77,13 @@ class LoweredProgram:
     mutated: tuple[str, ...]
     edges: tuple[ParameterEdge, ...]
     regathered: dict[str, tuple[ParameterEdge, ...]]
+
+    @property
+    def graph(self) -> OperatorGraph:
+        return self.division.graph
+
+    def constant(self, name: str) -> Tensor:
+        return self.graph_module.get_buffer(_constant_name(name))
 
     def execution(self, communicator: Communicator, parameters: dict[str, Tensor]) -> Execution:
         by_use = {(edge.parameter, edge.target): edge for edge in self.edges}
@@ -98,20 +111,64 @@ def lower(
     rules: Rules,
     device: torch.device | str = "cpu",
 ) -> LoweredProgram:
+    """As ``lower_microbatch``, when the batch is not divided in time."""
+    return lower_microbatch(undivided(graph, rules), strategy, device)
+
+
+def lower_microbatch(
+    division: Division, strategy: Strategy, device: torch.device | str = "cpu"
+) -> LoweredProgram:
     """The program is the same for every rank: what depends on the rank, ``Execution`` knows.
 
     Each tensor is redistributed once for each sharding that is wanted of it, however many
     operators want it; a tensor that is already as wanted is used as it is.
     """
-    return _Lowering(graph, strategy, rules, torch.device(device)).program()
+    return _Lowering(division, strategy, torch.device(device)).program()
+
+
+def divisors(
+    program: LoweredProgram, buffers: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What means over all microbatches divide by, by operator: counted in the targets of the global
+    batch, which every rank has."""
+    division = program.division
+    if not division.means:
+        return {}
+    device = next(iter(inputs.values())).device
+    constants = {name: program.constant(name) for name, _ in division.whole.constants}
+    values: dict[str, Tensor] = {**buffers, **constants, **inputs}
+    with torch.no_grad():
+        for operator in division.counting:
+            args, kwargs = _values(operator, values, device)
+            results = resolve(operator.op)(*args, **kwargs)
+            found = (results,) if isinstance(results, Tensor) else results
+            values.update(zip(operator.outputs, found, strict=True))
+        return {
+            operator.name: mean_divisor(*_values(operator, values, device))
+            for operator in division.whole.operators
+            if operator.name in division.means
+        }
+
+
+def _values(
+    operator: Operator, values: Mapping[str, Tensor], device: torch.device
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The operator's arguments, ``None`` for tensors that are not among ``values``."""
+    given: list[Any] = [values.get(name) for name in operator.inputs]
+    kwargs = {k: _argument(v, given) for k, v in operator.keywords}
+    if any(argument.name == "device" for argument in resolve(operator.op)._schema.arguments):
+        kwargs["device"] = device
+    return tuple(_argument(a, given) for a in operator.arguments), kwargs
 
 
 class _Lowering:
-    def __init__(
-        self, graph: OperatorGraph, strategy: Strategy, rules: Rules, device: torch.device
-    ) -> None:
-        self.graph, self.strategy, self.rules, self.device = graph, strategy, rules, device
+    def __init__(self, division: Division, strategy: Strategy, device: torch.device) -> None:
+        assert division.count == strategy.microbatches
+        self.division, self.strategy, self.device = division, strategy, device
+        graph, rules = self.graph, self.rules = division.graph, division.rules
         self.mesh = strategy.mesh
+        # time cuts the batch first, then devices cut each microbatch
+        self.mesh_and_time = Mesh((("time", division.count), *self.mesh.axes))
         self.edges: dict[tuple[str, Sharding], Edge] = {
             (edge.tensor, edge.target): edge for edge in edges(graph, rules, strategy)
         }
@@ -148,7 +205,7 @@ class _Lowering:
         self.fx.on_generate_code(lambda _: self._commented)
         return LoweredProgram(
             fx.GraphModule(self.root, self.fx, "Lowered"),
-            self.graph,
+            self.division,
             self.mesh,
             names[Role.PARAMETER],
             names[Role.BUFFER],
@@ -171,7 +228,7 @@ class _Lowering:
     def _constant(self, name: str, value: Any) -> fx.Node:
         spec = self.graph.spec(name)
         tensor = torch.tensor(value, dtype=_dtype(spec.dtype), device=self.device)
-        target = "constant_" + _identifier(name)
+        target = _constant_name(name)
         self.root.register_buffer(target, tensor.reshape(spec.shape), persistent=False)
         return self._named("get_attr", target, name)
 
@@ -310,9 +367,18 @@ class _Lowering:
         kwargs = {k: _argument(v, inputs) for k, v in local.keywords}
         if any(argument.name == "device" for argument in op._schema.arguments):
             kwargs["device"] = self.device
-        if needs_local_op(bound, split):
+        choice = self.division.choices[operator.name]
+        special = self.division.whole_rules[operator.name].rule.special
+        if choice in special or ("*" in special and choice not in RESERVED):
+            whole = self.division.whole_rules[operator.name]
+            called = LocalOperator(local, whole, (choice, *split), self.mesh_and_time, in_time=True)
+        elif needs_local_op(bound, split):
+            called = LocalOperator(local, bound, split, self.mesh)
+        else:
+            called = None
+        if called is not None:
             target = _identifier(operator.name)
-            self.root.add_module(target, LocalOperator(local, bound, split, self.mesh))
+            self.root.add_module(target, called)
             args, kwargs = (self.execution, gathered, args, kwargs), {}
             return self._named("call_module", target, result, args, kwargs)
         if gathered:
@@ -344,13 +410,17 @@ def _identifier(name: str) -> str:
     return re.sub(r"\W|^(?=\d)", "_", name)
 
 
+def _constant_name(name: str) -> str:
+    return "constant_" + _identifier(name)
+
+
 def _dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
 
 
-def _argument(value: Argument, inputs: list[fx.Node]) -> Any:
+def _argument(value: Argument, inputs: Sequence[Any]) -> Any:
     match value:
         case Input(index):
             return inputs[index]
@@ -504,11 +574,23 @@ class _Again:
 
 
 class LocalOperator(nn.Module):
-    """An operator with an implementation of its own in ``local_ops``."""
+    """An operator with an implementation of its own in ``local_ops``.
 
-    def __init__(self, operator: Operator, bound: BoundRule, split: Split, mesh: Mesh) -> None:
+    ``in_time``: ``bound`` is of the global batch and the first axis of ``mesh`` is time.
+    """
+
+    def __init__(
+        self,
+        operator: Operator,
+        bound: BoundRule,
+        split: Split,
+        mesh: Mesh,
+        *,
+        in_time: bool = False,
+    ) -> None:
         super().__init__()
         self.operator, self.bound, self.split, self.mesh = operator, bound, split, mesh
+        self.in_time = in_time
         self.implementation = LOCAL_OPS[operator.op]
         digest = hashlib.blake2b(operator.name.encode(), digest_size=7).digest()
         self.operator_id = int.from_bytes(digest, "big")
@@ -534,20 +616,24 @@ class _OperatorContext:
     def __init__(self, local: LocalOperator, execution: Execution) -> None:
         self.bound, self.split, self.mesh = local.bound, local.split, local.mesh
         self.operator_id, self.seed = local.operator_id, execution.seed
+        self.divisor = execution.divisors.get(local.operator.name)
         self._communicator = execution.communicator
+        self._time = (execution.microbatch,) if local.in_time else ()
 
     def axes(self, factor: str) -> tuple[int, ...]:
         return tuple(axis for axis, choice in enumerate(self.split) if choice == factor)
 
     def offset(self, factor: str) -> int:
         size, start = self.bound.sizes[factor], 0
+        coordinates = (*self._time, *self._communicator.coordinates)
         for axis in self.axes(factor):
             size //= self.mesh.sizes[axis]
-            start += self._communicator.coordinates[axis] * size
+            start += coordinates[axis] * size
         return start
 
     def all_reduce(self, tensor: Tensor, axis: int, op: Literal["sum", "max"] = "sum") -> Tensor:
-        return self._communicator.all_reduce(tensor, axis, op)
+        assert axis >= len(self._time), "microbatches do not wait for each other"
+        return self._communicator.all_reduce(tensor, axis - len(self._time), op)
 
 
-__all__ = ["Execution", "LoweredProgram", "lower"]
+__all__ = ["Execution", "LoweredProgram", "divisors", "lower", "lower_microbatch"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from autopar.ir.graph import OperatorGraph
 from autopar.ir.sharding import Sharding, gradient, sharded_dim
 from autopar.ir.strategy import Strategy
 from autopar.runtime.collectives import Communicator
-from autopar.runtime.lowering import Execution, LoweredProgram
+from autopar.runtime.lowering import Execution, LoweredProgram, divisors
 from autopar.runtime.storage import State, gather
 from autopar.simulator.prices import clip_axes
 from autopar.simulator.redistribution import steps
@@ -34,9 +34,9 @@ class TrainingStep:
     """``loss = step(inputs...)``: one optimizer step on one *global* batch.
 
     Every rank calls it together with the same batch, passed as the model's ``forward`` takes it,
-    and gets the loss of the whole batch: with m microbatches, for which ``program`` then is, the
-    mean of their m losses. ``gradients`` are those of the last step, sharded as
-    ``storage.optimizer``, before clipping.
+    and gets the loss of the whole batch. In microbatches, their shares of it are added up: loss
+    and gradients are those of the batch in one. ``gradients`` are those of the last step, sharded
+    as ``storage.optimizer``, before clipping.
     """
 
     program: LoweredProgram
@@ -73,19 +73,21 @@ class TrainingStep:
         inputs = self._inputs(args, kwargs)
         self.gradients = {}
         self.execution.gradients.clear()
-        count = self.strategy.microbatches
-        total = torch.zeros((), device=self._device)
-        for index, microbatch in enumerate(self._microbatches(inputs)):
-            self.execution.seed = self.seed + self.steps_done * count + index
+        self.execution.seed = self.seed + self.steps_done
+        self.execution.divisors = divisors(self.program, self.state.buffers, inputs)
+        total: Tensor | None = None
+        for index in range(self.strategy.microbatches):
+            self.execution.microbatch = index
+            part = {name: self._part(name, value, index) for name, value in inputs.items()}
             with recorder.during("forward"):
-                loss, mutated = self.program(self.execution, self.state.buffers, microbatch)
-                loss = loss / count if count > 1 else loss
+                loss, mutated = self.program(self.execution, self.state.buffers, part)
             with recorder.during("backward"):
                 loss.backward()  # type: ignore[no-untyped-call]
-            with torch.no_grad():
-                for name, value in mutated.items():
-                    self.state.buffers[name].copy_(value)
-            total = total + loss.detach()
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        with torch.no_grad():
+            for name, value in mutated.items():  # the same in all microbatches
+                self.state.buffers[name].copy_(value)
         with recorder.during("step"), torch.no_grad():
             self._reduce()
         return total
@@ -215,36 +217,25 @@ class TrainingStep:
         return {name: self._input(name, value) for name, value in given.items()}
 
     def _input(self, name: str, value: Tensor) -> Tensor:
-        expected = self.graph.spec(name)
+        expected = self.program.division.whole.spec(name)
         if self.strategy.training.precision == "mixed" and value.is_floating_point():
             value = value.to(torch.bfloat16)
-        found = str(value.dtype).removeprefix("torch.")
-        if found != expected.dtype or self._pieces_of(name, value) is None:
+        found = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+        if found != (expected.shape, expected.dtype):
             raise PlanMismatchError(
-                f"input {name!r} is {found}{list(value.shape)}; the plan was made for a global "
-                f"batch with {expected.dtype}{list(expected.shape)}"
-                f"{f' times {m} microbatches' if (m := self.strategy.microbatches) > 1 else ''}. "
-                "Every rank passes the whole batch"
+                f"input {name!r} is {found[1]}{list(found[0])}; the plan was made for a global "
+                f"batch with {expected.dtype}{list(expected.shape)}. Every rank passes the "
+                "whole batch"
             )
         return value.to(self._device)
 
-    def _microbatches(self, inputs: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        """The batch in as many equal parts as the plan has microbatches."""
-        pieces = {name: self._pieces_of(name, value) for name, value in inputs.items()}
-        for index in range(self.strategy.microbatches):
-            yield {name: found[index] for name, found in pieces.items() if found is not None}
-
-    def _pieces_of(self, name: str, value: Tensor) -> Sequence[Tensor] | None:
-        """An input in microbatches, cut along the dim that is so many times that of the program;
-        an input that is as large as the program's is the same for all. ``None``: neither."""
-        shape, count = self.graph.spec(name).shape, self.strategy.microbatches
-        found = tuple(value.shape)
-        if found == shape:
-            return (value,) * count
-        for dim, size in enumerate(shape):
-            if found == (*shape[:dim], size * count, *shape[dim + 1 :]):
-                return value.chunk(count, dim)
-        return None
+    def _part(self, name: str, value: Tensor, microbatch: int) -> Tensor:
+        """What a microbatch has of an input."""
+        dim = sharded_dim(self.program.division.placements[name])
+        if dim is None:
+            return value
+        size = self.graph.spec(name).shape[dim]
+        return value.narrow(dim, microbatch * size, size)
 
 
 __all__ = ["OPTIMIZERS", "TrainingStep"]

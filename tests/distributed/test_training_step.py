@@ -1,10 +1,9 @@
-"""What a training step does beside its arithmetic: dropout, precision, memory, microbatches."""
+"""What a training step does beside its arithmetic: dropout, precision, memory."""
 
 from __future__ import annotations
 
 import io
 from collections import Counter
-from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -172,27 +171,6 @@ def zoo_model(name: str) -> torch.nn.Module:
 
     model, _ = ZOO[name]()
     return model
-
-
-def test_a_batch_of_microbatches_has_the_gradients_of_the_whole() -> None:
-    model, inputs = zoo("unet")
-    assert not isinstance(inputs, dict)
-    half = extract(model, tuple(x[:4] for x in inputs), name="unet")
-    strategy = replace(
-        random_strategy(half, bound_rules(half), TWO, Random(3), Training("sgd")), microbatches=2
-    )
-    pool().run(2, check_microbatches, Case("unet", half), strategy)
-
-
-def check_microbatches(of: Case, strategy: Strategy) -> None:
-    step, inputs = training_step(of, strategy)
-    model, _ = zoo(of.name)
-    loss = sum(call(model, tuple(x[i : i + 4] for x in inputs)) for i in (0, 4)) / 2
-    loss.backward()
-    assert relative(call(step, inputs), loss.detach()) < 1e-9
-    found = step.full_gradients()
-    for name, parameter in model.named_parameters():
-        assert relative(found[name], parameter.grad, 1e-6) < 1e-9, name
 
 
 def test_a_batch_of_another_size_is_refused() -> None:

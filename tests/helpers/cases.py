@@ -15,12 +15,12 @@ from autopar.extractor import extract
 from autopar.ir.graph import OperatorGraph
 from autopar.ir.sharding import Mesh
 from autopar.ir.strategy import Strategy
-from autopar.ops import bound_rules
 from autopar.runtime.collectives import Communicator, connect
-from autopar.runtime.lowering import lower
+from autopar.runtime.lowering import lower_microbatch
 from autopar.runtime.recorder import Executed
 from autopar.runtime.step import OPTIMIZERS, TrainingStep
 from autopar.runtime.storage import from_module
+from autopar.simulator.microbatches import division
 from tests.helpers.zoo import Inputs, zoo
 
 STEPS = 3
@@ -117,7 +117,7 @@ def run(step: TrainingStep, inputs: Inputs) -> tuple[Run, dict[Executed, int]]:
 def training_step(case: Case, strategy: Strategy) -> tuple[TrainingStep, Inputs]:
     model, inputs = zoo(case.name, dropout=case.dropout)
     communicator = communicator_of(strategy.mesh)
-    program = lower(case.graph, strategy, bound_rules(case.graph))
+    program = lower_microbatch(division(case.graph, strategy.microbatches), strategy)
     state = from_module(model, case.graph, strategy, communicator.rank, torch.device("cpu"))
     return TrainingStep(program, strategy, state, communicator), inputs
 
