@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from autopar.errors import AutoparError
+from autopar.errors import AutoparError, VerificationError
 from autopar.ir.graph import OperatorGraph, Role
 from autopar.ir.plan import Plan
 from autopar.ir.sharding import Mesh, local_shape
@@ -22,10 +22,11 @@ from autopar.ir.simulation import Estimate, Memory
 from autopar.ir.strategy import Strategy
 from autopar.ops import bound_rules
 from autopar.runtime.collectives import Communicator, connect
-from autopar.runtime.lowering import lower
+from autopar.runtime.lowering import LoweredProgram, lower
 from autopar.runtime.recorder import Executed
 from autopar.runtime.step import TrainingStep
 from autopar.runtime.storage import State
+from autopar.runtime.typecheck import typecheck as check_types
 from autopar.runtime.watch import MemoryWatch, Piece, Watch, device_for_dry_runs
 from autopar.simulator.edges import Rules
 
@@ -61,6 +62,7 @@ class Report:
     measured_peak_at: str
     kept_bytes: int
     at_peak: tuple[Piece, ...] = field(repr=False)
+    typechecked: bool = False
     differences: tuple[str, ...] = ()
 
     @property
@@ -77,14 +79,29 @@ class Report:
         return json.dumps({"ok": self.ok, **data}, indent=1)
 
 
-def verify(plan: Plan, *, rank: int = 0, rules: Rules | None = None) -> Report:
-    """Dry-run one training step of ``plan`` as ``rank``, without devices or other processes."""
-    rules = bound_rules(plan.graph) if rules is None else rules
-    return verify_strategy(plan.graph, rules, plan.strategy, plan.estimate, rank=rank)
+def verify(
+    plan: Plan, *, rank: int = 0, rules: Rules | None = None, typecheck: bool = True
+) -> Report:
+    """Dry-run one training step of ``plan`` as ``rank``, without devices or other processes.
+
+    ``typecheck``: have ``spmd_types`` derive the types of all tensors, too. ``rules``: needed only
+    for ops that have none of their own.
+    """
+    if rules is None:
+        rules = bound_rules(plan.graph, plan.proposed)
+    return verify_strategy(
+        plan.graph, rules, plan.strategy, plan.estimate, rank=rank, typecheck=typecheck
+    )
 
 
 def verify_strategy(
-    graph: OperatorGraph, rules: Rules, strategy: Strategy, estimate: Estimate, *, rank: int = 0
+    graph: OperatorGraph,
+    rules: Rules,
+    strategy: Strategy,
+    estimate: Estimate,
+    *,
+    rank: int = 0,
+    typecheck: bool = True,
 ) -> Report:
     """As ``verify``, of the parts of a plan that are needed.
 
@@ -95,7 +112,9 @@ def verify_strategy(
     if not 0 <= rank < size:
         raise AutoparError(f"the plan is for the ranks 0 to {size - 1}, not for rank {rank}")
     with _world(strategy.mesh, rank) as communicator:
-        watch, kept_bytes, recorded = _dry_run(graph, rules, strategy, communicator)
+        watch, kept_bytes, recorded, mistyped = _dry_run(
+            graph, rules, strategy, communicator, typecheck
+        )
     rows = tuple(_rows(estimate, watch.executed))
     memory = watch.memory
     return Report(
@@ -107,7 +126,9 @@ def verify_strategy(
         measured_peak_at=memory.peak_at,
         kept_bytes=kept_bytes,
         at_peak=memory.at_peak(),
+        typechecked=typecheck,
         differences=(
+            *mistyped,
             *map(_collective_difference, (row for row in rows if row.promised != row.executed)),
             *_unrecorded(watch.executed, recorded),
             *_memory_difference(estimate.memory, memory),
@@ -131,9 +152,17 @@ def _world(mesh: Mesh, rank: int) -> Iterator[Communicator]:
 
 
 def _dry_run(
-    graph: OperatorGraph, rules: Rules, strategy: Strategy, communicator: Communicator
-) -> tuple[Watch, int, Counter[Executed]]:
-    """A step in the state that training is in: optimizer states exist."""
+    graph: OperatorGraph,
+    rules: Rules,
+    strategy: Strategy,
+    communicator: Communicator,
+    typecheck: bool,
+) -> tuple[Watch, int, Counter[Executed], tuple[str, ...]]:
+    """A step in the state that training is in: optimizer states exist.
+
+    What was seen, the bytes that stay from step to step, what the runtime itself counted, and what
+    the types object to.
+    """
     mesh, device = strategy.mesh, device_for_dry_runs()
     recorder = communicator.recorder
     groups = {
@@ -154,7 +183,18 @@ def _dry_run(
         args, kwargs = _arguments(graph, inputs)
         with watch, recorder.recording() as recorded:
             step(*args, **kwargs)
-    return watch, kept_bytes, recorded
+        mistyped = _mistyped(program, step, inputs) if typecheck else ()
+    return watch, kept_bytes, recorded, mistyped
+
+
+def _mistyped(
+    program: LoweredProgram, step: TrainingStep, inputs: Mapping[str, Tensor]
+) -> tuple[str, ...]:
+    try:
+        check_types(program, step.execution, step.state.buffers, inputs)
+    except VerificationError as error:
+        return (str(error),)
+    return ()
 
 
 def _fake_state(graph: OperatorGraph, strategy: Strategy, device: torch.device) -> State:
