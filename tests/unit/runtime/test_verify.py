@@ -1,0 +1,159 @@
+"""What a plan promises is what its program does: collectives exactly, memory within 5%."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from random import Random
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from autopar.errors import AutoparError
+from autopar.extractor import extract
+from autopar.ir.graph import OperatorGraph
+from autopar.ir.sharding import Mesh
+from autopar.ir.strategy import Strategy, Training
+from autopar.ops import bound_rules
+from autopar.runtime.verify import Report, verify_strategy
+from autopar.simulator.meshes import mesh
+from autopar.simulator.prices import evaluate
+from tests.helpers.fake_prices import FakePrices
+from tests.helpers.strategies import random_strategy, replicate
+from tests.helpers.zoo import ZOO, zoo
+
+
+@lru_cache(maxsize=None)
+def graph_of(name: str, dropout: float = 0.0) -> OperatorGraph:
+    model, inputs = zoo(name, dropout=dropout)
+    return extract(model, inputs, name=name)
+
+
+def report_of(graph: OperatorGraph, strategy: Strategy, rank: int = 0) -> Report:
+    rules = bound_rules(graph)
+    estimate = evaluate(graph, rules, FakePrices(), strategy)
+    return verify_strategy(graph, rules, strategy, estimate, rank=rank)
+
+
+def drawn(graph: OperatorGraph, on: Mesh, seed: int, training: Training) -> Strategy:
+    return random_strategy(graph, bound_rules(graph), on, Random(seed), training)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_random_strategies_keep_their_promise(name: str) -> None:
+    graph = graph_of(name)
+    strategy = drawn(graph, mesh((2, 2, 2)), 2, Training())
+    report = report_of(graph, strategy, rank=7)
+    assert report.ok, report.differences
+    assert report.typechecked
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "vit", "t5", "transformer_encoder"])
+def test_dropout_keeps_its_promise(name: str) -> None:
+    graph = graph_of(name, dropout=0.1)
+    report = report_of(graph, drawn(graph, mesh((2, 2)), 5, Training()), rank=3)
+    assert report.ok, report.differences
+
+
+@pytest.mark.parametrize(
+    "training",
+    [Training("sgd"), Training("momentum", clip_norm=1.0), Training("adam", clip_norm=0.5)],
+    ids=lambda training: training.optimizer,
+)
+@pytest.mark.parametrize("sizes", [(1,), (4,), (8,), (2, 2)])
+def test_every_optimizer_and_mesh_keeps_the_promise(
+    sizes: tuple[int, ...], training: Training
+) -> None:
+    graph = graph_of("gpt_tied")
+    report = report_of(graph, drawn(graph, mesh(sizes), 1, training), rank=mesh(sizes).size - 1)
+    assert report.ok, report.differences
+
+
+def test_random_strategies_are_within_half_a_percent_of_the_measured_peak() -> None:
+    graph = graph_of("gpt")
+    for seed in range(3):
+        report = report_of(graph, drawn(graph, mesh((2, 2)), seed, Training()), rank=3)
+        assert abs(report.memory_error) < 0.005, (seed, report.memory_error)
+
+
+def test_a_collective_too_many_or_too_few_is_a_difference() -> None:
+    graph, rules = graph_of("mlp"), bound_rules(graph_of("mlp"))
+    strategy = drawn(graph, mesh((2, 2)), 0, Training())
+    estimate = evaluate(graph, rules, FakePrices(), strategy)
+    first = estimate.collectives[0]
+    for collectives in (
+        estimate.collectives[1:],
+        (replace(first, count=first.count + 1), *estimate.collectives[1:]),
+        (replace(first, bytes=first.bytes + 1), *estimate.collectives[1:]),
+    ):
+        report = verify_strategy(graph, rules, strategy, replace(estimate, collectives=collectives))
+        assert not report.ok
+        assert first.kind in report.differences[0] and "promised" in report.differences[0]
+
+
+@pytest.mark.parametrize("factor", [0.9, 1.1])
+def test_memory_a_tenth_off_is_a_difference(factor: float) -> None:
+    graph, rules = graph_of("mlp"), bound_rules(graph_of("mlp"))
+    strategy = replicate(graph, mesh((2,)))
+    estimate = evaluate(graph, rules, FakePrices(), strategy)
+    extra = round((factor - 1) * estimate.peak_memory_bytes)
+    memory = replace(estimate.memory, parameters_bytes=estimate.memory.parameters_bytes + extra)
+    report = verify_strategy(graph, rules, strategy, replace(estimate, memory=memory))
+    (difference,) = report.differences
+    assert "peak memory" in difference
+
+
+def test_a_program_that_moves_a_tensor_otherwise_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from autopar.runtime import collectives
+
+    def twice(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def all_gather(self: object, tensor: torch.Tensor, axis: int, dim: int) -> torch.Tensor:
+            original(self, tensor, axis, dim)
+            return original(self, tensor, axis, dim)
+
+        return all_gather
+
+    graph = graph_of("mlp")
+    strategy = drawn(graph, mesh((4,)), 1, Training())
+    assert report_of(graph, strategy).ok
+    gather = collectives.Communicator.all_gather
+    monkeypatch.setattr(collectives.Communicator, "all_gather", twice(gather))
+    assert any("all_gather" in text for text in report_of(graph, strategy).differences)
+
+
+def test_a_collective_past_the_recorder_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from autopar.runtime.recorder import Recorder
+
+    graph = graph_of("mlp")
+    monkeypatch.setattr(Recorder, "add", lambda self, executed: None)
+    report = report_of(graph, drawn(graph, mesh((4,)), 1, Training()))
+    assert any("the runtime counted 0" in text for text in report.differences)
+
+
+def test_ranks_that_there_are_not_and_processes_of_another_world_are_refused() -> None:
+    graph = graph_of("mlp")
+    strategy = replicate(graph, mesh((4,)))
+    with pytest.raises(AutoparError, match="ranks 0 to 3"):
+        report_of(graph, strategy, rank=4)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        with pytest.raises(AutoparError, match="process group of its own"):
+            report_of(graph, strategy)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_report_is_json() -> None:
+    import json
+
+    graph = graph_of("mlp")
+    data = json.loads(report_of(graph, drawn(graph, mesh((4,)), 1, Training())).to_json())
+    assert data["ok"] is True
+    assert data["world_size"] == 4
+    assert data["collectives"][0]["promised"] == data["collectives"][0]["executed"]
+    assert data["at_peak"][0]["size_bytes"] > 0
