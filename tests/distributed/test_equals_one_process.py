@@ -8,13 +8,17 @@ from random import Random
 
 import pytest
 
+from autopar.ir.search import Budget, Problem
 from autopar.ir.sharding import Mesh
 from autopar.ir.strategy import Strategy, Training
 from autopar.ops import bound_rules
+from autopar.recipes import RECIPES
 from autopar.runtime.recorder import Executed
+from autopar.searchers import SEARCHERS
 from autopar.simulator.edges import Rules
 from autopar.simulator.prices import promise
 from tests.helpers.cases import Case, Outcome, case, outcome
+from tests.helpers.fake_prices import FakePrices
 from tests.helpers.pool import pool
 from tests.helpers.strategies import random_strategy
 
@@ -45,6 +49,7 @@ TRAININGS = (
     Training("adam", clip_norm=0.1),
     Training("adamw"),
 )
+SLOW_COMPUTE = {"matmul": 1e-8, "attention": 1e-8, "memory": 1e-7}  # worth dividing, at these sizes
 IN_DEFAULT_RUN = 4  # seeds for each model; the others are slow
 SEEDS = 15
 
@@ -92,3 +97,32 @@ def promised(of: Case, strategy: Strategy) -> Counter[Executed]:
     for one in promise(of.graph, rules(of.name), strategy):
         counts[Executed(one.kind, one.phase, one.axis, one.bytes)] += one.count
     return counts
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt_tied",
+        "resnet",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "t5", "dlrm", "vit")),
+    ],
+)
+def test_so_do_every_recipe_and_what_the_ilp_finds(name: str) -> None:
+    of = case(name)
+    problem = Problem(
+        of.graph,
+        FakePrices(work=SLOW_COMPUTE),
+        (MESHES[2],),
+        memory_limit_bytes=10**9,
+        training=Training("adamw", clip_norm=0.5),
+    )
+    trials = SEARCHERS["ilp"](problem, Budget(), progress=lambda _: None).trials
+    assert {trial.name for trial in trials} >= set(RECIPES)
+    for trial in trials:
+        if trial.strategy is None:
+            continue
+        found = on_ranks(of, trial.strategy)
+        assert found.loss < 1e-9, trial.name
+        assert found.gradient < 1e-9, (trial.name, found.worst_gradient)
+        assert found.parameter < 1e-8, trial.name
+        assert Counter(found.executed) == promised(of, trial.strategy), trial.name
