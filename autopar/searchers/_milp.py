@@ -6,6 +6,8 @@ f[t,c,σ,σ′] ∈ [0,1] consumer c of t gets it from σ in σ′    Σ_σ′ f
 F[t,σ,σ′] ≥ f[t,c,σ,σ′] for every c                         paid once
 z[m,u,s] ∈ {0,1,…}      copies of m's parameter in storage s  Σ_s z[m,u,s] = count · Σ_(k: u) x
 M[v] ≥ Σ_(k needing v) x[h,k] for every holder h            version v is kept
+Σ_n x[n,k_n] + Σ_(m,s) g[m,s] ≤ their number - 1            for every selection that is refused,
+                                                            g[m,s] = 1 where z[m,u,s] ≥ its count
 
 minimise Σ x·time + Σ F·time + Σ z·time   subject to each memory row
 """
@@ -13,7 +15,7 @@ minimise Σ x·time + Σ F·time + Σ z·time   subject to each memory row
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -43,13 +45,17 @@ def solve(
     time_limit_s: float,
     gap: float = 1e-9,
     cutoff_s: float | None = None,
+    refused: Iterable[Selection] = (),
 ) -> Solved:
     """The best selection among what is offered, within the memory limits.
 
     ``cutoff_s``: selections that are slower are of no interest; then "infeasible" says no more than
-    that there is none faster.
+    that there is none faster. ``refused``: selections that are not wanted.
     """
-    return _Model(price_list, offered, cutoff_s).solve(time_limit_s, gap)
+    model = _Model(price_list, offered, cutoff_s)
+    for selection in refused:
+        model.refuse(selection)
+    return model.solve(time_limit_s, gap)
 
 
 class _Model:
@@ -180,6 +186,28 @@ class _Model:
             room = (cutoff_s - self.price_list.fixed_time_s) / self.scale
             self.model.add_linear_constraint(total <= room * (1 + 1e-9))
         self.model.minimize(total)
+
+    def refuse(self, selection: Selection) -> None:
+        """Cut off this one selection."""
+        if any(k not in x for k, x in zip(selection.alternatives, self.x, strict=True)):
+            return
+        terms = [x[k] for k, x in zip(selection.alternatives, self.x, strict=True)]
+        for n, chosen in enumerate(selection.storages):
+            for m, counts in enumerate(chosen):
+                menu = self.price_list.nodes[n].menus[m]
+                use = int(menu.use[selection.alternatives[n]])
+                for s, count in enumerate(counts):
+                    if count:
+                        terms.append(self._reached(self.z[n][m][use, s], count, menu.count))
+        self.model.add_linear_constraint(mathopt.fast_sum(terms) <= len(terms) - 1)
+
+    def _reached(self, z: mathopt.Variable, count: int, most: int) -> mathopt.Variable:
+        """1 where at least ``count`` of ``most`` copies take a storage."""
+        if most == 1:
+            return z
+        reached = self.model.add_binary_variable()
+        self.model.add_linear_constraint(z <= count - 1 + (most - count + 1) * reached)
+        return reached
 
     # ---- solution ------------------------------------------------------------------------------
 

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from itertools import product
 from math import comb, prod
 
-import numpy as np
-
 from autopar.errors import AutoparError
 from autopar.ir.search import Budget, Problem, SearchResult
 from autopar.searchers.optimum import Optimum, Weights
 from autopar.searchers.over_meshes import Progress, search_meshes
+from autopar.searchers.within_peak import OverBytes
 from autopar.simulator.price_list import Menu, Node, PriceList, Selection
 
 MOST_SELECTIONS = 3_000_000
@@ -33,8 +32,13 @@ def _compositions(total: int, parts: int) -> int:
     return comb(total + parts - 1, parts - 1)
 
 
-def best_selection(price_list: PriceList) -> Selection | None:
-    """The fastest selection that fits, by trying all; ``None`` when nothing fits.
+def best_selection(
+    price_list: PriceList,
+    over_bytes: OverBytes = lambda selection: 0,
+    faster_than_s: float = math.inf,
+) -> Selection | None:
+    """The fastest selection that fits (``over_bytes``: its whole step, too), by trying all;
+    ``None`` when nothing fits.
 
     Raises:
         AutoparError: there are more than ``MOST_SELECTIONS``.
@@ -45,10 +49,11 @@ def best_selection(price_list: PriceList) -> Selection | None:
             "use the ilp searcher, a smaller model or a smaller mesh"
         )
     best: Selection | None = None
-    best_s = np.inf
+    best_s = faster_than_s
     for selection in selections(price_list):
         time_s = price_list.time_of(selection)
-        if time_s < best_s and price_list.fits(selection):
+        fits = time_s < best_s and price_list.fits(selection) and over_bytes(selection) <= 0
+        if fits:
             best, best_s = selection, time_s
     return best
 
@@ -94,10 +99,10 @@ def _solve(
     deadline: float,
     gap: float,
     hint: Weights | None,
+    over_bytes: OverBytes,
 ) -> Optimum:
     del deadline, gap, hint
-    best = best_selection(price_list)
+    best = best_selection(price_list, over_bytes, cutoff_s)
     if best is None:
-        return Optimum(None, math.inf, True)
-    time_s = price_list.time_of(best)
-    return Optimum(best if time_s < cutoff_s else None, time_s)
+        return Optimum(None, cutoff_s, infeasible=math.isinf(cutoff_s))
+    return Optimum(best, price_list.time_of(best))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from autopar.ir.search import Budget, Problem, SearchResult
-from autopar.searchers.optimum import optimum
 from autopar.searchers.over_meshes import Progress, search_meshes
+from autopar.searchers.within_peak import solve_within_peak
 
 
 def search(
     problem: Problem, budget: Budget, progress: Progress = lambda line: None
 ) -> SearchResult:
     """The fastest strategy that fits on any of the problem's meshes, with a lower bound."""
-    return search_meshes("ilp", problem, budget, optimum, progress)
+    return search_meshes("ilp", problem, budget, solve_within_peak, progress)

@@ -13,6 +13,7 @@ from autopar.searchers.bounds import (
     Dual,
     Survivors,
     ascend,
+    common,
     dual,
     everything,
     survivors,
@@ -20,6 +21,10 @@ from autopar.searchers.bounds import (
 from autopar.simulator.price_list import PriceList, Selection
 
 SWEEPS = 60
+ROUNDS = 5
+FEW = 1500
+"""Columns up to which the ILP is solved rather than more excluded."""
+
 OPTIMISTIC = 1.2
 """When no selection is known that fits: at first what is within this factor of the bound."""
 
@@ -49,6 +54,7 @@ def optimum(
     gap: float = 1e-6,
     exclude: bool = True,
     hint: Weights | None = None,
+    refused: frozenset[Selection] = frozenset(),
 ) -> Optimum:
     """The fastest selection that fits, if it is faster than ``cutoff_s``.
 
@@ -56,9 +62,11 @@ def optimum(
     ``gap``: relative distance to the bound that counts as optimal. Without ``exclude``
     the ILP is solved as it is, with nothing left out. ``hint``: memory multipliers that were good
     for a similar price list; a bound with them may show at once that nothing beats the cutoff.
+    ``refused``: selections that count as if they did not fit.
     """
+    wanted = _Wanted(cutoff_s, deadline, gap, refused)
     if not exclude:
-        return _finish(price_list, everything(price_list), None, -math.inf, cutoff_s, deadline, gap)
+        return _finish(price_list, everything(price_list), None, -math.inf, wanted)
     if hint is not None and hint.any() and math.isfinite(cutoff_s):
         similar = dual(price_list, hint)
         ascend(similar, SWEEPS, lambda bound_s: bound_s > cutoff_s)
@@ -68,20 +76,52 @@ def optimum(
     best = ascend(relaxed, SWEEPS, lambda bound_s: bound_s > cutoff_s)
     if relaxed.bound_s > cutoff_s:
         return Optimum(None, relaxed.bound_s)
-    tight = relaxed
+    tight, example = relaxed, None if best in refused else best
     if not price_list.fits(best):
         if _cannot_fit(price_list):
             return Optimum(None, math.inf, True)
-        cheapest, tight = _within_memory(price_list, relaxed, best, deadline)
+        example, tight = _within_memory(price_list, relaxed, best, wanted)
         if tight.bound_s > cutoff_s:
             return Optimum(None, tight.bound_s)
-        if cheapest is None:
-            return _without_example(price_list, tight, cutoff_s, deadline, gap)
-        best = cheapest
-    target_s = min(price_list.time_of(best), cutoff_s)
-    offered = survivors(tight, target_s)
-    found = _finish(price_list, offered, best, tight.bound_s, cutoff_s, deadline, gap)
+    if example is None:
+        return _without_example(price_list, tight, wanted)
+    example, bound_s, offered = _narrow(price_list, tight, example, wanted)
+    found = _finish(price_list, offered, example, bound_s, wanted)
     return replace(found, weights=tight.weights)
+
+
+def _narrow(
+    price_list: PriceList, tight: Dual, best: Selection, wanted: _Wanted
+) -> tuple[Selection, float, Survivors]:
+    """What can still be better than ``best``, bounded again among itself as long as that excludes
+    more; a better selection if one is met; and the bound."""
+    target_s = min(price_list.time_of(best), wanted.cutoff_s)
+    bound_s = tight.bound_s
+    offered = survivors(tight, target_s)
+    for _ in range(ROUNDS):
+        if bound_s >= target_s * (1 - wanted.gap) or offered.columns <= FEW:
+            break
+        again = dual(price_list, tight.weights, offered, never_s=10 * target_s)
+        met = ascend(again, SWEEPS)
+        faster = price_list.time_of(met) < price_list.time_of(best)
+        if faster and met not in wanted.refused and price_list.fits(met):
+            best = met
+            target_s = min(price_list.time_of(best), wanted.cutoff_s)
+        bound_s = max(bound_s, min(again.bound_s, target_s))
+        before, offered = offered.columns, common(offered, survivors(again, target_s))
+        if offered.columns > 0.8 * before:
+            break
+    return best, bound_s, offered
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What ``optimum`` was asked."""
+
+    cutoff_s: float
+    deadline: float
+    gap: float
+    refused: frozenset[Selection]
 
 
 def _finish(
@@ -89,11 +129,10 @@ def _finish(
     offered: Survivors,
     best: Selection | None,
     bound_s: float,
-    cutoff_s: float,
-    deadline: float,
-    gap: float,
+    wanted: _Wanted,
 ) -> Optimum:
     """Solve the ILP over what may be better than ``best`` and the cutoff."""
+    cutoff_s, gap = wanted.cutoff_s, wanted.gap
     best_s = price_list.time_of(best) if best is not None else math.inf
     if best is not None and bound_s >= best_s * (1 - gap):
         return Optimum(_under(best, best_s, cutoff_s), min(bound_s, best_s), columns=0)
@@ -101,11 +140,12 @@ def _finish(
     solved = solve(
         price_list,
         offered,
-        time_limit_s=min(deadline - monotonic(), 1e6),
+        time_limit_s=min(wanted.deadline - monotonic(), 1e6),
         gap=gap / 10,
         cutoff_s=target_s if math.isfinite(target_s) else None,
+        refused=wanted.refused,
     )
-    found = solved.selection
+    found = None if solved.selection in wanted.refused else solved.selection
     if found is not None and price_list.fits(found) and price_list.time_of(found) < best_s:
         best, best_s = found, price_list.time_of(found)
     if solved.infeasible:
@@ -124,17 +164,17 @@ def _under(best: Selection | None, best_s: float, cutoff_s: float) -> Selection 
 
 
 def _within_memory(
-    price_list: PriceList, relaxed: Dual, best: Selection, deadline: float
+    price_list: PriceList, relaxed: Dual, best: Selection, wanted: _Wanted
 ) -> tuple[Selection | None, Dual]:
     """Raise the price of memory until the selection fits, then halve the interval: the fastest
     selection seen that fits, and the dual with the highest bound."""
     rows = price_list.memory_of(best) > price_list.limit_bytes
     unit = price_list.time_of(best) / np.maximum(price_list.limit_bytes, 1.0)
-    seen = _Memory(price_list, relaxed)
+    seen = _Memory(price_list, relaxed, wanted.refused)
     low, high = 0.0, math.inf
     factor = 0.25
     for _ in range(14):
-        if monotonic() > deadline:
+        if monotonic() > wanted.deadline:
             break
         selection = seen.look(np.where(rows, unit * factor, 0.0))
         over = price_list.memory_of(selection) > price_list.limit_bytes
@@ -164,6 +204,7 @@ class _Memory:
 
     price_list: PriceList
     tight: Dual
+    refused: frozenset[Selection]
     best: Selection | None = None
 
     def look(self, weights: Weights) -> Selection:
@@ -171,7 +212,8 @@ class _Memory:
         selection = ascend(problem, SWEEPS)
         if problem.bound_s > self.tight.bound_s:
             self.tight = problem
-        if self.price_list.fits(selection) and (
+        fits = selection not in self.refused and self.price_list.fits(selection)
+        if fits and (
             self.best is None
             or self.price_list.time_of(selection) < self.price_list.time_of(self.best)
         ):
@@ -208,14 +250,13 @@ def _cannot_fit(price_list: PriceList) -> bool:
     return False
 
 
-def _without_example(
-    price_list: PriceList, tight: Dual, cutoff_s: float, deadline: float, gap: float
-) -> Optimum:
+def _without_example(price_list: PriceList, tight: Dual, wanted: _Wanted) -> Optimum:
     """No selection is known that fits: offer what could be near the bound, then everything."""
-    optimistic_s = min(tight.bound_s * OPTIMISTIC, cutoff_s)
-    offered = survivors(tight, optimistic_s)
-    first = _finish(price_list, offered, None, tight.bound_s, optimistic_s, deadline, gap)
+    cutoff_s = wanted.cutoff_s
+    optimistic = replace(wanted, cutoff_s=min(tight.bound_s * OPTIMISTIC, cutoff_s))
+    offered = survivors(tight, optimistic.cutoff_s)
+    first = _finish(price_list, offered, None, tight.bound_s, optimistic)
     if first.selection is not None:
         return first
     every = everything(price_list) if math.isinf(cutoff_s) else survivors(tight, cutoff_s)
-    return _finish(price_list, every, None, tight.bound_s, cutoff_s, deadline, gap)
+    return _finish(price_list, every, None, tight.bound_s, wanted)

@@ -1,0 +1,134 @@
+"""The best selection whose whole step fits: what the memory rows of a price list cannot see.
+
+The rows are lower bounds of a step's peak. A selection that keeps to them and whose step does not
+fit is answered in two ways: less is allowed in the rows, until steps fit; then selections are taken
+in the order of their time, each that does not fit refused by name, until none is left that would be
+faster.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from time import monotonic
+
+from autopar.searchers.optimum import Optimum, Weights, optimum
+from autopar.simulator.price_list import PriceList, Selection
+
+OverBytes = Callable[[Selection], int]
+"""By how much the peak of a selection's step is above the limit; it fits when that is not
+positive."""
+
+MOST_CORRECTIONS = 10
+CLOSE = 1e-3
+"""Less memory is tried until the best that fits is within this fraction of the bound."""
+
+MOST_REFUSED_ALTERNATIVES = 40_000
+"""Selections are refused one by one as long as their number times that of alternatives is below
+this: small problems are solved to the end, in large ones a gap is left that the bound shows."""
+
+
+def solve_within_peak(
+    price_list: PriceList,
+    *,
+    cutoff_s: float,
+    deadline: float,
+    gap: float,
+    hint: Weights | None,
+    over_bytes: OverBytes,
+) -> Optimum:
+    """The fastest selection that is faster than ``cutoff_s`` and whose step fits.
+
+    Its bound holds for all of them; where it is below the selection's time by more than ``gap``,
+    something faster could exist.
+    """
+    search = _Search(price_list, over_bytes, cutoff_s, deadline, gap)
+    first = optimum(price_list, cutoff_s=cutoff_s, deadline=deadline, gap=gap, hint=hint)
+    if first.selection is None or search.fits(first.selection):
+        return first
+    search.bound_s = first.bound_s
+    search.allow_less(first.selection)
+    found = search.in_order()
+    return replace(found, columns=first.columns, weights=first.weights)
+
+
+@dataclass
+class _Search:
+    price_list: PriceList
+    over_bytes: OverBytes
+    cutoff_s: float
+    deadline: float
+    gap: float
+    bound_s: float = -math.inf
+    best: Selection | None = None
+    over: dict[Selection, int] = field(default_factory=dict)
+
+    def fits(self, selection: Selection) -> bool:
+        """Whether its step fits; then it is the best, if it is the fastest so far."""
+        if selection not in self.over:
+            self.over[selection] = self.over_bytes(selection)
+        fits = self.over[selection] <= 0
+        if fits and self.price_list.time_of(selection) < self.best_s:
+            self.best = selection
+        return fits
+
+    @property
+    def best_s(self) -> float:
+        """What is to be beaten."""
+        return self.cutoff_s if self.best is None else self.price_list.time_of(self.best)
+
+    @property
+    def late(self) -> bool:
+        return monotonic() > self.deadline
+
+    def allow_less(self, first: Selection) -> None:
+        """Lower the limits of the rows until steps fit, then halve the interval."""
+        limit = self.price_list.limit_bytes
+        least = float(limit.min())
+        selection: Selection | None = first
+        less, too_little, enough = 0.0, 0.0, math.inf
+        for _ in range(MOST_CORRECTIONS):
+            if selection is None or self.fits(selection):
+                enough = less
+            else:
+                spare = float((limit - less - self.price_list.memory_of(selection)).min())
+                too_little = less + max(spare, 0.0)
+                less = too_little + self.over[selection]
+            if less >= enough:
+                less = (too_little + enough) / 2
+            close = self.best is not None and self.best_s <= self.bound_s * (1 + CLOSE)
+            if self.late or close or enough - too_little <= CLOSE * least:
+                return
+            lowered = replace(self.price_list, limit_bytes=limit - less)
+            selection = self._optimum(lowered).selection
+
+    def in_order(self) -> Optimum:
+        """Refuse what does not fit until nothing faster than the best is left."""
+        refused = [selection for selection, over in self.over.items() if over > 0]
+        alternatives = sum(len(node.time_s) for node in self.price_list.nodes)
+        while not self.late and self.bound_s < self.best_s * (1 - self.gap):
+            found = self._optimum(self.price_list, frozenset(refused))
+            if found.selection is None:
+                if found.infeasible and self.best is None:
+                    return found
+                self.bound_s = max(self.bound_s, min(found.bound_s, self.best_s))
+                break
+            self.bound_s = max(self.bound_s, found.bound_s)
+            if self.fits(found.selection):
+                break
+            refused.append(found.selection)
+            if len(refused) * alternatives > MOST_REFUSED_ALTERNATIVES:
+                break
+        return Optimum(self.best, min(self.bound_s, self.best_s))
+
+    def _optimum(
+        self, price_list: PriceList, refused: frozenset[Selection] = frozenset()
+    ) -> Optimum:
+        return optimum(
+            price_list,
+            cutoff_s=self.best_s,
+            deadline=self.deadline,
+            gap=self.gap,
+            refused=refused,
+        )
