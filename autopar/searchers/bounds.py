@@ -45,6 +45,19 @@ class _Edge:
     b: Seconds
 
 
+@dataclass(frozen=True)
+class Survivors:
+    """What may still be part of a selection as fast as ``best_s``: alternatives of each node, pairs
+    of each flow (indexed as in the price list)."""
+
+    alternatives: tuple[Mask, ...]
+    pairs: tuple[Mask, ...]
+
+    @property
+    def columns(self) -> int:
+        return sum(int(m.sum()) for m in (*self.alternatives, *self.pairs))
+
+
 @dataclass
 class Dual:
     """Prices with memory multipliers in them, and a feasible dual."""
@@ -76,8 +89,13 @@ class Dual:
         return np.asarray(self.reduced[node] - self.reduced[node].min())
 
 
-def dual(price_list: PriceList, weights: Seconds | None = None) -> Dual:
-    """The dual with all a and b zero."""
+def dual(
+    price_list: PriceList,
+    weights: Seconds | None = None,
+    offered: Survivors | None = None,
+    never_s: float = 0.0,
+) -> Dual:
+    """The dual with all a and b zero. What is not ``offered`` costs ``never_s`` more."""
     rows = len(price_list.limit_bytes)
     weights = np.zeros(rows) if weights is None else weights
     theta = [node.count * (node.time_s + weights @ node.memory_bytes) for node in price_list.nodes]
@@ -94,6 +112,11 @@ def dual(price_list: PriceList, weights: Seconds | None = None) -> Dual:
     if weights.any():
         flows += [_kept_as_flow(price_list, i, weights, dummy) for i in range(len(price_list.kept))]
     cost = [flow.count * flow.time_s for flow in flows]
+    if offered is not None:
+        for n, alternatives in enumerate(offered.alternatives):
+            theta[n] = theta[n] + never_s * ~alternatives
+        for i, pairs in enumerate(offered.pairs):
+            cost[i] = cost[i] + never_s * ~pairs
     edges = [edge for i, flow in enumerate(flows) for edge in _edges(i, flow, cost[i].shape)]
     incident: list[list[_Edge]] = [[] for _ in theta]
     for edge in edges:
@@ -144,11 +167,10 @@ def ascend(
     At first the consumers of a tensor pay equal parts of a redistribution; then each takes what the
     others leave.
     """
-    met = []
+    met: list[Selection] = []
     for fair in (True, False):
-        if _sweep(problem, sweeps, fair, enough):
-            return near_selection(problem)
-        met.append(near_selection(problem))
+        if _sweep(problem, sweeps, fair, enough, met):
+            break
     return min(met, key=lambda selection: weighed_s(problem, selection))
 
 
@@ -158,7 +180,13 @@ def weighed_s(problem: Dual, selection: Selection) -> float:
     return problem.price_list.time_of(selection) + memory
 
 
-def _sweep(problem: Dual, sweeps: int, fair: bool, enough: Callable[[float], bool]) -> bool:
+def _sweep(
+    problem: Dual,
+    sweeps: int,
+    fair: bool,
+    enough: Callable[[float], bool],
+    met: list[Selection],
+) -> bool:
     order = range(len(problem.theta))
     before = problem.bound_s
     for _ in range(sweeps):
@@ -167,6 +195,7 @@ def _sweep(problem: Dual, sweeps: int, fair: bool, enough: Callable[[float], boo
         for node in reversed(order):
             _push(problem, node, forward=False, fair=fair)
         now = problem.bound_s
+        met.append(near_selection(problem))
         if enough(now):
             return True
         if now - before <= 1e-6 * abs(now):
@@ -314,23 +343,18 @@ def near_selection(problem: Dual) -> Selection:
 # ---- exclusion ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Survivors:
-    """What may still be part of a selection as fast as ``best_s``: alternatives of each node, pairs
-    of each flow (indexed as in the price list)."""
-
-    alternatives: tuple[Mask, ...]
-    pairs: tuple[Mask, ...]
-
-    @property
-    def columns(self) -> int:
-        return sum(int(m.sum()) for m in (*self.alternatives, *self.pairs))
-
-
 def everything(price_list: PriceList) -> Survivors:
     return Survivors(
         tuple(np.ones(len(n.time_s), dtype=bool) for n in price_list.nodes),
         tuple(np.ones(f.time_s.shape, dtype=bool) for f in price_list.flows),
+    )
+
+
+def common(a: Survivors, b: Survivors) -> Survivors:
+    """What survives both."""
+    return Survivors(
+        tuple(x & y for x, y in zip(a.alternatives, b.alternatives, strict=True)),
+        tuple(x & y for x, y in zip(a.pairs, b.pairs, strict=True)),
     )
 
 
