@@ -19,6 +19,7 @@ class Problem:
     ``meshes``: those to try (all factorizations of the devices, or the one that the user gave).
     ``dimensions``: letters of SOAP that may be split. ``proposals``: (call, rule) pairs for
     operators that have no rule of their own. ``memory_limit_bytes``: on each device.
+    ``microbatches`` of the global batch that ``graph`` is for; ``None``: as few as fit.
     """
 
     graph: OperatorGraph
@@ -26,7 +27,7 @@ class Problem:
     meshes: tuple[Mesh, ...]
     memory_limit_bytes: int
     training: Training = Training()
-    microbatches: int = 1
+    microbatches: int | None = 1
     dimensions: str = "SOAP"
     proposals: tuple[tuple[str, OpRule], ...] = ()
 

@@ -10,21 +10,24 @@ from typing import Protocol
 
 import numpy as np
 
+from autopar.errors import UnsupportedModelError
 from autopar.ir.search import Budget, Problem, SearchResult, Trial
 from autopar.ir.sharding import Mesh
 from autopar.ir.simulation import Estimate
 from autopar.ir.strategy import Strategy
-from autopar.ops import bound_rules
 from autopar.recipes import RECIPES, Recipe
 from autopar.searchers.optimum import Optimum, Weights, optimum
+from autopar.searchers.within_peak import OverBytes
 from autopar.simulator.costs import ComputeCache
 from autopar.simulator.listing import Allowed, Listing, Structure
+from autopar.simulator.microbatches import counts, division
 from autopar.simulator.price_list import PriceList, Selection
 from autopar.simulator.prices import evaluate
 
 
 class Solver(Protocol):
-    """Finds the optimum of a price list; ``hint``: memory multipliers of the last one."""
+    """Finds the optimum of a price list among selections whose whole step fits; ``hint``: memory
+    multipliers of the last one."""
 
     def __call__(
         self,
@@ -34,21 +37,46 @@ class Solver(Protocol):
         deadline: float,
         gap: float,
         hint: Weights | None,
+        over_bytes: OverBytes,
     ) -> Optimum: ...
 
 
 Progress = Callable[[str], None]
 """Told in one line what is being done."""
 
-MOST_CORRECTIONS = 6
-"""How often a mesh is solved again with less memory, because the whole step's peak, which the price
-list only bounds from below, was above the limit."""
-
 
 def search_meshes(
     name: str, problem: Problem, budget: Budget, solver: Solver, progress: Progress
 ) -> SearchResult:
-    """Solve each mesh that could hold a better strategy than the best so far."""
+    """Solve each mesh that could hold a better strategy than the best so far.
+
+    Where the number of microbatches is open, it is the fewest of 1, 2, 4, ... with which anything
+    fits; more of them are not faster, since no work is saved.
+    """
+    if problem.microbatches is not None:
+        return _search_divided(name, problem, budget, solver, progress)
+    started = monotonic()
+    result: SearchResult | None = None
+    for count in counts(problem.graph):
+        if count > 1:
+            progress(f"nothing fits; trying {count} microbatches")
+        left = replace(budget, time_s=budget.time_s - (monotonic() - started))
+        try:
+            divided = replace(problem, microbatches=count)
+            result = _search_divided(name, divided, left, solver, progress)
+        except UnsupportedModelError:
+            if result is None:
+                raise
+            break
+        if result.stop_reason != "infeasible":
+            break
+    assert result is not None
+    return replace(result, search_time_s=monotonic() - started)
+
+
+def _search_divided(
+    name: str, problem: Problem, budget: Budget, solver: Solver, progress: Progress
+) -> SearchResult:
     started = monotonic()
     search = _Search(problem, budget, solver, progress, started + budget.time_s)
     reason = search.run()
@@ -91,8 +119,10 @@ class _Search:
             return "interrupted"
 
     def _run(self) -> str:
-        rules = bound_rules(self.problem.graph, self.problem.proposals)
-        structure = Structure(self.problem.graph, rules)
+        problem = self.problem
+        assert problem.microbatches is not None
+        divided = division(problem.graph, problem.microbatches, problem.proposals)
+        structure = Structure(divided.graph, divided.rules)
         self.progress("pricing the recipes")
         for recipe in RECIPES.values():
             self._try_recipe(structure, recipe)
@@ -127,7 +157,7 @@ class _Search:
             mesh,
             problem.memory_limit_bytes,
             problem.training,
-            problem.microbatches,
+            problem.microbatches or 1,
             self.compute_cache,
             (letters,) * len(mesh.axes) if allowed is None else allowed,
         )
@@ -143,11 +173,14 @@ class _Search:
         if trial.estimate is None:
             return
         if trial.estimate.peak_memory_bytes > self.problem.memory_limit_bytes:
-            least = self.nearest_miss_bytes
-            peak = trial.estimate.peak_memory_bytes
-            self.nearest_miss_bytes = peak if least is None else min(least, peak)
+            self._missed(trial.estimate)
         elif trial.estimate.step_time_s < self.best_s:
             self.best = trial
+
+    def _missed(self, estimate: Estimate) -> None:
+        least = self.nearest_miss_bytes
+        peak = estimate.peak_memory_bytes
+        self.nearest_miss_bytes = peak if least is None else min(least, peak)
 
     def _try_recipe(self, structure: Structure, recipe: Recipe) -> None:
         """The recipe's best layout becomes a trial, whether it fits or not."""
@@ -180,40 +213,39 @@ class _Search:
         trial = Trial("", listing.mesh, None, None, listing.least_s, "bounded")
         if listing.least_s > cutoff_s:
             return trial
-        price_list = listing.price_list
-        bound_s: float | None = None
-        for _ in range(MOST_CORRECTIONS):
-            found = self.solver(
-                price_list,
-                cutoff_s=cutoff_s,
-                deadline=self.deadline,
-                gap=self.budget.gap,
-                hint=self.weights,
-            )
-            self.weights = found.weights if found.weights is not None else self.weights
-            bound_s = found.bound_s if bound_s is None else bound_s
-            if found.selection is None:
-                outcome = _outcome(found, bound_s, cutoff_s, self.deadline)
-                return replace(trial, lower_bound_s=bound_s, outcome=outcome)
-            strategy = listing.strategy(found.selection)
-            estimate = self.evaluate(listing, found.selection, strategy)
-            trial = Trial("", listing.mesh, strategy, estimate, bound_s, "optimal")
+        fitting: dict[Selection, tuple[Strategy, Estimate]] = {}
+
+        def over_bytes(selection: Selection) -> int:
+            strategy = listing.strategy(selection)
+            estimate = self.evaluate(listing, selection, strategy)
             over = estimate.peak_memory_bytes - self.problem.memory_limit_bytes
             if over <= 0:
-                late = monotonic() > self.deadline
-                return replace(trial, outcome="time") if late else trial
-            self._offer(trial)
-            seen = float(price_list.memory_of(found.selection).max())
-            price_list = replace(
-                price_list,
-                limit_bytes=np.minimum(price_list.limit_bytes, seen) - over,
-            )
-        return replace(trial, outcome="infeasible")
+                fitting[selection] = strategy, estimate
+            else:
+                self._missed(estimate)
+            return over
+
+        found = self.solver(
+            listing.price_list,
+            cutoff_s=cutoff_s,
+            deadline=self.deadline,
+            gap=self.budget.gap,
+            hint=self.weights,
+            over_bytes=over_bytes,
+        )
+        self.weights = found.weights if found.weights is not None else self.weights
+        late = monotonic() > self.deadline
+        trial = replace(trial, lower_bound_s=max(trial.lower_bound_s, found.bound_s))
+        if found.selection is None:
+            return replace(trial, outcome=_outcome(found, cutoff_s, late))
+        strategy, estimate = fitting[found.selection]
+        outcome = "time" if late else "optimal"
+        return replace(trial, strategy=strategy, estimate=estimate, outcome=outcome)
 
     def evaluate(self, listing: Listing, selection: Selection, strategy: Strategy) -> Estimate:
         structure = listing.structure
         return evaluate(
-            self.problem.graph,
+            structure.graph,
             structure.rules,
             self.problem.cost_model,
             strategy,
@@ -222,9 +254,9 @@ class _Search:
         )
 
 
-def _outcome(found: Optimum, bound_s: float, cutoff_s: float, deadline: float) -> str:
+def _outcome(found: Optimum, cutoff_s: float, late: bool) -> str:
     if found.infeasible:
         return "infeasible"
-    if bound_s >= cutoff_s * (1 - 1e-6):
+    if found.bound_s >= cutoff_s * (1 - 1e-6):
         return "bounded"
-    return "time" if monotonic() > deadline else "infeasible"
+    return "time" if late else "infeasible"
