@@ -22,6 +22,7 @@ from autopar.ir.sharding import INVARIANT, Mesh, Sharding, gradient, local_shape
 from autopar.ir.simulation import Memory
 from autopar.ir.strategy import Storage, Strategy, Training
 from autopar.simulator.edges import Rules, canonical, parameter_edges
+from autopar.simulator.folding import Folded, whole
 from autopar.simulator.redistribution import Step, forward_collective, reverse, steps
 from autopar.simulator.workspace import passes_gradient_on, workspace_bytes
 
@@ -47,18 +48,33 @@ def optimizer_bytes_per_element(spec: TensorSpec, training: Training) -> int:
     return training.state_tensors * ITEM_BYTES[spec.dtype]
 
 
-def peak_memory(graph: OperatorGraph, rules: Rules, strategy: Strategy) -> Memory:
-    """Bytes on one device at the worst moment of a step (all ranks are alike)."""
-    return _Walk(graph, rules, strategy).memory()
+def peak_memory(
+    graph: OperatorGraph, rules: Rules, strategy: Strategy, folded: Folded | None = None
+) -> Memory:
+    """Bytes on one device at the worst moment of a step (all ranks are alike).
+
+    ``folded``: as for ``prices.evaluate``.
+    """
+    return _Walk(whole(graph) if folded is None else folded, graph, rules, strategy).memory()
+
+
+STAYING = ("activations", "gradients")
+"""Kinds of which all copies of a block have theirs at once."""
 
 
 @dataclass(slots=True, eq=False)
 class _Block:
-    """A piece of device memory, and how many need it still."""
+    """A piece of device memory, and how many need it still; in a folded graph each of ``copies``
+    has one."""
 
     size_bytes: int
     kind: str
+    copies: int
     users: int = 1
+
+    @property
+    def held_bytes(self) -> int:
+        return self.size_bytes * (self.copies if self.kind in STAYING else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +115,20 @@ class _Move:
 
 
 class _Walk:
-    """Where the walk stands: what is alive by kind, blocks by what they hold, and the peak."""
+    """Where the walk stands: what is alive by kind, blocks by what they hold, and the peak.
 
-    def __init__(self, graph: OperatorGraph, rules: Rules, strategy: Strategy) -> None:
+    ``copies``: for how many the operator stands that the walk is at. ``parameters``: the graph that
+    was folded, whose parameters are all kept.
+    """
+
+    def __init__(
+        self, folded: Folded, parameters: OperatorGraph, rules: Rules, strategy: Strategy
+    ) -> None:
+        graph = folded.graph
         self.graph, self.rules, self.strategy = graph, rules, strategy
+        self.parameters = parameters
+        self.weights = [folded.weight[operator.name] for operator in graph.operators]
+        self.copies = 1
         self.mesh = strategy.mesh
         self.live = dict.fromkeys(KINDS, 0)
         self.total = 0
@@ -132,28 +158,32 @@ class _Walk:
     # ---- blocks --------------------------------------------------------------------------------
 
     def mark(self, where: str, extra_bytes: int = 0) -> None:
-        """``extra_bytes``: what is there for this moment only."""
-        if self.total + extra_bytes > self.peak:
+        """``extra_bytes``: what is there for this moment only. Copies that others stand for lie
+        between their neighbours, which are marked."""
+        if self.copies == 1 and self.total + extra_bytes > self.peak:
             self.peak = self.total + extra_bytes
             self.at_peak = self.live.copy()
             self.at_peak["temporaries"] += extra_bytes
             self.where = where
 
     def allocate(self, size_bytes: int, kind: str) -> _Block:
-        self.total += size_bytes
-        self.live[kind] += size_bytes
-        return _Block(size_bytes, kind)
+        block = _Block(size_bytes, kind, self.copies)
+        self.total += block.held_bytes
+        self.live[kind] += block.held_bytes
+        return block
 
     def release(self, block: _Block) -> None:
         block.users -= 1
         if block.users == 0:
-            self.total -= block.size_bytes
-            self.live[block.kind] -= block.size_bytes
+            self.total -= block.held_bytes
+            self.live[block.kind] -= block.held_bytes
 
     def relabel(self, block: _Block, kind: str) -> None:
-        self.live[block.kind] -= block.size_bytes
-        self.live[kind] += block.size_bytes
+        self.total -= block.held_bytes
+        self.live[block.kind] -= block.held_bytes
         block.kind = kind
+        self.total += block.held_bytes
+        self.live[kind] += block.held_bytes
 
     # ---- what is known before ------------------------------------------------------------------
 
@@ -228,7 +258,7 @@ class _Walk:
     def _keep(self) -> None:
         training = self.strategy.training
         for name, storage in self.strategy.storage.items():
-            tensor = self.graph.by_name[name]
+            tensor = self.parameters.by_name[name]
             self.allocate(local_bytes(tensor.spec, storage.parameter, self.mesh), "parameters")
             if tensor.differentiable:
                 elements = prod(local_shape(tensor.spec.shape, storage.optimizer, self.mesh))
@@ -244,9 +274,10 @@ class _Walk:
         for key in list(self.blocks):
             self._forget(key)  # what the last microbatch returned
         blocks, reads = self.blocks, self.reads.copy()
-        for operator, footprint, made in zip(
-            self.graph.operators, self.footprints, self.made, strict=False
+        for operator, footprint, made, weight in zip(
+            self.graph.operators, self.footprints, self.made, self.weights, strict=False
         ):
+            self.copies = weight
             for key in made:
                 self._make(key, operator.name, reads)
             versions = list(zip(operator.inputs, footprint.wanted, strict=True))
@@ -266,6 +297,7 @@ class _Walk:
             for key in zip(operator.outputs, footprint.produced, strict=True):
                 if not reads[key]:
                     self._forget(key)
+        self.copies = 1
         for key in self.made[-1]:
             self._make(key, "end of the forward", reads)
         return saved
@@ -336,9 +368,11 @@ class _Walk:
         self._move_back(self.made[-1], gradients)
         for index in range(len(self.footprints) - 1, -1, -1):
             operator, footprint = self.graph.operators[index], self.footprints[index]
+            self.copies = self.weights[index]
             if footprint.carries_gradient:
                 self._operator_backward(operator, footprint, gradients, saved[index])
             self._move_back(self.made[index], gradients)
+        self.copies = 1
 
     def _operator_backward(
         self,
@@ -416,14 +450,21 @@ class _Walk:
                 move = self._move(tensor.spec, home, target, True)
                 self._add(gradients, (name, home), self.moved(block, move, "buffers", where), where)
             elif tensor.role is Role.PARAMETER:
-                edge = self.edges[key]
-                self.relabel(block, "gradients")
-                if not edge.per_step:
-                    move = self._move(tensor.spec, gradient(target), edge.destination, False)
-                    block = self.moved(block, move, "gradients", where)
-                self._add(self.arrived, key, block, where)
+                self._arrive(key, block, where)
             else:
                 self.release(block)
+
+    def _arrive(self, key: Key, block: _Block, where: str) -> None:
+        """A parameter's gradient waits for the step, where those of earlier microbatches are."""
+        edge = self.edges[key]
+        self.relabel(block, "gradients")
+        if edge.per_step:
+            self._add(self.arrived, key, block, where)
+            return
+        move = self._move(edge.spec, gradient(edge.target), edge.destination, False)
+        moved = self.moved(block, move, "gradients", where, keep=True)
+        self._add(self.arrived, key, moved, where)
+        self.release(block)  # autograd holds it until all this is done
 
     # ---- update --------------------------------------------------------------------------------
 
@@ -436,13 +477,15 @@ class _Walk:
         mixed, clips = training.precision == "mixed", training.clip_norm is not None
         names = [p.name for p in self.graph.parameters if p.name in reduced]
         pieces = [_piece_bytes(self, name, mixed) for name in names]
+        changed = []
         if mixed or clips:
-            for size in pieces:
-                self.allocate(size, "gradients")
+            for name, size in zip(names, pieces, strict=True):
+                self.copies = reduced[name].copies
+                changed.append(self.allocate(size, "gradients"))
+        self.copies = 1
         self.mark("optimizer step", _update_bytes(pieces, training))
-        if mixed or clips:
-            self.total -= sum(pieces)
-            self.live["gradients"] -= sum(pieces)
+        for block in changed:
+            self.release(block)
         for name in names:
             self._refresh(name, mixed)
 
@@ -450,6 +493,7 @@ class _Walk:
         reduced: dict[str, _Block] = {}
         for key, block in self.arrived.items():
             edge, where = self.edges[key], f"{key[0]} reduction"
+            self.copies = block.copies
             here = gradient(edge.target) if edge.per_step else edge.destination
             for there in dict.fromkeys((edge.destination, edge.storage.optimizer)):
                 if here != there:
@@ -457,6 +501,7 @@ class _Walk:
                     block = self.moved(block, move, "gradients", where)
                 here = there
             self._add(reduced, key[0], block, where)
+        self.copies = 1
         return reduced
 
     def _refresh(self, name: str, mixed: bool) -> None:
