@@ -25,6 +25,10 @@ ROUNDS = 5
 FEW = 1500
 """Columns up to which the ILP is solved rather than more excluded."""
 
+MANY = 20_000
+"""Columns above which the ILP is not tried: building it alone would take seconds. What is then left
+between the best selection and the bound is reported as the gap."""
+
 OPTIMISTIC = 1.2
 """When no selection is known that fits: at first what is within this factor of the bound."""
 
@@ -136,6 +140,8 @@ def _finish(
     best_s = price_list.time_of(best) if best is not None else math.inf
     if best is not None and bound_s >= best_s * (1 - gap):
         return Optimum(_under(best, best_s, cutoff_s), min(bound_s, best_s), columns=0)
+    if offered.columns > MANY and math.isfinite(bound_s):
+        return Optimum(_under(best, best_s, cutoff_s), min(bound_s, best_s), False, offered.columns)
     target_s = min(best_s, cutoff_s)
     solved = solve(
         price_list,
@@ -173,7 +179,7 @@ def _within_memory(
     seen = _Memory(price_list, relaxed, wanted.refused)
     low, high = 0.0, math.inf
     factor = 0.25
-    for _ in range(14):
+    for _ in range(10):
         if monotonic() > wanted.deadline:
             break
         selection = seen.look(np.where(rows, unit * factor, 0.0))

@@ -94,7 +94,7 @@ class ParameterPrices:
             time_s = self.time_s(spec, together, trained=trained)
             if saving:
                 time_s = time_s + saving * self.gather_s(spec, together)
-            memory = self.memory_bytes(spec, together, trained=trained)
+            memory = self.memory_bytes(spec, together, trained=trained, used=True)
             starts = np.cumsum([0, *(len(o.target) for o in offers)])
             for target, offer, a, b in zip(missing, offers, starts, starts[1:], strict=False):
                 keep = _undominated(time_s[a:b], memory[:, a:b])
@@ -203,14 +203,22 @@ class ParameterPrices:
         once = self._forward_s(spec, offers.parameter, offers.target, copies=False)
         return np.asarray(self.microbatches * once)
 
-    def memory_bytes(self, spec: TensorSpec, offers: Offers, *, trained: bool) -> Bytes:
-        """Two rows: with the optimizer state, and with the gradient too."""
+    def memory_bytes(
+        self, spec: TensorSpec, offers: Offers, *, trained: bool, used: bool = False
+    ) -> Bytes:
+        """Two rows: with the optimizer state, and with the gradient too. ``used``: as the offers'
+        targets say; the sum of earlier microbatches' gradients is then there always, as it is kept
+        or as the use leaves it."""
         parameter = spec.bytes / self._pieces(offers.parameter)
         if not trained:
             return np.stack([parameter, parameter])
         state_bytes = spec.numel * optimizer_bytes_per_element(spec, self.training)
         kept = parameter + state_bytes / self._pieces(offers.optimizer)
-        return np.stack([kept, kept + spec.bytes / self._pieces(offers.gradient)])
+        pieces = self._pieces(offers.gradient)
+        at_end = kept + spec.bytes / pieces
+        if used and self.microbatches > 1:
+            kept = kept + spec.bytes / np.maximum(pieces, self._pieces(offers.target))
+        return np.stack([kept, at_end])
 
     def _forward_s(
         self, spec: TensorSpec, source: Codes, target: Codes, *, copies: bool = True

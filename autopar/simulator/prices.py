@@ -64,7 +64,7 @@ def evaluate(
         backward_communication_s=spent["backward"],
         gradient_synchronisation_s=spent["step"],
         optimizer_s=optimizer_s,
-        memory=peak_memory(graph, rules, strategy),
+        memory=peak_memory(graph, rules, strategy, seen),
         collectives=promised,
     )
 

@@ -100,15 +100,31 @@ def _attention(local: _Local) -> tuple[int, int]:
     wide = max(item, 4)
     scores = _product(local, local.bound.inputs[0][:-1])
     scores *= _product(local, local.bound.inputs[1][-2:-1])
+    share = 1.0
+    if len(q.shape) == 4:
+        samples = _product(local, local.bound.inputs[0][:1])
+        share = attention_samples(samples, scores // samples) / samples
     narrowed = item if item < wide else 0
-    out, results = local.written[0], sum(local.read[:3])
-    forward = [2 * wide + narrowed, wide + item + _MASK_BYTES * dropout]
-    summing = [scores * size - out for size in forward] + [scores * (wide + item) + out]
-    backward = [
-        scores * (wide + 2 * item + _MASK_BYTES * dropout) - results,
-        scores * (wide + 3 * item + (item + 1) * dropout) + max(local.read[:2]),
-    ]
-    return max(0, *summing), max(0, *backward)
+    mask = _MASK_BYTES * dropout
+    forward = max(
+        scores * max(2 * wide + narrowed, wide + item + mask),
+        scores * (wide + item) + local.written[0],
+    )
+    backward = max(
+        scores * max(2 * wide + narrowed, 2 * item + mask, (3 * item + 1) * dropout),
+        scores * 2 * item + max(local.read[:3]),
+    )
+    return int(share * forward), int(share * backward)
+
+
+LARGEST_SCORES = 2**24
+"""Scores that attention by definition works on at once: a few hundred megabytes with all that is
+made of them, and enough for a GPU to be busy."""
+
+
+def attention_samples(samples: int, scores: int) -> int:
+    """How many samples attention by definition takes at a time; ``scores``: those of a sample."""
+    return min(samples, max(1, LARGEST_SCORES // max(1, scores)))
 
 
 def _product(local: _Local, dims: Sequence[Dim]) -> int:
