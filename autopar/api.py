@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from autopar.runtime.step import TrainingStep
     from autopar.runtime.verify import Report
     from autopar.simulator.edges import Rules
+    from autopar.simulator.microbatches import Division
 
 Progress = Callable[[str], None]
 """Is told what is done, at the start of everything that may take over a second."""
@@ -54,6 +55,8 @@ class Wanted(TypedDict, total=False):
     - ``mesh``: sizes of the mesh axes, outermost first (default: all factorizations).
     - ``memory_limit_bytes``: for each device (default: what it has).
     - ``optimizer``, ``precision``, ``clip_norm``: what is trained with.
+    - ``microbatches``: in how many the batch is worked on, one after the other; the result is the
+      same (default, ``None``: as few as fit in memory).
     - ``dimensions``: which of Sample, Operator, Attribute and Parameter may be split.
     - ``propose``: find rules by trying for ops that have none.
     - ``loss``: ``loss(outputs, inputs)`` when the model does not return its own.
@@ -67,6 +70,7 @@ class Wanted(TypedDict, total=False):
     optimizer: Optimizer
     precision: Precision
     clip_norm: float | None
+    microbatches: int | None
     dimensions: str
     propose: bool
     loss: Loss | None
@@ -184,6 +188,7 @@ def problem_of(
         meshes=tried,
         memory_limit_bytes=cost_model.memory_bytes if limit is None else limit,
         training=Training(wanted.get("optimizer", "adamw"), precision, wanted.get("clip_norm")),
+        microbatches=wanted.get("microbatches"),
         dimensions=_dimensions(wanted.get("dimensions", "SOAP")),
         proposals=proposals,
     )
@@ -283,14 +288,28 @@ def _nothing_found(problem: Problem, result: SearchResult) -> AutoparError:
     if result.nearest_miss_bytes is None:
         return InfeasibleError(
             f"no strategy of {problem.graph.name} on {problem.cost_model.devices} devices fits in "
-            f"{limit} a device; allow more devices, memory or dimensions"
+            f"{limit} a device; allow more devices, memory or dimensions{_in_microbatches(problem)}"
         )
     need = bytes_text(result.nearest_miss_bytes)
     return InfeasibleError(
         f"nothing fits: the smallest strategy of {problem.graph.name} that was found needs {need} "
         f"on a device, the limit is {limit}; allow more devices, a smaller batch, "
-        "another optimizer or mixed precision"
+        f"another optimizer or mixed precision{_in_microbatches(problem)}"
     )
+
+
+def _in_microbatches(problem: Problem) -> str:
+    """Whether more microbatches would help, or why there are none."""
+    from autopar.simulator.microbatches import batch_size, division
+
+    if problem.microbatches is not None:
+        return "; or let autopar choose the number of microbatches"
+    size = batch_size(problem.graph)
+    try:
+        divided = division(problem.graph, size, problem.proposals)
+    except AutoparError as error:
+        return f". {error}"
+    return f" ({divided.count} microbatches of one sample do not fit either)"
 
 
 def simulate(
@@ -316,7 +335,8 @@ def simulate(
             f"the plan is for {plan.world_size} devices, {topology} has {cost_model.devices}; "
             "simulate it on as many, or plan again"
         )
-    return evaluate(plan.graph, rules_of(plan), cost_model, plan.strategy)
+    divided = division_of(plan)
+    return evaluate(divided.graph, divided.rules, cost_model, plan.strategy)
 
 
 def explain(plan: Plan) -> str:
@@ -340,14 +360,20 @@ def export(plan: Plan, exporter: str | Exporter) -> str:
 
 
 def rules_of(plan: Plan) -> Rules:
-    """The bound rule of each operator of the plan.
+    """The bound rule of each operator of the plan, for the graph of one microbatch."""
+    return division_of(plan).rules
+
+
+def division_of(plan: Plan) -> Division:
+    """The plan's graph, that of one microbatch, and the rules of both.
 
     Raises:
         PlanMismatchError: a split of the plan is not one that these rules offer.
     """
-    from autopar.ops import bound_rules
+    from autopar.simulator.microbatches import division
 
-    rules = bound_rules(plan.graph, plan.proposed)
+    divided = division(plan.graph, plan.strategy.microbatches, plan.proposed)
+    rules = divided.rules
     for name, split in plan.strategy.splits.items():
         if set(split) - set(rules[name].choices) or not rules[name].divides(split, plan.mesh):
             raise PlanMismatchError(
@@ -355,7 +381,7 @@ def rules_of(plan: Plan) -> Rules:
                 f"{plan.graph.operator[name].op} does not offer (it has "
                 f"{', '.join(rules[name].choices)}): the plan or autopar has changed; plan again"
             )
-    return rules
+    return divided
 
 
 def verify(plan: Plan, *, rank: int = 0, progress: Progress | None = None) -> Report:
@@ -364,7 +390,8 @@ def verify(plan: Plan, *, rank: int = 0, progress: Progress | None = None) -> Re
     from autopar.runtime import verify as dry_run
 
     _tell(progress, f"dry-running rank {rank} of {plan.world_size}")
-    return dry_run.verify(plan, rank=rank, rules=rules_of(plan))
+    division_of(plan)  # says what is wrong with a split, if anything
+    return dry_run.verify(plan, rank=rank)
 
 
 def run(
@@ -386,11 +413,11 @@ def run(
     """
     from autopar.runtime.launch import run as join
 
-    rules = rules_of(plan)
+    division_of(plan)  # says what is wrong with a split, if anything
     if model is not None and not isinstance(model, str | Path):
-        return join(plan, model, rules=rules, seed=seed, **hyperparameters)
+        return join(plan, model, seed=seed, **hyperparameters)
     build = source_of(plan, model)
-    return join(plan, lambda: build()[0], rules=rules, seed=seed, **hyperparameters)
+    return join(plan, lambda: build()[0], seed=seed, **hyperparameters)
 
 
 def rehearse(

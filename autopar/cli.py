@@ -125,6 +125,13 @@ _search_options = (
         help="What the model is trained with.",
     ),
     click.option("--clip-norm", type=float, help="Clip gradients to this global norm."),
+    click.option(
+        "--microbatches",
+        default="auto",
+        show_default=True,
+        help="Work on the batch in so many parts, one after the other, with the same result; auto: "
+        "the fewest of 1, 2, 4, ... with which anything fits in memory.",
+    ),
     click.option("--searcher", default="ilp", show_default=True, help="`autopar list searchers`."),
     click.option(
         "--time-limit", type=float, default=300.0, show_default=True, help="Seconds to search."
@@ -173,9 +180,18 @@ def _wanted(options: dict[str, Any]) -> dict[str, Any]:
     return {
         **wanted,
         "time_limit_s": options["time_limit"],
+        "microbatches": _microbatches(options["microbatches"]),
         "mesh": None if options["mesh"] is None else _sizes(options["mesh"]),
         "memory_limit_bytes": None if limit is None else api.bytes_of(limit),
     }
+
+
+def _microbatches(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if text.isdigit() and int(text) > 0:
+        return int(text)
+    raise AutoparError(f"{text!r} is no number of microbatches; write for example 4, or auto")
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -360,8 +376,8 @@ def _run_here(
 
     first = os.environ["RANK"] == "0"
     try:
-        rules, build = api.rules_of(plan), api.source_of(plan, name)
-        found = rehearsal.rehearse(plan, rules, build, steps, seed)
+        api.division_of(plan)  # says what is wrong with a split, if anything
+        found = rehearsal.rehearse(plan, api.source_of(plan, name), steps, seed)
     except AutoparError as error:
         if result is not None:
             rehearsal.leave(result, error)

@@ -14,6 +14,7 @@ from autopar.ir.rule import BoundRule
 from autopar.ir.sharding import Sharding, local_shape
 from autopar.simulator.costs import inner_transfers
 from autopar.simulator.edges import OUTPUT, Rules, carries_gradient, edges, parameter_edges
+from autopar.simulator.microbatches import divide
 from autopar.simulator.redistribution import Transfer
 
 Phase = Literal["forward", "backward", "step"]
@@ -147,7 +148,8 @@ def block_of(name: str) -> tuple[str, str, str]:
 
 
 def explanation(plan: Plan, rules: Rules) -> Explanation:
-    """``rules``: the bound rule of each operator of ``plan.graph``."""
+    """``rules``: the bound rule of each operator, for the graph of one microbatch."""
+    plan = replace(plan, graph=divide(plan.graph, plan.strategy.microbatches, plan.proposed))
     operators = _merged(_operators(plan, rules))
     redistributions = _merged(_redistributions(plan, rules))
     parameters = _merged(_parameters(plan, rules))

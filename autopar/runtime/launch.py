@@ -18,12 +18,12 @@ from autopar.errors import PlanMismatchError
 from autopar.ir.graph import OperatorGraph
 from autopar.ir.sharding import Mesh
 from autopar.ir.strategy import Strategy
-from autopar.ops import bound_rules
+from autopar.ops import Proposals
 from autopar.runtime.collectives import Communicator, connect
-from autopar.runtime.lowering import lower
+from autopar.runtime.lowering import lower_microbatch
 from autopar.runtime.step import TrainingStep
 from autopar.runtime.storage import State, from_function, from_module
-from autopar.simulator.edges import Rules
+from autopar.simulator.microbatches import division
 
 START_TIMEOUT_S = 300.0
 """How long a rank waits for the others; gloo's and NCCL's default, half an hour, looks like a
@@ -31,7 +31,7 @@ program that hangs when one of them did not start."""
 
 
 class Planned(Protocol):
-    """A ``Plan``, or anything that has its two parts that are run."""
+    """A ``Plan``, or anything that has its parts that are run."""
 
     @property
     def graph(self) -> OperatorGraph: ...
@@ -39,12 +39,14 @@ class Planned(Protocol):
     @property
     def strategy(self) -> Strategy: ...
 
+    @property
+    def proposed(self) -> Proposals: ...
+
 
 def run(
     plan: Planned,
     model: nn.Module | Callable[[], nn.Module],
     *,
-    rules: Rules | None = None,
     seed: int = 0,
     **hyperparameters: Any,
 ) -> TrainingStep:
@@ -53,7 +55,6 @@ def run(
     ``model``: a function that makes it, as in ``model.py``; its parameters then get the values of
     ``torch.manual_seed(seed); model()``, each rank keeping only its shards. Or a module that is in
     memory already, whose values are taken. ``hyperparameters`` go to torch's optimizer (``lr``).
-    ``rules``: needed only for ops that have none of their own.
 
     Raises:
         PlanMismatchError: another number of processes, or another model, than the plan's.
@@ -61,7 +62,8 @@ def run(
     graph, strategy = plan.graph, plan.strategy
     communicator = join(strategy.mesh)
     device = local_device()
-    program = lower(graph, strategy, bound_rules(graph) if rules is None else rules, device)
+    divided = division(graph, strategy.microbatches, plan.proposed)
+    program = lower_microbatch(divided, strategy, device)
     state = _state(model, graph, strategy, communicator, device, seed)
     return TrainingStep(program, strategy, state, communicator, hyperparameters, seed)
 

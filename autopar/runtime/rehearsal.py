@@ -23,7 +23,6 @@ from autopar.runtime.initial import InitialValues
 from autopar.runtime.launch import local_device, run, torchrun
 from autopar.runtime.step import OPTIMIZERS, TrainingStep
 from autopar.runtime.watch import MemoryWatch, Watch
-from autopar.simulator.edges import Rules
 
 Build = Callable[[], tuple[nn.Module, Any, Callable[[Any, Any], Tensor] | None]]
 """Makes the model, one global batch, and the loss if the model does not return it."""
@@ -31,10 +30,10 @@ Build = Callable[[], tuple[nn.Module, Any, Callable[[Any, Any], Tensor] | None]]
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def rehearse(plan: Plan, rules: Rules, build: Build, steps: int, seed: int) -> Measurement:
+def rehearse(plan: Plan, build: Build, steps: int, seed: int) -> Measurement:
     """On one of the plan's processes: train so many steps on one batch, then once more to see how
     much memory is alive at once."""
-    step = run(plan, lambda: build()[0], rules=rules, seed=seed)
+    step = run(plan, lambda: build()[0], seed=seed)
     args, kwargs = batch_of(plan.graph, _inputs(build, seed), plan.strategy.training)
     losses, times_s = [], []
     for _ in range(steps):

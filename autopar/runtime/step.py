@@ -78,7 +78,7 @@ class TrainingStep:
         total: Tensor | None = None
         for index in range(self.strategy.microbatches):
             self.execution.microbatch = index
-            part = {name: self._part(name, value, index) for name, value in inputs.items()}
+            part = self.microbatch(inputs, index)
             with recorder.during("forward"):
                 loss, mutated = self.program(self.execution, self.state.buffers, part)
             with recorder.during("backward"):
@@ -229,8 +229,11 @@ class TrainingStep:
             )
         return value.to(self._device)
 
+    def microbatch(self, inputs: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+        """Its part of a global batch, by the graph's names of the inputs."""
+        return {name: self._part(name, value, index) for name, value in inputs.items()}
+
     def _part(self, name: str, value: Tensor, microbatch: int) -> Tensor:
-        """What a microbatch has of an input."""
         dim = sharded_dim(self.program.division.placements[name])
         if dim is None:
             return value

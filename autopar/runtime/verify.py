@@ -20,15 +20,15 @@ from autopar.ir.plan import Plan
 from autopar.ir.sharding import Mesh, local_shape
 from autopar.ir.simulation import Estimate, Memory
 from autopar.ir.strategy import Strategy
-from autopar.ops import bound_rules
 from autopar.runtime.collectives import Communicator, connect
-from autopar.runtime.lowering import LoweredProgram, lower
+from autopar.runtime.lowering import LoweredProgram, lower_microbatch
 from autopar.runtime.recorder import Executed
 from autopar.runtime.step import TrainingStep
 from autopar.runtime.storage import State
 from autopar.runtime.typecheck import typecheck as check_types
 from autopar.runtime.watch import MemoryWatch, Piece, Watch, device_for_dry_runs
 from autopar.simulator.edges import Rules
+from autopar.simulator.microbatches import Division, division, undivided
 
 MEMORY_TOLERANCE = 0.05
 """How far measured peak memory may be from the promised, relative to it."""
@@ -79,24 +79,32 @@ class Report:
         return json.dumps({"ok": self.ok, **data}, indent=1)
 
 
-def verify(
-    plan: Plan, *, rank: int = 0, rules: Rules | None = None, typecheck: bool = True
-) -> Report:
+def verify(plan: Plan, *, rank: int = 0, typecheck: bool = True) -> Report:
     """Dry-run one training step of ``plan`` as ``rank``, without devices or other processes.
 
-    ``typecheck``: have ``spmd_types`` derive the types of all tensors, too. ``rules``: needed only
-    for ops that have none of their own.
+    ``typecheck``: have ``spmd_types`` derive the types of all tensors, too.
     """
-    if rules is None:
-        rules = bound_rules(plan.graph, plan.proposed)
-    return verify_strategy(
-        plan.graph, rules, plan.strategy, plan.estimate, rank=rank, typecheck=typecheck
-    )
+    divided = division(plan.graph, plan.strategy.microbatches, plan.proposed)
+    return verify_division(divided, plan.strategy, plan.estimate, rank=rank, typecheck=typecheck)
 
 
 def verify_strategy(
     graph: OperatorGraph,
     rules: Rules,
+    strategy: Strategy,
+    estimate: Estimate,
+    *,
+    rank: int = 0,
+    typecheck: bool = True,
+) -> Report:
+    """As ``verify_division``, when the batch is not divided in time."""
+    return verify_division(
+        undivided(graph, rules), strategy, estimate, rank=rank, typecheck=typecheck
+    )
+
+
+def verify_division(
+    division: Division,
     strategy: Strategy,
     estimate: Estimate,
     *,
@@ -113,7 +121,7 @@ def verify_strategy(
         raise AutoparError(f"the plan is for the ranks 0 to {size - 1}, not for rank {rank}")
     with _world(strategy.mesh, rank) as communicator:
         watch, kept_bytes, recorded, mistyped = _dry_run(
-            graph, rules, strategy, communicator, typecheck
+            division, strategy, communicator, typecheck
         )
     rows = tuple(_rows(estimate, watch.executed))
     memory = watch.memory
@@ -152,8 +160,7 @@ def _world(mesh: Mesh, rank: int) -> Iterator[Communicator]:
 
 
 def _dry_run(
-    graph: OperatorGraph,
-    rules: Rules,
+    division: Division,
     strategy: Strategy,
     communicator: Communicator,
     typecheck: bool,
@@ -163,7 +170,7 @@ def _dry_run(
     What was seen, the bytes that stay from step to step, what the runtime itself counted, and what
     the types object to.
     """
-    mesh, device = strategy.mesh, device_for_dry_runs()
+    graph, mesh, device = division.whole, strategy.mesh, device_for_dry_runs()
     recorder = communicator.recorder
     groups = {
         str(communicator.device_mesh.get_group(axis).group_name): name
@@ -171,7 +178,7 @@ def _dry_run(
     }
     watch = Watch(MemoryWatch(), groups, lambda: recorder.phase)
     with FakeTensorMode():
-        program = lower(graph, strategy, rules, device)
+        program = lower_microbatch(division, strategy, device)
         state = _fake_state(graph, strategy, device)
         inputs = {name: _fake(graph, name, device) for name in graph.inputs}
         step = TrainingStep(program, strategy, state, communicator)
@@ -183,7 +190,7 @@ def _dry_run(
         args, kwargs = _arguments(graph, inputs)
         with watch, recorder.recording() as recorded:
             step(*args, **kwargs)
-        mistyped = _mistyped(program, step, inputs) if typecheck else ()
+        mistyped = _mistyped(program, step, step.microbatch(inputs, 0)) if typecheck else ()
     return watch, kept_bytes, recorded, mistyped
 
 
@@ -294,4 +301,4 @@ def _memory_difference(promised: Memory, measured: MemoryWatch) -> Iterable[str]
         )
 
 
-__all__ = ["CollectiveRow", "Report", "verify", "verify_strategy"]
+__all__ = ["CollectiveRow", "Report", "verify", "verify_division", "verify_strategy"]

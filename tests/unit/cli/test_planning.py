@@ -69,7 +69,7 @@ def test_the_options_arrive_in_the_problem(seen: Seen, tmp_path: Path) -> None:
         run(
             *("plan", "m.py", *FAKE, "--mesh", "2,4", "--memory-limit", "3GB"),
             *("--optimizer", "sgd", "--precision", "mixed", "--clip-norm", "0.5"),
-            *("--time-limit", 7, "--dimensions", "SP"),
+            *("--microbatches", 2, "--time-limit", 7, "--dimensions", "SP"),
         )
         == 0
     )
@@ -78,7 +78,17 @@ def test_the_options_arrive_in_the_problem(seen: Seen, tmp_path: Path) -> None:
     assert problem.memory_limit_bytes == 3 * 10**9
     training = problem.training
     assert (training.optimizer, training.precision, training.clip_norm) == ("sgd", "mixed", 0.5)
-    assert (problem.dimensions, budget.time_s) == ("SP", 7.0)
+    assert (problem.microbatches, problem.dimensions, budget.time_s) == (2, "SP", 7.0)
+
+
+def test_microbatches_are_as_few_as_fit_unless_given(
+    seen: Seen, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("plan", "m.py", *FAKE) == 0
+    ((problem, _),) = seen
+    assert problem.microbatches is None
+    assert run("plan", "m.py", *FAKE, "--microbatches", "some") == 2
+    assert "'some' is no number of microbatches" in capsys.readouterr().err
 
 
 def test_without_a_mesh_all_of_up_to_three_axes_are_tried(seen: Seen) -> None:

@@ -10,12 +10,14 @@ from random import Random
 
 import pytest
 
+from autopar.api import rules_of
 from autopar.exporters import EXPORTERS, text
 from autopar.exporters.explanation import REST, explanation
 from autopar.ir.plan import Plan
 from autopar.ir.sharding import Mesh
 from autopar.ir.strategy import Training
 from autopar.ops import bound_rules
+from autopar.simulator.microbatches import division
 from autopar.simulator.prices import evaluate
 from tests.helpers import fake_plans
 from tests.helpers.fake_prices import FakePrices
@@ -25,19 +27,19 @@ from tests.helpers.strategies import random_strategy
 def random_plan(seed: int, layers: int = 3) -> Plan:
     """Any legal strategy, its gradients clipped so that some collective belongs to no block."""
     plan = fake_plans.plan(layers)
-    rules = bound_rules(plan.graph)
+    divided = division(plan.graph, 2 ** (seed % 3))
     mesh = Mesh((("a", 2), ("b", 2)))
     training = Training(clip_norm=1.0)
-    strategy = random_strategy(plan.graph, rules, mesh, Random(seed), training)
-    strategy = replace(strategy, microbatches=1 + seed % 3)
-    estimate = evaluate(plan.graph, rules, FakePrices(latency_s=1e-5), strategy)
+    strategy = random_strategy(divided.graph, divided.rules, mesh, Random(seed), training)
+    strategy = replace(strategy, microbatches=divided.count)
+    estimate = evaluate(divided.graph, divided.rules, FakePrices(latency_s=1e-5), strategy)
     return replace(plan, strategy=strategy, estimate=estimate)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_blocks_communicate_as_long_as_the_estimate_says(seed: int) -> None:
     plan = random_plan(seed)
-    found = explanation(plan, bound_rules(plan.graph))
+    found = explanation(plan, rules_of(plan))
     estimate = plan.estimate
     assert found.communication_s == pytest.approx(
         estimate.forward_communication_s
@@ -51,7 +53,7 @@ def test_the_blocks_communicate_as_long_as_the_estimate_says(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_every_operator_and_parameter_stands_in_one_row(seed: int) -> None:
     plan = random_plan(seed)
-    found = explanation(plan, bound_rules(plan.graph))
+    found = explanation(plan, rules_of(plan))
     rows = [row for block in found.blocks for row in block.operators]
     assert sum(row.count for row in rows) == len(plan.graph.operators)
     kept = [row for block in found.blocks for row in block.parameters]
