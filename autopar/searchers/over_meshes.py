@@ -45,33 +45,55 @@ Progress = Callable[[str], None]
 """Told in one line what is being done."""
 
 
+FIRST_SHARE = 0.25
+"""Of the time that is left, how much is spent on a number of microbatches before anything is found:
+what fits is found soon, and proofs get the rest."""
+
+
 def search_meshes(
     name: str, problem: Problem, budget: Budget, solver: Solver, progress: Progress
 ) -> SearchResult:
     """Solve each mesh that could hold a better strategy than the best so far.
 
     Where the number of microbatches is open, it is the fewest of 1, 2, 4, ... with which anything
-    fits; more of them are not faster, since no work is saved.
+    that fits is found; more of them are not faster, since no work is saved.
     """
     if problem.microbatches is not None:
         return _search_divided(name, problem, budget, solver, progress)
     started = monotonic()
-    result: SearchResult | None = None
-    for count in counts(problem.graph):
+
+    def search(count: int, share: float) -> SearchResult:
+        left = (budget.time_s - (monotonic() - started)) * share
+        divided = replace(problem, microbatches=count)
+        return _search_divided(name, divided, replace(budget, time_s=left), solver, progress)
+
+    tried = _possible_counts(problem)
+    for count in tried:
         if count > 1:
             progress(f"nothing fits; trying {count} microbatches")
-        left = replace(budget, time_s=budget.time_s - (monotonic() - started))
+        # to find nothing may take as long as one lets it
+        result = search(count, 1.0 if count == tried[-1] else FIRST_SHARE)
+        if result.best is not None and result.stop_reason == "time" and count != tried[-1]:
+            more = search(count, 1.0)
+            result = result if more.best is None else more
+        if result.best is not None or result.stop_reason == "interrupted":
+            break
+    return replace(result, search_time_s=monotonic() - started)
+
+
+def _possible_counts(problem: Problem) -> list[int]:
+    """Numbers of microbatches of which all are tried until something fits: only one when the model
+    needs its batch whole."""
+    found = []
+    for count in counts(problem.graph):
         try:
-            divided = replace(problem, microbatches=count)
-            result = _search_divided(name, divided, left, solver, progress)
+            division(problem.graph, count, problem.proposals)
         except UnsupportedModelError:
-            if result is None:
+            if count == 1:
                 raise
             break
-        if result.stop_reason != "infeasible":
-            break
-    assert result is not None
-    return replace(result, search_time_s=monotonic() - started)
+        found.append(count)
+    return found
 
 
 def _search_divided(
@@ -140,11 +162,12 @@ class _Search:
             self.trials.append(trial)
             self._offer(trial)
         self.unseen_bound_s = math.inf
-        if self.best is None:
-            return "infeasible"
-        if any(trial.outcome == "time" for trial in self.trials):
+        outcomes = {trial.outcome for trial in self.trials}
+        if "time" in outcomes:
             return "time"
-        return "optimal"
+        if self.best is None:
+            return "unknown" if "unknown" in outcomes else "infeasible"
+        return "gap" if outcomes & {"gap", "unknown"} else "optimal"
 
     def _listing(
         self, structure: Structure, mesh: Mesh, allowed: tuple[Allowed, ...] | None = None
@@ -239,7 +262,8 @@ class _Search:
         if found.selection is None:
             return replace(trial, outcome=_outcome(found, cutoff_s, late))
         strategy, estimate = fitting[found.selection]
-        outcome = "time" if late else "optimal"
+        proved = trial.lower_bound_s >= estimate.step_time_s * (1 - self.budget.gap)
+        outcome = "optimal" if proved else "time" if late else "gap"
         return replace(trial, strategy=strategy, estimate=estimate, outcome=outcome)
 
     def evaluate(self, listing: Listing, selection: Selection, strategy: Strategy) -> Estimate:
@@ -259,4 +283,4 @@ def _outcome(found: Optimum, cutoff_s: float, late: bool) -> str:
         return "infeasible"
     if found.bound_s >= cutoff_s * (1 - 1e-6):
         return "bounded"
-    return "time" if late else "infeasible"
+    return "time" if late else "unknown"
