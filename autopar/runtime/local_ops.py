@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from autopar.ir.graph import Operator
 from autopar.ir.rule import BoundRule, Dim, Split
 from autopar.ir.sharding import Mesh
+from autopar.simulator.workspace import attention_samples
 
 ReduceOp = Literal["sum", "max"]
 
@@ -321,12 +322,20 @@ def _mixed(value: int) -> int:
     return value ^ value >> 31
 
 
+_ALL = slice(None)
+
+
 def keep_mask(
-    context: LocalContext, dims: tuple[Dim, ...], p: float, device: torch.device
+    context: LocalContext,
+    dims: tuple[Dim, ...],
+    p: float,
+    device: torch.device,
+    part: slice = _ALL,
 ) -> Tensor:
     """True with probability 1 - ``p``: a hash of the seed, the operator and the *global* index.
 
-    So every split and every replica draws the same mask. ``dims`` are the factors of the tensor.
+    So every split and every replica draws the same mask. ``dims`` are the factors of the tensor;
+    ``part``: of its first dim, which indices.
     """
     local = context.bound.local_sizes(context.split, context.mesh)
     key = _mixed(_mixed(context.seed) + context.operator_id * _INCREMENT)
@@ -338,8 +347,9 @@ def keep_mask(
         # only the leading factor of a dim is ever split, so a slice of the dim is contiguous
         start = (context.offset(dim[0]) * (size // context.bound.sizes[dim[0]])) if dim else 0
         length = prod(local[f] for f in dim)
-        index = torch.arange(start, start + length, device=device)
+        index = torch.arange(start, start + length, device=device)[part]
         state = state.unsqueeze(-1) + index * _signed(stride * _INCREMENT)
+        part = _ALL
     state ^= (state >> 30).bitwise_and_((1 << 34) - 1)
     state *= _FIRST
     state ^= (state >> 27).bitwise_and_((1 << 37) - 1)
@@ -371,7 +381,8 @@ class _Attention(torch.autograd.Function):
     """Attention by its definition; keeps what the fused kernels keep.
 
     These are the inputs, the output and for each row the logarithm of its sum of exponentials:
-    probabilities and dropout mask are made again in the backward.
+    probabilities and dropout mask are made again in the backward. As scores and masks are large, a
+    few samples are worked on at a time.
     """
 
     @staticmethod
@@ -383,17 +394,19 @@ class _Attention(torch.autograd.Function):
         bias: Tensor | None,
         scale: float,
         causal: bool,
-        keep: Callable[[], Tensor] | None,
+        keep: Callable[[slice], Tensor] | None,
         p: float,
     ) -> Tensor:
-        scores = _scores(q, k, bias, scale, causal)
-        rows = scores.logsumexp(-1)
-        weights = _probabilities(scores, rows).to(q.dtype)
-        if keep is not None:
-            weights.mul_(keep()).div_(1 - p)
-        out = (_per_key_head(weights, k) @ v).reshape(*q.shape[:-1], v.shape[-1])
-        if out.ndim == 4:  # laid out as by the fused kernels: joining the heads is then a view
-            out = out.transpose(1, 2).contiguous().transpose(1, 2)
+        out = _laid_out_as_fused(q, v)
+        rows = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+        for part in _samples(q, k):
+            scores = _scores(q[part], k[part], _of(bias, part, q), scale, causal)
+            rows[part] = scores.logsumexp(-1)
+            weights = _probabilities(scores, rows[part]).to(q.dtype)
+            if keep is not None:
+                weights.mul_(keep(part)).div_(1 - p)
+            out[part] = (_per_key_head(weights, k[part]) @ v[part]).reshape(out[part].shape)
+            del scores, weights
         ctx.save_for_backward(q, k, v, bias, out, rows)
         ctx.scale, ctx.causal, ctx.keep, ctx.p = scale, causal, keep, p
         return out
@@ -402,23 +415,74 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, out, rows = ctx.saved_tensors
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        dbias = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
+        for part in _samples(q, k):
+            _Attention._backward(
+                ctx,
+                [x[part] for x in (gradient, q, k, v, out, rows)],
+                _of(bias, part, q),
+                part,
+                [dq[part], dk[part], dv[part]],
+                _of(dbias, part, q),
+            )
+        return dq, dk, dv, dbias, None, None, None, None
+
+    @staticmethod
+    def _backward(
+        ctx: Any,
+        given: list[Tensor],
+        bias: Tensor | None,
+        part: slice,
+        wanted: list[Tensor],
+        dbias: Tensor | None,
+    ) -> None:
+        """Of a few samples; writes to ``wanted`` and adds to ``dbias``."""
+        gradient, q, k, v, out, rows = given
         scores = _scores(q, k, bias, ctx.scale, ctx.causal)
         weights = _probabilities(scores, rows).to(q.dtype)
+        del scores
         grouped = _per_key_head(gradient, k)
         dw = (grouped @ v.transpose(-1, -2)).reshape(weights.shape)
         kept = weights
         if ctx.keep is not None:
-            keep = ctx.keep()
+            keep = ctx.keep(part)
             kept = (weights * keep).div_(1 - ctx.p)
-            dw = dw.mul_(keep).div_(1 - ctx.p)
-        dv = _per_key_head(kept, k).transpose(-1, -2) @ grouped
+            dw.mul_(keep).div_(1 - ctx.p)
+            del keep
+        wanted[2].copy_(_per_key_head(kept, k).transpose(-1, -2) @ grouped)
+        del kept
         # the sum over keys of dw x weights is that over v's columns of gradient x output
-        ds = weights * dw.sub_((gradient * out).sum(-1, keepdim=True))
-        dbias = ds.sum_to_size(bias.shape) if ctx.needs_input_grad[3] else None
-        ds = _per_key_head(ds, k)
-        dq = ((ds @ k) * ctx.scale).reshape(q.shape)
-        dk = (ds.transpose(-1, -2) @ _per_key_head(q, k)) * ctx.scale
-        return dq, dk, dv, dbias, None, None, None, None
+        ds = dw.sub_((gradient * out).sum(-1, keepdim=True)).mul_(weights)
+        del weights
+        if dbias is not None:
+            dbias += ds.sum_to_size(dbias.shape)
+        ds = _per_key_head(ds, k).mul_(ctx.scale)
+        wanted[0].copy_((ds @ k).reshape(q.shape))
+        wanted[1].copy_(ds.transpose(-1, -2) @ _per_key_head(q, k))
+
+
+def _laid_out_as_fused(q: Tensor, v: Tensor) -> Tensor:
+    """An empty output, laid out so that joining the heads is a view."""
+    shape = (*q.shape[:-1], v.shape[-1])
+    if q.ndim != 4:
+        return q.new_empty(shape)
+    samples, heads, queries, width = shape
+    return q.new_empty((samples, queries, heads, width)).transpose(1, 2)
+
+
+def _samples(q: Tensor, k: Tensor) -> list[slice]:
+    """The batch in parts that have at most ``LARGEST_SCORES`` scores, or one sample."""
+    if q.ndim != 4:
+        return [_ALL]
+    count = attention_samples(q.shape[0], prod(q.shape[1:-1]) * k.shape[-2])
+    return [slice(start, start + count) for start in range(0, q.shape[0], count)]
+
+
+def _of(bias: Tensor | None, part: slice, q: Tensor) -> Tensor | None:
+    """What a part of the batch has of a bias, which may be the same for all samples."""
+    alike = bias is None or bias.ndim < q.ndim or bias.shape[0] == 1
+    return bias if alike or bias is None else bias[part]
 
 
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, causal: bool) -> Tensor:
@@ -462,8 +526,8 @@ def attention(
         return plain
     rows, columns = context.bound.inputs[0][:-1], context.bound.inputs[1][-2]
 
-    def keep() -> Tensor:
-        return keep_mask(context, (*rows, columns), p, q.device)
+    def keep(part: slice) -> Tensor:
+        return keep_mask(context, (*rows, columns), p, q.device, part)
 
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out: Tensor = _Attention.apply(q, k, v, bias, scale, causal, keep if p else None, p)  # type: ignore[no-untyped-call]

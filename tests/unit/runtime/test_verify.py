@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -19,6 +20,8 @@ from autopar.ir.sharding import Mesh
 from autopar.ir.strategy import Strategy, Training
 from autopar.ops import bound_rules
 from autopar.runtime.verify import Report, verify_strategy
+from autopar.searchers.optimum import optimum
+from autopar.simulator.listing import Allowed, Listing, Structure
 from autopar.simulator.meshes import mesh
 from autopar.simulator.prices import evaluate
 from tests.helpers.fake_prices import FakePrices
@@ -157,3 +160,57 @@ def test_the_report_is_json() -> None:
     assert data["world_size"] == 4
     assert data["collectives"][0]["promised"] == data["collectives"][0]["executed"]
     assert data["at_peak"][0]["size_bytes"] > 0
+
+
+def test_attention_in_parts_keeps_its_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = graph_of("vit", dropout=0.1)
+    strategy = replicate(graph, mesh((2,)), Training("sgd"))
+    whole = report_of(graph, strategy)
+    monkeypatch.setattr("autopar.simulator.workspace.LARGEST_SCORES", 1)
+    parts = report_of(graph, strategy)
+    assert whole.ok and parts.ok, parts.differences
+    assert parts.measured_peak_bytes <= whole.measured_peak_bytes
+
+
+@pytest.mark.slow
+def test_gpt3_on_a_thousand_ranks_keeps_its_promise() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from tests.helpers.zoo import LossOf
+
+    config = GPT2Config(
+        vocab_size=51200,  # 50257, padded so that 8 divides it
+        n_positions=2048,
+        n_embd=12288,
+        n_layer=96,
+        n_head=96,
+        use_cache=False,
+        attn_pdrop=0.0,
+    )
+    with torch.device("meta"):
+        model = LossOf(GPT2LMHeadModel(config))
+        tokens = torch.zeros(128, 2048, dtype=torch.long)
+    graph = extract(model.train(), {"input_ids": tokens, "labels": tokens.clone()}, name="gpt3")
+    assert graph.parameter_count > 174e9
+    strategy = tensor_parallel(graph, mesh((128, 8)))
+    report = report_of(graph, strategy, rank=1000)
+    assert report.ok, report.differences
+    assert report.world_size == 1024
+    assert report.measured_peak_bytes < graph.parameter_count * 4
+
+
+def tensor_parallel(graph: OperatorGraph, on: Mesh) -> Strategy:
+    """The batch over the first axis, weights over the second, as the prices have it."""
+    listing = Listing(
+        Structure(graph, bound_rules(graph)),
+        FakePrices(devices=on.size),
+        on,
+        10**15,
+        Training(),
+        1,
+        {},
+        (Allowed("S", (0,)), Allowed("P", (0,))),
+    )
+    found = optimum(listing.price_list, deadline=math.inf)
+    assert found.selection is not None
+    return listing.strategy(found.selection)
