@@ -46,8 +46,9 @@ class Trial:
 
     ``estimate`` and ``strategy`` are of the best strategy found for it, ``None`` if none;
     ``lower_bound_s``: no strategy on this mesh has a shorter step; ``outcome``: ``optimal``,
-    ``bounded`` (its bound is above the best elsewhere: not searched), ``infeasible``,
-    ``time`` (the budget ended first), or ``recipe``.
+    ``gap`` (not proved to be the best: see the bound), ``bounded`` (its bound is above the best
+    elsewhere: not searched), ``infeasible`` (proved), ``unknown`` (nothing that fits was found, nor
+    proved not to exist), ``time`` (the budget ended first), or ``recipe``.
     """
 
     name: str
@@ -62,8 +63,9 @@ class Trial:
 class SearchResult:
     """All trials, the best strategy, and a proof of how far from optimal it can be at most.
 
-    ``stop_reason``: ``optimal`` (within the budget's gap), ``time``, ``interrupted`` (Ctrl-C) or
-    ``infeasible`` (``best`` is ``None``; ``nearest_miss_bytes`` is the smallest peak memory seen).
+    ``stop_reason``: ``optimal`` (within the budget's gap), ``gap`` (all was tried, the best is not
+    proved), ``time``, ``interrupted`` (Ctrl-C), or, where ``best`` is ``None``, ``infeasible`` and
+    ``unknown`` (``nearest_miss_bytes`` is the smallest peak memory seen).
     """
 
     searcher: str

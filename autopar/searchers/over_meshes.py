@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from autopar.errors import UnsupportedModelError
+from autopar.ir.rule import RESERVED
 from autopar.ir.search import Budget, Problem, SearchResult, Trial
 from autopar.ir.sharding import Mesh
 from autopar.ir.simulation import Estimate
@@ -206,7 +207,8 @@ class _Search:
         self.nearest_miss_bytes = peak if least is None else min(least, peak)
 
     def _try_recipe(self, structure: Structure, recipe: Recipe) -> None:
-        """The recipe's best layout becomes a trial, whether it fits or not."""
+        """The recipe's best layout becomes a trial, whether it fits or not; a recipe of which the
+        model divides nothing becomes one without a strategy."""
         cost_model = self.problem.cost_model
         trials = []
         for layout in recipe.layouts(cost_model.devices, cost_model.scale_up_devices):
@@ -215,11 +217,19 @@ class _Search:
             found = optimum(price_list, deadline=self.deadline)
             if found.selection is not None:
                 strategy = listing.strategy(found.selection)
+                if any(a.letters for a in layout.allowed) and not _divides_work(strategy):
+                    continue  # the mesh divides nothing that the recipe would divide
                 estimate = self.evaluate(listing, found.selection, strategy)
                 trials.append(
                     Trial(recipe.name, layout.mesh, strategy, estimate, found.bound_s, "recipe")
                 )
-        if trials:
+        if not trials:
+            nowhere = recipe.layouts(cost_model.devices, cost_model.scale_up_devices)[:1]
+            self.recipes += [
+                Trial(recipe.name, layout.mesh, None, None, math.inf, "recipe")
+                for layout in nowhere
+            ]
+        else:
             best = min(trials, key=self._rank)
             self.recipes.append(best)
             if set(self.problem.dimensions) >= set("SAP") and best.mesh in self.problem.meshes:
@@ -284,3 +294,8 @@ def _outcome(found: Optimum, cutoff_s: float, late: bool) -> str:
     if found.bound_s >= cutoff_s * (1 - 1e-6):
         return "bounded"
     return "time" if late else "unknown"
+
+
+def _divides_work(strategy: Strategy) -> bool:
+    choices = {choice for split in strategy.splits.values() for choice in split}
+    return bool(choices - set(RESERVED))
