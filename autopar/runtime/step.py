@@ -18,6 +18,7 @@ from autopar.runtime.lowering import Execution, LoweredProgram, divisors
 from autopar.runtime.storage import State, gather
 from autopar.simulator.prices import clip_axes
 from autopar.simulator.redistribution import steps
+from autopar.simulator.workspace import update_groups
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 1e-2}),
@@ -96,15 +97,24 @@ class TrainingStep:
         """Clip, step the optimizer, and bring the parameters up to date on every rank."""
         with self.communicator.recorder.during("step"), torch.no_grad():
             scale = self._clip_scale()
-            for name, reduced in self.gradients.items():
-                piece = self._pieces[name]
-                scaled = reduced if scale is None else reduced * scale.to(reduced.dtype)
-                piece.grad = scaled.to(piece.dtype)
-            self.optimizer.step()
-            for name, piece in self._pieces.items():
-                piece.grad = None
-                self._refresh(name, piece)
+            sizes = {name: p.numel() * p.element_size() for name, p in self._pieces.items()}
+            for names in update_groups(sizes):
+                for name in names:
+                    self._pieces[name].grad = self._scaled(name, scale)
+                self.optimizer.step()  # passes over those without a gradient
+                for name in names:
+                    self._pieces[name].grad = None
+                for name in names:
+                    self._refresh(name, self._pieces[name])
         self.steps_done += 1
+
+    def _scaled(self, name: str, scale: Tensor | None) -> Tensor | None:
+        """The gradient as the optimizer takes it: clipped, and of its piece's dtype."""
+        reduced = self.gradients.get(name)
+        if reduced is None:
+            return None
+        scaled = reduced if scale is None else reduced * scale.to(reduced.dtype)
+        return scaled.to(self._pieces[name].dtype)
 
     def _reduce(self) -> None:
         """Bring gradients to the optimizer's shards, and sum over a parameter's uses."""

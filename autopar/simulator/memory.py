@@ -24,7 +24,7 @@ from autopar.ir.strategy import Storage, Strategy, Training
 from autopar.simulator.edges import Rules, canonical, parameter_edges
 from autopar.simulator.folding import Folded, whole
 from autopar.simulator.redistribution import Step, forward_collective, reverse, steps
-from autopar.simulator.workspace import passes_gradient_on, workspace_bytes
+from autopar.simulator.workspace import passes_gradient_on, update_groups, workspace_bytes
 
 Key = tuple[str, Sharding]
 """A tensor in one of its shardings: a version of it."""
@@ -469,25 +469,24 @@ class _Walk:
     # ---- update --------------------------------------------------------------------------------
 
     def _update(self) -> None:
-        """Gradients go to the optimizer's shards; then each is scaled or cast, and used."""
+        """Gradients go to the optimizer's shards; then they are scaled or cast, and used, a group
+        of parameters at a time."""
         reduced = self._reduce()
         for key in list(self.blocks):
             self._forget(key)
         training = self.strategy.training
-        mixed, clips = training.precision == "mixed", training.clip_norm is not None
-        names = [p.name for p in self.graph.parameters if p.name in reduced]
-        pieces = [_piece_bytes(self, name, mixed) for name in names]
-        changed = []
-        if mixed or clips:
-            for name, size in zip(names, pieces, strict=True):
-                self.copies = reduced[name].copies
-                changed.append(self.allocate(size, "gradients"))
-        self.copies = 1
-        self.mark("optimizer step", _update_bytes(pieces, training))
-        for block in changed:
-            self.release(block)
-        for name in names:
-            self._refresh(name, mixed)
+        mixed = training.precision == "mixed"
+        sizes = {
+            p.name: _piece_bytes(self, p.name, mixed)
+            for p in self.graph.parameters
+            if p.differentiable
+        }
+        for names in update_groups(sizes):
+            pieces = [sizes[name] for name in names if name in reduced]
+            copied = sum(pieces) if mixed or training.clip_norm is not None else 0
+            self.mark("optimizer step", copied + _update_bytes(pieces, training))
+            for name in names:
+                self._refresh(name, mixed)
 
     def _reduce(self) -> dict[str, _Block]:
         reduced: dict[str, _Block] = {}

@@ -127,6 +127,28 @@ def attention_samples(samples: int, scores: int) -> int:
     return min(samples, max(1, LARGEST_SCORES // max(1, scores)))
 
 
+UPDATE_BYTES = 2**28
+"""Of what the optimizer updates at once: with their gradients cast and clipped and Adam's
+denominators, well under a gigabyte; on a GPU enough for a few long kernels."""
+
+
+def update_groups(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Parameters that are updated together, in order, by the bytes of what is updated.
+
+    >>> update_groups({"a": 2**27, "b": 2**27, "c": 2**20, "d": 2**30})
+    [['a', 'b'], ['c'], ['d']]
+    """
+    groups: list[list[str]] = []
+    total = UPDATE_BYTES + 1
+    for name, size in sizes.items():
+        if total + size > UPDATE_BYTES:
+            groups.append([])
+            total = 0
+        groups[-1].append(name)
+        total += size
+    return groups
+
+
 def _product(local: _Local, dims: Sequence[Dim]) -> int:
     return prod(local.sizes[factor] for dim in dims for factor in dim)
 
