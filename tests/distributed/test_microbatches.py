@@ -8,15 +8,33 @@ from functools import lru_cache
 from random import Random
 
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
+from autopar import api
+from autopar.extractor import extract
 from autopar.ir.sharding import Mesh
-from autopar.ir.strategy import Strategy, Training
+from autopar.ir.strategy import Storage, Strategy, Training
+from autopar.runtime.lowering import lower_microbatch
 from autopar.runtime.recorder import Executed
+from autopar.runtime.step import TrainingStep
+from autopar.runtime.storage import from_module
 from autopar.simulator.microbatches import Division, division
 from autopar.simulator.prices import promise
-from tests.helpers.cases import Case, Outcome, case, outcome
+from tests.helpers.cases import (
+    Case,
+    Outcome,
+    call,
+    case,
+    communicator_of,
+    outcome,
+    relative,
+    training_step,
+)
+from tests.helpers.fake_prices import FakePrices
 from tests.helpers.pool import pool
-from tests.helpers.strategies import random_strategy
+from tests.helpers.strategies import random_strategy, replicate
 
 pytestmark = pytest.mark.distributed
 
@@ -48,11 +66,137 @@ def promised(of: Division, strategy: Strategy) -> Counter[Executed]:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
-    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 10))]
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))]
 )
 def test_a_random_strategy_in_microbatches_trains_as_one_process(name: str, seed: int) -> None:
     rng = Random(f"{name} {seed}")
-    of = divided(name, 4 if seed % 2 else 2)
+    of = divided(name, 2 if seed % 2 else 4)
     mesh = MESHES[(seed + MODELS.index(name)) % len(MESHES)]
     strategy = random_strategy(of.graph, of.rules, mesh, rng, rng.choice(TRAININGS))
     check(case(name), replace(strategy, microbatches=of.count))
+
+
+@lru_cache(maxsize=None)
+def recipes(name: str, count: int) -> dict[str, Strategy]:
+    """The recipes' strategies for four ranks."""
+    result = api.search(
+        case(name).graph,
+        topology=FakePrices(devices=4),
+        mesh=(4,),
+        microbatches=count,
+        time_limit_s=0.0,
+    )
+    return {t.name: t.strategy for t in result.trials if t.strategy and t.outcome == "recipe"}
+
+
+@pytest.mark.parametrize("name", ["mlp", "gpt", "llama", "bert", "vit"])
+@pytest.mark.parametrize("recipe", ["data_parallel", "zero1", "zero2", "zero3", "megatron"])
+def test_a_recipe_in_two_microbatches_trains_as_one_process(name: str, recipe: str) -> None:
+    check(case(name), recipes(name, 2)[recipe])
+
+
+def test_whole_gradients_travel_once_and_pieces_with_every_microbatch() -> None:
+    assert executed_for_head("I", "I", "I") == {("all_reduce", "step"): 1}
+    assert executed_for_head("I", "I", "S(0)") == {("reduce_scatter", "step"): 1}
+    assert executed_for_head("I", "S(0)", "S(0)") == {("reduce_scatter", "backward"): 4}
+    assert executed_for_head("S(0)", "S(0)", "S(0)") == {
+        ("all_gather", "forward"): 4,
+        ("all_gather", "backward"): 4,
+        ("reduce_scatter", "backward"): 4,
+    }
+
+
+def executed_for_head(parameter: str, gradient: str, optimizer: str) -> dict[object, int]:
+    """Data parallel in four microbatches: what is promised for the weight of the head."""
+    of, mesh = divided("gpt", 4), MESHES[0]
+    batch = division(of.graph, 2).choices
+    plain = replicate(of.graph, mesh)
+    strategy = replace(
+        plain,
+        splits={name: (choice,) for name, choice in batch.items()},
+        storage={
+            **plain.storage,
+            "head.weight": Storage((parameter,), (gradient,), (optimizer,)),
+        },
+        microbatches=4,
+    )
+    return {
+        (one.kind, one.phase): one.count
+        for one in promise(of.graph, of.rules, strategy)
+        if one.reason == "head.weight" and (one.kind, one.phase) != ("all_gather", "step")
+    }
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "vit"])
+def test_dropout_masks_are_those_of_the_batch_in_one(name: str) -> None:
+    of = case(name, dropout=0.3)
+    found = pool().run(2, losses_and_gradients, of)[0]
+    whole, *others = found
+    for loss, gradients in others:
+        assert relative(loss, whole[0]) < 1e-9
+        for parameter, gradient in gradients.items():
+            assert relative(gradient, whole[1][parameter], 1e-6) < 1e-9, parameter
+
+
+def losses_and_gradients(of: Case) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    found = []
+    for count in (1, 2, 4):
+        part = division(of.graph, count)
+        drawn = random_strategy(part.graph, part.rules, MESHES[0], Random(count))
+        step, inputs = training_step(of, replace(drawn, microbatches=count))
+        found.append((call(step, inputs), step.full_gradients()))
+    return found
+
+
+class Losses(nn.Module):
+    """Several reductions at once, none of which has the weight of another in a microbatch."""
+
+    weight: Tensor
+    steps: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 6)
+        self.register_buffer("weight", torch.arange(1.0, 7.0, dtype=torch.float64))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        self.steps.add_(1)
+        scores = self.linear(x)
+        weighted = F.cross_entropy(scores, y, weight=self.weight, ignore_index=2)
+        picked = F.nll_loss(F.log_softmax(scores, 1), (y + 1) % 6, ignore_index=3)
+        smooth = F.cross_entropy(scores, y.clamp(min=0), label_smoothing=0.1)
+        likely = F.cross_entropy(scores, scores.detach().softmax(1))
+        total = F.cross_entropy(scores, y, reduction="sum", ignore_index=0)
+        loss: Tensor = (
+            weighted + picked * 2 + smooth / 3 + likely + 0.1 * scores.mean() + total * 1e-2
+        )
+        return loss
+
+
+def test_losses_of_different_weight_add_up() -> None:
+    pool().run(2, check_losses)
+
+
+def check_losses() -> None:
+    torch.manual_seed(0)
+    model = Losses().double()
+    batch = torch.randn(8, 4, dtype=torch.float64), torch.tensor([0, 2, 2, 3, 5, 2, 1, 4])
+    graph = extract(model, batch, name="losses")
+    for count in (2, 4):
+        part = division(graph, count)
+        drawn = random_strategy(part.graph, part.rules, MESHES[0], Random(count))
+        strategy = replace(drawn, microbatches=count)
+        communicator = communicator_of(strategy.mesh)
+        state = from_module(model, graph, strategy, communicator.rank, torch.device("cpu"))
+        steps = int(model.steps)
+        step = TrainingStep(lower_microbatch(part, strategy), strategy, state, communicator)
+        found = step(*batch)
+        model.zero_grad()
+        expected = model(*batch)
+        expected.backward()
+        assert relative(found, expected.detach()) < 1e-9
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            assert relative(step.full_gradients()[name], parameter.grad) < 1e-9, name
+        assert int(state.buffers["steps"]) == steps + 1
