@@ -22,9 +22,11 @@ positive."""
 
 MOST_CORRECTIONS = 10
 CLOSE = 1e-3
-"""Less memory is tried until the best that fits is within this fraction of the bound."""
+"""Less memory is tried until the best that fits is within this fraction of the bound,"""
+NARROW = 0.03
+"""or until what is not yet known to be too little or enough is this fraction of the limit."""
 
-MOST_REFUSED_ALTERNATIVES = 40_000
+MOST_REFUSED_ALTERNATIVES = 3_000
 """Selections are refused one by one as long as their number times that of alternatives is below
 this: small problems are solved to the end, in large ones a gap is left that the bound shows."""
 
@@ -98,17 +100,17 @@ class _Search:
             if less >= enough:
                 less = (too_little + enough) / 2
             close = self.best is not None and self.best_s <= self.bound_s * (1 + CLOSE)
-            if self.late or close or enough - too_little <= CLOSE * least:
+            if self.late or close or enough - too_little <= NARROW * least:
                 return
             lowered = replace(self.price_list, limit_bytes=limit - less)
-            selection = self._optimum(lowered).selection
+            selection = self._optimum(lowered, gap=CLOSE).selection
 
     def in_order(self) -> Optimum:
         """Refuse what does not fit until nothing faster than the best is left."""
         refused = [selection for selection, over in self.over.items() if over > 0]
         alternatives = sum(len(node.time_s) for node in self.price_list.nodes)
         while not self.late and self.bound_s < self.best_s * (1 - self.gap):
-            found = self._optimum(self.price_list, frozenset(refused))
+            found = self._optimum(self.price_list, self.gap, frozenset(refused))
             if found.selection is None:
                 if found.infeasible and self.best is None:
                     return found
@@ -123,12 +125,12 @@ class _Search:
         return Optimum(self.best, min(self.bound_s, self.best_s))
 
     def _optimum(
-        self, price_list: PriceList, refused: frozenset[Selection] = frozenset()
+        self, price_list: PriceList, gap: float, refused: frozenset[Selection] = frozenset()
     ) -> Optimum:
         return optimum(
             price_list,
             cutoff_s=self.best_s,
             deadline=self.deadline,
-            gap=self.gap,
+            gap=gap,
             refused=refused,
         )
