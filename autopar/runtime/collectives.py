@@ -85,7 +85,9 @@ class Communicator:
                 assert cut is not None
                 return self._slice(tensor, axis, cut)
             case ("R" | "I", "P"):
-                return tensor if self.coordinates[axis] == 0 else torch.zeros_like(tensor)
+                # the first rank copies, so that all need the same memory
+                first = self.coordinates[axis] == 0
+                return tensor.clone() if first else torch.zeros_like(tensor)
             case ("P", "S"):
                 assert cut is not None
                 return self.reduce_scatter(tensor, axis, cut)

@@ -153,9 +153,47 @@ def _product(local: _Local, dims: Sequence[Dim]) -> int:
     return prod(local.sizes[factor] for dim in dims for factor in dim)
 
 
+def _formula(temporaries: int) -> Callable[[_Local], tuple[int, int]]:
+    """A backward that is written as a formula of several tensors of the output's size."""
+
+    def workspace(local: _Local) -> tuple[int, int]:
+        return 0, temporaries * local.written[0]
+
+    return workspace
+
+
+def _product_backward(local: _Local) -> tuple[int, int]:
+    """The gradient of a factor that is broadcast is made for all points, then summed."""
+    out = local.written[0]
+    pairs = zip(local.read, local.differentiable, strict=True)
+    return 0, out if any(needed and size < out for size, needed in pairs) else 0
+
+
+def _quotient_backward(local: _Local) -> tuple[int, int]:
+    return 0, 3 * local.written[0] if local.differentiable[-1] else 0
+
+
+def _batch_norm(local: _Local) -> tuple[int, int]:
+    """With statistics over several ranks it is a formula; the plain kernel has no workspace."""
+    if not any(map(local.splits, local.bound.rule.special)):
+        return 0, 0
+    item = ITEM_BYTES[local.bound.input_specs[0].dtype]
+    wide = local.read[0] // item * max(item, 4)
+    return 2 * wide, 3 * wide
+
+
 WORKSPACE: dict[str, Callable[[_Local], tuple[int, int]]] = {
+    "aten._native_batch_norm_legit_functional.default": _batch_norm,
+    "aten.cos.default": _formula(1),
     "aten.cross_entropy_loss.default": _cross_entropy,
+    "aten.div.Tensor": _quotient_backward,
     "aten.dropout.default": _dropout,
+    "aten.mul.Tensor": _product_backward,
     "aten.native_dropout.default": _dropout,
+    "aten.pow.Tensor_Scalar": _formula(2),
+    "aten.reciprocal.default": _formula(2),
+    "aten.rsqrt.default": _formula(2),
     "aten.scaled_dot_product_attention.default": _attention,
+    "aten.sin.default": _formula(1),
+    "aten.sqrt.default": _formula(1),
 }
