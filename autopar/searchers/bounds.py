@@ -158,6 +158,11 @@ def _kept_as_flow(price_list: PriceList, index: int, weights: Seconds, dummy: in
     return Flow(kept.name, dummy, np.zeros(1, dtype=np.int64), consumers, cost, kept.count)
 
 
+LOOKS = 2
+"""After how many sweeps a selection is looked for, besides at the end: a better bound does not
+always lead to a better selection."""
+
+
 def ascend(
     problem: Dual, sweeps: int, enough: Callable[[float], bool] = lambda bound_s: False
 ) -> Selection:
@@ -189,16 +194,19 @@ def _sweep(
 ) -> bool:
     order = range(len(problem.theta))
     before = problem.bound_s
-    for _ in range(sweeps):
+    for sweep in range(sweeps):
         for node in order:
             _push(problem, node, forward=True, fair=fair)
         for node in reversed(order):
             _push(problem, node, forward=False, fair=fair)
         now = problem.bound_s
-        met.append(near_selection(problem))
         if enough(now):
+            met.append(near_selection(problem))
             return True
-        if now - before <= 1e-6 * abs(now):
+        done = now - before <= 1e-6 * abs(now)
+        if done or sweep < LOOKS:
+            met.append(near_selection(problem))
+        if done:
             break
         before = now
     return False

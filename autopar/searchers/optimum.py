@@ -68,7 +68,7 @@ def optimum(
     for a similar price list; a bound with them may show at once that nothing beats the cutoff.
     ``refused``: selections that count as if they did not fit.
     """
-    wanted = _Wanted(cutoff_s, deadline, gap, refused)
+    wanted = _Wanted(cutoff_s, deadline, gap, refused, hint)
     if not exclude:
         return _finish(price_list, everything(price_list), None, -math.inf, wanted)
     if hint is not None and hint.any() and math.isfinite(cutoff_s):
@@ -126,6 +126,7 @@ class _Wanted:
     deadline: float
     gap: float
     refused: frozenset[Selection]
+    hint: Weights | None
 
 
 def _finish(
@@ -176,11 +177,13 @@ def _within_memory(
     selection seen that fits, and the dual with the highest bound."""
     rows = price_list.memory_of(best) > price_list.limit_bytes
     unit = price_list.time_of(best) / np.maximum(price_list.limit_bytes, 1.0)
-    seen = _Memory(price_list, relaxed, wanted.refused)
-    low, high = 0.0, math.inf
     factor = 0.25
+    if wanted.hint is not None and (wanted.hint > 0).any():
+        factor = float((wanted.hint / unit).max())
+    seen = _Memory(price_list, relaxed, wanted)
+    low, high = 0.0, math.inf
     for _ in range(10):
-        if monotonic() > wanted.deadline:
+        if monotonic() > wanted.deadline or seen.tight.bound_s > wanted.cutoff_s:
             break
         selection = seen.look(np.where(rows, unit * factor, 0.0))
         over = price_list.memory_of(selection) > price_list.limit_bytes
@@ -210,15 +213,15 @@ class _Memory:
 
     price_list: PriceList
     tight: Dual
-    refused: frozenset[Selection]
+    wanted: _Wanted
     best: Selection | None = None
 
     def look(self, weights: Weights) -> Selection:
         problem = dual(self.price_list, weights)
-        selection = ascend(problem, SWEEPS)
+        selection = ascend(problem, SWEEPS, lambda bound_s: bound_s > self.wanted.cutoff_s)
         if problem.bound_s > self.tight.bound_s:
             self.tight = problem
-        fits = selection not in self.refused and self.price_list.fits(selection)
+        fits = selection not in self.wanted.refused and self.price_list.fits(selection)
         if fits and (
             self.best is None
             or self.price_list.time_of(selection) < self.price_list.time_of(self.best)

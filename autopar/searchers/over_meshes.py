@@ -42,6 +42,10 @@ class Solver(Protocol):
     ) -> Optimum: ...
 
 
+QUICK_AXES = 2
+"""Meshes with more axes come last: they have many more strategies, most of which the best of the
+others excludes before they are priced."""
+
 Progress = Callable[[str], None]
 """Told in one line what is being done."""
 
@@ -151,10 +155,10 @@ class _Search:
             self._try_recipe(structure, recipe)
         listings = sorted(
             (self._listing(structure, mesh) for mesh in self.problem.meshes),
-            key=lambda listing: listing.least_s,
+            key=lambda listing: (len(listing.mesh.axes) > QUICK_AXES, listing.least_s),
         )
         for number, listing in enumerate(listings):
-            self.unseen_bound_s = listing.least_s
+            self.unseen_bound_s = min(unseen.least_s for unseen in listings[number:])
             if monotonic() > self.deadline:
                 return "time"
             sizes = " x ".join(map(str, listing.mesh.sizes))
@@ -246,6 +250,7 @@ class _Search:
         trial = Trial("", listing.mesh, None, None, listing.least_s, "bounded")
         if listing.least_s > cutoff_s:
             return trial
+        listing = replace(listing, cutoff_s=cutoff_s)
         fitting: dict[Selection, tuple[Strategy, Estimate]] = {}
 
         def over_bytes(selection: Selection) -> int:

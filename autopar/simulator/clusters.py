@@ -151,7 +151,7 @@ class _Grouping:
         self, members: list[int], options: list[Option], newcomer: int
     ) -> list[Option] | None:
         """The options of members and newcomer together, or ``None`` when too much would be lost:
-        any option of the members, or more than one factor of the newcomer."""
+        any option of the members, or more than one factor of a newcomer that works."""
         between = self._between(members, newcomer)
         if between is None:
             return None
@@ -165,6 +165,8 @@ class _Grouping:
                 return None
             joined += agreeing
             used.update(e[newcomer] for e in agreeing)
+        if self.bound(newcomer).rule.kind == "view":
+            return joined  # what it may not do here can be done to what comes out of it
         factors = set(self.bound(newcomer).factors)
         lost = factors - used
         if len(lost) > 1 or (lost and len(factors & used) < 2):

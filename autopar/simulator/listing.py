@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -178,6 +179,7 @@ class Listing:
     microbatches: int = 1
     compute_cache: ComputeCache = field(default_factory=dict)
     allowed: tuple[Allowed, ...] = ()  # for each axis; empty: everything on all
+    cutoff_s: float = math.inf  # alternatives with which no strategy is faster are left out
 
     @cached_property
     def costs(self) -> Costs:
@@ -195,7 +197,36 @@ class Listing:
 
     @cached_property
     def candidates(self) -> tuple[Candidates, ...]:
-        return tuple(self._candidates(cluster) for cluster in self.structure.clusters)
+        """The alternatives of each cluster that the cutoff leaves."""
+        return tuple(
+            replace(every, option=every.option[kept])
+            for (every, _, _), kept in zip(self._work, self._left, strict=True)
+        )
+
+    @cached_property
+    def _left(self) -> list[NDArray[np.bool_]]:
+        room_s = self.cutoff_s - self.least_s
+        return [copies * (time_s - time_s.min()) <= room_s for _, time_s, copies in self._work]
+
+    @cached_property
+    def _work(self) -> list[tuple[Candidates, NDArray[np.float64], int]]:
+        """For each cluster every alternative, its compute, and how many copies there are."""
+        found = []
+        for cluster in self.structure.clusters:
+            every = self._candidates(cluster)
+            time_s = sum(
+                (self._operator_time_s(every, member) for member in cluster.members),
+                np.zeros(len(every.option)),
+            )
+            copies = self.structure.copies[cluster.members[0]]
+            found.append((every, time_s * self.microbatches, copies))
+        return found
+
+    @cached_property
+    def least_s(self) -> float:
+        """What all operators cost at least, redistributions and parameters left out: quick to
+        know."""
+        return sum(copies * float(time_s.min()) for _, time_s, copies in self._work)
 
     def _candidates(self, cluster: Cluster) -> Candidates:
         """Options for each axis, where every operator's factors divide exactly."""
@@ -234,17 +265,8 @@ class Listing:
     # ---- nodes ---------------------------------------------------------------------------------
 
     @cached_property
-    def least_s(self) -> float:
-        """What all decisions cost at least, redistributions left out: quick to know."""
-        return sum(n.count * float(n.time_s.min()) for n in self._nodes)
-
-    @cached_property
-    def _nodes(self) -> list[Node]:
-        return [self._node(number) for number in range(len(self.structure.clusters))]
-
-    @cached_property
     def price_list(self) -> PriceList:
-        nodes = list(self._nodes)
+        nodes = [self._node(number) for number in range(len(self.structure.clusters))]
         flows = [flow for link in self.structure.links for flow in self._flows(link)]
         for use in self._shared_uses:
             flows += self._shared_flows(use, len(nodes))
@@ -267,10 +289,8 @@ class Listing:
     def _node(self, number: int) -> Node:
         candidates = self.candidates[number]
         cluster = candidates.cluster
-        copies = self.structure.copies[cluster.members[0]]
-        time_s = np.zeros(len(candidates.option))
-        for member in cluster.members:
-            time_s += self._operator_time_s(candidates, member)
+        _, every_s, copies = self._work[number]
+        time_s = every_s[self._left[number]]
         memory = np.zeros((2, len(candidates.option)))
         memory[AT_LOSS] = sum(self._own_saved_bytes(candidates, m) for m in cluster.members)
         menus = tuple(
@@ -279,7 +299,7 @@ class Listing:
             if len(use.readers) == 1 and self.structure.home[use.readers[0][0]] == number
         )
         name = self.graph.operators[cluster.members[0]].name
-        return Node(name, time_s * self.microbatches, memory, copies, menus)
+        return Node(name, time_s, memory, copies, menus)
 
     def _operator_time_s(self, candidates: Candidates, member: int) -> NDArray[np.float64]:
         operator, bound = self.graph.operators[member], self.structure.bound(member)
