@@ -176,6 +176,7 @@ def ascend(
     for fair in (True, False):
         if _sweep(problem, sweeps, fair, enough, met):
             break
+    met = met or [near_selection(problem)]
     return min(met, key=lambda selection: weighed_s(problem, selection))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Protocol
@@ -55,13 +55,17 @@ FIRST_SHARE = 0.25
 what fits is found soon, and proofs get the rest."""
 
 
+COMFORTABLE = 0.5
+"""Of the memory: what a perfect split may fill before more microbatches are tried first."""
+
+
 def search_meshes(
     name: str, problem: Problem, budget: Budget, solver: Solver, progress: Progress
 ) -> SearchResult:
     """Solve each mesh that could hold a better strategy than the best so far.
 
-    Where the number of microbatches is open, it is the fewest of 1, 2, 4, ... with which anything
-    that fits is found; more of them are not faster, since no work is saved.
+    Where the number of microbatches is open, it is the fewest of 1, 2, 4, ... that leave room and
+    with which anything that fits is found; more of them are not faster, since no work is saved.
     """
     if problem.microbatches is not None:
         return _search_divided(name, problem, budget, solver, progress)
@@ -72,33 +76,59 @@ def search_meshes(
         divided = replace(problem, microbatches=count)
         return _search_divided(name, divided, replace(budget, time_s=left), solver, progress)
 
-    tried = _possible_counts(problem)
-    for count in tried:
-        if count > 1:
-            progress(f"nothing fits; trying {count} microbatches")
-        # to find nothing may take as long as one lets it
-        result = search(count, 1.0 if count == tried[-1] else FIRST_SHARE)
-        if result.best is not None and result.stop_reason == "time" and count != tried[-1]:
+    result: SearchResult | None = None
+    for count in _counts_in_order(problem):
+        progress(f"trying {count} microbatches" if count > 1 else "trying the whole batch at once")
+        result = search(count, FIRST_SHARE)
+        if result.best is not None and result.stop_reason == "time":
             more = search(count, 1.0)
             result = result if more.best is None else more
         if result.best is not None or result.stop_reason == "interrupted":
             break
+    assert result is not None
     return replace(result, search_time_s=monotonic() - started)
 
 
-def _possible_counts(problem: Problem) -> list[int]:
-    """Numbers of microbatches of which all are tried until something fits: only one when the model
-    needs its batch whole."""
-    found = []
+def _counts_in_order(problem: Problem) -> Iterator[int]:
+    """Numbers of microbatches to try until something fits, the fewest first; only one when the
+    model needs its batch whole.
+
+    Those for which even a perfect split would fill more than ``COMFORTABLE`` of the memory come
+    last, and those that it would overfill not at all (unless that is all there is): so little room
+    costs more time, in the search and in the plan, than microbatches do.
+    """
+    tight: list[int] = []
+    hopeless: list[int] = []
+    comfortable = 0
     for count in counts(problem.graph):
         try:
-            division(problem.graph, count, problem.proposals)
+            share = _least_share(problem, count)
         except UnsupportedModelError:
             if count == 1:
                 raise
             break
-        found.append(count)
-    return found
+        if share <= COMFORTABLE:
+            comfortable += 1
+            yield count
+        else:
+            (tight if share <= 1 else hopeless).append(count)
+    yield from tight
+    if not tight and not comfortable:
+        yield hopeless[-1]
+
+
+def _least_share(problem: Problem, count: int) -> float:
+    """The share of memory that so many microbatches fill when everything is split perfectly."""
+    divided = division(problem.graph, count, problem.proposals)
+    listing = Listing(
+        Structure(divided.graph, divided.rules),
+        problem.cost_model,
+        problem.meshes[0],
+        problem.memory_limit_bytes,
+        problem.training,
+        count,
+    )
+    return listing.least_bytes / problem.memory_limit_bytes
 
 
 def _search_divided(
@@ -150,6 +180,10 @@ class _Search:
         assert problem.microbatches is not None
         divided = division(problem.graph, problem.microbatches, problem.proposals)
         structure = Structure(divided.graph, divided.rules)
+        if (least := self._listing(structure, problem.meshes[0]).least_bytes) > (
+            problem.memory_limit_bytes
+        ):
+            return self._hopeless(structure, least)
         self.progress("pricing the recipes")
         for recipe in RECIPES.values():
             self._try_recipe(structure, recipe)
@@ -173,6 +207,17 @@ class _Search:
         if self.best is None:
             return "unknown" if "unknown" in outcomes else "infeasible"
         return "gap" if outcomes & {"gap", "unknown"} else "optimal"
+
+    def _hopeless(self, structure: Structure, least_bytes: float) -> str:
+        """Even a perfect split does not fit."""
+        self.trials = [
+            Trial("", mesh, None, None, math.inf, "infeasible") for mesh in self.problem.meshes
+        ]
+        for recipe in RECIPES.values():
+            self._try_recipe(structure, recipe)
+        if self.nearest_miss_bytes is None:
+            self.nearest_miss_bytes = int(least_bytes)
+        return "infeasible"
 
     def _listing(
         self, structure: Structure, mesh: Mesh, allowed: tuple[Allowed, ...] | None = None

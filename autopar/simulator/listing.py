@@ -21,6 +21,7 @@ from autopar.simulator.clusters import Cluster, Link, clusters, links
 from autopar.simulator.costs import ComputeCache, Costs
 from autopar.simulator.edges import Rules, canonical, carries_gradient, saves_input
 from autopar.simulator.folding import Folded, fold
+from autopar.simulator.memory import optimizer_bytes_per_element
 from autopar.simulator.parameter_prices import LEVELS, Offers, ParameterPrices, Priced
 from autopar.simulator.price_list import Flow, Kept, Menu, Node, PriceList, Selection
 from autopar.simulator.redistribution_table import (
@@ -323,11 +324,25 @@ class Listing:
 
     def _own_saved_bytes(self, candidates: Candidates, member: int) -> NDArray[np.float64]:
         """What the operator keeps that is neither its input nor its output."""
-        operator, bound = self.graph.operators[member], self.structure.bound(member)
+        bound = self.structure.bound(member)
         total = np.zeros(len(candidates.option))
-        if not carries_gradient(self.graph, operator):
-            return total
         _, cuts = self._cuts(candidates.cluster, member, candidates.option)
+        for size_bytes, factors in self._own_saved(member):
+            cut = np.ones(len(cuts))
+            for i, factor in enumerate(bound.factors):
+                if factor in factors:
+                    cut = cut * cuts[:, i]
+            total += size_bytes / cut
+        return total
+
+    def _own_bytes(self, member: int) -> int:
+        return sum(size_bytes for size_bytes, _ in self._own_saved(member))
+
+    def _own_saved(self, member: int) -> Iterator[tuple[int, list[str]]]:
+        """Bytes and factors of each such tensor."""
+        operator, bound = self.graph.operators[member], self.structure.bound(member)
+        if not carries_gradient(self.graph, operator):
+            return
         needed = [self.graph.by_name[name].differentiable for name in operator.inputs]
         for saved in bound.rule.saves:
             if saved.what.startswith(("input ", "output ")):
@@ -338,13 +353,8 @@ class Listing:
             factors = [
                 f for f in bound.sizes if f in names or ("..." in names and f.startswith("..."))
             ]
-            elements = prod(bound.sizes[f] for f in factors)
-            cut = np.ones(len(cuts))
-            for i, factor in enumerate(bound.factors):
-                if factor in factors:
-                    cut = cut * cuts[:, i]
-            total += elements * ITEM_BYTES[saved.dtype or bound.output_specs[0].dtype] / cut
-        return total
+            item = ITEM_BYTES[saved.dtype or bound.output_specs[0].dtype]
+            yield prod(bound.sizes[f] for f in factors) * item, factors
 
     # ---- shardings -----------------------------------------------------------------------------
 
@@ -567,6 +577,27 @@ class Listing:
         unique, inverse = np.unique(found, return_inverse=True)
         sizes = [spec.bytes // _pieces(sharding(int(u), axes), self.mesh) for u in unique]
         return np.array(sizes, dtype=np.int64)[inverse]
+
+    @cached_property
+    def least_bytes(self) -> float:
+        """What a device holds at least when all are alike: parameters, optimizer states and what is
+        saved for the backward, each split perfectly over all devices."""
+        saved: dict[str, float] = {}
+        for link in self.structure.links:
+            if any(self._savers(link)):
+                root = self._root(link.tensor)
+                held = self.graph.spec(link.tensor).bytes * link.count
+                saved[root] = max(saved.get(root, 0.0), held)
+        own = sum(
+            self.structure.copies[member] * self._own_bytes(member)
+            for member in self.structure.copies
+        )
+        kept = 0.0
+        for tensor in self.graph.parameters:
+            kept += tensor.spec.bytes
+            if tensor.differentiable:
+                kept += tensor.spec.numel * optimizer_bytes_per_element(tensor.spec, self.training)
+        return (sum(saved.values()) + own + kept) / self.mesh.size
 
     # ---- back to a strategy --------------------------------------------------------------------
 
