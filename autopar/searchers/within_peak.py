@@ -49,7 +49,7 @@ def solve_within_peak(
     first = optimum(price_list, cutoff_s=cutoff_s, deadline=deadline, gap=gap, hint=hint)
     if first.selection is None or search.fits(first.selection):
         return first
-    search.bound_s = first.bound_s
+    search.bound_s, search.weights = first.bound_s, first.weights
     search.allow_less(first.selection)
     found = search.in_order()
     return replace(found, columns=first.columns, weights=first.weights)
@@ -64,6 +64,7 @@ class _Search:
     gap: float
     bound_s: float = -math.inf
     best: Selection | None = None
+    weights: Weights | None = None
     over: dict[Selection, int] = field(default_factory=dict)
 
     def fits(self, selection: Selection) -> bool:
@@ -110,6 +111,8 @@ class _Search:
         refused = [selection for selection, over in self.over.items() if over > 0]
         alternatives = sum(len(node.time_s) for node in self.price_list.nodes)
         while not self.late and self.bound_s < self.best_s * (1 - self.gap):
+            if len(refused) * alternatives > MOST_REFUSED_ALTERNATIVES:
+                break
             found = self._optimum(self.price_list, self.gap, frozenset(refused))
             if found.selection is None:
                 if found.infeasible and self.best is None:
@@ -120,17 +123,18 @@ class _Search:
             if self.fits(found.selection):
                 break
             refused.append(found.selection)
-            if len(refused) * alternatives > MOST_REFUSED_ALTERNATIVES:
-                break
         return Optimum(self.best, min(self.bound_s, self.best_s))
 
     def _optimum(
         self, price_list: PriceList, gap: float, refused: frozenset[Selection] = frozenset()
     ) -> Optimum:
-        return optimum(
+        found = optimum(
             price_list,
             cutoff_s=self.best_s,
             deadline=self.deadline,
             gap=gap,
+            hint=self.weights,
             refused=refused,
         )
+        self.weights = found.weights if found.weights is not None else self.weights
+        return found
