@@ -15,7 +15,10 @@ minimise Σ x·time + Σ F·time + Σ z·time   subject to each memory row
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -217,7 +220,8 @@ class _Model:
             relative_gap_tolerance=gap,
             absolute_gap_tolerance=1e-12,
         )
-        result = mathopt.solve(self.model, mathopt.SolverType.HIGHS, params=parameters)
+        with _nothing_printed():
+            result = mathopt.solve(self.model, mathopt.SolverType.HIGHS, params=parameters)
         reason = result.termination.reason
         if reason in (
             mathopt.TerminationReason.INFEASIBLE,
@@ -261,3 +265,18 @@ def _scale(price_list: PriceList) -> float:
     )
     flows = max((float(f.time_s.max()) for f in price_list.flows if f.time_s.size), default=0.0)
     return largest or flows or 1.0
+
+
+@contextmanager
+def _nothing_printed() -> Iterator[None]:
+    """HiGHS writes some of its remarks to the process's standard output, where results belong."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)

@@ -21,11 +21,14 @@ from autopar.searchers.bounds import (
 from autopar.simulator.price_list import PriceList, Selection
 
 SWEEPS = 60
+FEW_SWEEPS = 8
+"""For each of the multipliers that are tried until the memory fits."""
+
 ROUNDS = 5
 FEW = 1500
 """Columns up to which the ILP is solved rather than more excluded."""
 
-MANY = 20_000
+MANY = 8_000
 """Columns above which the ILP is not tried: building it alone would take seconds. What is then left
 between the best selection and the bound is reported as the gap."""
 
@@ -218,7 +221,7 @@ class _Memory:
 
     def look(self, weights: Weights) -> Selection:
         problem = dual(self.price_list, weights)
-        selection = ascend(problem, SWEEPS, lambda bound_s: bound_s > self.wanted.cutoff_s)
+        selection = ascend(problem, FEW_SWEEPS, lambda bound_s: bound_s > self.wanted.cutoff_s)
         if problem.bound_s > self.tight.bound_s:
             self.tight = problem
         fits = selection not in self.wanted.refused and self.price_list.fits(selection)

@@ -17,7 +17,7 @@ from autopar.errors import AutoparError, UnsupportedModelError
 from autopar.ir.graph import Input, Operator, OperatorGraph, Role, TensorSpec
 from autopar.ir.rule import REPLICATED, SUMMED, BoundRule, Choice, OpRule, bind
 from autopar.ir.sharding import INVARIANT, PARTIAL, Placement, shard, sharded_dim
-from autopar.ops import Proposals, bound_rules
+from autopar.ops import Proposals, bind_operator, bound_rules
 from autopar.ops.factories import COUNTERS, READ_NO_VALUES
 from autopar.ops.proposals import call_key
 from autopar.ops.signatures import with_argument
@@ -384,8 +384,10 @@ class _Propagation:
             proposals: Proposals = ((call_key(operator, specs[0]), self._proposal(operator.name)),)
         else:
             proposals = ()
-        one = replace(divided, operators=(operator,))
-        found = bound_rules(one, proposals)[operator.name]
+        found = bind_operator(divided, operator)
+        if found is None:
+            one = replace(divided, operators=(operator,))
+            found = bound_rules(one, proposals)[operator.name]
         if not self._counts(self.graph.operator[operator.name]):
             return found
         # what it divides by is known before the first microbatch
