@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from itertools import product
-from math import comb, prod
 
 from autopar.errors import AutoparError
 from autopar.ir.search import Budget, Problem, SearchResult
+from autopar.searchers.enumeration import count_selections, selections
 from autopar.searchers.optimum import Optimum, Weights
 from autopar.searchers.over_meshes import Progress, search_meshes
 from autopar.searchers.within_peak import OverBytes
-from autopar.simulator.price_list import Menu, Node, PriceList, Selection
+from autopar.simulator.price_list import PriceList, Selection
 
 MOST_SELECTIONS = 3_000_000
-
-
-def count_selections(price_list: PriceList) -> int:
-    """How many selections there are."""
-    return prod(
-        sum(
-            prod(_compositions(m.count, len(m.time_s[m.use[k]])) for m in node.menus)
-            for k in range(len(node.time_s))
-        )
-        for node in price_list.nodes
-    )
-
-
-def _compositions(total: int, parts: int) -> int:
-    return comb(total + parts - 1, parts - 1)
 
 
 def best_selection(
@@ -56,33 +39,6 @@ def best_selection(
         if fits:
             best, best_s = selection, time_s
     return best
-
-
-def selections(price_list: PriceList) -> Iterator[Selection]:
-    """All of them."""
-    per_node = [list(_node_choices(node)) for node in price_list.nodes]
-    for chosen in product(*per_node):
-        yield Selection(tuple(k for k, _ in chosen), tuple(s for _, s in chosen))
-
-
-def _node_choices(node: Node) -> Iterator[tuple[int, tuple[tuple[int, ...], ...]]]:
-    for k in range(len(node.time_s)):
-        for storages in product(*(_spreads(menu, k) for menu in node.menus)):
-            yield k, storages
-
-
-def _spreads(menu: Menu, k: int) -> list[tuple[int, ...]]:
-    """All ways to spread the copies over the storages."""
-
-    def spread(total: int, parts: int) -> Iterator[tuple[int, ...]]:
-        if parts == 1:
-            yield (total,)
-            return
-        for first in range(total + 1):
-            for rest in spread(total - first, parts - 1):
-                yield (first, *rest)
-
-    return list(spread(menu.count, len(menu.time_s[menu.use[k]])))
 
 
 def search(

@@ -1,9 +1,9 @@
 """The best selection whose whole step fits: what the memory rows of a price list cannot see.
 
 The rows are lower bounds of a step's peak. A selection that keeps to them and whose step does not
-fit is answered in two ways: less is allowed in the rows, until steps fit; then selections are taken
-in the order of their time, each that does not fit refused by name, until none is left that would be
-faster.
+fit is answered in two ways. Where few are left that may be faster than the best, they are taken in
+the order of their time until one fits. Otherwise less is allowed in the rows, until steps fit; then
+what does not fit is refused by name, the fastest first, until none is left that would be faster.
 """
 
 from __future__ import annotations
@@ -13,12 +13,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from time import monotonic
 
-from autopar.searchers.optimum import Optimum, Weights, optimum
+from autopar.searchers.bounds import ascend, dual, survivors
+from autopar.searchers.enumeration import count_selections, selections
+from autopar.searchers.optimum import SWEEPS, Optimum, Weights, optimum
 from autopar.simulator.price_list import PriceList, Selection
 
 OverBytes = Callable[[Selection], int]
 """By how much the peak of a selection's step is above the limit; it fits when that is not
 positive."""
+
+SMALL = 300
+"""Alternatives of a problem up to which it is worth counting the selections that are left,"""
+FEW = 3_000
+"""and their number up to which they are tried one by one: a second or two of simulation."""
 
 MOST_CORRECTIONS = 10
 CLOSE = 1e-3
@@ -50,8 +57,11 @@ def solve_within_peak(
     if first.selection is None or search.fits(first.selection):
         return first
     search.bound_s, search.weights = first.bound_s, first.weights
-    search.allow_less(first.selection)
-    found = search.in_order()
+    left = search.few_left()
+    if left is None:
+        search.allow_less(first.selection)
+        left = search.few_left()
+    found = search.in_order() if left is None else search.one_by_one(left)
     return replace(found, columns=first.columns, weights=first.weights)
 
 
@@ -106,12 +116,39 @@ class _Search:
             lowered = replace(self.price_list, limit_bytes=limit - less)
             selection = self._optimum(lowered, gap=CLOSE).selection
 
+    def few_left(self) -> list[Selection] | None:
+        """All that may be faster than the best, the fastest first; ``None``: too many."""
+        if self.alternatives > SMALL:
+            return None
+        problem = dual(self.price_list, self.weights)
+        ascend(problem, SWEEPS)
+        offered = survivors(problem, self.best_s).alternatives
+        if count_selections(self.price_list, offered) > FEW:
+            return None
+        timed = [(self.price_list.time_of(s), s) for s in selections(self.price_list, offered)]
+        faster = [(time_s, s) for time_s, s in timed if time_s < self.best_s]
+        return [s for _, s in sorted(faster, key=lambda pair: pair[0]) if self.price_list.fits(s)]
+
+    def one_by_one(self, left: list[Selection]) -> Optimum:
+        """The first that fits of those that are left, the fastest first."""
+        for selection in left:
+            if self.late:
+                self.bound_s = max(self.bound_s, self.price_list.time_of(selection))
+                return Optimum(self.best, min(self.bound_s, self.best_s))
+            if self.fits(selection):
+                break
+        nothing = self.best is None and math.isinf(self.cutoff_s)
+        return Optimum(self.best, self.best_s, infeasible=nothing)
+
+    @property
+    def alternatives(self) -> int:
+        return sum(len(node.time_s) for node in self.price_list.nodes)
+
     def in_order(self) -> Optimum:
         """Refuse what does not fit until nothing faster than the best is left."""
         refused = [selection for selection, over in self.over.items() if over > 0]
-        alternatives = sum(len(node.time_s) for node in self.price_list.nodes)
         while not self.late and self.bound_s < self.best_s * (1 - self.gap):
-            if len(refused) * alternatives > MOST_REFUSED_ALTERNATIVES:
+            if len(refused) * self.alternatives > MOST_REFUSED_ALTERNATIVES:
                 break
             found = self._optimum(self.price_list, self.gap, frozenset(refused))
             if found.selection is None:

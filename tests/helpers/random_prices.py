@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.searchers.exhaustive import count_selections, selections
+from autopar.searchers.enumeration import count_selections, selections
 from autopar.simulator.price_list import Flow, Kept, Menu, Node, PriceList, Selection
 
 Array = NDArray[np.float64]

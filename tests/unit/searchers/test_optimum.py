@@ -10,7 +10,8 @@ import pytest
 
 from autopar.errors import AutoparError
 from autopar.searchers.bounds import ascend, dual, survivors, weighed_s
-from autopar.searchers.exhaustive import best_selection, count_selections
+from autopar.searchers.enumeration import count_selections
+from autopar.searchers.exhaustive import best_selection
 from autopar.searchers.optimum import Optimum, optimum
 from autopar.simulator.price_list import Node, PriceList, Selection, cheapest_storages
 from tests.helpers.random_prices import World, world

@@ -11,7 +11,7 @@ from autopar.ir.graph import OperatorGraph
 from autopar.ir.sharding import Mesh
 from autopar.ir.strategy import Training
 from autopar.ops import bound_rules
-from autopar.searchers.exhaustive import _spreads, selections
+from autopar.searchers.enumeration import selections, spreads
 from autopar.simulator.edges import edges, parameter_edges
 from autopar.simulator.listing import Allowed, Listing, Structure
 from autopar.simulator.meshes import mesh
@@ -35,7 +35,7 @@ def random_selection(price_list: PriceList, rng: Random) -> Selection:
     return Selection(
         alternatives,
         tuple(
-            tuple(rng.choice(_spreads(menu, k)) for menu in node.menus)
+            tuple(rng.choice(spreads(menu, k)) for menu in node.menus)
             for node, k in zip(price_list.nodes, alternatives, strict=True)
         ),
     )
