@@ -151,10 +151,12 @@ def _letters(
 @dataclass(frozen=True, slots=True)
 class Allowed:
     """What one mesh axis may do: divide factors of these ``letters`` of SOAP, and keep parameters
-    replicated or at one of these ZeRO ``levels``."""
+    replicated or at one of these ZeRO ``levels``. ``always``: it divides whatever it may and can,
+    whether that is faster or not."""
 
     letters: str = "SAP"
     levels: tuple[int, ...] = LEVELS
+    always: bool = False
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,17 @@ class Listing:
             sizes = np.array([bound.sizes[f] for f in bound.factors], dtype=np.int64)
             if len(sizes):
                 legal &= (sizes % cuts == 0).all(axis=1)
-        return Candidates(cluster, every[legal])
+        return Candidates(cluster, self._divided(cluster, every[legal]))
+
+    def _divided(self, cluster: Cluster, option: Index) -> Index:
+        """Without the alternatives that leave whole what an axis always divides."""
+        first = cluster.members[0]
+        divides = np.array([o[first] not in RESERVED for o in cluster.options], dtype=bool)
+        for axis, allowed in enumerate(self.allowed):
+            dividing = divides[option[:, axis]]
+            if allowed.always and dividing.any():
+                option = option[dividing]
+        return option
 
     def _may(self, axis: int, cluster: Cluster, option: dict[int, Choice]) -> bool:
         """Whether the axis is allowed what the first member divides; the others follow it."""

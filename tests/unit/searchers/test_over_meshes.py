@@ -1,0 +1,88 @@
+"""How the meshes and the numbers of microbatches are gone through."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from autopar.extractor import extract
+from autopar.ir.graph import OperatorGraph
+from autopar.ir.search import Budget, Problem
+from autopar.ir.strategy import Training
+from autopar.ops import bound_rules
+from autopar.searchers import SEARCHERS
+from autopar.searchers.over_meshes import _counts_in_order
+from autopar.simulator.listing import Listing, Structure
+from autopar.simulator.meshes import factorizations, mesh
+from autopar.simulator.prices import evaluate
+from cost_models import cost_model
+from tests.helpers.zoo import zoo
+
+MACHINE = cost_model("1x8xh100-sxm")
+
+
+@cache
+def graph(name: str) -> OperatorGraph:
+    return extract(*zoo(name, dtype=torch.float32))
+
+
+def problem(name: str, limit_bytes: int, microbatches: int | None = 1) -> Problem:
+    return Problem(graph(name), MACHINE, factorizations(8), limit_bytes, microbatches=microbatches)
+
+
+def least_bytes(name: str) -> float:
+    structure = Structure(graph(name), bound_rules(graph(name)))
+    return Listing(structure, MACHINE, mesh((8,)), math.inf, Training()).least_bytes
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama", "resnet", "unet", "dlrm", "mlp"])
+def test_no_strategy_needs_less_than_a_perfect_split(name: str) -> None:
+    rules = bound_rules(graph(name))
+    result = SEARCHERS["ilp"](problem(name, 10**12), Budget())
+    for trial in result.trials:
+        if trial.strategy is not None:
+            found = evaluate(graph(name), rules, MACHINE, trial.strategy)
+            assert found.peak_memory_bytes >= least_bytes(name)
+
+
+def test_what_even_a_perfect_split_overfills_is_infeasible_with_the_nearest_miss() -> None:
+    limit = int(least_bytes("gpt") * 0.9)
+    result = SEARCHERS["ilp"](problem("gpt", limit), Budget())
+    assert result.stop_reason == "infeasible" and result.best is None
+    assert {t.outcome for t in result.trials} == {"infeasible", "recipe"}
+    assert result.nearest_miss_bytes is not None and result.nearest_miss_bytes > limit
+
+
+def test_the_whole_batch_is_tried_first_where_there_is_room() -> None:
+    assert next(_counts_in_order(problem("gpt", 10**12, None))) == 1
+
+
+def test_counts_that_leave_no_room_come_last_and_hopeless_ones_not_at_all() -> None:
+    whole = least_bytes("gpt")
+    tight = problem("gpt", int(whole * 1.5), None)
+    in_order = list(_counts_in_order(tight))
+    assert 1 in in_order and in_order[0] != 1
+    hopeless = problem("gpt", int(whole * 0.9), None)
+    assert 1 not in list(_counts_in_order(hopeless))
+
+
+def test_a_gap_is_not_called_optimal() -> None:
+    asked = problem("gpt", 10**12)
+    result = SEARCHERS["ilp"](asked, Budget())
+    for trial in result.trials:
+        if trial.outcome == "optimal":
+            assert trial.estimate is not None
+            assert trial.lower_bound_s >= trial.estimate.step_time_s * (1 - 1e-6)
+    assert result.gap <= 1e-6 or result.stop_reason != "optimal"
+
+
+def test_recipes_that_divide_nothing_are_reported_without_a_strategy() -> None:
+    two = replace(problem("mlp", 10**12), dimensions="SOAP")
+    result = SEARCHERS["ilp"](two, Budget())
+    recipes = {t.name: t for t in result.trials if t.outcome == "recipe"}
+    assert recipes["data_parallel"].strategy is not None
+    assert recipes["replicate"].estimate is not None
