@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, Unpack
 
 from autopar import __version__
-from autopar.errors import AutoparError, InfeasibleError, OutOfTimeError, PlanMismatchError
+from autopar.errors import (
+    AutoparError,
+    InfeasibleError,
+    InterruptedSearchError,
+    OutOfTimeError,
+    PlanMismatchError,
+)
 from autopar.ir.graph import OperatorGraph
 from autopar.ir.plan import Plan, PlanDiff, load_plan, save_plan, summarise
 from autopar.ir.plan import diff as diff_plans
@@ -141,6 +147,7 @@ def plan(
     Raises:
         InfeasibleError: nothing fits in memory; the message has the nearest miss.
         OutOfTimeError: the time limit came before any strategy was found.
+        InterruptedSearchError: Ctrl-C did; later, it ends the search with the best so far.
         UnsupportedModelError: the model cannot be traced, or has operators without a rule.
     """
     problem = problem_of(model, inputs, progress=progress, **wanted)
@@ -226,8 +233,14 @@ def machine(
     from autopar.runtime import profiler
 
     return profiler.local_cost_model(
-        devices or profiler.local_devices(), report=lambda line: _tell(progress, line)
+        _local_devices(devices), report=lambda line: _tell(progress, line)
     )
+
+
+def _local_devices(devices: int | None) -> int:
+    from autopar.runtime import profiler
+
+    return profiler.local_devices() if devices is None else devices
 
 
 @contextmanager
@@ -257,7 +270,7 @@ def plan_of(problem: Problem, result: SearchResult) -> Plan:
     """The best of ``result`` as a plan.
 
     Raises:
-        InfeasibleError, OutOfTimeError: there is none.
+        InfeasibleError, OutOfTimeError, InterruptedSearchError: there is none.
     """
     best = result.best
     if best is None or best.strategy is None or best.estimate is None:
@@ -280,10 +293,12 @@ def _nothing_found(problem: Problem, result: SearchResult) -> AutoparError:
     from autopar.exporters.units import bytes_text
 
     limit = bytes_text(problem.memory_limit_bytes)
-    if result.stop_reason in ("time", "interrupted"):
+    if result.stop_reason == "interrupted":
+        return InterruptedSearchError("interrupted before any strategy was found")
+    if result.stop_reason == "time":
         return OutOfTimeError(
-            f"the search ended after {result.search_time_s:.1f} s ({result.stop_reason}) before it "
-            "found any strategy; allow more time, or give the mesh"
+            f"the search ended after {result.search_time_s:.1f} s, before it found any "
+            "strategy; allow more time, or give the mesh"
         )
     if result.nearest_miss_bytes is None:
         return InfeasibleError(
@@ -495,7 +510,7 @@ def profile(
     from autopar.runtime import profiler
 
     return profiler.local_cost_model(
-        devices or profiler.local_devices(),
+        _local_devices(devices),
         seconds=profiler.MEASURE_S if seconds is None else seconds,
         refresh=True,
         report=lambda line: _tell(progress, line),

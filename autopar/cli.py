@@ -91,6 +91,9 @@ def commands(traceback: bool) -> None:
 
 # Options that several commands have
 
+AT_LEAST_1 = click.IntRange(min=1)
+ABOVE_0 = click.FloatRange(min=0, min_open=True)
+
 _model_options = (
     click.argument("model"),
     click.option(
@@ -100,8 +103,8 @@ _model_options = (
         show_default=True,
         help="As the model is, or bf16 with an fp32 master copy.",
     ),
-    click.option("--batch", type=int, help="Global batch of an hf: model."),
-    click.option("--sequence", type=int, help="Tokens of a sample of an hf: model."),
+    click.option("--batch", type=AT_LEAST_1, help="Global batch of an hf: model."),
+    click.option("--sequence", type=AT_LEAST_1, help="Tokens of a sample of an hf: model."),
 )
 
 _search_options = (
@@ -113,7 +116,9 @@ _search_options = (
         "local: this machine, measured once.",
     ),
     click.option(
-        "--devices", type=int, help="How many of this machine.  [default: its GPUs, else cores]"
+        "--devices",
+        type=AT_LEAST_1,
+        help="How many of this machine.  [default: its GPUs, else cores]",
     ),
     click.option("--mesh", help="Sizes of the mesh axes, e.g. 32,8.  [default: try all]"),
     click.option("--memory-limit", help="For each device, e.g. 70GB.  [default: all it has]"),
@@ -124,7 +129,7 @@ _search_options = (
         show_default=True,
         help="What the model is trained with.",
     ),
-    click.option("--clip-norm", type=float, help="Clip gradients to this global norm."),
+    click.option("--clip-norm", type=ABOVE_0, help="Clip gradients to this global norm."),
     click.option(
         "--microbatches",
         default="auto",
@@ -134,7 +139,7 @@ _search_options = (
     ),
     click.option("--searcher", default="ilp", show_default=True, help="`autopar list searchers`."),
     click.option(
-        "--time-limit", type=float, default=300.0, show_default=True, help="Seconds to search."
+        "--time-limit", type=ABOVE_0, default=300.0, show_default=True, help="Seconds to search."
     ),
     click.option(
         "--dimensions",
@@ -219,8 +224,10 @@ def extract_command(
     """Trace MODEL and show its operators."""
     from autopar import api
     from autopar.ir.graph import graph_to_json
-    from autopar.ir.plan import write_atomically
+    from autopar.ir.plan import check_writable, write_atomically
 
+    if output is not None:
+        check_writable(output)
     with progress() as tell:
         graph = api.extract(
             model, precision=precision, batch=batch, sequence=sequence, progress=tell
@@ -238,30 +245,41 @@ def extract_command(
 @commands.command("plan")
 @_with(*_model_options, *_search_options)
 @click.option("-o", "--output", type=Path, help="Write the plan to this file.")
-@click.option("--top", type=int, default=5, show_default=True, help="How many meshes to show.")
+@click.option("--top", type=AT_LEAST_1, default=5, show_default=True, help="Meshes to show.")
 @_json_option
-def plan_command(model: str, output: Path | None, top: int, as_json: bool, **options: Any) -> None:
-    """Find the fastest strategy for MODEL that fits in memory."""
+def plan_command(model: str, output: Path | None, top: int, as_json: bool, **options: Any) -> int:
+    """Find the fastest strategy for MODEL that fits in memory.
+
+    Ctrl-C ends the search: the best so far is printed and written, with exit code 130.
+    """
     from autopar import api
     from autopar.exporters import json as json_exporter
     from autopar.exporters import text
+    from autopar.ir.plan import check_writable
 
+    if output is not None:
+        check_writable(output)
     with progress() as tell:
         found = api.plan(model, progress=tell, **_wanted(options))
     if output is not None:
         api.save_plan(found, output)
     if as_json:
         click.echo(json.dumps(json_exporter.summary(found)))
-        return
+        return _code(found.search.stop_reason)
     click.echo(text.summary(found, top))
     if output is not None:
         click.echo(f"\nwritten to {output}; `autopar explain {output}` says what it does and why")
+    return _code(found.search.stop_reason)
+
+
+def _code(stop_reason: str) -> int:
+    return INTERRUPTED if stop_reason == "interrupted" else 0
 
 
 @commands.command("search")
 @_with(*_model_options, *_search_options)
 @_json_option
-def search_command(model: str, as_json: bool, **options: Any) -> None:
+def search_command(model: str, as_json: bool, **options: Any) -> int:
     """Like plan, but print every mesh that was tried."""
     from autopar import api
     from autopar.exporters import text
@@ -276,6 +294,7 @@ def search_command(model: str, as_json: bool, **options: Any) -> None:
     click.echo(json.dumps(search_to_json(summary)) if as_json else text.search(summary))
     if result.best is None:
         api.plan_of(problem, result)  # raises what the exit code tells
+    return _code(result.stop_reason)
 
 
 @commands.command("explain")
@@ -299,7 +318,13 @@ def explain_command(plan: Path, views: bool, as_json: bool) -> None:
 @commands.command("verify")
 @click.argument("plan", type=Path)
 @click.argument("model", required=False)
-@click.option("--rank", type=int, default=0, show_default=True, help="Which process to be.")
+@click.option(
+    "--rank",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Which process to be.",
+)
 @_json_option
 def verify_command(plan: Path, model: str | None, rank: int, as_json: bool) -> int:
     """Dry-run one step of PLAN as one rank, and compare with what it promised.
@@ -322,7 +347,7 @@ def verify_command(plan: Path, model: str | None, rank: int, as_json: bool) -> i
 @commands.command("run")
 @click.argument("plan", type=Path)
 @click.argument("model", required=False)
-@click.option("--steps", type=int, default=10, show_default=True, help="How many to train.")
+@click.option("--steps", type=AT_LEAST_1, default=10, show_default=True, help="How many to train.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of weights and batch.")
 @click.option(
     "--compare", is_flag=True, help="Train the same in one process, too, and compare the losses."
@@ -402,8 +427,10 @@ def _measurement_json(plan: Plan, found: Measurement) -> dict[str, Any]:
 
 
 @commands.command("profile")
-@click.option("--devices", type=int, help="GPUs or processes.  [default: its GPUs, else cores]")
-@click.option("--seconds", type=float, help="How long to measure, about.")
+@click.option(
+    "--devices", type=AT_LEAST_1, help="GPUs or processes.  [default: its GPUs, else cores]"
+)
+@click.option("--seconds", type=ABOVE_0, help="How long to measure, about.")
 @click.option("-o", "--output", type=Path, help="Write the profile, for --topology, here, too.")
 @_json_option
 def profile_command(
@@ -412,9 +439,11 @@ def profile_command(
     """Measure this machine again, and keep it as --topology local."""
     from autopar import api
     from autopar.exporters import text
-    from autopar.ir.plan import write_atomically
+    from autopar.ir.plan import check_writable, write_atomically
     from cost_models.saved import cost_model_to_json
 
+    if output is not None:
+        check_writable(output)
     with progress() as tell:
         found = api.profile(devices, seconds=seconds, progress=tell)
     saved = cost_model_to_json(found)

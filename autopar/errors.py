@@ -25,6 +25,12 @@ class OutOfTimeError(AutoparError):
     exit_code = 5
 
 
+class InterruptedSearchError(AutoparError):
+    """Ctrl-C came before any strategy was found."""
+
+    exit_code = 130
+
+
 class PlanMismatchError(AutoparError):
     """A plan does not belong to this model, world size or version of the format."""
 

@@ -207,11 +207,15 @@ def _unseen(model: nn.Module) -> Iterator[list[str]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's warnings about itself, and its logs of errors that ``blame`` explains."""
+    """Without torch's warnings about itself, and without its logs and prints of errors that
+    ``blame`` explains."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with (
+            warnings.catch_warnings(),
+            patch("torch.export._trace.print", lambda *_, **__: None, create=True),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -142,13 +143,12 @@ def save_plan(plan: Plan, path: str | Path) -> None:
 def write_atomically(path: str | Path, text: str) -> None:
     """Replace ``path`` by ``text``; a reader sees the old file or the new one, nothing between."""
     path = Path(path)
+    check_writable(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
-        raise AutoparError(
-            f"cannot write {path}: {error.strerror}; name another output file"
-        ) from error
+        raise _cannot_write(path, error) from error
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
@@ -160,6 +160,29 @@ def write_atomically(path: str | Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def check_writable(path: str | Path) -> None:
+    """Whether ``path`` can be written, asked before the work whose result it is to hold.
+
+    Raises:
+        AutoparError: it cannot.
+    """
+    path = Path(path)
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a directory")
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> AutoparError:
+    return AutoparError(f"cannot write {path}: {error.strerror}; name another output file")
 
 
 def load_plan(path: str | Path) -> Plan:

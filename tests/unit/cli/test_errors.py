@@ -32,6 +32,11 @@ def run(*arguments: str) -> int:
         (["plan", "none.py", "--topology", "4x8xh100-sxm"], 2, "none.py"),
         (["plan", "none.py", "--topology", "4x8xh100-sxm", "--memory-limit", "lots"], 2, "70GB"),
         (["plan", "none.py", "--optimizer", "adamx"], 2, "adamx"),
+        (["plan", "none.py", "--devices", "0"], 2, "'--devices': 0 is not in the range x>=1"),
+        (["plan", "none.py", "--time-limit", "0"], 2, "range x>0"),
+        (["plan", "none.py", "--clip-norm", "-1"], 2, "range x>0"),
+        (["run", "none.json", "--steps", "0"], 2, "range x>=1"),
+        (["verify", "none.json", "--rank", "-1"], 2, "range x>=0"),
     ],
 )
 def test_a_mistake_is_named_with_what_there_is(

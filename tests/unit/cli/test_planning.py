@@ -150,30 +150,49 @@ def ended(stop_reason: str, *, found: bool) -> Callable[..., SearchResult]:
     return search
 
 
-@pytest.mark.parametrize("stop_reason", ["time", "interrupted"])
+@pytest.mark.parametrize(("stop_reason", "code"), [("time", 0), ("interrupted", 130)])
 def test_an_early_end_keeps_the_best_and_says_how_far_it_may_be(
     stop_reason: str,
+    code: int,
     seen: Seen,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     use(monkeypatch, ended(stop_reason, found=True))
-    assert run("plan", "m.py", *FAKE, "-o", tmp_path / "plan.json") == 0
+    assert run("plan", "m.py", *FAKE, "-o", tmp_path / "plan.json") == code
     assert load_plan(tmp_path / "plan.json").search.gap == 0.5
     assert "at most 50.0% from optimal" in capsys.readouterr().out
 
 
-def test_an_early_end_with_nothing_is_out_of_time(
+@pytest.mark.parametrize(
+    ("stop_reason", "code", "says"),
+    [("time", 5, "allow more time"), ("interrupted", 130, "before any strategy was found")],
+)
+def test_an_early_end_with_nothing_has_an_exit_code_of_its_own(
+    stop_reason: str,
+    code: int,
+    says: str,
     seen: Seen,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    use(monkeypatch, ended("time", found=False))
-    assert run("plan", "m.py", *FAKE, "-o", tmp_path / "plan.json") == 5
-    assert "allow more time" in capsys.readouterr().err
+    use(monkeypatch, ended(stop_reason, found=False))
+    assert run("plan", "m.py", *FAKE, "-o", tmp_path / "plan.json") == code
+    assert says in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_search(
+    seen: Seen, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for output in (tmp_path, tmp_path / "file" / "plan.json"):
+        assert run("plan", "m.py", *FAKE, "-o", output) == 2
+        assert f"cannot write {output}" in capsys.readouterr().err
+    assert seen == []
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_unknown_searcher_is_named_with_what_there_is(
