@@ -39,7 +39,6 @@ ODD = (
 )
 
 
-
 def run(*arguments: object) -> int:
     with pytest.raises(SystemExit) as ended:
         cli.main([str(argument) for argument in arguments])
