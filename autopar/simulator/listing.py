@@ -258,11 +258,12 @@ class Listing:
         return option
 
     def _may(self, axis: int, cluster: Cluster, option: dict[int, Choice]) -> bool:
-        """Whether the axis is allowed what the first member divides; the others follow it."""
-        first = cluster.members[0]
-        choice = option[first]
-        if choice in RESERVED or not self.allowed:
+        """Whether the axis is allowed what is divided: the first member that divides anything
+        decides, the others follow it."""
+        divided = [(m, option[m]) for m in cluster.members if option[m] not in RESERVED]
+        if not divided or not self.allowed:
             return True
+        first, choice = divided[0]
         return self.structure.letters[first][choice] in self.allowed[axis].letters
 
     def _cuts(self, cluster: Cluster, member: int, option: Index) -> tuple[Index, Index]:
