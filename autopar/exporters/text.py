@@ -493,6 +493,7 @@ def verification(report: Report) -> str:
         f"peak memory {bytes_text(promised)} promised, "
         f"{bytes_text(report.measured_peak_bytes)} measured ({report.memory_error:+.1%}), "
         f"at {report.measured_peak_at}",
+        *(["types of all tensors checked by spmd_types"] if report.typechecked else []),
         *(f"DIFFERENT {difference}" for difference in report.differences),
         "the plan keeps its promise" if report.ok else "the plan does not keep its promise",
     ]
