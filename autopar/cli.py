@@ -330,7 +330,8 @@ def verify_command(plan: Path, model: str | None, rank: int, as_json: bool) -> i
     """Dry-run one step of PLAN as one rank, and compare with what it promised.
 
     Works without devices for any number of processes. Exit code 1 if collectives, bytes or peak
-    memory differ, or a tensor's type is not what spmd_types derives. With MODEL, also check that the plan was made for it.
+    memory differ, or a tensor's type is not what spmd_types derives. With MODEL, also check that
+    the plan was made for it.
     """
     from autopar import api
     from autopar.exporters import text
