@@ -24,8 +24,8 @@ positive."""
 
 SMALL = 300
 """Alternatives of a problem up to which it is worth counting the selections that are left,"""
-FEW = 3_000
-"""and their number up to which they are tried one by one: a second or two of simulation."""
+FEW = 10_000
+"""and their number up to which they are tried one by one: some seconds of simulation at most."""
 
 MOST_CORRECTIONS = 10
 CLOSE = 1e-3
