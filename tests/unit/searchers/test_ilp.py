@@ -23,8 +23,8 @@ from tests.helpers.random_graphs import HashPrices, random_graph
 
 MESHES = ((2,), (2, 2), (3,), (4,))
 AMPLE = 10**15
-MOST_STRATEGIES = 250
-"""Of a graph on a mesh, so that all can be simulated one by one."""
+FEW, MANY = 250, 6_000
+"""Strategies of a graph on a mesh up to which all are simulated one by one."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Case:
     kind: str
 
 
-def cases(seed: int, limits: int) -> Iterator[Case]:
+def cases(seed: int, limits: int, most: int) -> Iterator[Case]:
     """Problems of one random graph: no limit, limits that bind, one that nothing meets.
 
     Times and peaks come from the simulator, one strategy after the other; no price list, bound or
@@ -48,7 +48,7 @@ def cases(seed: int, limits: int) -> Iterator[Case]:
     for sizes in MESHES:
         on = mesh(sizes)
         prices = HashPrices(seed, on.size)
-        everything = simulated(graph, Problem(graph, prices, (on,), AMPLE, training))
+        everything = simulated(graph, Problem(graph, prices, (on,), AMPLE, training), most)
         if everything is None:
             continue
         times, peaks = everything
@@ -64,12 +64,14 @@ def cases(seed: int, limits: int) -> Iterator[Case]:
         yield Case(hopeless, math.inf, "hopeless")
 
 
-def simulated(graph: OperatorGraph, problem: Problem) -> tuple[np.ndarray, np.ndarray] | None:
+def simulated(
+    graph: OperatorGraph, problem: Problem, most: int
+) -> tuple[np.ndarray, np.ndarray] | None:
     """Step time and peak memory of every strategy, where they are few enough."""
     rules = bound_rules(graph)
     (on,) = problem.meshes
     listing = Listing(Structure(graph, rules), problem.cost_model, on, math.inf, problem.training)
-    if count_selections(listing.price_list) > MOST_STRATEGIES:
+    if count_selections(listing.price_list) > most:
         return None
     estimates = [
         evaluate(graph, rules, problem.cost_model, listing.strategy(selection))
@@ -95,11 +97,11 @@ def check(found: SearchResult, case: Case) -> None:
     assert found.gap <= 1e-6
 
 
-def check_all(seeds: Iterable[int], limits: int) -> dict[str, int]:
+def check_all(seeds: Iterable[int], limits: int, most: int = FEW) -> dict[str, int]:
     """How many there were of each kind."""
     seen = dict.fromkeys(("free", "binding", "hopeless"), 0)
     for seed in seeds:
-        for case in cases(seed, limits):
+        for case in cases(seed, limits, most):
             seen[case.kind] += 1
             check(ilp.search(case.problem, Budget()), case)
             check(exhaustive.search(case.problem, Budget()), case)
@@ -119,3 +121,10 @@ def test_hundreds_of_random_problems_are_solved_to_the_end(part: int) -> None:
     seen = check_all(range(1000 + part, 1400, 5), limits=4)
     assert seen["free"] >= 60
     assert seen["binding"] >= 60
+
+
+@pytest.mark.slow
+def test_among_thousands_of_strategies_none_that_fits_is_missed() -> None:
+    """More than are refused by name, where the tightest limit leaves one that fits."""
+    seen = check_all(range(2000, 2010), limits=2, most=MANY)
+    assert seen["binding"] >= 30
