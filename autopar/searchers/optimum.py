@@ -28,6 +28,9 @@ ROUNDS = 5
 FEW = 1500
 """Columns up to which the ILP is solved rather than more excluded."""
 
+LONGEST_S = 10.0
+"""No single ILP takes longer; what it has proved by then counts."""
+
 MANY = 8_000
 """Columns above which the ILP is not tried: building it alone would take seconds. What is then left
 between the best selection and the bound is reported as the gap."""
@@ -150,7 +153,7 @@ def _finish(
     solved = solve(
         price_list,
         offered,
-        time_limit_s=min(wanted.deadline - monotonic(), 1e6),
+        time_limit_s=min(wanted.deadline - monotonic(), LONGEST_S),
         gap=gap / 10,
         cutoff_s=target_s if math.isfinite(target_s) else None,
         refused=wanted.refused,

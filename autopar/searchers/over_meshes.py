@@ -68,20 +68,21 @@ def search_meshes(
     with which anything that fits is found; more of them are not faster, since no work is saved.
     """
     if problem.microbatches is not None:
-        return _search_divided(name, problem, budget, solver, progress)
+        structure = _structure(problem, problem.microbatches)
+        return _search_divided(name, problem, structure, budget, solver, progress)
     started = monotonic()
 
-    def search(count: int, share: float) -> SearchResult:
-        left = (budget.time_s - (monotonic() - started)) * share
+    def search(count: int, structure: Structure, share: float) -> SearchResult:
+        left = replace(budget, time_s=(budget.time_s - (monotonic() - started)) * share)
         divided = replace(problem, microbatches=count)
-        return _search_divided(name, divided, replace(budget, time_s=left), solver, progress)
+        return _search_divided(name, divided, structure, left, solver, progress)
 
     result: SearchResult | None = None
-    for count in _counts_in_order(problem):
+    for count, structure in _counts_in_order(problem):
         progress(f"trying {count} microbatches" if count > 1 else "trying the whole batch at once")
-        result = search(count, FIRST_SHARE)
+        result = search(count, structure, FIRST_SHARE)
         if result.best is not None and result.stop_reason == "time":
-            more = search(count, 1.0)
+            more = search(count, structure, 1.0)
             result = result if more.best is None else more
         if result.best is not None or result.stop_reason == "interrupted":
             break
@@ -89,7 +90,7 @@ def search_meshes(
     return replace(result, search_time_s=monotonic() - started)
 
 
-def _counts_in_order(problem: Problem) -> Iterator[int]:
+def _counts_in_order(problem: Problem) -> Iterator[tuple[int, Structure]]:
     """Numbers of microbatches to try until something fits, the fewest first; only one when the
     model needs its batch whole.
 
@@ -97,31 +98,36 @@ def _counts_in_order(problem: Problem) -> Iterator[int]:
     last, and those that it would overfill not at all (unless that is all there is): so little room
     costs more time, in the search and in the plan, than microbatches do.
     """
-    tight: list[int] = []
-    hopeless: list[int] = []
+    tight: list[tuple[int, Structure]] = []
+    hopeless: list[tuple[int, Structure]] = []
     comfortable = 0
     for count in counts(problem.graph):
         try:
-            share = _least_share(problem, count)
+            structure = _structure(problem, count)
         except UnsupportedModelError:
             if count == 1:
                 raise
             break
+        share = _least_share(problem, count, structure)
         if share <= COMFORTABLE:
             comfortable += 1
-            yield count
+            yield count, structure
         else:
-            (tight if share <= 1 else hopeless).append(count)
+            (tight if share <= 1 else hopeless).append((count, structure))
     yield from tight
     if not tight and not comfortable:
         yield hopeless[-1]
 
 
-def _least_share(problem: Problem, count: int) -> float:
-    """The share of memory that so many microbatches fill when everything is split perfectly."""
+def _structure(problem: Problem, count: int) -> Structure:
     divided = division(problem.graph, count, problem.proposals)
+    return Structure(divided.graph, divided.rules)
+
+
+def _least_share(problem: Problem, count: int, structure: Structure) -> float:
+    """The share of memory that so many microbatches fill when everything is split perfectly."""
     listing = Listing(
-        Structure(divided.graph, divided.rules),
+        structure,
         problem.cost_model,
         problem.meshes[0],
         problem.memory_limit_bytes,
@@ -132,10 +138,15 @@ def _least_share(problem: Problem, count: int) -> float:
 
 
 def _search_divided(
-    name: str, problem: Problem, budget: Budget, solver: Solver, progress: Progress
+    name: str,
+    problem: Problem,
+    structure: Structure,
+    budget: Budget,
+    solver: Solver,
+    progress: Progress,
 ) -> SearchResult:
     started = monotonic()
-    search = _Search(problem, budget, solver, progress, started + budget.time_s)
+    search = _Search(problem, structure, budget, solver, progress, started + budget.time_s)
     reason = search.run()
     bound_s = min((t.lower_bound_s for t in search.trials), default=math.inf)
     bound_s = min(bound_s, search.unseen_bound_s)
@@ -156,6 +167,7 @@ def _search_divided(
 @dataclass
 class _Search:
     problem: Problem
+    structure: Structure
     budget: Budget
     solver: Solver
     progress: Progress
@@ -164,7 +176,7 @@ class _Search:
     recipes: list[Trial] = field(default_factory=list)
     best: Trial | None = None
     nearest_miss_bytes: int | None = None
-    unseen_bound_s: float = math.inf
+    unseen_bound_s: float = 0.0  # before any mesh has a bound
     compute_cache: ComputeCache = field(default_factory=dict)
     weights: Weights | None = None
 
@@ -176,17 +188,15 @@ class _Search:
             return "interrupted"
 
     def _run(self) -> str:
-        problem = self.problem
-        assert problem.microbatches is not None
-        divided = division(problem.graph, problem.microbatches, problem.proposals)
-        structure = Structure(divided.graph, divided.rules)
+        problem, structure = self.problem, self.structure
         if (least := self._listing(structure, problem.meshes[0]).least_bytes) > (
             problem.memory_limit_bytes
         ):
             return self._hopeless(structure, least)
         self.progress("pricing the recipes")
         for recipe in RECIPES.values():
-            self._try_recipe(structure, recipe)
+            if monotonic() < self.deadline:
+                self._try_recipe(structure, recipe)
         listings = sorted(
             (self._listing(structure, mesh) for mesh in self.problem.meshes),
             key=lambda listing: (len(listing.mesh.axes) > QUICK_AXES, listing.least_s),
@@ -213,6 +223,7 @@ class _Search:
         self.trials = [
             Trial("", mesh, None, None, math.inf, "infeasible") for mesh in self.problem.meshes
         ]
+        self.unseen_bound_s = math.inf
         for recipe in RECIPES.values():
             self._try_recipe(structure, recipe)
         if self.nearest_miss_bytes is None:
