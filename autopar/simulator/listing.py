@@ -73,6 +73,11 @@ class Structure:
         return tuple(found)
 
     @cached_property
+    def position(self) -> dict[str, int]:
+        """The number of the operator that makes each tensor."""
+        return {name: i for i, o in enumerate(self.graph.operators) for name in o.outputs}
+
+    @cached_property
     def copies(self) -> dict[int, int]:
         """How many operators each class stands for."""
         found: dict[int, int] = {}
@@ -535,20 +540,21 @@ class Listing:
 
     def _kept(self) -> Iterator[Kept]:
         """Saved inputs and outputs. Versions of one piece of memory (a tensor and its views) that
-        have the same size are taken to be the same: never more than what is really kept."""
+        have the same size are taken to be the same, and views of parameters, buffers and inputs are
+        left out: never more than what is really kept."""
         held: dict[str, list[tuple[int, Index, int]]] = {}
         for link in self.structure.links:
             root = self._root(link.tensor)
+            if self.graph.by_name[root].role is not Role.ACTIVATION:
+                continue
+            count = min(link.count, self._copies_of(root))
             for member, side, position in self._savers(link):
                 tensor = self.graph.by_name[link.tensor]
                 found = self._codes(member, side, position, tensor.differentiable)
-                held.setdefault(root, []).append(
-                    (
-                        self.structure.home[member],
-                        self._local_bytes(tensor.spec, found),
-                        link.count,
-                    )
-                )
+                sizes = self._local_bytes(tensor.spec, found)
+                if self.graph.spec(root).bytes < tensor.spec.bytes:  # expanded
+                    sizes = np.full_like(sizes, self.graph.spec(root).bytes // self.mesh.size)
+                held.setdefault(root, []).append((self.structure.home[member], sizes, count))
         for root, holders in held.items():
             sizes, index = np.unique(
                 np.concatenate([size for _, size, _ in holders]), return_inverse=True
@@ -585,6 +591,11 @@ class Listing:
             producer = self.graph.producer.get(tensor)
         return tensor
 
+    def _copies_of(self, tensor: str) -> int:
+        """How many operators the one that makes the tensor stands for."""
+        structure = self.structure
+        return structure.copies[structure.class_of[structure.position[tensor]]]
+
     def _local_bytes(self, spec: TensorSpec, found: Codes) -> Index:
         axes = len(self.mesh.axes)
         unique, inverse = np.unique(found, return_inverse=True)
@@ -599,7 +610,10 @@ class Listing:
         for link in self.structure.links:
             if any(self._savers(link)):
                 root = self._root(link.tensor)
-                held = self.graph.spec(link.tensor).bytes * link.count
+                if self.graph.by_name[root].role is not Role.ACTIVATION:
+                    continue
+                size = min(self.graph.spec(link.tensor).bytes, self.graph.spec(root).bytes)
+                held = size * min(link.count, self._copies_of(root))
                 saved[root] = max(saved.get(root, 0.0), held)
         own = sum(
             self.structure.copies[member] * self._own_bytes(member)

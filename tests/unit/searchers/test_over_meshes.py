@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
+from torch import nn
 
 from autopar.extractor import extract
 from autopar.ir.graph import OperatorGraph
@@ -18,6 +20,7 @@ from autopar.searchers import SEARCHERS
 from autopar.searchers.over_meshes import _counts_in_order
 from autopar.simulator.listing import Listing, Structure
 from autopar.simulator.meshes import factorizations, mesh
+from autopar.simulator.price_list import cheapest_storages
 from autopar.simulator.prices import evaluate
 from cost_models import cost_model
 from tests.helpers.zoo import zoo
@@ -47,6 +50,57 @@ def test_no_strategy_needs_less_than_a_perfect_split(name: str) -> None:
         if trial.strategy is not None:
             found = evaluate(graph(name), rules, MACHINE, trial.strategy)
             assert found.peak_memory_bytes >= least_bytes(name)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5", "vit", "unet", "gpt_tied"])
+def test_memory_rows_are_never_above_the_peak_of_the_step(name: str) -> None:
+    """Views of parameters, expanded masks and tables that all layers share are held once."""
+    rules = bound_rules(graph(name))
+    structure = Structure(graph(name), rules)
+    draw = random.Random(0)
+    for sizes in ((4,), (2, 2)):
+        listing = Listing(structure, MACHINE, mesh(sizes), math.inf, Training())
+        prices = listing.price_list
+        for _ in range(3):
+            chosen = [draw.randrange(len(node.time_s)) for node in prices.nodes]
+            selection = cheapest_storages(prices, chosen)
+            peak = evaluate(graph(name), rules, MACHINE, listing.strategy(selection))
+            rows = prices.memory_of(selection).max()
+            assert listing.least_bytes <= peak.peak_memory_bytes * (1 + 1e-9)
+            assert rows <= peak.peak_memory_bytes * (1 + 1e-9)
+
+
+class Scaled(nn.Module):
+    def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return x * table.unsqueeze(0)
+
+
+class SharesATable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+        self.layers = nn.ModuleList(Scaled() for _ in range(12))
+
+    def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        x, table = self.first(x), table.cos()
+        for layer in self.layers:
+            x = layer(x, table)
+        return x.sum()
+
+
+def test_a_table_that_all_layers_save_is_held_once() -> None:
+    shared = extract(SharesATable(), (torch.randn(1, 256, 64), torch.randn(256, 64)))
+    rules = bound_rules(shared)
+    structure = Structure(shared, rules)
+    assert any(block.copies > 3 for block in structure.blocks)
+    listing = Listing(structure, MACHINE, mesh((4,)), math.inf, Training())
+    prices = listing.price_list
+    for choice in range(3):
+        chosen = [choice % len(node.time_s) for node in prices.nodes]
+        selection = cheapest_storages(prices, chosen)
+        peak = evaluate(shared, rules, MACHINE, listing.strategy(selection)).peak_memory_bytes
+        assert prices.memory_of(selection).max() <= peak
+        assert listing.least_bytes <= peak
 
 
 def test_what_even_a_perfect_split_overfills_is_infeasible_with_the_nearest_miss() -> None:
