@@ -128,10 +128,11 @@ def single_process(plan: Plan, build: Build, steps: int, seed: int) -> tuple[flo
         model, inputs, loss_of = build()
     training = plan.strategy.training
     args, kwargs = batch_of(plan.graph, inputs, training)
+    trained: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+    masters = trained
     if training.precision == "mixed":
-        model = model.to(torch.bfloat16)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    masters = [p.detach().float() for p in trained] if training.precision == "mixed" else trained
+        masters = [p.detach().to(torch.float32, copy=True) for p in trained]
+        model = model.to(torch.bfloat16)  # the same parameters, with other data
     maker, defaults = OPTIMIZERS[training.optimizer]
     optimizer = maker(masters, **defaults)
     losses = []

@@ -170,10 +170,9 @@ class TrainingStep:
 
     def _piece(self, name: str) -> Tensor:
         """What the optimizer changes: a view of the parameter's shard, or its fp32 master copy."""
-        part = self._optimizer_part(name)
         if self.strategy.training.precision == "mixed":
-            return part.to(torch.float32, copy=True)
-        return part
+            return self.state.masters[name]
+        return self._optimizer_part(name)
 
     def _optimizer_part(self, name: str) -> Tensor:
         """A view where the shard is only cut further; a copy where its pieces have to be moved."""
@@ -205,6 +204,12 @@ class TrainingStep:
         shardings = {name: s.parameter for name, s in self.strategy.storage.items()}
         names = self.state.parameters
         return gather(names, shardings, self.communicator, names)
+
+    def full_masters(self) -> dict[str, Tensor]:
+        """Whole fp32 master copies, in mixed precision; all ranks call it together."""
+        shardings = {name: s.optimizer for name, s in self.strategy.storage.items()}
+        masters = self.state.masters
+        return gather(masters, shardings, self.communicator, masters)
 
     def full_gradients(self) -> dict[str, Tensor]:
         """Whole gradients of the last step, before clipping; all ranks call it together."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,15 @@ from autopar.simulator.redistribution import steps
 
 @dataclass
 class State:
-    """One rank's shards of the parameters, and all buffers (whole)."""
+    """One rank's shards of the parameters, and all buffers (whole).
+
+    ``masters``: in mixed precision, the optimizer's shards of the trained parameters in fp32. They
+    start from the values that the model was made with, ``parameters`` from these in bf16.
+    """
 
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor]
+    masters: dict[str, Tensor] = field(default_factory=dict)
 
 
 def from_module(
@@ -89,10 +94,21 @@ def keep(
     if tensor.role is Role.BUFFER:
         state.buffers[tensor.name] = value.to(device, dtype, copy=True)
         return
-    sharding = strategy.storage[tensor.name].parameter
-    part = own_box(value, sharding, strategy.mesh, rank)
-    shard = torch.empty(part.shape, dtype=dtype, device=device).copy_(part)
+
+    def part(sharding: Sharding, dtype: torch.dtype) -> Tensor:
+        own = own_box(value, sharding, strategy.mesh, rank)
+        return torch.empty(own.shape, dtype=dtype, device=device).copy_(own)
+
+    storage = strategy.storage[tensor.name]
+    shard = part(storage.parameter, dtype)
     state.parameters[tensor.name] = shard.requires_grad_(tensor.differentiable)
+    if has_master(tensor, strategy):
+        state.masters[tensor.name] = part(storage.optimizer, torch.float32)
+
+
+def has_master(tensor: GraphTensor, strategy: Strategy) -> bool:
+    """Whether the optimizer changes an fp32 copy of the parameter."""
+    return strategy.training.precision == "mixed" and tensor.differentiable
 
 
 def own_box(whole: Tensor, sharding: Sharding, mesh: Mesh, rank: int) -> Tensor:
@@ -119,7 +135,7 @@ def gather(
 
 
 def _checked(tensor: GraphTensor, values: Mapping[str, Tensor], strategy: Strategy) -> Tensor:
-    """The value, of the plan's shape and dtype; for a mixed-precision plan it is cast later."""
+    """The value, of the plan's shape and dtype; in mixed precision of any floating dtype."""
     value = values.get(tensor.name)
     if value is None:
         raise PlanMismatchError(

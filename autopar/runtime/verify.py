@@ -24,7 +24,7 @@ from autopar.runtime.collectives import Communicator, connect
 from autopar.runtime.lowering import LoweredProgram, lower_microbatch
 from autopar.runtime.recorder import Executed
 from autopar.runtime.step import TrainingStep
-from autopar.runtime.storage import State
+from autopar.runtime.storage import State, has_master
 from autopar.runtime.typecheck import typecheck as check_types
 from autopar.runtime.watch import MemoryWatch, Piece, Watch, device_for_dry_runs
 from autopar.simulator.edges import Rules
@@ -211,6 +211,11 @@ def _fake_state(graph: OperatorGraph, strategy: Strategy, device: torch.device) 
         shape = local_shape(tensor.spec.shape, stored, strategy.mesh)
         shard = torch.empty(shape, dtype=getattr(torch, tensor.spec.dtype), device=device)
         state.parameters[tensor.name] = shard.requires_grad_(tensor.differentiable)
+        if has_master(tensor, strategy):
+            piece = local_shape(
+                tensor.spec.shape, strategy.storage[tensor.name].optimizer, strategy.mesh
+            )
+            state.masters[tensor.name] = torch.empty(piece, dtype=torch.float32, device=device)
     for tensor in graph.of_role(Role.BUFFER):
         state.buffers[tensor.name] = _fake(graph, tensor.name, device)
     return state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -73,6 +74,72 @@ def check_mixed(graph: OperatorGraph, strategy: Strategy) -> None:
     masters = next(group["params"] for group in step.optimizer.param_groups)
     assert all(master.dtype == torch.float32 for master in masters)
     assert any(not torch.equal(m, m.bfloat16().float()) for m in masters)
+
+
+MIXED = Training("adamw", precision="mixed")
+
+
+def mixed_case(name: str) -> Case:
+    model, inputs = zoo(name, dtype=torch.float32)
+    return Case(name, extract(model, inputs, name=name, precision="mixed"))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_masters_start_from_the_values_of_the_model(seed: int) -> None:
+    of = mixed_case("gpt_tied")
+    strategy = random_strategy(of.graph, bound_rules(of.graph), FOUR, Random(seed), MIXED)
+    assert any(s.parameter != s.optimizer for s in strategy.storage.values())
+    pool().run(4, check_first_masters, of, strategy)
+
+
+def check_first_masters(of: Case, strategy: Strategy) -> None:
+    model, _ = zoo(of.name, dtype=torch.float32)
+    values = {name: p.detach() for name, p in model.named_parameters()}
+    communicator = communicator_of(strategy.mesh)
+    rank, program = communicator.rank, lower(of.graph, strategy, bound_rules(of.graph))
+    for state in (
+        from_module(model, of.graph, strategy, rank, CPU),
+        from_function(
+            lambda: zoo_model(of.name), of.graph, strategy, rank, CPU, 0, large_elements=0
+        ),
+    ):
+        step = TrainingStep(program, strategy, state, communicator)
+        masters, working = step.full_masters(), step.full_parameters()
+        assert masters.keys() == values.keys()
+        for name, value in values.items():
+            assert torch.equal(masters[name], value), name
+            assert torch.equal(working[name], value.bfloat16()), name
+        assert any(not torch.equal(m, m.bfloat16().float()) for m in masters.values())
+
+
+@pytest.mark.parametrize("level", [0, 1, 2, 3])
+def test_masters_in_pieces_take_the_steps_of_one_rank(level: int) -> None:
+    """Both ranks do the same work, so that not even the order of a sum is different."""
+    of = mixed_case("mlp")
+    alone = replicate(of.graph, Mesh((("data", 1),)), MIXED)
+    both = replicate(of.graph, TWO, MIXED)
+    cut = Storage(*(("S(0)",) if level > kept else ("I",) for kept in (2, 1, 0)))
+    strategy = replace(both, storage=dict.fromkeys(both.storage, cut))
+    expected = torch.load(io.BytesIO(pool().run(1, mixed_steps, of, alone)[0]))
+    found = torch.load(io.BytesIO(pool().run(2, mixed_steps, of, strategy)[0]))
+    first = {name: p.detach() for name, p in zoo("mlp", dtype=torch.float32)[0].named_parameters()}
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    assert all(not torch.equal(expected[f"master {name}"], p) for name, p in first.items())
+
+
+def mixed_steps(of: Case, strategy: Strategy) -> bytes:
+    """Three steps: losses, parameters and their masters."""
+    model, inputs = zoo(of.name, dtype=torch.float32)
+    communicator = communicator_of(strategy.mesh)
+    state = from_module(model, of.graph, strategy, communicator.rank, CPU)
+    program = lower(of.graph, strategy, bound_rules(of.graph))
+    step = TrainingStep(program, strategy, state, communicator)
+    found = {f"loss {i}": call(step, inputs) for i in range(3)}
+    found |= {f"master {name}": value for name, value in step.full_masters().items()}
+    buffer = io.BytesIO()
+    torch.save({**found, **step.full_parameters()}, buffer)
+    return buffer.getvalue()
 
 
 def test_a_gathered_parameter_is_not_kept_for_the_backward() -> None:

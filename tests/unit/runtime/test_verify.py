@@ -75,6 +75,15 @@ def test_every_optimizer_and_mesh_keeps_the_promise(
     assert report.ok, report.differences
 
 
+@pytest.mark.parametrize("name", ["gpt_tied", "unet"])
+def test_master_copies_are_in_the_promised_memory(name: str) -> None:
+    model, inputs = zoo(name, dtype=torch.float32)
+    graph = extract(model, inputs, name=name, precision="mixed")
+    for seed, training in enumerate((Training("adamw", "mixed"), Training("sgd", "mixed", 1.0))):
+        report = report_of(graph, drawn(graph, mesh((2, 2)), seed, training), rank=3)
+        assert report.ok, report.differences
+
+
 def test_random_strategies_are_within_half_a_percent_of_the_measured_peak() -> None:
     graph = graph_of("gpt")
     for seed in range(3):
