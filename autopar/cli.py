@@ -30,9 +30,14 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells give it."""
 
+READER_GONE = 141
+"""Exit code when the reader of stdout, e.g. `head`, ended first, as shells give it (SIGPIPE). Not 0
+or 1: what `verify` found, for one, was not told."""
+
 EXIT_CODES = """\b
 Exit codes: 0 ok, 1 internal error or failed verification, 2 usage,
-3 no plan fits, 4 model not supported, 5 out of time, 130 interrupted.
+3 no plan fits, 4 model not supported, 5 out of time, 130 interrupted,
+141 nobody reads the output.
 """
 
 
@@ -44,41 +49,67 @@ def main(arguments: list[str] | None = None) -> None:
         warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)
     try:
-        result = commands.main(given, prog_name="autopar", standalone_mode=False)
-        code = result if isinstance(result, int) else 0
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("autopar: interrupted", err=True)
-        code = INTERRUPTED
-    except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
+        code = _run(given)
+    except (BrokenPipeError, _ReaderGoneError):
+        # what is still buffered has no reader either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    except AutoparError as error:
-        click.echo(f"autopar: {error}", err=True)
-        code = error.exit_code
-    except Exception as error:
-        click.echo(f"autopar: internal error: {type(error).__name__}: {error}", err=True)
-        if "--traceback" in given:
-            traceback.print_exc()
-        else:
-            click.echo("autopar: `autopar --traceback ...` shows where; please report it", err=True)
-        code = 1
+        code = READER_GONE
     sys.exit(code)
 
 
-class _InOrder(click.Group):
-    """Lists commands as they stand in this file, not by the alphabet."""
+def _run(arguments: list[str]) -> int:
+    """Run the command; what goes wrong is said on stderr. Returns the exit code."""
+    try:
+        result = commands.main(arguments, prog_name="autopar", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("autopar: interrupted", err=True)
+        return INTERRUPTED
+    except AutoparError as error:
+        click.echo(f"autopar: {error}", err=True)
+        return error.exit_code
+    except (BrokenPipeError, _ReaderGoneError):
+        raise
+    except Exception as error:
+        click.echo(f"autopar: internal error: {type(error).__name__}: {error}", err=True)
+        if "--traceback" in arguments:
+            traceback.print_exc()
+        else:
+            click.echo("autopar: `autopar --traceback ...` shows where; please report it", err=True)
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+class _ReaderGoneError(Exception):
+    """Nobody reads stdout any more."""
+
+
+class _Commands(click.Group):
+    """Lists commands as they stand in this file, not by the alphabet. A closed pipe is an error of
+    its own: click would end with code 1, which has other meanings here."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        try:
+            return super().make_context(*arguments, **options)
+        except BrokenPipeError as error:
+            raise _ReaderGoneError from error
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise _ReaderGoneError from error
 
 
 HELP = {"help_option_names": ["-h", "--help"]}
 
 
-@click.group(cls=_InOrder, epilog=EXIT_CODES, context_settings=HELP)
+@click.group(cls=_Commands, epilog=EXIT_CODES, context_settings=HELP)
 @click.option("--traceback", is_flag=True, help="Show the traceback of an internal error.")
 @click.version_option(__version__, prog_name="autopar")
 def commands(traceback: bool) -> None:

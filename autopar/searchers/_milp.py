@@ -15,16 +15,14 @@ minimise Σ x·time + Σ F·time + Σ z·time   subject to each memory row
 from __future__ import annotations
 
 import math
-import os
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from time import monotonic
 
 import numpy as np
 from ortools.math_opt.python import mathopt
 
+from autopar.searchers._solver import NoAnswerError, Solver, solver
 from autopar.searchers.bounds import Survivors
 from autopar.simulator.price_list import Flow, PriceList, Selection
 
@@ -41,6 +39,9 @@ class Solved:
     infeasible: bool
 
 
+NOTHING = Solved(None, -math.inf, False)
+
+
 def solve(
     price_list: PriceList,
     offered: Survivors,
@@ -53,12 +54,20 @@ def solve(
     """The best selection among what is offered, within the memory limits.
 
     ``cutoff_s``: selections that are slower are of no interest; then "infeasible" says no more than
-    that there is none faster. ``refused``: selections that are not wanted.
+    that there is none faster. ``refused``: selections that are not wanted. Nothing is found when
+    the time is over before the solver has begun.
     """
-    model = _Model(price_list, offered, cutoff_s)
-    for selection in refused:
-        model.refuse(selection)
-    return model.solve(time_limit_s, gap)
+    deadline = monotonic() + time_limit_s
+    if time_limit_s <= 0:
+        return NOTHING
+    try:
+        with solver() as process:  # starts while the model is built
+            model = _Model(price_list, offered, cutoff_s)
+            for selection in refused:
+                model.refuse(selection)
+            return model.solve(process, deadline, gap)
+    except NoAnswerError:
+        return NOTHING
 
 
 class _Model:
@@ -214,14 +223,12 @@ class _Model:
 
     # ---- solution ------------------------------------------------------------------------------
 
-    def solve(self, time_limit_s: float, gap: float) -> Solved:
+    def solve(self, process: Solver, deadline: float, gap: float) -> Solved:
         parameters = mathopt.SolveParameters(
-            time_limit=timedelta(seconds=max(time_limit_s, 0.1)),
             relative_gap_tolerance=gap,
             absolute_gap_tolerance=1e-12,
         )
-        with _nothing_printed():
-            result = mathopt.solve(self.model, mathopt.SolverType.HIGHS, params=parameters)
+        result = process.solve(self.model, parameters, deadline)
         reason = result.termination.reason
         if reason in (
             mathopt.TerminationReason.INFEASIBLE,
@@ -265,18 +272,3 @@ def _scale(price_list: PriceList) -> float:
     )
     flows = max((float(f.time_s.max()) for f in price_list.flows if f.time_s.size), default=0.0)
     return largest or flows or 1.0
-
-
-@contextmanager
-def _nothing_printed() -> Iterator[None]:
-    """HiGHS writes some of its remarks to the process's standard output, where results belong."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
