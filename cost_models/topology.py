@@ -207,11 +207,7 @@ class _Machine:
                 f"{nodes}x{per_node}x{self.name}: its outermost tier holds {within} of {devices} "
                 "devices; add a tier of size 0 (no limit) to its file"
             )
-        name = (
-            self.name
-            if nodes == 1 and per_node == self.host_size
-            else (f"{nodes}x{per_node}x{self.name}")
-        )
+        name = f"{nodes}x{per_node}x{self.name}"
         return Topology(
             name, self.device, tuple(tiers), devices, self.host_size, self.collective_launch_s
         )

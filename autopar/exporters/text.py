@@ -22,8 +22,9 @@ from autopar.exporters.explanation import (
 from autopar.exporters.units import bytes_text, count_text, share_text, time_text
 from autopar.ir.graph import OperatorGraph
 from autopar.ir.measurement import Measurement
-from autopar.ir.plan import Change, Plan, PlanDiff, SearchSummary, TrialSummary, mesh_text
+from autopar.ir.plan import Change, Plan, PlanDiff, mesh_text
 from autopar.ir.rule import NOTHING, REPLICATED, SUMMED
+from autopar.ir.search import SearchSummary, TrialSummary
 from autopar.ir.sharding import Mesh, Sharding
 from autopar.ir.simulation import Estimate, Memory
 from autopar.simulator.edges import Rules

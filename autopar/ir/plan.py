@@ -14,45 +14,12 @@ from typing import Any
 
 from autopar.errors import AutoparError, PlanMismatchError
 from autopar.ir.graph import OperatorGraph, graph_from_json, graph_to_json
+from autopar.ir.plan_schema import FORMAT, fault, plan_schema
 from autopar.ir.rule import Inner, OpRule, Product, Saved, Split
-from autopar.ir.search import SearchResult
+from autopar.ir.search import SearchResult, SearchSummary, TrialSummary
 from autopar.ir.sharding import Mesh
 from autopar.ir.simulation import Estimate, Memory, PromisedCollective
 from autopar.ir.strategy import Strategy, strategy_from_json, strategy_to_json
-
-FORMAT = 1
-"""Version of the plan file: one more whenever an older autopar could misread a newer file."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrialSummary:
-    """A mesh or recipe that was looked at, without its strategy.
-
-    ``outcome`` as in ``Trial``; ``bound_by`` says what takes most of the step ("" when there is no
-    strategy); times and memory are ``None`` when there is none.
-    """
-
-    name: str
-    mesh: Mesh
-    outcome: str
-    lower_bound_s: float
-    step_time_s: float | None
-    peak_memory_bytes: int | None
-    bound_by: str
-
-
-@dataclass(frozen=True, slots=True)
-class SearchSummary:
-    """How the strategy was found: what ``SearchResult`` knows, small enough for a file."""
-
-    searcher: str
-    stop_reason: str
-    lower_bound_s: float
-    gap: float
-    search_time_s: float
-    memory_limit_bytes: int
-    dimensions: str
-    trials: tuple[TrialSummary, ...]
 
 
 @dataclass(frozen=True)
@@ -226,6 +193,9 @@ def plan_from_json(data: Any, source: str = "the plan") -> Plan:
             f"autopar reads up to format {FORMAT}: install a newer autopar, or plan again"
         )
     try:
+        what = fault(data, plan_schema()) if data["format"] == FORMAT else ""
+        if what:
+            raise ValueError(what)
         plan, fingerprint = _read(data), data["fingerprint"]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         what = f"no key {error}" if isinstance(error, KeyError) else str(error)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from autopar.ir.graph import ITEM_BYTES, Role
-from autopar.ir.plan import FORMAT, SearchSummary, TrialSummary
 from autopar.ir.rule import Inner, OpRule, Product, Saved
+from autopar.ir.search import SearchSummary, TrialSummary
 from autopar.ir.simulation import Estimate, Memory, PromisedCollective
 from autopar.ir.strategy import Training
+from cost_models.topology import Device, Tier, Topology
+
+FORMAT = 1
+"""Version of the plan file: one more whenever an older autopar could misread a newer file."""
 
 Schema = dict[str, Any]
 
@@ -83,7 +89,8 @@ def described(schema: Schema, what: str) -> Schema:
 def of_dataclass(kind: type, /, **special: Schema) -> Schema:
     """A record with the fields of ``kind``; ``special`` where the type does not say enough."""
     hints = get_type_hints(kind)
-    plain = {str: TEXT, int: WHOLE, float: SECONDS, bool: FLAG}
+    plain: dict[Any, Schema] = {str: TEXT, int: WHOLE, float: SECONDS, bool: FLAG}
+    plain[float | None] = {"type": ["number", "null"]}
     found = {}
     for field in fields(kind):
         if field.name in special:
@@ -96,14 +103,101 @@ def of_dataclass(kind: type, /, **special: Schema) -> Schema:
     return record(**found)
 
 
+# Reading
+
+
+def fault(value: Any, schema: Schema, where: str = "") -> str:
+    """The first thing in ``value`` that is not as ``schema`` says, "" when all is. Keys that the
+    schema does not know are not faults: a newer autopar may write more.
+
+    >>> fault({"a": [1, "x"]}, record(a=many(WHOLE)))
+    'a[1] is "x", not an integer'
+    >>> fault({}, record(a=WHOLE))
+    'a is missing'
+    """
+    if wrong := _wrong(value, schema):
+        return f"{where or 'it'} is {_short(value)}, {wrong}"
+    if isinstance(value, dict):
+        known, others = schema.get("properties", {}), schema.get("additionalProperties")
+        if lost := [key for key in schema.get("required", ()) if key not in value]:
+            return f"{_at(where, lost[0])} is missing"
+        inner = [(known.get(key, others), v, _at(where, key)) for key, v in value.items()]
+    elif isinstance(value, list):
+        first, others = schema.get("prefixItems", []), schema.get("items")
+        schemas = [*first, *[others] * (len(value) - len(first))]
+        inner = [
+            (s, v, f"{where}[{i}]") for i, (s, v) in enumerate(zip(schemas, value, strict=False))
+        ]
+    else:
+        return ""
+    return next((f for s, v, place in inner if s and (f := fault(v, s, place))), "")
+
+
+KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "object": ("an object", (dict,)),
+    "array": ("an array", (list,)),
+    "string": ("a string", (str,)),
+    "boolean": ("a boolean", (bool,)),
+    "integer": ("an integer", (int,)),
+    "number": ("a number", (int, float)),
+    "null": ("null", (type(None),)),
+}
+
+
+def _wrong(value: Any, schema: Schema) -> str:
+    """What the value by itself should be instead; "" when it is that."""
+    kinds = schema.get("type", [])
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if kinds and not any(_is(value, kind) for kind in kinds):
+        return "not " + " or ".join(KINDS[kind][0] for kind in kinds)
+    if "const" in schema and value != schema["const"]:
+        return f"not {_short(schema['const'])}"
+    if "enum" in schema and value not in schema["enum"]:
+        return "not one of " + ", ".join(map(_short, schema["enum"]))
+    if "pattern" in schema and not re.search(schema["pattern"], value):
+        return f"not of the form {schema['pattern']}"
+    if "minimum" in schema and value < schema["minimum"]:
+        return f"less than {schema['minimum']}"
+    if isinstance(value, list):
+        least, first = schema.get("minItems", 0), schema.get("prefixItems", [])
+        if len(value) < least or (schema.get("items") is False and len(value) > len(first)):
+            return f"not of {len(first)} items"
+    return ""
+
+
+def _is(value: Any, kind: str) -> bool:
+    return isinstance(value, KINDS[kind][1]) and (kind == "boolean" or not isinstance(value, bool))
+
+
+def _at(where: str, key: str) -> str:
+    if not key.isidentifier():
+        return f"{where}[{json.dumps(key)}]"
+    return f"{where}.{key}" if where else key
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
 # The parts of a plan, in the order of the file
 
 
 def _topology() -> Schema:
+    """``analytical`` or ``profiled``; neither for a cost model of the user's own."""
+    rates = many(tuple_of(TEXT, NUMBER))
+    device = of_dataclass(Device, peak_flops_per_s=rates, achievable_flops_per_s=rates)
+    tiers = many(of_dataclass(Tier))
     return {
         "type": "object",
-        "properties": {"name": TEXT, "devices": WHOLE, "memory_bytes": WHOLE},
-        "required": ["name", "devices"],
+        "properties": {
+            "name": TEXT,
+            "devices": WHOLE,
+            "memory_bytes": WHOLE,
+            "analytical": of_dataclass(Topology, device=device, tiers=tiers),
+            "profiled": described({"type": "object"}, "a profile, with a version of its own"),
+        },
+        "required": ["name", "devices", "memory_bytes"],
         "description": "the machine as its cost model describes itself",
     }
 

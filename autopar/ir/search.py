@@ -83,3 +83,34 @@ class SearchResult:
             return 1.0
         time_s = self.best.estimate.step_time_s
         return max(0.0, (time_s - self.lower_bound_s) / time_s) if time_s else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TrialSummary:
+    """A mesh or recipe that was looked at, without its strategy.
+
+    ``outcome`` as in ``Trial``; ``bound_by`` says what takes most of the step ("" when there is no
+    strategy); times and memory are ``None`` when there is none.
+    """
+
+    name: str
+    mesh: Mesh
+    outcome: str
+    lower_bound_s: float
+    step_time_s: float | None
+    peak_memory_bytes: int | None
+    bound_by: str
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSummary:
+    """How the strategy was found: what ``SearchResult`` knows, small enough for a file."""
+
+    searcher: str
+    stop_reason: str
+    lower_bound_s: float
+    gap: float
+    search_time_s: float
+    memory_limit_bytes: int
+    dimensions: str
+    trials: tuple[TrialSummary, ...]

@@ -6,8 +6,9 @@ import math
 from dataclasses import replace
 
 from autopar.ir.graph import Dtype, Input, Operator, OperatorGraph, Role, Tensor, TensorSpec
-from autopar.ir.plan import Plan, SearchSummary, TrialSummary, bound_by
+from autopar.ir.plan import Plan, bound_by
 from autopar.ir.rule import OpRule, Product, Saved
+from autopar.ir.search import SearchSummary, TrialSummary
 from autopar.ir.sharding import Mesh
 from autopar.ir.simulation import Estimate, Memory, PromisedCollective
 from autopar.ir.strategy import Stage, Storage, Strategy
@@ -90,7 +91,12 @@ def plan(layers: int = 2, step_time_s: float = 0.01) -> Plan:
     best = estimate(step_time_s, layers)
     return Plan(
         graph=graph,
-        topology={"name": "2x4xfake", "devices": 8, "tiers": [{"size": 4}, {"size": 2}]},
+        topology={
+            "name": "2x4xfake",
+            "devices": 8,
+            "memory_bytes": LIMIT_BYTES,
+            "tiers": [{"size": 4}, {"size": 2}],
+        },
         strategy=strategy(graph),
         estimate=best,
         search=SearchSummary(

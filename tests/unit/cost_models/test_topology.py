@@ -104,6 +104,16 @@ def test_a_name_alone_is_one_host() -> None:
     assert [t.name for t in topology("h100-sxm").tiers] == ["nvlink"]
 
 
+@pytest.mark.parametrize("name", topology_names())
+def test_a_machines_name_says_how_many_devices_there_are_and_gives_the_same_machine(
+    name: str,
+) -> None:
+    found = topology(name)
+    nodes, per_node, rest = found.name.split("x", 2)
+    assert (int(nodes) * int(per_node), rest) == (found.devices, name)
+    assert topology(found.name) == found
+
+
 def test_part_of_a_host_keeps_its_links_and_less_of_them() -> None:
     tiers = topology("16x4xh100-sxm").tiers
     assert [(t.name, t.size) for t in tiers] == [("nvlink", 4), ("network", 64)]

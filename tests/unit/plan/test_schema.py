@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path as FilePath
 from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
 
+import cost_models
+from autopar import cli
+from autopar.errors import PlanMismatchError
 from autopar.ir.graph import Dtype, Input, Operator
-from autopar.ir.plan import plan_to_text
-from autopar.ir.plan_schema import plan_schema
+from autopar.ir.plan import plan_from_json, plan_to_text
+from autopar.ir.plan_schema import fault, plan_schema
+from cost_models.saved import cost_model_to_json
 from tests.helpers import fake_plans
 
 VALIDATOR = Draft202012Validator(plan_schema())
@@ -72,3 +78,84 @@ def test_what_cannot_be_is_not_valid(path: tuple[Any, ...], value: Any) -> None:
         place = place[key]
     place[path[-1]] = value
     assert not VALIDATOR.is_valid(data)
+
+
+# Reading
+
+Path = tuple[str | int, ...]
+
+
+def of_a_real_machine() -> dict[str, Any]:
+    data = written()
+    data["topology"] = cost_model_to_json(cost_models.cost_model("2x4xh100-sxm"))
+    return data
+
+
+def places(value: Any, path: Path = ()) -> Iterator[Path]:
+    """Every place in the data, one item for all of a list."""
+    if path:
+        yield path
+    items = value.items() if isinstance(value, dict) else ()
+    if isinstance(value, list):
+        items = enumerate(value[:1])
+    for key, inner in items:
+        yield from places(inner, (*path, key))
+
+
+def at(data: Any, path: Path) -> Any:
+    for key in path:
+        data = data[key]
+    return data
+
+
+def broken(path: Path, kind: str) -> dict[str, Any]:
+    """A plan in which one thing is lost, or is of another type."""
+    data = of_a_real_machine()
+    place = at(data, path[:-1])
+    if kind == "lost":
+        del place[path[-1]]
+    else:
+        place[path[-1]] = {"null": None, "text": "?", "list": [], "number": -1}[kind]
+    return data
+
+
+ALL = [path for path in places(of_a_real_machine()) if "arguments" not in path]
+
+
+@pytest.mark.parametrize("kind", ["lost", "null", "text", "list", "number"])
+def test_reading_finds_the_faults_that_the_schema_finds_and_names_their_place(kind: str) -> None:
+    found = 0
+    for path in ALL:
+        data = broken(path, kind)
+        valid = VALIDATOR.is_valid(data)
+        said = fault(data, plan_schema())
+        assert (said == "") == valid, (path, said)
+        if not valid and path[0] not in ("autopar", "format"):
+            named = [str(key) for key in path if isinstance(key, str)]
+            assert [key for key in named if key not in said] == [], (path, said)
+            with pytest.raises(PlanMismatchError) as refused:
+                plan_from_json(data)
+            assert said in str(refused.value)
+            found += 1
+    assert found > 50
+
+
+def test_a_plan_without_any_of_its_keys_is_not_explained(
+    tmp_path: FilePath, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.json"
+    for path in (("topology", "name"), ("estimate", "memory", "at"), ("graph", "loss")):
+        file.write_text(json.dumps(broken(path, "lost")))
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["explain", str(file)])
+        assert ended.value.code == 2
+        printed = capsys.readouterr()
+        assert f"{'.'.join(path)} is missing" in printed.err
+        assert printed.out == ""
+
+
+def test_keys_that_a_newer_autopar_may_write_are_not_faults() -> None:
+    data = written()
+    assert fault(data, plan_schema()) == ""
+    data["strategy"]["luck"] = 1
+    assert fault(data, plan_schema()) == ""
