@@ -293,6 +293,8 @@ class _Lowering:
                 else node
                 for name, node, sharding in zip(operator.inputs, inputs, wanted, strict=True)
             ]
+        for i in self.division.shares.get(operator.name, ()):
+            inputs[i] = self._share(inputs[i], operator.inputs[i], wanted[i])
         gathered = self._gathered(operator, wanted)
         local = self._localized(operator, bound, wanted, produced)
         node = self._operation(operator, local, bound, split, inputs, gathered)
@@ -318,6 +320,16 @@ class _Lowering:
         detached = self._named("call_function", op, f"{node.name}_detached", (node,))
         self._describe(detached, name, canonical(sharding, False))
         return detached
+
+    def _share(self, node: fx.Node, name: str, sharding: Sharding) -> fx.Node:
+        """Of what every microbatch has and one of them would be enough to add."""
+        op, count = torch.ops.aten.div.Scalar, self.division.count
+        share = self._named("call_function", op, f"{node.name}_share", (node, count))
+        produced = canonical(sharding, self.graph.by_name[name].differentiable)
+        self._describe(share, name, produced)
+        share.meta["given"], share.meta["wanted"] = [node], (sharding,)
+        share.meta["produced"] = [produced]
+        return share
 
     def _gathered(self, operator: Operator, wanted: Sequence[Sharding]) -> tuple[fx.Node, ...]:
         """Inputs that the operator's backward gathers again; noted in ``regathered``."""

@@ -252,8 +252,11 @@ class TrainingStep:
         dim = sharded_dim(self.program.division.placements[name])
         if dim is None:
             return value
-        size = self.graph.spec(name).shape[dim]
-        return value.narrow(dim, microbatch * size, size)
+        blocks = self.program.division.blocks.get(name, 1)
+        size = self.graph.spec(name).shape[dim] // blocks
+        shape = value.shape
+        parts = value.reshape(*shape[:dim], blocks, -1, *shape[dim + 1 :])
+        return parts.narrow(dim + 1, microbatch * size, size).flatten(dim, dim + 1)
 
 
 __all__ = ["OPTIMIZERS", "TrainingStep"]

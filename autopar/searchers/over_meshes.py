@@ -101,7 +101,7 @@ def _counts_in_order(problem: Problem) -> Iterator[tuple[int, Structure]]:
     tight: list[tuple[int, Structure]] = []
     hopeless: list[tuple[int, Structure]] = []
     comfortable = 0
-    for count in counts(problem.graph):
+    for count in counts(problem.graph, problem.proposals):
         try:
             structure = _structure(problem, count)
         except UnsupportedModelError:

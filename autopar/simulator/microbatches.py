@@ -5,6 +5,11 @@ not see that the batch is divided (its tensors are the same in every microbatch)
 that are whole only when those of all microbatches are added, as the loss is in the end. So means
 are those of the global batch, masks of dropout are drawn by the index in the global batch, and the
 gradients are the same as without microbatches.
+
+Unlike the devices of a mesh, microbatches need not be slices. Where a view makes one dim of
+(sequence, batch), as torch's own attention does, a microbatch has every position of its samples:
+as many **blocks** as positions, and of each block one part. What works on every element of a factor
+alone, which is what dividing it into its single elements means, works on any of them together.
 """
 
 from __future__ import annotations
@@ -12,11 +17,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from math import prod
 
 from autopar.errors import AutoparError, UnsupportedModelError
 from autopar.ir.graph import Input, Operator, OperatorGraph, Role, TensorSpec
-from autopar.ir.rule import REPLICATED, SUMMED, BoundRule, Choice, OpRule, bind
-from autopar.ir.sharding import INVARIANT, PARTIAL, Placement, shard, sharded_dim
+from autopar.ir.rule import REPLICATED, SUMMED, BoundRule, Choice, Dim, OpRule, bind
+from autopar.ir.sharding import INVARIANT, PARTIAL, Placement, shard
 from autopar.ops import Proposals, bind_operator, bound_rules
 from autopar.ops.factories import COUNTERS, READ_NO_VALUES
 from autopar.ops.proposals import call_key
@@ -34,6 +40,10 @@ class Division:
     each operator. ``placements``: how each tensor lies in time: ``S(d)`` is different in every
     microbatch, ``I`` the same in all, ``P`` to be summed. ``means``: operators that divide by a
     count over all microbatches, which ``counting``, operators of ``whole``, must find beforehand.
+    ``blocks``: of tensors cut in ``S(d)``, in how many blocks dim d lies, of each of which a
+    microbatch has one part (1 where nothing is said). ``shares``: operators that add what is the
+    same in all microbatches to a sum over them, a regulariser for example: each microbatch takes
+    these inputs divided by ``count``.
     """
 
     whole: OperatorGraph
@@ -45,6 +55,8 @@ class Division:
     placements: dict[str, Placement] = field(hash=False)
     means: tuple[str, ...] = ()
     counting: tuple[Operator, ...] = ()
+    blocks: dict[str, int] = field(hash=False, default_factory=dict)
+    shares: dict[str, tuple[int, ...]] = field(hash=False, default_factory=dict)
 
 
 def divide(graph: OperatorGraph, count: int, proposals: Proposals = ()) -> OperatorGraph:
@@ -62,12 +74,21 @@ def division(graph: OperatorGraph, count: int, proposals: Proposals = ()) -> Div
     rules = bound_rules(graph, proposals)
     if count == 1:
         return undivided(graph, rules)
-    size = batch_size(graph)
-    if count < 1 or size % count:
-        raise AutoparError(
-            f"{count} microbatches do not divide the batch of {size}; give a divisor of {size}"
-        )
-    return _Propagation(graph, rules, count, size).division()
+    refusal: UnsupportedModelError | None = None
+    first, *others = _batches(graph)
+    for batch in (first, *others):
+        if count < 1 or batch.size % count:
+            continue
+        try:
+            return _Propagation(graph, rules, count, batch).division()
+        except UnsupportedModelError as error:
+            refusal = error if batch is first else refusal
+    if refusal is not None:
+        raise refusal
+    size = batch_size(graph, proposals)
+    raise AutoparError(
+        f"{count} microbatches do not divide the batch of {size}; give a divisor of {size}"
+    )
 
 
 def undivided(graph: OperatorGraph, rules: Rules) -> Division:
@@ -77,40 +98,114 @@ def undivided(graph: OperatorGraph, rules: Rules) -> Division:
     return Division(graph, graph, 1, rules, rules, choices, placements)
 
 
-def batch_size(graph: OperatorGraph) -> int:
-    """The commonest leading dim of the inputs (the first of those that are as common)."""
-    sizes = Counter(
-        spec.shape[0] for spec in (graph.spec(name) for name in graph.inputs) if spec.shape
-    )
-    return max(sizes, key=lambda size: sizes[size]) if sizes else 1
+@dataclass(frozen=True)
+class _Batch:
+    """How many samples there are, and in which dim of which input."""
+
+    size: int
+    dims: dict[str, int] = field(hash=False)
 
 
-def counts(graph: OperatorGraph) -> Iterator[int]:
+def _batches(graph: OperatorGraph) -> tuple[_Batch, ...]:
+    """Where the batch may be: the commonest first dim of the inputs (the first of those that are as
+    common); else, as for layers that want (sequence, batch, ...), the commonest second dim of those
+    with most dims. Other inputs are cut where they meet these."""
+    shapes = {name: graph.spec(name).shape for name in graph.inputs if graph.spec(name).shape}
+    most = max(map(len, shapes.values()), default=0)
+    tall = {name: shape for name, shape in shapes.items() if len(shape) == most > 1}
+    found = [_commonest(given, dim) for given, dim in ((shapes, 0), (tall, 1)) if given]
+    return tuple(found) or (_Batch(1, {}),)
+
+
+def _commonest(shapes: dict[str, tuple[int, ...]], dim: int) -> _Batch:
+    sizes = Counter(shape[dim] for shape in shapes.values())
+    size = max(sizes, key=lambda size: sizes[size])
+    return _Batch(size, {name: dim for name, shape in shapes.items() if shape[dim] == size})
+
+
+def batch_size(graph: OperatorGraph, proposals: Proposals = ()) -> int:
+    """How many samples the inputs hold: the size of the first dim that may be the batch and that
+    can be divided at all."""
+    batches = _batches(graph)
+    for batch in batches:
+        count = _least_factor(batch.size)
+        try:
+            if count > 1:
+                _Propagation(graph, bound_rules(graph, proposals), count, batch).division()
+                return batch.size
+        except UnsupportedModelError:
+            continue
+    return batches[0].size
+
+
+def _least_factor(size: int) -> int:
+    return next((factor for factor in range(2, size + 1) if size % factor == 0), 1)
+
+
+def counts(graph: OperatorGraph, proposals: Proposals = ()) -> Iterator[int]:
     """The numbers of microbatches that are tried: 1, 2, 4, ... as far as they divide the batch,
     and samples one by one."""
-    size = batch_size(graph)
-    count = 1
+    yield 1
+    size = batch_size(graph, proposals)
+    count = 2
     while count < size and size % count == 0:
         yield count
         count *= 2
-    yield size
+    if size > 1:
+        yield size
 
 
 class _RefusedError(Exception):
     """Why an operator cannot be divided."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """What time divides of an operator: a factor, or one part of each of its ``blocks``; ``factor``
+    may also be one of ``RESERVED``."""
+
+    factor: Choice
+    blocks: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """How a tensor lies that is not the same in all microbatches: of each block of ``dim`` they
+    have one part."""
+
+    dim: int
+    blocks: int = 1
+
+
+_PRODUCTS = frozenset({"aten.mul.Tensor"})
+"""Linear in either input, when the other is given."""
+
+_ADD_A_NUMBER = frozenset(
+    {
+        "aten.add.Tensor",
+        "aten.add.Scalar",
+        "aten.sub.Tensor",
+        "aten.sub.Scalar",
+        "aten.rsub.Tensor",
+        "aten.rsub.Scalar",
+    }
+)
+"""With one tensor: their argument 1 is a number that is added to it, or that it is added to."""
+
+
 class _Propagation:
     """Walks from the inputs to the loss, as often as tensors turn out to be needed in pieces."""
 
-    def __init__(self, graph: OperatorGraph, rules: Rules, count: int, size: int) -> None:
+    def __init__(self, graph: OperatorGraph, rules: Rules, count: int, batch: _Batch) -> None:
         self.graph, self.rules, self.count = graph, rules, count
-        self.forced: dict[str, str] = {}  # operators without the batch among their inputs
-        self.given = {name: 0 for name in graph.inputs if graph.spec(name).shape[:1] == (size,)}
+        self.forced: dict[str, _Cut] = {}  # operators without the batch among their inputs
+        self.given = {name: _Piece(dim) for name, dim in batch.dims.items()}
         self.settled = False
-        self.placements: dict[str, Placement] = {}
+        self.pieces: dict[str, _Piece] = {}
+        self.sums: set[str] = set()  # tensors that are to be summed over all microbatches
         self.positions: set[str] = set()  # tensors that hold where in the batch a sample stands
-        self.choices: dict[str, Choice] = {}
+        self.cuts: dict[str, _Cut] = {}
+        self.shares: dict[str, tuple[int, ...]] = {}
 
     def division(self) -> Division:
         while not self.settled:
@@ -125,28 +220,34 @@ class _Propagation:
             whole_rules=self.rules,
             rules={o.name: self._divided_rule(divided, o) for o in divided.operators},
             choices={
-                name: REPLICATED if self._is_counter(name) else choice
-                for name, choice in self.choices.items()
+                name: REPLICATED if self._is_counter(name) else cut.factor
+                for name, cut in self.cuts.items()
             },
-            placements=self.placements,
+            placements={tensor.name: self._placement(tensor.name) for tensor in self.graph.tensors},
             means=means,
             counting=self._counting(means),
+            blocks={name: piece.blocks for name, piece in self.pieces.items() if piece.blocks > 1},
+            shares=self.shares,
         )
+
+    def _placement(self, name: str) -> Placement:
+        if name in self.pieces:
+            return shard(self.pieces[name].dim)
+        return PARTIAL if name in self.sums else INVARIANT
 
     # ---- where the batch goes ------------------------------------------------------------------
 
     def _walk(self) -> None:
         self.settled = True
         self.positions.clear()
-        self.placements = {
-            tensor.name: shard(self.given[tensor.name]) if tensor.name in self.given else INVARIANT
-            for tensor in self.graph.tensors
-        }
+        self.sums.clear()
+        self.shares.clear()
+        self.pieces = dict(self.given)
         for operator in self.graph.operators:
             try:
-                choice = self._choice(operator)
-                self.choices[operator.name] = choice
-                self._place_outputs(operator, choice)
+                cut = self._cut(operator)
+                self.cuts[operator.name] = cut
+                self._place_outputs(operator, cut)
             except _RefusedError as refused:
                 if not self.settled:
                     return  # it may not be so once all that is wanted in pieces is made in pieces
@@ -158,69 +259,86 @@ class _Propagation:
             f"{operator.name} ({operator.op}) {why}; plan it with one microbatch"
         )
 
-    def _choice(self, operator: Operator) -> Choice:
+    def _cut(self, operator: Operator) -> _Cut:
         """What time does to the operator, given how its inputs lie."""
         bound = self.rules[operator.name]
         if operator.name in self.forced:
-            factor = self.forced[operator.name]
+            cut = self.forced[operator.name]
             if operator.op not in READ_NO_VALUES:
-                self._demand_inputs(operator, bound, factor)
-            return factor
-        given = [self.placements[name] for name in operator.inputs]
-        if operator.op in READ_NO_VALUES or all(placement == INVARIANT for placement in given):
-            return REPLICATED
-        if PARTIAL in given:
-            return self._passing_sums_on(bound, given)
+                self._demand_inputs(operator, bound, cut)
+            return cut
+        if operator.op in READ_NO_VALUES or not any(map(self._varies, operator.inputs)):
+            return _Cut(REPLICATED)
+        if not self.sums.isdisjoint(operator.inputs):
+            self._pass_sums_on(operator, bound)
+            return _Cut(SUMMED)
         if operator.op == INDEXING and (position := self._own_sample(operator)) is not None:
-            return position
+            return _Cut(position)
         self._refuse_positions(operator)
-        factor = self._only_factor(operator, bound, given)
-        self._check(bound, factor)
-        self._demand_inputs(operator, bound, factor)
-        return factor
+        cut = self._only_cut(operator, bound)
+        self._check(bound, cut)
+        self._demand_inputs(operator, bound, cut)
+        return cut
 
-    @staticmethod
-    def _passing_sums_on(bound: BoundRule, given: list[Placement]) -> Choice:
-        wanted, _ = bound.placements(SUMMED)
-        linear = bound.rule.linear
-        partial = tuple(i for i, placement in enumerate(given) if placement == PARTIAL)
-        if not linear or partial != tuple(sorted(linear)) or len(wanted) != len(given):
-            raise _RefusedError("needs a sum over the whole batch")
-        if any(sharded_dim(placement) is not None for placement in given):
+    def _varies(self, name: str) -> bool:
+        return name in self.pieces or name in self.sums
+
+    def _pass_sums_on(self, operator: Operator, bound: BoundRule) -> None:
+        """What is the same in all microbatches and is added to a sum over them, each adds a share
+        of."""
+        if any(name in self.pieces for name in operator.inputs):
             raise _RefusedError("meets each sample with a sum over the whole batch")
-        return SUMMED
+        summed = {i for i, name in enumerate(operator.inputs) if name in self.sums}
+        if summed <= set(bound.rule.linear):
+            shared = tuple(i for i in bound.rule.linear if i not in summed)
+            if shared:
+                self.shares[operator.name] = shared
+        elif not (
+            (operator.op in _PRODUCTS and len(summed) == 1)
+            or (operator.op in _ADD_A_NUMBER and len(operator.inputs) == 1)
+        ):
+            raise _RefusedError("needs a sum over the whole batch")
 
-    def _only_factor(self, operator: Operator, bound: BoundRule, given: list[Placement]) -> str:
+    def _only_cut(self, operator: Operator, bound: BoundRule) -> _Cut:
         found = set()
-        for dims, placement in zip(bound.inputs, given, strict=True):
-            dim = sharded_dim(placement)
-            if dim is not None:
-                found.add(next((f for f in dims[dim] if bound.sizes[f] > 1), ""))
+        for dims, name in zip(bound.inputs, operator.inputs, strict=True):
+            if name in self.pieces:
+                piece = self.pieces[name]
+                found.add(_cut_of(bound, dims[piece.dim], piece.blocks))
         if len(found) > 1:
             raise _RefusedError("meets samples with other samples of the batch")
-        (factor,) = found
-        return factor
+        (cut,) = found
+        return cut
 
-    def _check(self, bound: BoundRule, factor: str) -> None:
+    def _check(self, bound: BoundRule, cut: _Cut) -> None:
         """Whether pieces of this factor can be worked on one after the other."""
-        if factor not in bound.factors:
+        factor, rule = cut.factor, bound.rule
+        if not _separable(bound, factor):
             raise _RefusedError("needs all samples at once")
-        if bound.sizes[factor] % self.count:
+        if bound.sizes[factor] % (cut.blocks * self.count):
             raise _RefusedError(f"has them in groups, {bound.sizes[factor]} in all")
-        rule = bound.rule
         if factor in rule.sums:
             if rule.addends:
                 raise _RefusedError("adds something once to a sum over the batch")
         elif factor in rule.special:
-            raise _RefusedError("takes statistics over the whole batch")
+            raise _RefusedError(
+                "takes statistics over the whole batch: those of microbatches would be another "
+                "model"
+            )
+        if cut.blocks > 1 and "*" in rule.special:
+            raise _RefusedError("draws numbers by where a sample stands, here not next to others")
+        if cut.blocks > 1 and rule.proposed:
+            raise _RefusedError("has a rule that was tried on slices only")
 
-    def _place_outputs(self, operator: Operator, choice: Choice) -> None:
+    def _place_outputs(self, operator: Operator, cut: _Cut) -> None:
         bound = self.rules[operator.name]
-        _, produced = bound.placements(choice)
-        for name, placement in zip(operator.outputs, produced, strict=True):
-            if sharded_dim(placement) is None and placement != PARTIAL:
-                placement = INVARIANT
-            self.placements[name] = placement
+        _, produced = bound.placements(cut.factor)
+        for name, dims, placement in zip(operator.outputs, bound.outputs, produced, strict=True):
+            piece = _piece_of(bound, dims, cut)
+            if piece is not None:
+                self.pieces[name] = piece
+            elif placement == PARTIAL:
+                self.sums.add(name)
         held = any(name in self.positions for name in operator.inputs)
         is_view = bound.rule.kind == "view" and operator.op != INDEXING
         if self._is_counter(operator.name) or (held and is_view):
@@ -231,42 +349,40 @@ class _Propagation:
 
     # ---- tensors that are made without the batch, and have to be cut with it ------------------
 
-    def _demand_inputs(self, operator: Operator, bound: BoundRule, factor: str) -> None:
-        wanted, _ = bound.placements(factor)
-        for name, placement in zip(operator.inputs, wanted, strict=True):
-            dim, here = sharded_dim(placement), self.placements[name]
-            if dim is None:
-                if here != INVARIANT and placement != PARTIAL:
+    def _demand_inputs(self, operator: Operator, bound: BoundRule, cut: _Cut) -> None:
+        for name, dims in zip(operator.inputs, bound.inputs, strict=True):
+            wanted = _piece_of(bound, dims, cut)
+            if wanted is None:
+                if self._varies(name):
                     raise _RefusedError("meets each sample with the whole batch")
-            elif here == INVARIANT:
-                self._demand(name, dim)
-            elif here != placement:
+            elif not self._varies(name):
+                self._demand(name, wanted)
+            elif self.pieces.get(name) != wanted:
                 raise _RefusedError("meets samples with other samples of the batch")
 
-    def _demand(self, name: str, dim: int) -> None:
-        """Have the tensor in pieces along ``dim`` in the next walk."""
+    def _demand(self, name: str, piece: _Piece) -> None:
+        """Have the tensor in such pieces in the next walk."""
         tensor = self.graph.by_name[name]
         if tensor.role is Role.INPUT and name not in self.given:
-            self.given[name] = dim
+            self.given[name] = piece
         elif tensor.role is Role.ACTIVATION:
-            producer = self.graph.producer[name]
-            bound = self.rules[producer.name]
-            dims = bound.outputs[producer.outputs.index(name)][dim]
-            factor = next((f for f in dims if bound.sizes[f] > 1), "")
-            counter = producer.op in COUNTERS
-            if counter and not _counts_samples(producer):
-                raise _RefusedError(
-                    f"meets each sample with a number that {producer.name} gives it"
-                )
-            if not counter:
-                self._check(bound, factor)
-            if factor in bound.rule.sums or producer.name in self.forced:
-                raise _RefusedError(f"needs {name} in pieces, which is made as a whole")
-            self.forced[producer.name] = factor
+            self._force(self.graph.producer[name], name, piece)
         else:
             raise _RefusedError(f"meets each sample with its own part of the {tensor.role} {name}")
         self.settled = False
-        self.placements[name] = shard(dim)
+        self.pieces[name] = piece
+
+    def _force(self, producer: Operator, name: str, piece: _Piece) -> None:
+        bound = self.rules[producer.name]
+        dims = bound.outputs[producer.outputs.index(name)]
+        cut = _cut_of(bound, dims[piece.dim], piece.blocks)
+        if producer.op not in COUNTERS:
+            self._check(bound, cut)
+        elif not _counts_samples(producer) or cut.blocks > 1:
+            raise _RefusedError(f"meets each sample with a number that {producer.name} gives it")
+        if cut.factor in bound.rule.sums or producer.name in self.forced:
+            raise _RefusedError(f"needs {name} in pieces, which is made as a whole")
+        self.forced[producer.name] = cut
 
     # ---- indexing by the position in the batch -------------------------------------------------
 
@@ -275,19 +391,21 @@ class _Propagation:
         ``None`` when this is not that."""
         bound = self.rules[operator.name]
         (table, *_), indices = operator.inputs, operator.argument(1, "indices")
-        cut = sharded_dim(self.placements[table])
-        index = indices[cut] if cut is not None and cut < len(indices) else None
+        piece = self.pieces.get(table)
+        if piece is None or piece.blocks > 1 or piece.dim >= len(indices):
+            return None
+        index = indices[piece.dim]
         if not isinstance(index, Input):
             return None
         name = operator.inputs[index.index]
         shape = self.graph.spec(name).shape
         long = [dim for dim, size in enumerate(shape) if size > 1]
-        if len(long) != 1 or shape[long[0]] != self.graph.spec(table).shape[cut or 0]:
+        if len(long) != 1 or shape[long[0]] != self.graph.spec(table).shape[piece.dim]:
             return None
-        if self.placements[name] == INVARIANT:
+        if not self._varies(name):
             if not self._comes_from_a_counter(name):
                 return None
-            self._demand(name, long[0])
+            self._demand(name, _Piece(long[0]))
         elif name not in self.positions:
             return None
         (factor,) = bound.inputs[index.index][long[0]]
@@ -311,10 +429,10 @@ class _Propagation:
 
     def _check_ends(self) -> None:
         loss = self.graph.loss
-        if self.placements[loss] != PARTIAL:
+        if loss not in self.sums:
             raise self._refusal(self.graph.producer[loss], "does not add up over the batch")
         for buffer, tensor in self.graph.mutations:
-            if self.placements[tensor] != INVARIANT:
+            if self._varies(tensor):
                 raise self._refusal(
                     self.graph.producer[tensor],
                     f"gives the buffer {buffer} a value that depends on the whole batch",
@@ -322,8 +440,8 @@ class _Propagation:
 
     def _counts(self, operator: Operator) -> bool:
         """Whether the operator divides by a count over the batch."""
-        rule, choice = self.rules[operator.name].rule, self.choices[operator.name]
-        return choice in rule.sums and any(inner.factor == choice for inner in rule.inner)
+        rule, factor = self.rules[operator.name].rule, self.cuts[operator.name].factor
+        return factor in rule.sums and any(inner.factor == factor for inner in rule.inner)
 
     def _counting(self, means: tuple[str, ...]) -> tuple[Operator, ...]:
         """The operators of the whole graph that make what is counted: everything but the scores."""
@@ -356,11 +474,11 @@ class _Propagation:
         return replace(self.graph, tensors=tensors, operators=operators)
 
     def _local_spec(self, name: str) -> TensorSpec:
-        spec, dim = self.graph.spec(name), sharded_dim(self.placements[name])
-        if dim is None:
+        spec, piece = self.graph.spec(name), self.pieces.get(name)
+        if piece is None:
             return spec
         shape = list(spec.shape)
-        shape[dim] //= self.count
+        shape[piece.dim] //= self.count
         return TensorSpec(tuple(shape), spec.dtype)
 
     def _local(self, operator: Operator, specs: dict[str, TensorSpec]) -> Operator:
@@ -369,8 +487,17 @@ class _Propagation:
         if self._is_counter(operator.name):
             (end,) = outputs[0]
             return with_argument(operator, COUNTERS[operator.op], "end", end)
+        if self.cuts[operator.name].factor == SUMMED and operator.op in _ADD_A_NUMBER:
+            return self._adding_a_share(operator)
         localize = self.rules[operator.name].rule.localize
         return operator if localize is None else localize(operator, inputs, outputs)
+
+    def _adding_a_share(self, operator: Operator) -> Operator:
+        """A number that is added to a sum over all microbatches comes from each in part."""
+        number = operator.argument(1, "other")
+        if not isinstance(number, int | float):
+            return operator
+        return with_argument(operator, 1, "other", number / self.count)
 
     def _divided_rule(self, divided: OperatorGraph, operator: Operator) -> BoundRule:
         whole = self.rules[operator.name]
@@ -390,14 +517,48 @@ class _Propagation:
             found = bound_rules(one, proposals)[operator.name]
         if not self._counts(self.graph.operator[operator.name]):
             return found
-        # what it divides by is known before the first microbatch
-        kept = tuple(inner for inner in found.rule.inner if inner.points)
+        # what it divides by, one number, is known before the first microbatch
+        others = {inner.factor for inner in whole.rule.inner if inner.points}
+        kept = tuple(inner for inner in found.rule.inner if inner.factor in others)
         return bind(replace(found.rule, inner=kept), *specs)
 
     def _proposal(self, operator: str) -> OpRule:
-        rule, choice = self.rules[operator].rule, self.choices[operator]
-        sizes = tuple((f, n // self.count if f == choice else n) for f, n in rule.sizes)
+        rule, factor = self.rules[operator].rule, self.cuts[operator].factor
+        sizes = tuple((f, n // self.count if f == factor else n) for f, n in rule.sizes)
         return replace(rule, sizes=sizes)
+
+
+def _cut_of(bound: BoundRule, dim: Dim, blocks: int) -> _Cut:
+    """The factor of a dim that is cut where each of so many blocks of the dim is cut."""
+    before = 1
+    for factor in dim:
+        after = before * bound.sizes[factor]
+        if before <= blocks < after and blocks % before == 0:
+            return _Cut(factor, blocks // before)
+        before = after
+    raise _RefusedError("regroups samples together with what is not the batch")
+
+
+def _piece_of(bound: BoundRule, dims: tuple[Dim, ...], cut: _Cut) -> _Piece | None:
+    """How a tensor with these dims lies when the operator is cut so; ``None``: it is not cut."""
+    for i, dim in enumerate(dims):
+        if cut.factor in dim:
+            before = prod(bound.sizes[factor] for factor in dim[: dim.index(cut.factor)])
+            return _Piece(i, before * cut.blocks)
+    return None
+
+
+def _separable(bound: BoundRule, factor: str) -> bool:
+    """Whether pieces of the factor can be worked on one by one: a factor that an axis may divide,
+    or, in a view, one that is not the first of a dim."""
+    if factor in bound.factors:
+        return True
+    tensors = bound.inputs + bound.outputs
+    return (
+        bound.rule.kind == "view"
+        and factor not in bound.rule.whole
+        and all(sum(factor in dim for dim in dims) == 1 for dims in tensors)
+    )
 
 
 def _counts_samples(operator: Operator) -> bool:

@@ -174,16 +174,21 @@ def _quotient_backward(local: _Local) -> tuple[int, int]:
 
 
 def _batch_norm(local: _Local) -> tuple[int, int]:
-    """With statistics over several ranks it is a formula; the plain kernel has no workspace."""
+    """With statistics over several ranks it is a formula, in float32 or wider, to which input and
+    gradient are cast; the plain kernel has no workspace."""
     if not any(map(local.splits, local.bound.rule.special)):
         return 0, 0
+    narrow = local.read[0]
     item = ITEM_BYTES[local.bound.input_specs[0].dtype]
-    wide = local.read[0] // item * max(item, 4)
-    return 2 * wide, 3 * wide
+    wide = narrow // item * max(item, 4)
+    if wide == narrow:
+        return 2 * wide, 3 * wide
+    return 4 * wide - narrow, 5 * wide - narrow
 
 
 WORKSPACE: dict[str, Callable[[_Local], tuple[int, int]]] = {
     "aten._native_batch_norm_legit_functional.default": _batch_norm,
+    "aten.abs.default": _formula(1),
     "aten.cos.default": _formula(1),
     "aten.cross_entropy_loss.default": _cross_entropy,
     "aten.div.Tensor": _quotient_backward,
@@ -196,4 +201,5 @@ WORKSPACE: dict[str, Callable[[_Local], tuple[int, int]]] = {
     "aten.scaled_dot_product_attention.default": _attention,
     "aten.sin.default": _formula(1),
     "aten.sqrt.default": _formula(1),
+    "aten.square.default": _formula(2),
 }

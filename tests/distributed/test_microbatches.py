@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from random import Random
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -174,29 +176,111 @@ class Losses(nn.Module):
         return loss
 
 
-def test_losses_of_different_weight_add_up() -> None:
-    pool().run(2, check_losses)
+class Regularised(nn.Module):
+    """What depends on parameters alone, on either side of sums over the batch, and a weight that
+    is learned."""
+
+    coefficient: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6))
+        self.doubt = nn.Parameter(torch.tensor(0.3))
+        self.register_buffer("coefficient", torch.tensor(0.01))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        scores = self.layers(x)
+        loss = (-self.doubt).exp() * F.cross_entropy(scores, y) + self.doubt
+        loss = loss + self.coefficient * sum(p.square().sum() for p in self.layers.parameters())
+        entropy = 1 - scores.softmax(1).square().sum(1).mean()
+        decay = torch.stack([p.abs().mean() for p in self.layers.parameters()])
+        return torch.stack([decay.max() - loss, 0.1 * entropy - 2]).sum() * -1
 
 
-def check_losses() -> None:
+class Encoder(nn.Module):
+    """torch's own encoder, which makes one dim of (sequence, batch) inside."""
+
+    def __init__(self, *, batch_first: bool, dropout: float = 0.0) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout, batch_first=batch_first)
+        self.batch_first = batch_first
+        self.words = nn.Embedding(12, 8)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(8, 12)
+
+    def forward(self, ids: Tensor, padding: Tensor, targets: Tensor) -> Tensor:
+        x = self.encoder(self.words(ids), src_key_padding_mask=padding)
+        scores: Tensor = self.head(x)
+        return F.cross_entropy(scores.view(-1, 12), targets.reshape(-1), ignore_index=0)
+
+
+def regularised() -> Own:
+    return Regularised(), (torch.randn(8, 4), torch.randint(6, (8,)))
+
+
+def losses() -> Own:
+    return Losses(), (torch.randn(8, 4), torch.tensor([0, 2, 2, 3, 5, 2, 1, 4]))
+
+
+def _ids_and_padding() -> tuple[Tensor, Tensor]:
+    """Of 8 samples with 6 positions, the last of which are padding in some."""
+    return torch.randint(12, (8, 6)), torch.arange(6)[None] >= torch.arange(3, 11)[:, None]
+
+
+def batch_first() -> Own:
+    ids, padding = _ids_and_padding()
+    return Encoder(batch_first=True), (ids, padding, (ids + 1) % 12)
+
+
+def sequence_first() -> Own:
+    ids, padding = _ids_and_padding()
+    return Encoder(batch_first=False), (ids.t().contiguous(), padding, (ids.t() + 1) % 12)
+
+
+def flat_targets() -> Own:
+    """A target for every position of every sample in one dim, as some tutorials have them."""
+    model, (ids, padding, targets) = sequence_first()
+    return model, (ids, padding, targets.reshape(-1))
+
+
+Own = tuple[nn.Module, tuple[Tensor, ...]]
+OWN = (losses, regularised, batch_first, sequence_first, flat_targets)
+
+
+@pytest.mark.parametrize("make", OWN)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_loss_and_gradients_are_those_of_the_whole_batch(
+    make: Callable[[], Own], ranks: int
+) -> None:
+    pool().run(ranks, check_own, make.__name__)
+
+
+def check_own(name: str) -> None:
     torch.manual_seed(0)
-    model = Losses().double()
-    batch = torch.randn(8, 4, dtype=torch.float64), torch.tensor([0, 2, 2, 3, 5, 2, 1, 4])
-    graph = extract(model, batch, name="losses")
-    for count in (2, 4):
+    make = next(make for make in OWN if make.__name__ == name)
+    model, batch = make()
+    model = model.double()
+    batch = tuple(x.double() if x.is_floating_point() else x for x in batch)
+    graph = extract(model, batch, name=name)
+    mesh = Mesh((("data", dist.get_world_size()),))
+    for count in (2, 8):
         part = division(graph, count)
-        drawn = random_strategy(part.graph, part.rules, MESHES[0], Random(count))
+        drawn = random_strategy(part.graph, part.rules, mesh, Random(count))
         strategy = replace(drawn, microbatches=count)
         communicator = communicator_of(strategy.mesh)
         state = from_module(model, graph, strategy, communicator.rank, torch.device("cpu"))
-        steps = int(model.steps)
         step = TrainingStep(lower_microbatch(part, strategy), strategy, state, communicator)
-        found = step(*batch)
+        before = {name: value.clone() for name, value in state.buffers.items()}
+        with communicator.recorder.recording() as executed:
+            found = step(*batch)
         model.zero_grad()
         expected = model(*batch)
         expected.backward()
         assert relative(found, expected.detach()) < 1e-9
-        for name, parameter in model.named_parameters():
-            assert parameter.grad is not None
-            assert relative(step.full_gradients()[name], parameter.grad) < 1e-9, name
-        assert int(state.buffers["steps"]) == steps + 1
+        gradients = step.full_gradients()
+        for parameter, value in model.named_parameters():
+            assert value.grad is not None
+            assert relative(gradients[parameter], value.grad, 1e-6) < 1e-9, (count, parameter)
+        if "steps" in before:
+            assert int(state.buffers["steps"]) == int(before["steps"]) + 1
+        assert Counter(executed) == promised(part, strategy), count

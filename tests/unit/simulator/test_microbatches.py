@@ -107,6 +107,8 @@ def test_what_a_mean_divides_by_is_known_before_the_first_microbatch() -> None:
         lambda x, y: F.cross_entropy(x, y, reduction="none").mean(),
         lambda x, y: F.nll_loss(F.log_softmax(x, 1), y, weight=torch.arange(6.0)),
         lambda x, y: F.mse_loss(x, F.one_hot(y, 6).to(x.dtype)),
+        lambda x, y: x.mean() + torch.ones(()),
+        lambda x, y: 1 - x.mean(),
     ],
 )
 def test_sums_and_means_in_any_mixture_add_up(head: Head) -> None:
@@ -119,17 +121,80 @@ def test_sums_and_means_in_any_mixture_add_up(head: Head) -> None:
         (lambda x, y: (x @ x.t()).mean(), "matmul", "with other samples"),
         (lambda x, y: x.mean().exp(), "exp", "needs a sum over the whole batch"),
         (lambda x, y: x.amax(0).mean(), "amax", "needs all samples at once"),
-        (lambda x, y: F.batch_norm(x, None, None, training=True).mean(), "batch_norm", "statist"),
+        (
+            lambda x, y: F.batch_norm(x, None, None, training=True).mean(),
+            "batch_norm",
+            "statistics over the whole batch: those of microbatches would be another model",
+        ),
         (lambda x, y: (x[:4] - x[4:]).mean(), "slice", "needs all samples at once"),
         (lambda x, y: F.cross_entropy(x, (x.argmax(1) + y) % 6), "cross_entropy", "parameter"),
         (lambda x, y: (x * torch.arange(8.0)[:, None]).mean(), "mul", "sample"),
-        (lambda x, y: x.mean() + torch.ones(()), "add", "needs a sum"),
     ],
 )
 def test_what_needs_the_whole_batch_is_refused_by_name(head: Head, operator: str, why: str) -> None:
     with pytest.raises(UnsupportedModelError, match=why) as refused:
         divide(graph(head), 2)
     assert operator in str(refused.value)
+
+
+class Encoder(nn.Module):
+    """torch's own layer on (sequence, batch, width), or (batch, sequence, width)."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(self.layer(x).flatten(0, 1), y)
+
+
+def encoder(batch_first: bool, samples: int) -> OperatorGraph:
+    shape = (samples, 6) if batch_first else (6, samples)
+    batch = torch.randn(*shape, 8), torch.randn(samples * 6, 8)
+    return extract(Encoder(batch_first), batch, name="encoder")
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_batch_inside_a_merged_dim_is_that_of_a_smaller_batch(batch_first: bool) -> None:
+    whole = encoder(batch_first, samples=8)
+    half = division(whole, 2)
+    extracted = encoder(batch_first, samples=4)
+    assert half.graph.tensors == extracted.tensors
+    (merged,) = (o for o in whole.operators if o.op == "aten.reshape.default")
+    assert half.blocks[merged.outputs[0]] == 6
+    assert (whole.inputs[1] in half.blocks) == (not batch_first)
+
+
+def test_the_batch_may_be_the_second_dim() -> None:
+    assert batch_size(encoder(batch_first=False, samples=8)) == 8
+    assert list(counts(encoder(batch_first=False, samples=8))) == [1, 2, 4, 8]
+    with pytest.raises(AutoparError, match="5 microbatches do not divide the batch of 8"):
+        divide(encoder(batch_first=False, samples=8), 5)
+
+
+class Mixed(nn.Module):
+    """Positions before samples in one dim, and a mask drawn for each."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.linear, self.p = nn.Linear(4, 4), p
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.transpose(0, 1).flatten(0, 1)
+        return F.dropout(self.linear(y), self.p).square().mean()
+
+
+def test_masks_of_samples_that_do_not_stand_together_are_refused() -> None:
+    assert divide(extract(Mixed(0.0), (torch.randn(8, 3, 4),), name="mixed"), 2)
+    with pytest.raises(UnsupportedModelError, match=r"dropout.* where a sample stands"):
+        divide(extract(Mixed(0.5), (torch.randn(8, 3, 4),), name="mixed"), 2)
+
+
+def test_what_does_not_depend_on_the_batch_is_added_in_shares() -> None:
+    weighted = division(graph(lambda x, y: F.cross_entropy(x, y) + 2 * torch.ones(3).norm()), 4)
+    (shares,) = weighted.shares.values()
+    assert shares == (1,)
+    assert not division(graph(lambda x, y: (x + torch.ones(6)).mean()), 4).shares
 
 
 def test_a_number_that_does_not_divide_the_batch_is_refused() -> None:
