@@ -87,7 +87,7 @@ def parts(found: Estimate) -> list[tuple[str, float]]:
 
 def _quality(plan: Plan) -> str:
     search = plan.search
-    if not math.isfinite(search.lower_bound_s):
+    if not 0 < search.lower_bound_s < math.inf:
         proof = "without a lower bound"
     elif search.stop_reason == "optimal":
         proof = f"proven optimal (gap {search.gap:.2%})"

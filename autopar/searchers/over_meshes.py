@@ -79,15 +79,33 @@ def search_meshes(
 
     result: SearchResult | None = None
     for count, structure in _counts_in_order(problem):
+        if result is not None and monotonic() - started > budget.time_s:
+            result = replace(result, stop_reason="time")
+            break
         progress(f"trying {count} microbatches" if count > 1 else "trying the whole batch at once")
         result = search(count, structure, FIRST_SHARE)
         if result.best is not None and result.stop_reason == "time":
-            more = search(count, structure, 1.0)
-            result = result if more.best is None else more
+            result = _faster(result, search(count, structure, 1.0))
         if result.best is not None or result.stop_reason == "interrupted":
             break
     assert result is not None
     return replace(result, search_time_s=monotonic() - started)
+
+
+def _faster(first: SearchResult, again: SearchResult) -> SearchResult:
+    """The better of two searches for the same, with both bounds; the second one may have ended
+    before it was as far as the first."""
+    bound_s = max(first.lower_bound_s, again.lower_bound_s)
+    if _best_s(again) <= _best_s(first):
+        return replace(again, lower_bound_s=min(bound_s, _best_s(again)))
+    reason = "interrupted" if again.stop_reason == "interrupted" else "time"
+    return replace(first, lower_bound_s=min(bound_s, _best_s(first)), stop_reason=reason)
+
+
+def _best_s(result: SearchResult) -> float:
+    if result.best is None or result.best.estimate is None:
+        return math.inf
+    return result.best.estimate.step_time_s
 
 
 def _counts_in_order(problem: Problem) -> Iterator[tuple[int, Structure]]:
@@ -197,10 +215,13 @@ class _Search:
         for recipe in RECIPES.values():
             if monotonic() < self.deadline:
                 self._try_recipe(structure, recipe)
-        listings = sorted(
-            (self._listing(structure, mesh) for mesh in self.problem.meshes),
-            key=lambda listing: (len(listing.mesh.axes) > QUICK_AXES, listing.least_s),
-        )
+        listings = []
+        for mesh in problem.meshes:
+            listings.append(self._listing(structure, mesh))
+            _ = listings[-1].least_s  # takes long where there are many strategies
+            if monotonic() > self.deadline:
+                return "time"
+        listings.sort(key=lambda each: (len(each.mesh.axes) > QUICK_AXES, each.least_s))
         for number, listing in enumerate(listings):
             self.unseen_bound_s = min(unseen.least_s for unseen in listings[number:])
             if monotonic() > self.deadline:

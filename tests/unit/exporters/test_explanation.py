@@ -139,3 +139,12 @@ def test_recipes_are_compared_and_what_does_not_fit_is_said() -> None:
     found = text.summary(fake_plans.plan(2))
     assert "1.25x faster than megatron" in found
     assert "data_parallel does not fit: 20.0 MB" in found
+
+
+@pytest.mark.parametrize("bound_s", [0.0, float("inf")])
+def test_a_search_that_ended_before_anything_was_bounded_claims_nothing(bound_s: float) -> None:
+    plan = fake_plans.plan(1)
+    ended = replace(plan.search, stop_reason="time", lower_bound_s=bound_s, gap=1.0)
+    said = text.summary(replace(plan, search=ended))
+    assert "without a lower bound" in said
+    assert "from optimal" not in said

@@ -13,10 +13,11 @@ from torch import nn
 
 from autopar.extractor import extract
 from autopar.ir.graph import OperatorGraph
-from autopar.ir.search import Budget, Problem
+from autopar.ir.search import Budget, Problem, SearchResult
+from autopar.ir.sharding import Mesh
 from autopar.ir.strategy import Training
 from autopar.ops import bound_rules
-from autopar.searchers import SEARCHERS
+from autopar.searchers import SEARCHERS, over_meshes
 from autopar.searchers.over_meshes import _counts_in_order
 from autopar.simulator.listing import Listing, Structure
 from autopar.simulator.meshes import factorizations, mesh
@@ -140,3 +141,79 @@ def test_recipes_that_divide_nothing_are_reported_without_a_strategy() -> None:
     recipes = {t.name: t for t in result.trials if t.outcome == "recipe"}
     assert recipes["data_parallel"].strategy is not None
     assert recipes["replicate"].estimate is not None
+
+
+class Clock:
+    """Seconds that pass only when something is done."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 0.0
+        monkeypatch.setattr(over_meshes, "monotonic", lambda: self.now_s)
+
+
+def result(reason: str, best_s: float | None, bound_s: float = 0.0) -> SearchResult:
+    """A search that found something (of the time ``best_s``) or nothing."""
+    found = next(t for t in tried().trials if t.estimate is not None)
+    assert found.estimate is not None
+    if best_s is not None:
+        found = replace(found, estimate=replace(found.estimate, step_time_s=best_s))
+    return SearchResult("ilp", (), None if best_s is None else found, bound_s, reason, 1.0)
+
+
+@cache
+def tried() -> SearchResult:
+    return SEARCHERS["ilp"](problem("mlp", 10**12), Budget())
+
+
+def searched(
+    monkeypatch: pytest.MonkeyPatch, each_s: float, *results: SearchResult
+) -> tuple[SearchResult, int]:
+    """What comes of a search with 10 s in which each number of microbatches takes ``each_s`` and
+    has the next of these results; and how many were begun."""
+    clock, asked = Clock(monkeypatch), list(results)
+
+    def divided(*_: object) -> SearchResult:
+        clock.now_s += each_s
+        return asked.pop(0)
+
+    monkeypatch.setattr(over_meshes, "_search_divided", divided)
+    found = SEARCHERS["ilp"](problem("mlp", 10**12, None), Budget(time_s=10.0))
+    return found, len(results) - len(asked)
+
+
+def test_when_the_time_is_over_no_more_microbatches_are_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nothing = result("unknown", None)
+    found, begun = searched(monkeypatch, 6.0, nothing, nothing, nothing)
+    assert (found.stop_reason, begun) == ("time", 2)
+
+
+@pytest.mark.parametrize("reason", ["time", "interrupted"])
+def test_searching_on_loses_neither_what_was_found_nor_what_was_proved(
+    reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = result("time", 3.0, 2.0)
+    for again in (result(reason, None), result(reason, 4.0, 1.0)):
+        found, _ = searched(monkeypatch, 1.0, first, again)
+        assert (found.best, found.lower_bound_s, found.stop_reason) == (first.best, 2.0, reason)
+    again = result(reason, 2.5)
+    found, _ = searched(monkeypatch, 1.0, first, again)
+    assert (found.best, found.lower_bound_s, found.stop_reason) == (again.best, 2.0, reason)
+
+
+def test_when_the_time_is_over_no_more_meshes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    bounded: list[Mesh] = []
+    slow = Listing.least_s.func  # type: ignore[attr-defined]
+
+    def least_s(listing: Listing) -> float:
+        clock.now_s += 1.0
+        bounded.append(listing.mesh)
+        return float(slow(listing))
+
+    monkeypatch.setattr(Listing, "least_s", property(least_s))
+    found = SEARCHERS["ilp"](problem("mlp", 10**12), Budget(time_s=1.5))
+    assert found.stop_reason == "time"
+    assert len(set(bounded)) < len(factorizations(8))
+    assert found.lower_bound_s == 0.0
