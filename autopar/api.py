@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, Unpack
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from autopar.runtime.verify import Report
     from autopar.simulator.edges import Rules
     from autopar.simulator.microbatches import Division
+    from autopar.simulator.timeline import Timeline
 
 Progress = Callable[[str], None]
 """Is told what is done, at the start of everything that may take over a second."""
@@ -352,6 +354,28 @@ def simulate(
         )
     divided = division_of(plan)
     return evaluate(divided.graph, divided.rules, cost_model, plan.strategy)
+
+
+def timeline_of(
+    schedule: str,
+    devices: int,
+    microbatches: int,
+    chunks: int | None = None,
+    times: tuple[Fraction, Fraction, Fraction] = (Fraction(1), Fraction(1), Fraction(1)),
+) -> Timeline:
+    """A schedule on equal stages, without communication: as papers draw it.
+
+    ``devices``: each stands for a group that holds ``chunks`` stages (default: the schedule's).
+    ``times``: of a stage's forward, the gradient of its inputs and that of its weights.
+    """
+    from autopar.schedules import SCHEDULES
+    from autopar.simulator.pipeline import equal_stages
+    from autopar.simulator.timeline import simulate
+
+    member = pick(SCHEDULES, schedule, "schedule")
+    stages = member.stages(devices, chunks)
+    rows = member(stages, microbatches, chunks)
+    return simulate(rows, equal_stages(stages, *times))
 
 
 def explain(plan: Plan) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 import threading
 import traceback
@@ -12,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -540,7 +542,7 @@ def export_command(plan: Path, exporter: str, output: Path | None) -> None:
 @click.argument("shelf")
 @_json_option
 def list_command(shelf: str, as_json: bool) -> None:
-    """What there is of SHELF: topologies, recipes, searchers, exporters or operators."""
+    """What there is of SHELF: topologies, recipes, schedules, searchers, exporters, operators."""
     from autopar import api
 
     names = sorted(api.pick(_SHELVES, shelf, "shelf")())
@@ -557,6 +559,12 @@ def _recipes() -> list[str]:
     from autopar.recipes import RECIPES
 
     return list(RECIPES)
+
+
+def _schedules() -> list[str]:
+    from autopar.schedules import SCHEDULES
+
+    return list(SCHEDULES)
 
 
 def _searchers() -> list[str]:
@@ -580,10 +588,69 @@ def _operators() -> list[str]:
 _SHELVES: dict[str, Callable[[], list[str]]] = {
     "topologies": _topologies,
     "recipes": _recipes,
+    "schedules": _schedules,
     "searchers": _searchers,
     "exporters": _exporters,
     "operators": _operators,
 }
+
+
+@commands.command("draw")
+@click.argument("schedule")
+@click.option("--devices", type=AT_LEAST_1, default=4, show_default=True, help="Groups of devices.")
+@click.option("--microbatches", type=AT_LEAST_1, default=8, show_default=True, help="Of a step.")
+@click.option("--chunks", type=AT_LEAST_1, help="Stages on each group.  [default: the schedule's]")
+@click.option(
+    "--times",
+    default="1,1,1",
+    show_default=True,
+    help="Of a stage's forward, the gradient of its inputs, that of its weights.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=Path,
+    help="Write a page (.html), a picture (.svg) or a trace for ui.perfetto.dev (.json).",
+)
+@_json_option
+def draw_command(
+    schedule: str,
+    devices: int,
+    microbatches: int,
+    chunks: int | None,
+    times: str,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """What each group of devices does when under SCHEDULE.
+
+    Stages are equal and communication takes no time. See `autopar list schedules`.
+    """
+    from autopar import api
+    from autopar.exporters import drawing, perfetto
+    from autopar.ir.plan import write_atomically
+
+    found = api.timeline_of(schedule, devices, microbatches, chunks, _times(times))
+    if output is not None:
+        title = f"{schedule}, {microbatches} microbatches"
+        draw = {
+            ".html": lambda: drawing.html(found, title),
+            ".svg": lambda: drawing.svg(found),
+            ".json": lambda: perfetto.trace(found),
+        }
+        write_atomically(output, api.pick(draw, output.suffix, "kind of drawing")())
+    columns = shutil.get_terminal_size((120, 24)).columns
+    click.echo(json.dumps(drawing.summary(found)) if as_json else drawing.text(found, columns))
+
+
+def _times(text: str) -> tuple[Fraction, Fraction, Fraction]:
+    try:
+        forward, inputs, weights = map(Fraction, text.split(","))
+    except (ValueError, ZeroDivisionError):
+        raise AutoparError(f"{text!r} are no three times; write for example 1,1,1") from None
+    if min(forward, inputs) <= 0 or weights < 0:
+        raise AutoparError(f"{text!r}: a forward and a backward take some time; try 1,1,1")
+    return forward, inputs, weights
 
 
 @commands.command("version")

@@ -1,5 +1,4 @@
-"""Pipelines for tests: equal stages, random stage graphs with random rows, and a slow, plain way to
-time them."""
+"""Random stage graphs with random rows, and a slow, plain way to time them."""
 
 from __future__ import annotations
 
@@ -15,29 +14,13 @@ from autopar.ir.schedule import Action, Rows
 from autopar.simulator.arrangement import Arrangement
 from autopar.simulator.pipeline import (
     Feed,
-    Passage,
     Pipeline,
     PortLinks,
     StageCost,
     StageMemory,
     Synchronisation,
     Time,
-    chain,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Instant:
-    """A network on which nothing takes time."""
-
-    def passage(self, feed: Feed, backward: bool, source: int, target: int) -> Passage:
-        return Passage(0, 0, ())
-
-
-def equal_stages(stages: int, forward: Time, backward: Time, weights: Time = 0) -> Pipeline:
-    """A chain; ``backward`` is that of the inputs, and ``weights`` comes in addition."""
-    cost = StageCost(forward, backward + weights, 0, backward, weights)
-    return Pipeline((cost,) * stages, chain(stages), Instant())
 
 
 @dataclass

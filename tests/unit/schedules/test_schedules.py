@@ -18,8 +18,8 @@ from autopar.ir.schedule import (
 )
 from autopar.schedules import SCHEDULES
 from autopar.simulator.arrangement import arrange
+from autopar.simulator.pipeline import Feed, Wiring, equal_stages
 from autopar.simulator.timeline import Timeline, play, simulate
-from tests.helpers.pipelines import equal_stages
 
 DEVICES = (2, 4, 8, 16)
 TIMES = ((1, 1, 1), (2, 3, 1), (3, 4, 2), (1, 2, 1))
@@ -84,10 +84,7 @@ def test_rows_can_end_on_chains_with_skips_and_on_branches(name: str) -> None:
         towers = tuple((s, s + 2) for s in range(n - 2)) + (((n - 2, n - 1),) if n > 1 else ())
         for feeds in (chain, tuple({*chain, *skips}), towers):
             rows = SCHEDULES[name](shape.stages, shape.microbatches, shape.chunks, feeds)
-            wiring = equal_stages(n, 1, 1, 1).wiring
-            arrange(rows, wiring)
-            wired = tuple((a, b, True) for a, b in feeds)
-            arrange(rows, type(wiring)(n, wired))
+            arrange(rows, Wiring(n, tuple((a, b, True) for a, b in feeds)))
 
 
 @everything
@@ -248,9 +245,7 @@ def test_parallel_towers_need_not_wait_for_each_other() -> None:
     for name, in_flight in (("gpipe", [6] * 5), ("1f1b", [3, 2, 3, 2, 1])):
         rows = SCHEDULES[name](5, 6, feeds=towers)
         assert [most_in_flight(row) for row in rows] == in_flight
-        pipeline = equal_stages(5, 1, 2)
-        feeds = tuple(type(pipeline.feeds[0])(a, b, 0) for a, b in towers)
-        joined = type(pipeline)(pipeline.stages, feeds, pipeline.network)
+        joined = equal_stages(5, 1, 2, feeds=tuple(Feed(a, b, 0) for a, b in towers))
         # as a chain of three stages, the length of the longest way
         assert simulate(rows, joined).step_time_s == (6 + 2) * 3
     assert shape.stages_after() == [2, 1, 2, 1, 0]

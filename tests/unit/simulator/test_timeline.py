@@ -16,6 +16,7 @@ from autopar.schedules import SCHEDULES
 from autopar.simulator.arrangement import arrange
 from autopar.simulator.pipeline import (
     Feed,
+    Instant,
     PairLinks,
     Passage,
     Pipeline,
@@ -26,16 +27,10 @@ from autopar.simulator.pipeline import (
     Time,
     Wiring,
     chain,
+    equal_stages,
 )
 from autopar.simulator.timeline import Timeline, play, simulate
-from tests.helpers.pipelines import (
-    Instant,
-    RandomWorld,
-    Task,
-    equal_stages,
-    timed_plainly,
-    turns_of,
-)
+from tests.helpers.pipelines import RandomWorld, Task, timed_plainly, turns_of
 
 
 def plainly(rows: Rows, pipeline: Pipeline) -> dict[Task, tuple[Time, Time]]:
