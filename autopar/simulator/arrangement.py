@@ -9,7 +9,7 @@ backward of each copy of its stages; an update for its exchanges.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
@@ -157,8 +157,16 @@ class _Found:
         self._at: dict[Kind, list[int]] = {kind: [-1] * places for kind in ("F", "B", "I", "W")}
         number = 0
         for row in rows:
-            for stage, kind, microbatch, _ in row:
-                if kind != "U":
+            updates: Counter[int] = Counter()
+            for stage, kind, microbatch, version in row:
+                if version is not None and not 0 <= version <= updates[stage]:
+                    raise AutoparError(
+                        f"{self._action(number)} uses weights that have seen {version} updates, "
+                        f"but its row has made {updates[stage]} of that stage before it"
+                    )
+                if kind == "U":
+                    updates[stage] += 1
+                else:
                     if stage >= wiring.stages:
                         raise AutoparError(
                             f"the rows have stage {stage}, the pipeline has stages 0 to "

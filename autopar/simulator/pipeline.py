@@ -104,7 +104,7 @@ class PairLinks:
     latency_s: Time
 
     def passage(self, feed: Feed, backward: bool, source: int, target: int) -> Passage:
-        busy_s = feed.sent_bytes(backward) / self.bytes_per_s
+        busy_s = Fraction(feed.sent_bytes(backward)) / self.bytes_per_s
         return Passage(busy_s, self.latency_s, ((source, target),))
 
 
@@ -116,7 +116,7 @@ class PortLinks:
     latency_s: Time
 
     def passage(self, feed: Feed, backward: bool, source: int, target: int) -> Passage:
-        busy_s = feed.sent_bytes(backward) / self.bytes_per_s
+        busy_s = Fraction(feed.sent_bytes(backward)) / self.bytes_per_s
         return Passage(busy_s, self.latency_s, (("out", source), ("in", target)))
 
 

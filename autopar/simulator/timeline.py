@@ -18,10 +18,12 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import chain
 from typing import Literal, NamedTuple
 
 from autopar.errors import AutoparError
-from autopar.ir.schedule import KINDS, Rows, most_in_flight, weight_copies
+from autopar.ir.schedule import KINDS, Kind, Rows, most_in_flight, weight_copies
 from autopar.ir.simulation import Memory
 from autopar.simulator.arrangement import Arrangement, Exchange, arrange
 from autopar.simulator.pipeline import Passage, Pipeline, StageCost, StageMemory, Time
@@ -40,6 +42,15 @@ class Event(NamedTuple):
     start_s: Time
     end_s: Time
     to: int | None = None
+
+
+class Parts(NamedTuple):
+    """What a row's compute stream does in a step; together ``step_time_s``."""
+
+    forward_s: Time
+    backward_s: Time
+    update_s: Time
+    idle_s: Time
 
 
 def simulate(rows: Rows, pipeline: Pipeline) -> Timeline:
@@ -61,7 +72,7 @@ def play(arrangement: Arrangement, pipeline: Pipeline) -> Timeline:
     ]
     order = arrangement.order
     if _turns_matter(arrangement, pipeline, passages):
-        order = _by_readiness(arrangement, lengths)
+        order = turns(arrangement, lengths)
     starts, ends = _times(arrangement, pipeline, order, lengths, passages)
     return Timeline(arrangement, pipeline, lengths, passages, starts, ends)
 
@@ -107,8 +118,13 @@ def _turns_matter(
     return any(len(of_link) > 1 for of_link in users.values())
 
 
-def _by_readiness(arrangement: Arrangement, lengths: Sequence[Time]) -> list[int]:
-    """All tasks in the order in which they are ready if communication takes no time."""
+def turns(arrangement: Arrangement, lengths: Sequence[Time]) -> list[int]:
+    """All tasks in the order in which they are ready if communication takes no time.
+
+    ``lengths``: of the actions. Each task comes after all that it waits for, so rows that take part
+    in tasks in this order, one after the other, never wait for each other in a ring, even where a
+    send waits for its receiver.
+    """
     row_of, sender, reader = arrangement.row_of, arrangement.sender, arrangement.reader
     actions, exchanges = arrangement.actions, arrangement.exchanges
     after_transfers = actions + arrangement.transfers
@@ -136,11 +152,10 @@ def _by_readiness(arrangement: Arrangement, lengths: Sequence[Time]) -> list[int
 
 def _exchange_ready(exchange: Exchange, starts: list[Time], lengths: Sequence[Time]) -> Time:
     """When its part of every gradient is there."""
-    part, parts = exchange.part, exchange.parts
-    return max(
-        starts[trigger] + (lengths[trigger] if part == parts else lengths[trigger] * part / parts)
-        for trigger in exchange.triggers
-    )
+    if exchange.part == exchange.parts:
+        return max(starts[trigger] + lengths[trigger] for trigger in exchange.triggers)
+    share = Fraction(exchange.part, exchange.parts)
+    return max(starts[trigger] + lengths[trigger] * share for trigger in exchange.triggers)
 
 
 def _times(
@@ -208,8 +223,7 @@ def _exchange_time(exchange: Exchange, pipeline: Pipeline) -> tuple[Time, tuple[
         assert pipeline.norm_s is not None
         return pipeline.norm_s, ()
     of_all = pipeline.synchronisations[exchange.synchronisation]
-    parts = exchange.parts
-    return of_all.time_s if parts == 1 else of_all.time_s / parts, of_all.links
+    return of_all.time_s * Fraction(1, exchange.parts), of_all.links
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -249,6 +263,16 @@ class Timeline:
     def bubble_s(self, row: int) -> Time:
         """What the row's compute stream idles until the last forward or backward of all rows."""
         return self.passes_s - self.busy_s(row)
+
+    def parts(self, row: int) -> Parts:
+        """Where a row's time goes, until the last update of all rows."""
+        of_kind: dict[Kind, Time] = dict.fromkeys(KINDS, 0)
+        for i, action in enumerate(self.rows[row], self.arrangement.first[row]):
+            of_kind[action.kind] += self.lengths[i]
+        forward_s, update_s = of_kind["F"], of_kind["U"]
+        backward_s = of_kind["B"] + of_kind["I"] + of_kind["W"]
+        idle_s = self.step_time_s - forward_s - backward_s - update_s
+        return Parts(forward_s, backward_s, update_s, idle_s)
 
     def most_in_flight(self, row: int, stage: int | None = None) -> int:
         """See ``ir.schedule.most_in_flight``; a row's actions happen one after the other."""
@@ -313,7 +337,11 @@ class Timeline:
         backward; what each action needs while it runs; what is sent until it has left, and what is
         received from the start of its transfer until it is used.
         """
-        return _peak(self, row)
+        return _peaks(self, [row])[0]
+
+    def memories(self) -> list[Memory]:
+        """``memory`` of every row, in less time than row by row."""
+        return _peaks(self, range(len(self.rows)))
 
     def _row_actions(self, row: int) -> list[int]:
         """The numbers of a row's forwards and backwards."""
@@ -330,7 +358,13 @@ class _Held(NamedTuple):
     end_s: Time
 
 
-def _peak(timeline: Timeline, row: int) -> Memory:
+def _peaks(timeline: Timeline, rows: Sequence[int]) -> list[Memory]:
+    buffers: dict[int, list[_Held]] = {row: [] for row in rows}
+    _put_under_way(timeline, buffers)
+    return [_peak(timeline, row, buffers[row]) for row in rows]
+
+
+def _peak(timeline: Timeline, row: int, buffers: Sequence[_Held]) -> Memory:
     actions = timeline.rows[row]
     stages = {
         stage: _memory_of(timeline.pipeline.stages[stage], stage)
@@ -342,8 +376,8 @@ def _peak(timeline: Timeline, row: int) -> Memory:
         optimizer=sum(memory.optimizer_bytes for memory in stages.values()),
     )
     changes: list[tuple[Time, bool, int, str]] = []  # what ends comes before what begins
-    held = (*_of_actions(timeline, row, stages), *_versions(timeline, row, stages))
-    for kind, size, start_s, end_s in (*held, *_under_way(timeline, row)):
+    held = (_of_actions(timeline, row, stages), _versions(timeline, row, stages), buffers)
+    for kind, size, start_s, end_s in chain.from_iterable(held):
         if size and start_s < end_s:
             changes += ((start_s, True, size, kind), (end_s, False, size, kind))
     most, most_bytes, when = Counter(now), sum(now.values()), changes and min(changes)[0]
@@ -416,21 +450,27 @@ def _versions(timeline: Timeline, row: int, stages: dict[int, StageMemory]) -> I
         yield _Held("parameters", stages[stage].parameters_bytes, from_s, until_s)
 
 
-def _under_way(timeline: Timeline, row: int) -> Iterator[_Held]:
-    """What is sent, received, or handed on within the row."""
+def _put_under_way(timeline: Timeline, buffers: dict[int, list[_Held]]) -> None:
+    """Adds to the rows of ``buffers`` what they send, receive, or hand on within themselves."""
     arrangement, starts, ends = timeline.arrangement, timeline.starts, timeline.ends
-    routes, feeds = arrangement.routes, timeline.pipeline.feeds
-    for task, number in enumerate(arrangement.route_of, arrangement.actions):
-        route = routes[number]
-        if row == route.source_row:
-            kept = feeds[route.feed].kept_bytes(at_source=not route.backward)
-            sender = arrangement.sender[task - arrangement.actions]
-            yield _Held("buffers", kept, ends[sender], ends[task])
-        elif row == route.target_row:
-            kept = feeds[route.feed].kept_bytes(at_source=route.backward)
-            reader = arrangement.reader[task - arrangement.actions]
-            yield _Held("buffers", kept, starts[task], starts[reader])
+    feeds = timeline.pipeline.feeds
+    routes = [
+        (
+            buffers.get(route.source_row),
+            feeds[route.feed].kept_bytes(at_source=not route.backward),
+            buffers.get(route.target_row),
+            feeds[route.feed].kept_bytes(at_source=route.backward),
+        )
+        for route in arrangement.routes
+    ]
+    numbered = zip(arrangement.sender, arrangement.reader, arrangement.route_of, strict=True)
+    for task, (sender, reader, number) in enumerate(numbered, arrangement.actions):
+        sending, sent_bytes, receiving, received_bytes = routes[number]
+        if sending is not None:
+            sending.append(_Held("buffers", sent_bytes, ends[sender], ends[task]))
+        if receiving is not None:
+            receiving.append(_Held("buffers", received_bytes, starts[task], starts[reader]))
     for sender, reader, route in arrangement.local:
-        if route.source_row == row:
+        if route.source_row in buffers:
             kept = feeds[route.feed].kept_bytes(at_source=route.backward)
-            yield _Held("buffers", kept, ends[sender], starts[reader])
+            buffers[route.source_row].append(_Held("buffers", kept, ends[sender], starts[reader]))

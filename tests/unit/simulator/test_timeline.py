@@ -29,7 +29,7 @@ from autopar.simulator.pipeline import (
     chain,
     equal_stages,
 )
-from autopar.simulator.timeline import Timeline, play, simulate
+from autopar.simulator.timeline import Timeline, play, simulate, turns
 from tests.helpers.pipelines import RandomWorld, Task, timed_plainly, turns_of
 
 
@@ -198,6 +198,41 @@ def test_playing_twice_gives_the_same() -> None:
     first, second = (play(arrangement, world.pipeline) for _ in range(2))
     assert first.starts == second.starts
     assert list(first.events()) == list(second.events())
+
+
+def test_tasks_in_turn_come_after_all_that_they_wait_for() -> None:
+    """So rows that take part in them in this order never wait in a ring."""
+    for world in random_worlds(100):
+        arrangement = arrange(world.rows, world.pipeline.wiring)
+        timeline = play(arrangement, world.pipeline)
+        in_turn = turns(arrangement, timeline.lengths)
+        place = {task: i for i, task in enumerate(in_turn)}
+        assert sorted(in_turn) == list(range(len(timeline.ends)))
+        for a, b in pairwise(range(arrangement.actions)):
+            assert place[a] < place[b] or arrangement.row_of[a] != arrangement.row_of[b]
+        for i, (a, b) in enumerate(zip(arrangement.sender, arrangement.reader, strict=True)):
+            assert place[a] < place[arrangement.actions + i] < place[b]
+        for i, exchange in enumerate(arrangement.exchanges):
+            at = place[arrangement.actions + arrangement.transfers + i]
+            assert all(place[a] < at for a in exchange.triggers)
+            assert all(at < place[a] for a in exchange.updates)
+
+
+def test_parts_of_a_row_are_the_step() -> None:
+    for world in random_worlds(50):
+        timeline = simulate(world.rows, world.pipeline)
+        for r in range(len(world.rows)):
+            parts = timeline.parts(r)
+            assert sum(parts) == timeline.step_time_s
+            assert parts.forward_s + parts.backward_s == timeline.busy_s(r)
+            assert parts.idle_s >= 0
+
+
+def test_integers_stay_exact() -> None:
+    stages = (StageCost(1, 2, 3),) * 2
+    pipeline = Pipeline(stages, chain(2, 10), PairLinks(3, 1), (Synchronisation((0,), 1, 3),))
+    found = simulate(SCHEDULES["1f1b"](2, 4), pipeline)
+    assert not any(isinstance(t, float) for t in (*found.starts, *found.ends))
 
 
 # Communication
@@ -386,6 +421,7 @@ def test_memory_equals_a_sum_over_moments() -> None:
                 (sum(size for a, b, size in spans if a <= t < b) for t in moments), default=0
             )
             assert timeline.memory(r).total_bytes == static + most, world.seed
+        assert timeline.memories() == [timeline.memory(r) for r in range(len(world.rows))]
 
 
 def waiting(timeline: Timeline, pipeline: Pipeline, row: int) -> list[tuple[object, object, int]]:
@@ -485,6 +521,10 @@ def test_rows_that_wait_in_a_ring_are_refused_without_those_that_only_wait_for_t
         ("0F0 0W0 0I0\n1F0 1B0", "row 0 does 0F0 before 0W0 before 0I0; the order must be F, I, W"),
         ("0F0\n1F0 1B0 0B0", "0F0, 0B0 are in rows 0, 1; one row must have them all"),
         ("1F0 0F0 0B0 1B0", "row 0 does 1F0 before 0F0, whose result it reads"),
+        (
+            "0F0 0B0@1\n1F0 1B0",
+            "0B0@1 uses weights that have seen 1 updates, but its row has made 0",
+        ),
         ("0F0 0B0\n1F0 1B0\n2F0 2B0", "the rows have stage 2, the pipeline has stages 0 to 1"),
     ],
 )
