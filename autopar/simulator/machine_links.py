@@ -1,0 +1,44 @@
+"""The network of a pipeline on a machine: transfers from group to group at its prices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from autopar.simulator.pipeline import Feed, Passage
+from cost_models.interface import Collective, CostModel
+
+
+@dataclass(frozen=True, slots=True)
+class MachineLinks:
+    """``groups``: the devices of each row. ``units``: sizes of the machine's units of devices,
+    innermost first; ``None``: those that share the fastest links.
+
+    All devices of a group send at once, each its part to its counterpart in the other group, and
+    as many as the larger group has; the side whose devices have more of the tensor decides. A
+    device sends one transfer at a time and receives one at a time.
+    """
+
+    cost_model: CostModel
+    groups: tuple[tuple[int, ...], ...]
+    units: tuple[int, ...] | None = None
+
+    def passage(self, feed: Feed, backward: bool, source: int, target: int) -> Passage:
+        kept = max(feed.kept_bytes(at_source=True), feed.kept_bytes(at_source=False))
+        size = ceil(kept * feed.sent_bytes(backward) / feed.bytes) if feed.bytes else kept
+        stride = self._stride(self.groups[source], self.groups[target])
+        latency_s = self.cost_model.collective_time_s(Collective("send", 0, 2, stride))
+        time_s = self.cost_model.collective_time_s(Collective("send", size, 2, stride))
+        return Passage(max(0.0, time_s - latency_s), latency_s, (("out", source), ("in", target)))
+
+    def _stride(self, source: tuple[int, ...], target: tuple[int, ...]) -> int:
+        """Of two ranks that are as far from each other as the farthest counterparts."""
+        smaller, larger = sorted((source, target), key=len)
+        units = (self.cost_model.scale_up_devices,) if self.units is None else self.units
+        stride = 1
+        for i, a in enumerate(larger):
+            b = smaller[i * len(smaller) // len(larger)]
+            for unit in units:
+                if a // unit != b // unit:
+                    stride = max(stride, unit)
+        return min(stride, max(1, self.cost_model.devices // 2))
