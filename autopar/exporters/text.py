@@ -162,7 +162,7 @@ def _recipes(plan: Plan) -> list[str]:
     fitting, others = [], []
     for trial in recipes:
         if trial.step_time_s is None or trial.peak_memory_bytes is None:
-            others.append(f"  {trial.name} divides nothing here: it cannot, or it would not pay")
+            others.append(f"  {trial.name} divides nothing here: the sizes do not allow it")
         elif trial.peak_memory_bytes > limit:
             others.append(
                 f"  {trial.name} does not fit: {bytes_text(trial.peak_memory_bytes)} on a device"

@@ -9,9 +9,11 @@ from autopar.simulator.listing import Allowed
 from autopar.simulator.meshes import mesh
 
 
-def _tensor_parallel(letters: str) -> Callable[[int, int], tuple[Layout, ...]]:
-    """Every tensor-parallel degree that fast links allow; the last axis is the tensor axis."""
-    tensor, data = Allowed(letters, (0,)), Allowed("S", (0,))
+def _tensor_parallel(tensor: Allowed) -> Callable[[int, int], tuple[Layout, ...]]:
+    """Every tensor-parallel degree that fast links allow; the last axis is the tensor axis. Both
+    axes divide what they can, whether it pays or not; what is left to the prices is which products
+    are by columns and which by rows."""
+    data = Allowed("S", (0,), always=True)
 
     def layouts(devices: int, scale_up_devices: int) -> tuple[Layout, ...]:
         found = []
@@ -30,10 +32,10 @@ def _tensor_parallel(letters: str) -> Callable[[int, int], tuple[Layout, ...]]:
 megatron = Recipe(
     "megatron",
     "tensor parallel by parameters (columns, rows, heads, vocabulary), data parallel outside",
-    _tensor_parallel("P"),
+    _tensor_parallel(Allowed("P", (0,), weights=True)),
 )
 megatron_sp = Recipe(
     "megatron_sp",
     "megatron, with sequence parallelism between the tensor-parallel regions",
-    _tensor_parallel("PA"),
+    _tensor_parallel(Allowed("PA", (0,), weights=True, always=True)),
 )

@@ -298,7 +298,7 @@ class _Search:
             found = optimum(price_list, deadline=self.deadline)
             if found.selection is not None:
                 strategy = listing.strategy(found.selection)
-                if any(a.letters for a in layout.allowed) and not _divides_work(strategy):
+                if not _divides_work(strategy, layout.allowed):
                     continue  # the mesh divides nothing that the recipe would divide
                 estimate = self.evaluate(listing, found.selection, strategy)
                 trials.append(
@@ -378,6 +378,12 @@ def _outcome(found: Optimum, cutoff_s: float, late: bool) -> str:
     return "time" if late else "unknown"
 
 
-def _divides_work(strategy: Strategy) -> bool:
-    choices = {choice for split in strategy.splits.values() for choice in split}
-    return bool(choices - set(RESERVED))
+def _divides_work(strategy: Strategy, allowed: tuple[Allowed, ...]) -> bool:
+    """Whether work is divided where it may be, and on every axis that has to divide weights."""
+    divided = [
+        any(split[axis] not in RESERVED for split in strategy.splits.values())
+        for axis in range(len(allowed))
+    ]
+    return (any(divided) or not any(a.letters for a in allowed)) and all(
+        done for done, a in zip(divided, allowed, strict=True) if a.weights
+    )

@@ -156,12 +156,18 @@ def _letters(
 @dataclass(frozen=True, slots=True)
 class Allowed:
     """What one mesh axis may do: divide factors of these ``letters`` of SOAP, and keep parameters
-    replicated or at one of these ZeRO ``levels``. ``always``: it divides whatever it may and can,
-    whether that is faster or not."""
+    replicated or at one of these ZeRO ``levels``. ``always``: it divides whatever gradients flow
+    through that it may and can divide, whether that is faster or not; ``weights``: so it does, by
+    letter P, with products, attention, tables and losses over classes, before all else."""
 
     letters: str = "SAP"
     levels: tuple[int, ...] = LEVELS
     always: bool = False
+    weights: bool = False
+
+
+VOCABULARY = frozenset({"vocab", "classes"})
+"""Factors of the ops that look up and compare tokens: tables, and losses over classes."""
 
 
 @dataclass(frozen=True)
@@ -254,13 +260,32 @@ class Listing:
 
     def _divided(self, cluster: Cluster, option: Index) -> Index:
         """Without the alternatives that leave whole what an axis always divides."""
-        first = cluster.members[0]
-        divides = np.array([o[first] not in RESERVED for o in cluster.options], dtype=bool)
         for axis, allowed in enumerate(self.allowed):
-            dividing = divides[option[:, axis]]
-            if allowed.always and dividing.any():
-                option = option[dividing]
+            for wanted, divides in (
+                (allowed.weights, self._divides_weights),
+                (allowed.always, self._divides_first),
+            ):
+                found = np.array([wanted and divides(cluster, o) for o in cluster.options])
+                dividing = found[option[:, axis]]
+                if dividing.any():
+                    option = option[dividing]
+                    break
         return option
+
+    def _divides_first(self, cluster: Cluster, option: dict[int, Choice]) -> bool:
+        first = cluster.members[0]
+        gradient = carries_gradient(self.graph, self.graph.operators[first])
+        return gradient and option[first] not in RESERVED
+
+    def _divides_weights(self, cluster: Cluster, option: dict[int, Choice]) -> bool:
+        return any(
+            self.structure.letters[m].get(option[m]) == "P"
+            and (
+                self.structure.bound(m).rule.kind in ("matmul", "attention")
+                or option[m] in VOCABULARY
+            )
+            for m in cluster.members
+        )
 
     def _may(self, axis: int, cluster: Cluster, option: dict[int, Choice]) -> bool:
         """Whether the axis is allowed what is divided: the first member that divides anything

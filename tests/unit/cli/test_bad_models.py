@@ -68,7 +68,9 @@ def test_a_model_whose_sizes_nothing_divides_is_replicated(
     path = tmp_path / "odd.py"
     path.write_text(ODD)
     assert run("plan", path, "--topology", "1x4xh100-sxm", "--mesh", "4") == 0
-    assert "data_parallel divides nothing here" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "data_parallel divides nothing here: the sizes do not allow it" in printed
+    assert "megatron divides nothing here: the sizes do not allow it" in printed
 
 
 def test_ctrl_c_while_a_model_is_read_ends_with_130_and_no_plan(tmp_path: Path) -> None:

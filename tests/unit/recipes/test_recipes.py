@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 
 from autopar.ir.graph import OperatorGraph, Role
+from autopar.ir.rule import RESERVED
 from autopar.ir.search import Budget, Problem, Trial
 from autopar.ir.sharding import Sharding
 from autopar.ir.strategy import Training
@@ -21,6 +23,7 @@ from cost_models.interface import CostModel
 from tests.helpers.fake_prices import FakePrices
 from tests.helpers.random_graphs import Builder
 
+ROOT = Path(__file__).parents[3]
 MODELS = ("gpt", "llama", "dlrm", "resnet")
 BATCH_ONLY = ("data_parallel", "zero1", "zero2", "zero3", "hsdp")
 TENSOR = ("megatron", "megatron_sp")
@@ -200,6 +203,49 @@ def test_megatron_is_columns_then_rows_with_heads_and_a_parallel_vocabulary() ->
     logits = next(t for t in loss.inputs if graph.spec(t).shape[-1:] == (32768,))
     moved = {c.reason for c in trial.estimate.collectives}
     assert logits not in moved
+
+
+@lru_cache(maxsize=None)
+def recipes_of_the_example() -> dict[str, Trial]:
+    """On two devices between which everything moves slowly."""
+    from autopar.extractor.sources import load
+
+    kinds = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+    prices = FakePrices(devices=2, collectives=dict.fromkeys(kinds, 1e-8))
+    graph = load(str(ROOT / "examples/gpt/model.py")).extract()
+    return priced(graph, prices, Training("adamw"))
+
+
+@pytest.mark.parametrize("recipe", TENSOR)
+def test_megatron_is_megatron_where_it_does_not_pay(recipe: str) -> None:
+    found = recipes_of_the_example()
+    strategy, estimate = found[recipe].strategy, found[recipe].estimate
+    assert strategy is not None
+    assert estimate is not None
+    alone = found["replicate"].estimate
+    assert alone is not None
+    assert estimate.step_time_s > alone.step_time_s
+    wanted = {"query": "out", "key": "out", "value": "out", "out": "in", "up": "out", "down": "in"}
+    for block in range(4):
+        for name, choice in wanted.items():
+            assert strategy.splits[f"blocks.{block}.{name}.linear"] == (choice,)
+        assert strategy.splits[f"blocks.{block}.scaled_dot_product_attention"] == ("heads",)
+        between = "d1" if recipe == "megatron_sp" else "nothing"
+        for norm in ("norm_1", "norm_2"):
+            assert strategy.splits[f"blocks.{block}.{norm}.layer_norm"] == (between,)
+    assert strategy.splits["tokens.embedding"] == ("vocab",)
+    assert strategy.splits["head.linear"] == ("out",)
+    assert strategy.splits["cross_entropy_loss"] == ("classes",)
+
+
+@pytest.mark.parametrize("recipe", TENSOR)
+def test_of_a_convolutional_network_megatron_divides_channels(recipe: str) -> None:
+    trial = priced(zoo_graph("resnet"), cost_model("1x4xh100-sxm"), Training("sgd"))[recipe]
+    assert trial.strategy is not None
+    last = len(trial.mesh.axes) - 1
+    for name, split in trial.strategy.splits.items():
+        if "conv2d" in name or name == "head.linear":
+            assert split[last] not in RESERVED, name
 
 
 def test_a_recipe_of_which_the_model_divides_nothing_is_reported_without_a_strategy() -> None:
