@@ -50,9 +50,8 @@ class Arrangement:
 
     ``price_of``: for each action, ``stage * len(KINDS)`` + the place of its kind in ``KINDS``.
     ``sender``, ``reader``, ``route_of``: for each transfer, the action whose result it takes, the
-    action that waits for it, and its place in ``routes``. ``local``: the same, with the place in
-    ``local_routes``, of what stays within a row. ``order``: all tasks, each after all that it waits
-    for.
+    action that waits for it, and its place in ``routes``. ``local``: sender, reader and route of
+    what stays within a row. ``order``: all tasks, each after all that it waits for.
     """
 
     wiring: Wiring
@@ -189,6 +188,8 @@ class _Found:
 
     def check(self) -> None:
         """Every microbatch has its forward and then its backward on every stage, in one row."""
+        if not self._microbatches:
+            raise AutoparError("the rows have no actions; make them for at least one microbatch")
         row_of = self._row_of
         columns = zip(*(self._at[kind] for kind in ("F", "B", "I", "W")), strict=True)
         for place, (forward, whole, part, weights) in enumerate(columns):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from random import Random
 
 import pytest
 
@@ -85,6 +86,19 @@ def test_rows_can_end_on_chains_with_skips_and_on_branches(name: str) -> None:
         for feeds in (chain, tuple({*chain, *skips}), towers):
             rows = SCHEDULES[name](shape.stages, shape.microbatches, shape.chunks, feeds)
             arrange(rows, Wiring(n, tuple((a, b, True) for a, b in feeds)))
+
+
+@everything
+def test_rows_can_end_on_any_graph_of_stages(name: str) -> None:
+    schedule, random = SCHEDULES[name], Random(0)
+    for _ in range(200):
+        stages, m = random.randint(2, 9), random.randint(1, 12)
+        pairs = [(a, b) for b in range(stages) for a in range(b)]
+        feeds = tuple(random.sample(pairs, random.randint(0, len(pairs))))
+        chunks = random.choice([c for c in range(1, 5) if schedule.chunks > 1 or c == 1])
+        if schedule.refuses(Shape(stages, m, chunks, feeds)) is None:
+            rows = schedule(stages, m, chunks, feeds)
+            arrange(rows, Wiring(stages, tuple((a, b, True) for a, b in feeds)))
 
 
 @everything

@@ -149,6 +149,20 @@ def test_more_bytes_or_latency_or_gradients_are_never_faster() -> None:
             assert simulate(world.rows, worse).step_time_s >= before
 
 
+def test_slower_stages_are_never_faster_where_rows_share_no_links() -> None:
+    for world in random_worlds(150):
+        pipeline = replace(
+            world.pipeline, network=PairLinks(Fraction(3), Fraction(1)), synchronisations=()
+        )
+        before = simulate(world.rows, pipeline).step_time_s
+        stages = list(pipeline.stages)
+        i = Random(world.seed).randrange(len(stages))
+        stages[i] = replace(
+            stages[i], forward_s=stages[i].forward_s + 1, backward_s=stages[i].backward_s * 2
+        )
+        assert simulate(world.rows, replace(pipeline, stages=tuple(stages))).step_time_s >= before
+
+
 def test_a_link_does_one_thing_at_a_time_and_a_row_one_action() -> None:
     for world in random_worlds(100):
         timeline = simulate(world.rows, world.pipeline)
@@ -514,6 +528,7 @@ def test_rows_that_wait_in_a_ring_are_refused_without_those_that_only_wait_for_t
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("\n", "the rows have no actions"),
         ("0F0 0B0\n1F0", "of microbatch 0 on stage 1 the rows have 1F0; they need F and B, or"),
         ("0F0 0B0\n1F0 1B0 1F0", "1F0 is in the rows twice"),
         ("0F0 0B0", "of microbatch 0 on stage 1 the rows have nothing"),
