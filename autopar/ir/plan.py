@@ -335,9 +335,10 @@ def _or_infinite(bound_s: float | None) -> float:
 
 
 def rule_to_json(rule: OpRule) -> dict[str, Any]:
-    """A rule as data. Only rules without ``localize`` are data; a proposed rule has none."""
-    assert rule.localize is None, rule
-    return {k: v for k, v in asdict(rule).items() if k != "localize"}
+    """A rule as data. Only rules without ``localize`` and ``joined`` are data; a proposed rule has
+    neither."""
+    assert rule.localize is None and not rule.joined, rule
+    return {k: v for k, v in asdict(rule).items() if k not in ("localize", "joined")}
 
 
 def rule_from_json(data: dict[str, Any]) -> OpRule:

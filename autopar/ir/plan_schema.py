@@ -25,7 +25,10 @@ NUMBER: Schema = {"type": "number"}
 SECONDS: Schema = {"type": "number", "minimum": 0}
 FLAG: Schema = {"type": "boolean"}
 ANYTHING: Schema = {}
-PLACEMENT: Schema = {"type": "string", "pattern": r"^(R|I|P|S\([0-9]+\))$"}
+PLACEMENT: Schema = {
+    "type": "string",
+    "pattern": r"^(R|I|P|S\([0-9]+(,([2-9]|[1-9][0-9]+|[0-9]+(:[0-9]+)+))?\))$",
+}
 BOUND: Schema = {"type": ["number", "null"], "description": "null: infinite, nothing is feasible"}
 
 
@@ -254,8 +257,8 @@ def _rule() -> Schema:
         "agreed": numbers,
         "sizes": many(tuple_of(TEXT, WHOLE)),
     }
-    schema = of_dataclass(OpRule, **parts, localize=ANYTHING)
-    kept = {k: v for k, v in schema["properties"].items() if k != "localize"}
+    schema = of_dataclass(OpRule, **parts, localize=ANYTHING, joined=ANYTHING)
+    kept = {k: v for k, v in schema["properties"].items() if k not in ("localize", "joined")}
     return record(**kept)
 
 

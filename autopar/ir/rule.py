@@ -11,11 +11,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
-from math import prod
+from math import gcd, prod
 from typing import Any, Literal
 
 from autopar.ir.graph import Operator, TensorSpec
-from autopar.ir.sharding import INVARIANT, PARTIAL, REPLICATE, Mesh, Placement, Sharding, shard
+from autopar.ir.sharding import (
+    INVARIANT,
+    PARTIAL,
+    REPLICATE,
+    Mesh,
+    Parts,
+    Placement,
+    Sharding,
+    shard,
+)
 
 NOTHING = "nothing"  # every tensor invariant: each rank of the axis does the same work
 REPLICATED = "replicated"  # every tensor R: the same work, its gradients left partial
@@ -75,6 +84,20 @@ class Inner:
     dtype: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A dim that is several parts one after the other (query, key and value of a fused
+    projection): dividing ``factor`` divides each of them.
+
+    ``tensor`` counts inputs, then outputs. ``parts``: their relative sizes.
+    """
+
+    tensor: int
+    dim: int
+    factor: str
+    parts: Parts
+
+
 Localize = Callable[[Operator, tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]], Operator]
 """(operator, local shapes of its inputs, of its outputs) -> the operator with local arguments."""
 
@@ -103,6 +126,8 @@ class OpRule:
     - ``inner``: collectives of its local implementation; ``special``: factors whose split needs an
       implementation of its own in ``autopar/runtime/local_ops.py`` (``"*"``: it is always used).
     - ``localize``: changes arguments that hold sizes (the shape of a view).
+    - ``joined``: dims of which each part is divided; in them a factor may be split that is not the
+      first of its dim. Found in the graph (``autopar/ops/parts.py``).
     - ``proposed``: found by trying, not written by a person.
     """
 
@@ -120,6 +145,7 @@ class OpRule:
     localize: Localize | None = None
     proposed: bool = False
     sizes: tuple[tuple[str, int], ...] = ()
+    joined: tuple[Joined, ...] = ()
 
 
 RuleMaker = Callable[[Operator, tuple[TensorSpec, ...], tuple[TensorSpec, ...]], OpRule]
@@ -145,9 +171,12 @@ class BoundRule:
     def _splittable(self, factor: str) -> bool:
         if factor in self.rule.whole or self.sizes[factor] <= 1:
             return False
-        for dims in self.inputs + self.outputs:
-            holders = [dim for dim in dims if factor in dim]
-            if len(holders) > 1 or any(self._leading(dim) != factor for dim in holders):
+        for tensor, dims in enumerate(self.inputs + self.outputs):
+            holders = [i for i, dim in enumerate(dims) if factor in dim]
+            if len(holders) > 1 or any(
+                self._leading(dims[i]) != factor and (tensor, i, factor) not in self._parts
+                for i in holders
+            ):
                 return False
         lacking = [
             spec
@@ -160,6 +189,21 @@ class BoundRule:
 
     def _leading(self, dim: Dim) -> str:
         return next((f for f in dim if self.sizes[f] > 1), dim[0])
+
+    @cached_property
+    def _parts(self) -> dict[tuple[int, int, str], Parts]:
+        return {(j.tensor, j.dim, j.factor): j.parts for j in self.rule.joined}
+
+    @cached_property
+    def limits(self) -> dict[str, int]:
+        """What the devices that divide a factor have to divide: its size, and where a dim has parts
+        the largest common divisor of theirs."""
+        limits = dict(self.sizes)
+        specs = self.input_specs + self.output_specs
+        for joined in self.rule.joined:
+            unit = specs[joined.tensor].shape[joined.dim] // sum(joined.parts)
+            limits[joined.factor] = gcd(limits[joined.factor], unit)
+        return limits
 
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
@@ -189,18 +233,25 @@ class BoundRule:
             ), (PARTIAL,) * len(self.outputs)
         reduced = choice in self.rule.sums
         return tuple(
-            self._placement(
-                dims, choice, PARTIAL if reduced and i in self.rule.addends else REPLICATE
-            )
-            for i, dims in enumerate(self.inputs)
+            self._placement(i, choice, PARTIAL if reduced and i in self.rule.addends else REPLICATE)
+            for i in range(len(self.inputs))
         ), tuple(
-            self._placement(dims, choice, REPLICATE if i in self.rule.agreed else PARTIAL)
-            for i, dims in enumerate(self.outputs)
+            self._placement(
+                len(self.inputs) + i, choice, REPLICATE if i in self.rule.agreed else PARTIAL
+            )
+            for i in range(len(self.outputs))
         )
 
-    @staticmethod
-    def _placement(dims: tuple[Dim, ...], factor: str, otherwise: Placement) -> Placement:
-        return next((shard(i) for i, dim in enumerate(dims) if factor in dim), otherwise)
+    def _placement(self, tensor: int, factor: str, otherwise: Placement) -> Placement:
+        dims = (self.inputs + self.outputs)[tensor]
+        return next(
+            (
+                shard(i, self._parts.get((tensor, i, factor), ()))
+                for i, dim in enumerate(dims)
+                if factor in dim
+            ),
+            otherwise,
+        )
 
     def shardings(self, split: Split) -> tuple[tuple[Sharding, ...], tuple[Sharding, ...]]:
         """Shardings of the inputs and of the outputs under ``split``."""
@@ -229,7 +280,7 @@ class BoundRule:
         cuts: dict[str, int] = {}
         for choice, n in zip(split, mesh.sizes, strict=True):
             cuts[choice] = cuts.get(choice, 1) * n
-        return all(self.sizes[f] % n == 0 for f, n in cuts.items() if f in self.sizes)
+        return all(self.limits[f] % n == 0 for f, n in cuts.items() if f in self.sizes)
 
     def splits(self, mesh: Mesh, choices: tuple[Choice, ...] | None = None) -> Iterator[Split]:
         """Every legal split on ``mesh``, optionally of these choices only."""
@@ -241,7 +292,7 @@ class BoundRule:
     def refused(self, mesh: Mesh) -> tuple[tuple[str, str], ...]:
         """(axis name, factor) pairs that are not offered since the axis does not divide it."""
         return tuple(
-            (name, f) for f in self.factors for name, n in mesh.axes if self.sizes[f] % n != 0
+            (name, f) for f in self.factors for name, n in mesh.axes if self.limits[f] % n != 0
         )
 
 

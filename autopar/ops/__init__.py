@@ -20,6 +20,7 @@ from autopar.ops import (
     reductions,
     views,
 )
+from autopar.ops.parts import Change, changed, changes
 from autopar.ops.proposals import Proposals, bind_proposal
 from autopar.ops.signatures import NoRuleError
 
@@ -67,7 +68,18 @@ def bound_rules(graph: OperatorGraph, proposals: Proposals = ()) -> dict[str, Bo
             found[operator.name] = bound
     if missing:
         raise UnsupportedModelError(_complaint(graph, missing))
-    return found
+    return with_parts(graph, found)
+
+
+def with_parts(graph: OperatorGraph, rules: dict[str, BoundRule]) -> dict[str, BoundRule]:
+    """The rules, with those changed that make dims of several parts, and take them apart."""
+    found = changes(graph, rules)
+    return {
+        name: bound
+        if name not in found
+        else _bound_with_parts(bound.rule, found[name], bound.input_specs, bound.output_specs)
+        for name, bound in rules.items()
+    }
 
 
 def bind_operator(graph: OperatorGraph, operator: Operator) -> BoundRule | None:
@@ -109,6 +121,17 @@ def _bound(
         return None
 
 
+@lru_cache(maxsize=16384)
+def _bound_with_parts(
+    rule: OpRule,
+    change: Change,
+    input_specs: tuple[TensorSpec, ...],
+    output_specs: tuple[TensorSpec, ...],
+) -> BoundRule:
+    """Shared by equal operators, as ``_bound`` shares ``rule``."""
+    return bind(changed(rule, change, input_specs, output_specs), input_specs, output_specs)
+
+
 def _complaint(graph: OperatorGraph, missing: dict[str, list[Operator]]) -> str:
     lines = []
     for op, operators in sorted(missing.items()):
@@ -123,4 +146,4 @@ def _complaint(graph: OperatorGraph, missing: dict[str, list[Operator]]) -> str:
     )
 
 
-__all__ = ["RULES", "Proposals", "bind_operator", "bound_rules", "rule_for"]
+__all__ = ["RULES", "Proposals", "bind_operator", "bound_rules", "rule_for", "with_parts"]

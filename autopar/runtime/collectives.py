@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from autopar.ir.sharding import Mesh, Sharding, sharded_dim
+from autopar.ir.sharding import Mesh, Placement, Sharding, sharded_dim
+from autopar.runtime.pieces import cut_rows, join_rows, piece, put_piece
 from autopar.runtime.recorder import Executed, Recorder
 from autopar.simulator.redistribution import Step, reverse, steps
 
@@ -46,51 +47,45 @@ class Communicator:
         self._record("all_reduce", axis, tensor)
         return _wait(_c10d.all_reduce(tensor.contiguous(), op, self._groups[axis]))
 
-    def all_gather(self, tensor: Tensor, axis: int, dim: int) -> Tensor:
+    def all_gather(self, tensor: Tensor, axis: int, joined: Placement) -> Tensor:
         parts = self.mesh.sizes[axis]
         whole = _wait(_c10d.all_gather_into_tensor(tensor.contiguous(), parts, self._groups[axis]))
         self._record("all_gather", axis, whole)
-        return whole if dim == 0 else torch.cat(whole.chunk(parts), dim)
+        return join_rows(whole, parts, joined)
 
-    def reduce_scatter(self, tensor: Tensor, axis: int, dim: int) -> Tensor:
+    def reduce_scatter(self, tensor: Tensor, axis: int, cut: Placement) -> Tensor:
         self._record("reduce_scatter", axis, tensor)
         parts = self.mesh.sizes[axis]
-        pieces = tensor.contiguous() if dim == 0 else torch.cat(tensor.chunk(parts, dim))
+        pieces = cut_rows(tensor, parts, cut)
         return _wait(_c10d.reduce_scatter_tensor(pieces, "sum", parts, self._groups[axis]))
 
-    def all_to_all(self, tensor: Tensor, axis: int, source: int, target: int) -> Tensor:
-        """From shards of dim ``source`` to shards of dim ``target``."""
+    def all_to_all(self, tensor: Tensor, axis: int, source: Placement, target: Placement) -> Tensor:
+        """From shards of one dim to shards of another."""
         self._record("all_to_all", axis, tensor)
         parts = self.mesh.sizes[axis]
-        pieces = tensor.contiguous() if target == 0 else torch.cat(tensor.chunk(parts, target))
+        pieces = cut_rows(tensor, parts, target)
         rows = [pieces.shape[0] // parts] * parts
         received = _wait(_c10d.all_to_all_single(pieces, rows, rows, self._groups[axis]))
-        return received if source == 0 else torch.cat(received.chunk(parts), source)
+        return join_rows(received, parts, source)
 
     def move(self, tensor: Tensor, step: Step) -> Tensor:
         """The local tensor after ``step`` (see ``redistribution.FORWARD``)."""
-        axis = step.axis
-        cut, join = sharded_dim(step.target), sharded_dim(step.source)
-        match step.source[0], step.target[0]:
+        axis, source, target = step.axis, step.source, step.target
+        match source[0], target[0]:
             case ("S", "R" | "I"):
-                assert join is not None
-                return self.all_gather(tensor, axis, join)
+                return self.all_gather(tensor, axis, source)
             case ("S", "S"):
-                assert join is not None and cut is not None
-                return self.all_to_all(tensor, axis, join, cut)
+                return self.all_to_all(tensor, axis, source, target)
             case ("S", "P"):
-                assert join is not None
-                return self._padded(tensor, axis, join)
+                return self._padded(tensor, axis, source)
             case ("R" | "I", "S"):
-                assert cut is not None
-                return self._slice(tensor, axis, cut)
+                return piece(tensor, self.mesh.sizes[axis], self.coordinates[axis], target)
             case ("R" | "I", "P"):
                 # the first rank copies, so that all need the same memory
                 first = self.coordinates[axis] == 0
                 return tensor.clone() if first else torch.zeros_like(tensor)
             case ("P", "S"):
-                assert cut is not None
-                return self.reduce_scatter(tensor, axis, cut)
+                return self.reduce_scatter(tensor, axis, target)
             case ("P", "R" | "I"):
                 return self.all_reduce(tensor, axis)
             case ("R", "I") | ("I", "R"):
@@ -111,18 +106,14 @@ class Communicator:
             if self.mesh.sizes[axis] > 1
         }
 
-    def _slice(self, tensor: Tensor, axis: int, dim: int) -> Tensor:
-        # a copy: a view would keep the whole alive, which no memory estimate counts
-        return tensor.chunk(self.mesh.sizes[axis], dim)[self.coordinates[axis]].clone(
-            memory_format=torch.contiguous_format
-        )
-
-    def _padded(self, tensor: Tensor, axis: int, dim: int) -> Tensor:
+    def _padded(self, tensor: Tensor, axis: int, joined: Placement) -> Tensor:
         parts = self.mesh.sizes[axis]
+        dim = sharded_dim(joined)
+        assert dim is not None
         shape = list(tensor.shape)
         shape[dim] *= parts
         whole = tensor.new_zeros(shape)
-        whole.chunk(parts, dim)[self.coordinates[axis]].copy_(tensor)
+        put_piece(whole, tensor, parts, self.coordinates[axis], joined)
         return whole
 
     def _record(self, kind: Any, axis: int, largest: Tensor) -> None:

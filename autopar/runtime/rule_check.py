@@ -22,11 +22,12 @@ from autopar.ir.sharding import (
     Mesh,
     Sharding,
     gradient,
-    local_box,
+    local_ranges,
     local_shape,
     sharded_dim,
 )
 from autopar.runtime.local_ops import LOCAL_OPS, ReduceOp, aten, needs_local_op
+from autopar.runtime.pieces import held
 
 Specs = tuple[TensorSpec, ...]
 Draw = Callable[[Operator, Specs, int, torch.Generator], Tensor | None]
@@ -524,12 +525,17 @@ def spread(
     for rank in range(mesh.size):
         where = mesh.coordinates(rank)
         whole = addends[tuple(where[axis] for axis in partial)]
-        shares.append(whole[_box(value.shape, sharding, mesh, rank)].clone())
+        shares.append(held(whole, sharding, mesh, rank).clone())
     return shares
 
 
-def _box(shape: Sequence[int], sharding: Sharding, mesh: Mesh, rank: int) -> tuple[slice, ...]:
-    return tuple(slice(a, b) for a, b in local_box(tuple(shape), sharding, mesh, rank))
+def indices(shape: Sequence[int], sharding: Sharding, mesh: Mesh, rank: int) -> tuple[Tensor, ...]:
+    """Where in the whole tensor what ``rank`` holds of it belongs."""
+    along = (
+        torch.cat([torch.arange(a, b) for a, b in ranges])
+        for ranges in local_ranges(tuple(shape), sharding, mesh, rank)
+    )
+    return tuple(torch.meshgrid(*along, indexing="ij"))
 
 
 def _compared(
@@ -558,11 +564,11 @@ def _compared(
                 return
             continue
         alike[distinct] = share
-        box = _box(spec.shape, sharding, mesh, rank)
-        if whole.dtype == torch.bool:
-            joined[box] = share
-        else:
-            joined[box] += share
+        if not spec.shape:
+            joined = share if whole.dtype == torch.bool else joined + share
+            continue
+        here = indices(spec.shape, sharding, mesh, rank)
+        joined[here] = share if whole.dtype == torch.bool else joined[here] + share
     if not close(joined, whole):
         yield f"{name} joined from {sharding} differs from the whole"
 
@@ -627,6 +633,7 @@ __all__ = [
     "check",
     "close",
     "index_data",
+    "indices",
     "kept_tensors",
     "listed",
     "plain",

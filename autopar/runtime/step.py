@@ -11,7 +11,7 @@ from torch import Tensor
 
 from autopar.errors import PlanMismatchError
 from autopar.ir.graph import OperatorGraph
-from autopar.ir.sharding import Sharding, gradient, sharded_dim
+from autopar.ir.sharding import Sharding, gradient, sharded_dim, sharded_parts
 from autopar.ir.strategy import Strategy
 from autopar.runtime.collectives import Communicator
 from autopar.runtime.lowering import Execution, LoweredProgram, divisors
@@ -175,11 +175,12 @@ class TrainingStep:
         return self._optimizer_part(name)
 
     def _optimizer_part(self, name: str) -> Tensor:
-        """A view where the shard is only cut further; a copy where its pieces have to be moved."""
+        """A view where the shard is only cut further; a copy where its pieces have to be moved, or
+        put together from the parts of a dim."""
         storage = self.strategy.storage[name]
         part = self.state.parameters[name].detach()
         path = steps(storage.parameter, storage.optimizer)
-        if any(step.source != "I" for step in path):
+        if any(step.source != "I" or sharded_parts(step.target) for step in path):
             return self.communicator.walk(part, path)
         for step in path:
             dim = sharded_dim(step.target)

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from autopar.errors import PlanMismatchError
 from autopar.ir.graph import OperatorGraph, Role
 from autopar.ir.graph import Tensor as GraphTensor
-from autopar.ir.sharding import Mesh, Sharding, local_box
+from autopar.ir.sharding import Sharding
 from autopar.ir.strategy import Strategy
 from autopar.runtime.collectives import Communicator
 from autopar.runtime.initial import LARGE_ELEMENTS, InitialValues
+from autopar.runtime.pieces import held
 from autopar.simulator.redistribution import steps
 
 
@@ -96,7 +97,7 @@ def keep(
         return
 
     def part(sharding: Sharding, dtype: torch.dtype) -> Tensor:
-        own = own_box(value, sharding, strategy.mesh, rank)
+        own = held(value, sharding, strategy.mesh, rank)
         return torch.empty(own.shape, dtype=dtype, device=device).copy_(own)
 
     storage = strategy.storage[tensor.name]
@@ -109,13 +110,6 @@ def keep(
 def has_master(tensor: GraphTensor, strategy: Strategy) -> bool:
     """Whether the optimizer changes an fp32 copy of the parameter."""
     return strategy.training.precision == "mixed" and tensor.differentiable
-
-
-def own_box(whole: Tensor, sharding: Sharding, mesh: Mesh, rank: int) -> Tensor:
-    """A view of the part of ``whole`` that ``rank`` keeps."""
-    for dim, (start, stop) in enumerate(local_box(tuple(whole.shape), sharding, mesh, rank)):
-        whole = whole.narrow(dim, start, stop - start)
-    return whole
 
 
 def whole(shard: Tensor, sharding: Sharding, communicator: Communicator) -> Tensor:

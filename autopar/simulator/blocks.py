@@ -1,17 +1,21 @@
 """Equal blocks of operators: found by their repetition, so that depth costs nothing later.
 
-Only the sequence of operators decides (what they are, their shapes and arguments); which tensors
-flow between the copies is looked at by those who use the classes.
+Only the sequence of operators decides (what they are, their shapes and arguments, and how their
+rules differ from others of that kind); which tensors flow between the copies is looked at by those
+who use the classes.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from autopar.ir.graph import OperatorGraph, Role
+
+_NONE: Mapping[str, Hashable] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +31,15 @@ class Block:
         return self.start + self.period * self.copies
 
 
-def blocks(graph: OperatorGraph) -> tuple[Block, ...]:
-    """Repeated blocks in the order of the graph; they do not overlap."""
-    signatures = _signatures(graph)
+def blocks(graph: OperatorGraph, marks: Mapping[str, Hashable] = _NONE) -> tuple[Block, ...]:
+    """Repeated blocks in the order of the graph; they do not overlap. ``marks``: what else has to
+    be equal, by operator name."""
+    signatures = _signatures(graph, marks)
     layers = [_layer(operator.module) for operator in graph.operators]
     return tuple(sorted(_find(signatures, layers, 0, len(signatures)), key=lambda b: b.start))
 
 
-def _signatures(graph: OperatorGraph) -> list[int]:
+def _signatures(graph: OperatorGraph, marks: Mapping[str, Hashable]) -> list[int]:
     """Equal numbers for operators that are alike."""
     numbers: dict[Hashable, int] = {}
     tensors = {
@@ -49,6 +54,7 @@ def _signatures(graph: OperatorGraph) -> list[int]:
                 o.op,
                 repr(o.arguments),
                 repr(o.keywords),
+                marks.get(o.name),
                 *(tensors[name] for name in o.inputs),
                 -1,
                 *(tensors[name] for name in o.outputs),

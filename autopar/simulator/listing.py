@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph, Role, TensorSpec
 from autopar.ir.rule import RESERVED, BoundRule, Choice, Split
-from autopar.ir.sharding import Mesh, Sharding, sharded_dim
+from autopar.ir.sharding import Mesh, Parts, Sharding, sharded_dim
 from autopar.ir.strategy import Stage, Storage, Strategy, Training
 from autopar.simulator.blocks import Block, blocks
 from autopar.simulator.clusters import Cluster, Link, clusters, links
@@ -22,7 +22,13 @@ from autopar.simulator.costs import ComputeCache, Costs
 from autopar.simulator.edges import Rules, canonical, carries_gradient, saves_input
 from autopar.simulator.folding import Folded, fold
 from autopar.simulator.memory import optimizer_bytes_per_element
-from autopar.simulator.parameter_prices import LEVELS, Offers, ParameterPrices, Priced
+from autopar.simulator.parameter_prices import (
+    LEVELS,
+    Offers,
+    ParameterPrices,
+    Priced,
+    parts_by_dim,
+)
 from autopar.simulator.price_list import Flow, Kept, Menu, Node, PriceList, Selection
 from autopar.simulator.redistribution_table import (
     Codes,
@@ -62,7 +68,8 @@ class Structure:
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        return blocks(self.graph)
+        joined = {name: bound.rule.joined for name, bound in self.rules.items()}
+        return blocks(self.graph, joined)
 
     @cached_property
     def class_of(self) -> tuple[int, ...]:
@@ -148,8 +155,9 @@ def _letters(
         parameter = graph.by_name[name].role is Role.PARAMETER
         known = "P" * len(dims) if parameter else origin.get(name, "")
         for dim, letter in zip(dims, known, strict=False):
-            for factor in dim[:1]:
-                met[factor].add(letter)
+            for factor in dim:
+                if factor == dim[0] or factor in bound.factors:
+                    met[factor].add(letter)
     return {f: next((x for x in "SAP" if x in letters), "A") for f, letters in met.items()}
 
 
@@ -253,7 +261,7 @@ class Listing:
         for member in cluster.members:
             bound = self.structure.bound(member)
             _, cuts = self._cuts(cluster, member, every)
-            sizes = np.array([bound.sizes[f] for f in bound.factors], dtype=np.int64)
+            sizes = np.array([bound.limits[f] for f in bound.factors], dtype=np.int64)
             if len(sizes):
                 legal &= (sizes % cuts == 0).all(axis=1)
         return Candidates(cluster, self._divided(cluster, every[legal]))
@@ -530,7 +538,12 @@ class Listing:
 
     def _shared_offers(self, use: Use) -> Offers:
         divided = ["P" in a.letters for a in self.allowed] or [False] * len(self.mesh.axes)
-        return self.parameters.any_storage(self.graph.spec(use.parameters[0]), divided)
+        parts: dict[int, Parts] = {}
+        for reader, position in use.readers:
+            bound = self.structure.bound(reader)
+            for factor in bound.factors:
+                parts.update(parts_by_dim((bound.placements(factor)[0][position],)))
+        return self.parameters.any_storage(self.graph.spec(use.parameters[0]), divided, parts)
 
     def _shared_node(self, use: Use) -> Node:
         tensor = self.graph.by_name[use.parameters[0]]

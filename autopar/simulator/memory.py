@@ -18,7 +18,16 @@ from typing import TypeVar
 
 from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph, Role, TensorSpec
 from autopar.ir.rule import BoundRule, Split
-from autopar.ir.sharding import INVARIANT, Mesh, Sharding, gradient, local_shape, sharded_dim
+from autopar.ir.sharding import (
+    INVARIANT,
+    Mesh,
+    Placement,
+    Sharding,
+    gradient,
+    local_shape,
+    sharded_dim,
+    sharded_parts,
+)
 from autopar.ir.simulation import Memory
 from autopar.ir.strategy import Storage, Strategy, Training
 from autopar.simulator.edges import Rules, canonical, parameter_edges
@@ -596,8 +605,9 @@ def _path_memory(spec: TensorSpec, source: Sharding, path: Sequence[Step], mesh:
 
 
 def _staging_bytes(step: Step, before: int, after: int) -> int:
-    """Collectives work on dim 0: along another dim the pieces are put together before or after."""
-    cut, joined = sharded_dim(step.target), sharded_dim(step.source)
+    """Collectives work on rows of dim 0: along another dim, or where a dim has parts, the pieces
+    are put together before or after."""
+    cut, joined = _is_scattered(step.target), _is_scattered(step.source)
     match forward_collective(step):
         case "all_gather":
             return after if joined else 0
@@ -607,6 +617,11 @@ def _staging_bytes(step: Step, before: int, after: int) -> int:
             return (before if cut else 0) + (before if joined else 0)
         case _:
             return 0
+
+
+def _is_scattered(placement: Placement) -> bool:
+    """Whether a rank's share is not one run of rows."""
+    return bool(sharded_dim(placement) or sharded_parts(placement))
 
 
 # ---- parameters --------------------------------------------------------------------------------
@@ -628,8 +643,10 @@ def _update_bytes(pieces: Sequence[int], training: Training) -> int:
 
 
 def _moved_piece_bytes(spec: TensorSpec, storage: Storage, walk: _Walk) -> int:
-    """The optimizer's shard is a view of the parameter's, unless its pieces lie elsewhere."""
+    """The optimizer's shard is a view of the parameter's, unless its pieces lie elsewhere or are
+    put together from the parts of a dim."""
     if walk.strategy.training.precision == "mixed":
         return 0  # the master copy is a part of the state
-    moves = any(s.source != INVARIANT for s in steps(storage.parameter, storage.optimizer))
+    path = steps(storage.parameter, storage.optimizer)
+    moves = any(s.source != INVARIANT or sharded_parts(s.target) for s in path)
     return local_bytes(spec, storage.optimizer, walk.mesh) if moves else 0

@@ -23,7 +23,7 @@ from autopar.errors import AutoparError, UnsupportedModelError
 from autopar.ir.graph import Input, Operator, OperatorGraph, Role, TensorSpec
 from autopar.ir.rule import REPLICATED, SUMMED, BoundRule, Choice, Dim, OpRule, bind
 from autopar.ir.sharding import INVARIANT, PARTIAL, Placement, shard
-from autopar.ops import Proposals, bind_operator, bound_rules
+from autopar.ops import Proposals, bind_operator, bound_rules, with_parts
 from autopar.ops.factories import COUNTERS, READ_NO_VALUES
 from autopar.ops.proposals import call_key
 from autopar.ops.signatures import with_argument
@@ -218,7 +218,9 @@ class _Propagation:
             graph=divided,
             count=self.count,
             whole_rules=self.rules,
-            rules={o.name: self._divided_rule(divided, o) for o in divided.operators},
+            rules=with_parts(
+                divided, {o.name: self._divided_rule(divided, o) for o in divided.operators}
+            ),
             choices={
                 name: REPLICATED if self._is_counter(name) else cut.factor
                 for name, cut in self.cuts.items()
@@ -505,7 +507,7 @@ class _Propagation:
             tuple(divided.spec(name) for name in operator.inputs),
             tuple(divided.spec(name) for name in operator.outputs),
         )
-        if specs == (whole.input_specs, whole.output_specs):
+        if specs == (whole.input_specs, whole.output_specs) and not whole.rule.joined:
             return whole
         if whole.rule.proposed:
             proposals: Proposals = ((call_key(operator, specs[0]), self._proposal(operator.name)),)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autopar.ir.graph import TensorSpec
-from autopar.ir.sharding import Placement, Sharding, gradient, shard, sharded_dim
+from autopar.ir.sharding import (
+    Parts,
+    Placement,
+    Sharding,
+    gradient,
+    shard,
+    sharded_dim,
+    sharded_parts,
+)
 from autopar.ir.strategy import Storage, Training
 from autopar.simulator.memory import optimizer_bytes_per_element
 from autopar.simulator.prices import update_time_s
@@ -110,15 +119,16 @@ class ParameterPrices:
 
         An axis that shards the use shards the storage. On any other axis: replicated, or ZeRO of
         one of its ``levels`` along the first dim that the axis divides and that no later axis cuts
-        in the use (such a piece of a piece could not be gathered alone). Nor is a gradient offered
+        in the use (such a piece of a piece could not be gathered alone); a dim that the use divides
+        in parts is divided in the same parts. Nor is a gradient offered
         that arrives with every microbatch in pieces that the optimizer's shard would have to be put
         together from.
         """
         used = sharding(target, self.axes)
         per_axis = [
-            self._axis_levels(placement, dim, offered, trained)
-            for placement, dim, offered in zip(
-                used, self._zero_dims(spec.shape, used), self.levels, strict=True
+            self._axis_levels(placement, sharded, offered, trained)
+            for placement, sharded, offered in zip(
+                used, self._zero_placements(spec.shape, used), self.levels, strict=True
             )
         ]
         found = _combined(per_axis, target)
@@ -128,46 +138,54 @@ class ParameterPrices:
 
     @staticmethod
     def _axis_levels(
-        placement: Placement, dim: int | None, offered: tuple[int, ...], trained: bool
+        placement: Placement, sharded: Placement | None, offered: tuple[int, ...], trained: bool
     ) -> list[Level]:
         if sharded_dim(placement) is not None:
             return [(placement,) * 3]
-        if dim is None:
+        if sharded is None:
             return [at_level(0, "")]
         useful = offered if trained else tuple(n for n in offered if n in (0, 3)) or (0,)
-        return [at_level(n, shard(dim)) for n in useful]
+        return [at_level(n, sharded) for n in useful]
 
-    def _zero_dims(self, shape: tuple[int, ...], used: Sharding) -> list[int | None]:
-        """For each axis the dim along which it can shard the storage as well."""
+    def _zero_placements(self, shape: tuple[int, ...], used: Sharding) -> list[Placement | None]:
+        """For each axis how it can shard the storage as well."""
         sizes = self.table.costs.mesh.sizes
-        left = list(shape)
+        parts = parts_by_dim(used)
+        left = [n // sum(parts.get(d, (1,))) for d, n in enumerate(shape)]
         for placement, size in zip(used, sizes, strict=True):
             dim = sharded_dim(placement)
             if dim is not None:
                 left[dim] //= size
-        found: list[int | None] = []
+        found: list[Placement | None] = []
         for axis, size in enumerate(sizes):
             later = {sharded_dim(p) for p in used[axis + 1 :]}
             fitting = (d for d, n in enumerate(left) if d not in later and n % size == 0)
             dim = None if sharded_dim(used[axis]) is not None else next(fitting, None)
             if dim is not None:
                 left[dim] //= size
-            found.append(dim)
+            found.append(None if dim is None else shard(dim, parts.get(dim, ())))
         return found
 
-    def any_storage(self, spec: TensorSpec, tensor_parallel: Sequence[bool]) -> Offers:
+    def any_storage(
+        self,
+        spec: TensorSpec,
+        tensor_parallel: Sequence[bool],
+        parts: Mapping[int, Parts] = MappingProxyType({}),
+    ) -> Offers:
         """The storages of a parameter that several kinds of operators use: all that the mesh
-        divides. ``tensor_parallel``: axes on which it may be kept divided whatever the levels."""
+        divides. ``tensor_parallel``: axes on which it may be kept divided whatever the levels.
+        ``parts``: dims that are divided in parts."""
         sizes = self.table.costs.mesh.sizes
+        units = [n // sum(parts.get(d, (1,))) for d, n in enumerate(spec.shape)]
         per_axis = []
         for size, levels, divided in zip(sizes, self.levels, tensor_parallel, strict=True):
-            dims = [d for d, n in enumerate(spec.shape) if n % size == 0]
+            dims = [shard(d, parts.get(d, ())) for d, n in enumerate(units) if n % size == 0]
             wanted = (set(levels) | ({0, 3} if divided else set())) if dims else {0}
             per_axis.append(
-                [at_level(n, shard(d)) for n in sorted(wanted) for d in (dims if n else [0])]
+                [at_level(n, s) for n in sorted(wanted) for s in (dims if n else ["I"])]
             )
         found = _combined(per_axis, 0)
-        fits = [_divides(spec.shape, sharding(int(c), self.axes), sizes) for c in found.optimizer]
+        fits = [_divides(units, sharding(int(c), self.axes), sizes) for c in found.optimizer]
         return found[np.array(fits, dtype=bool)]
 
     # ---- what it costs -------------------------------------------------------------------------
@@ -279,7 +297,13 @@ def _joined(offers: Sequence[Offers]) -> Offers:
     )
 
 
-def _divides(shape: tuple[int, ...], placed: Sharding, sizes: Sequence[int]) -> bool:
+def parts_by_dim(of: Sharding) -> dict[int, Parts]:
+    """The parts of each dim that is divided in parts."""
+    found = {sharded_dim(placement): sharded_parts(placement) for placement in of}
+    return {dim: parts for dim, parts in found.items() if dim is not None and parts}
+
+
+def _divides(shape: Sequence[int], placed: Sharding, sizes: Sequence[int]) -> bool:
     left = list(shape)
     for placement, size in zip(placed, sizes, strict=True):
         dim = sharded_dim(placement)

@@ -76,12 +76,15 @@ def steps(source: Sharding, target: Sharding) -> tuple[Step, ...]:
 
     Those that make the tensor smaller come first, those that make it larger last. A step on an axis
     that cuts a dim is only possible when no later axis cuts the same dim (it would have to move the
-    pieces of pieces); such a later axis is gathered first and cut again after.
+    pieces of pieces); such a later axis is gathered first and cut again after. So is a dim that is
+    to be cut into other parts.
 
     >>> steps(("P", "S(1)"), ("S(0)", "R"))
     (Step(axis=0, source='P', target='S(0)'), Step(axis=1, source='S(1)', target='R'))
     >>> [s.axis for s in steps(("S(0)", "S(0)"), ("R", "S(0)"))]
     [1, 0, 1]
+    >>> [s.target for s in steps(("S(0,3)",), ("S(0)",))]
+    ['I', 'S(0)']
     """
     done: list[Step] = []
     current = list(source)
@@ -99,12 +102,18 @@ def steps(source: Sharding, target: Sharding) -> tuple[Step, ...]:
         ]
         if possible:
             axis = min(possible, key=lambda a: (_growth(current[a], target[a]), a))
-            change(axis, target[axis])
+            change(axis, INVARIANT if _other_parts(current[axis], target[axis]) else target[axis])
             continue
         # every open axis waits for a later one on the same dim: gather the last such
         blocker = max(b for a in open_axes for b in _blockers(current, a, target[a]))
         change(blocker, INVARIANT if target[blocker] == INVARIANT else REPLICATE)
     return tuple(done)
+
+
+def _other_parts(source: Placement, target: Placement) -> bool:
+    """Whether one dim is divided otherwise."""
+    dim = sharded_dim(source)
+    return dim is not None and dim == sharded_dim(target)
 
 
 def _blockers(current: list[Placement], axis: int, target: Placement) -> list[int]:
@@ -126,6 +135,8 @@ _GROWTH = {"P>S": 0, "I>S": 0, "R>S": 0, "S>S": 1, "S>R": 3, "S>I": 3, "S>P": 3}
 
 
 def _growth(source: Placement, target: Placement) -> int:
+    if _other_parts(source, target):
+        return _GROWTH["S>I"]
     return _GROWTH.get(f"{_kind(source)}>{_kind(target)}", 2)
 
 

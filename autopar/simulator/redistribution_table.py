@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.ir.graph import TensorSpec
-from autopar.ir.sharding import Placement, Sharding, gradient, shard, sharded_dim
+from autopar.ir.sharding import Placement, Sharding, gradient, shard, sharded_dim, sharded_parts
 from autopar.simulator.costs import Costs
 from autopar.simulator.redistribution import Step, forward_collective, reverse, steps
 from cost_models.interface import CollectiveKind
@@ -25,18 +25,26 @@ Seconds = NDArray[np.float64]
 
 _FIXED = ("R", "I", "P")
 _MOST_DIMS = 13
-BASE = len(_FIXED) + _MOST_DIMS
+BASE = 1024
 """Placements a code has room for on one axis."""
 
 _KINDS: tuple[CollectiveKind, ...] = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 _NOTHING = 0
 _COPY = 1  # a slice, mask or pad inside the device
-_MOST_STEPS = 8  # 5 is the most that 3 axes need
+_MOST_STEPS = 8  # 6 is the most that 3 axes need
+
+_placements: list[Placement] = [*_FIXED, *(shard(dim) for dim in range(_MOST_DIMS))]
+_codes: dict[Placement, int] = {placement: i for i, placement in enumerate(_placements)}
+"""Placements with parts get the next number when they are first met."""
 
 
 def placement_code(placement: Placement) -> int:
-    dim = sharded_dim(placement)
-    return _FIXED.index(placement) if dim is None else len(_FIXED) + dim
+    found = _codes.get(placement)
+    if found is None:
+        assert len(_placements) < BASE, placement
+        found = _codes[placement] = len(_placements)
+        _placements.append(placement)
+    return found
 
 
 def code(sharding: Sharding) -> int:
@@ -56,7 +64,7 @@ def sharding(of_code: int, axes: int) -> Sharding:
     found = []
     for _ in range(axes):
         of_code, digit = divmod(of_code, BASE)
-        found.append(_FIXED[digit] if digit < len(_FIXED) else shard(digit - len(_FIXED)))
+        found.append(_placements[digit])
     return tuple(reversed(found))
 
 
@@ -145,7 +153,7 @@ class Paths:
 
     def _number(self, source: Sharding, target: Sharding) -> int:
         """The steps do not depend on which dims are cut, only on which are the same."""
-        names: dict[int, Placement] = {}
+        names: dict[int, int] = {}
         pattern = (_renamed(source, names), _renamed(target, names))
         found = self._patterns.get(pattern)
         if found is None:
@@ -173,13 +181,13 @@ class Paths:
         return tuple(what), tuple(mask)
 
 
-def _renamed(of: Sharding, names: dict[int, Placement]) -> Sharding:
+def _renamed(of: Sharding, names: dict[int, int]) -> Sharding:
     """Dims numbered in the order in which they are met."""
     renamed = []
     for placement in of:
         dim = sharded_dim(placement)
         if dim is not None:
-            placement = names.setdefault(dim, shard(len(names)))
+            placement = shard(names.setdefault(dim, len(names)), sharded_parts(placement))
         renamed.append(placement)
     return tuple(renamed)
 

@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from autopar.ir.sharding import Mesh, Sharding, gradient, local_box
+from autopar.ir.sharding import Mesh, Sharding, gradient
 from autopar.runtime.collectives import Communicator, Redistribute
+from autopar.runtime.pieces import held
 from autopar.runtime.recorder import Executed
+from autopar.runtime.rule_check import indices
 from autopar.simulator.redistribution import transfers
 from tests.helpers.cases import communicator_of
 from tests.helpers.pool import pool
@@ -20,6 +22,7 @@ ONE = Mesh((("x", 2),))
 TWO = Mesh((("x", 2), ("y", 2)))
 SHAPE = (4, 8, 4)
 PLACEMENTS = ("S(0)", "S(1)", "S(2)", "R", "I", "P")
+IN_PARTS = ("S(0,2)", "S(1,2)", "S(1,1:3)", "S(2,2)")  # dims of several parts, each of them divided
 PAIRS = [(a, b) for a, b in product(PLACEMENTS, repeat=2) if a != b]
 
 
@@ -29,6 +32,20 @@ def test_every_pair_on_one_axis_forward_and_backward() -> None:
 
 def test_pairs_of_pairs_on_two_axes() -> None:
     every = list(product(PLACEMENTS, repeat=2))
+    some = [(a, b) for i, (a, b) in enumerate(product(every, every)) if a != b and i % 7 == 0]
+    pool().run(4, check_pairs, TWO, some)
+
+
+def test_dims_of_several_parts_on_one_axis() -> None:
+    every = product((*PLACEMENTS, *IN_PARTS), repeat=2)
+    some = [((a,), (b,)) for a, b in every if a != b and {a, b} & set(IN_PARTS)]
+    pool().run(2, check_pairs, ONE, some)
+
+
+def test_dims_of_several_parts_on_two_axes() -> None:
+    """Two axes may both divide a dim, each part of it a second time."""
+    placements = ("S(1,2)", "S(2)", "R", "I", "P")
+    every = list(product(placements, repeat=2))
     some = [(a, b) for i, (a, b) in enumerate(product(every, every)) if a != b and i % 7 == 0]
     pool().run(4, check_pairs, TWO, some)
 
@@ -86,8 +103,7 @@ def part(whole: Tensor, sharding: Sharding, communicator: Communicator) -> Tenso
                 local = local * (0.25 if first else 0.75)
             elif not first:
                 local = torch.zeros_like(local)
-    box = local_box(SHAPE, sharding, communicator.mesh, communicator.rank)
-    return local[tuple(slice(*bounds) for bounds in box)].clone()
+    return held(local, sharding, communicator.mesh, communicator.rank).clone()
 
 
 def total(local: Tensor, sharding: Sharding, communicator: Communicator) -> Tensor:
@@ -108,6 +124,5 @@ def total(local: Tensor, sharding: Sharding, communicator: Communicator) -> Tens
             )
             assert torch.equal(found, parts[twin])
             continue
-        box = local_box(SHAPE, sharding, mesh, rank)
-        whole[tuple(slice(*bounds) for bounds in box)] += found
+        whole[indices(SHAPE, sharding, mesh, rank)] += found
     return whole

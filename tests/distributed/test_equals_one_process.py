@@ -20,7 +20,7 @@ from autopar.simulator.prices import promise
 from tests.helpers.cases import Case, Outcome, case, outcome
 from tests.helpers.fake_prices import FakePrices
 from tests.helpers.pool import pool
-from tests.helpers.strategies import random_strategy
+from tests.helpers.strategies import random_strategy, random_strategy_in_parts
 
 MESHES = (
     Mesh((("data", 2),)),
@@ -67,6 +67,30 @@ def test_a_random_strategy_trains_as_one_process_and_keeps_its_promise(
 ) -> None:
     of = case(name)
     strategy = drawn(of, seed)
+    found = on_ranks(of, strategy)
+    assert found.loss < 1e-9
+    assert found.gradient < 1e-9, found.worst_gradient
+    assert found.parameter < 1e-8
+    assert Counter(found.executed) == promised(of, strategy)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "transformer_encoder", "phi3"])
+@pytest.mark.parametrize(
+    "seed",
+    [
+        seed if seed < len(MESHES) else pytest.param(seed, marks=pytest.mark.slow)
+        for seed in range(SEEDS)
+    ],
+)
+def test_so_does_one_that_divides_each_part_of_fused_projections(name: str, seed: int) -> None:
+    of, rng = case(name), Random(f"{name} in parts {seed}")
+    mesh, training = MESHES[seed % len(MESHES)], rng.choice(TRAININGS)
+    strategy = random_strategy_in_parts(of.graph, rules(name), mesh, rng, training)
+    assert any(
+        any(",3)" in placement or ",2" in placement for sharding in made for placement in sharding)
+        for operator, split in strategy.splits.items()
+        for made in rules(name)[operator].shardings(split)
+    )
     found = on_ranks(of, strategy)
     assert found.loss < 1e-9
     assert found.gradient < 1e-9, found.worst_gradient

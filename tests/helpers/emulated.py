@@ -8,7 +8,15 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.ir.sharding import Mesh, Placement, Sharding, local_box, sharded_dim
+from autopar.ir.sharding import (
+    Mesh,
+    Placement,
+    Sharding,
+    local_ranges,
+    part_sizes,
+    sharded_dim,
+    sharded_parts,
+)
 from autopar.simulator.redistribution import Step
 
 Array = NDArray[np.float64]
@@ -26,16 +34,25 @@ def scatter(value: Array, sharding: Sharding, mesh: Mesh, rng: np.random.Generat
         groups.setdefault(tuple(c for a, c in enumerate(where) if a not in partial), []).append(
             rank
         )
-    parts_of: dict[tuple[tuple[int, int], ...], list[Array]] = {}
+    parts_of: dict[object, list[Array]] = {}
     for group in groups.values():
-        box = local_box(value.shape, sharding, mesh, group[0])
-        here = value[tuple(slice(*bounds) for bounds in box)]
+        box = local_ranges(value.shape, sharding, mesh, group[0])
+        here = held(value, sharding, mesh, group[0])
         if box not in parts_of:  # ranks that hold the same slice hold the same parts of it
             parts = [rng.standard_normal(here.shape) for _ in group[1:]]
             parts_of[box] = [here - sum(parts, np.zeros_like(here)), *parts]
         for rank, part in zip(group, parts_of[box], strict=True):
             ranks[rank] = part
     return ranks
+
+
+def held(value: Array, sharding: Sharding, mesh: Mesh, rank: int) -> Array:
+    """What a rank has of a value that no axis leaves partial."""
+    along = [
+        [index for bounds in ranges for index in range(*bounds)]
+        for ranges in local_ranges(value.shape, sharding, mesh, rank)
+    ]
+    return value[np.ix_(*along)]
 
 
 def represents(state: Sequence[Array], value: Array, sharding: Sharding, mesh: Mesh) -> bool:
@@ -46,8 +63,7 @@ def represents(state: Sequence[Array], value: Array, sharding: Sharding, mesh: M
             if placement == "P":
                 group = {other for member in group for other in mesh.group(axis, member)}
         total = sum((state[r] for r in sorted(group)), np.zeros_like(state[rank]))
-        box = local_box(value.shape, sharding, mesh, rank)
-        expected = value[tuple(slice(*bounds) for bounds in box)]
+        expected = held(value, sharding, mesh, rank)
         if total.shape != expected.shape or not np.allclose(total, expected, atol=1e-9):
             return False
     return True
@@ -82,16 +98,31 @@ def _received(state: Sequence[Array], step: Step, mesh: Mesh, rank: int) -> Arra
 
 
 def _from_shards(state: Sequence[Array], step: Step, group: tuple[int, ...], place: int) -> Array:
-    dim = sharded_dim(step.source)
-    assert dim is not None
     if step.target == "P":
         pieces = [state[r] if i == place else 0.0 * state[r] for i, r in enumerate(group)]
-        return np.concatenate(pieces, axis=dim)
-    whole = np.concatenate([state[r] for r in group], axis=dim)
+        return _joined(pieces, step.source)
+    whole = _joined([state[r] for r in group], step.source)
     return _slice(whole, step.target, place, len(group)) if step.target[0] == "S" else whole
+
+
+def _joined(pieces: Sequence[Array], placement: Placement) -> Array:
+    """Each part of the dim from the shares that the pieces have of it."""
+    dim = sharded_dim(placement)
+    assert dim is not None
+    shares = [_parts(piece, placement) for piece in pieces]
+    return np.concatenate([share for part in zip(*shares, strict=True) for share in part], dim)
 
 
 def _slice(value: Array, target: Placement, place: int, pieces: int) -> Array:
     dim = sharded_dim(target)
     assert dim is not None
-    return np.split(value, pieces, axis=dim)[place]
+    return np.concatenate(
+        [np.split(part, pieces, axis=dim)[place] for part in _parts(value, target)], axis=dim
+    )
+
+
+def _parts(value: Array, placement: Placement) -> list[Array]:
+    dim = sharded_dim(placement)
+    assert dim is not None
+    sizes = part_sizes(value.shape[dim], sharded_parts(placement))
+    return np.split(value, np.cumsum(sizes)[:-1], axis=dim)

@@ -6,7 +6,7 @@ from random import Random
 
 from autopar.ir.graph import OperatorGraph
 from autopar.ir.rule import NOTHING, BoundRule, Split
-from autopar.ir.sharding import Mesh, Sharding, shard, sharded_dim, shards_of
+from autopar.ir.sharding import Mesh, Sharding, shard, sharded_dim, sharded_parts, shards_of
 from autopar.ir.strategy import Stage, Storage, Strategy, Training
 from autopar.simulator.edges import Rules
 from autopar.simulator.redistribution import steps
@@ -50,6 +50,37 @@ def random_strategy(
 ) -> Strategy:
     """Any legal split for each operator, any legal storage for each parameter."""
     splits = {o.name: _random_split(rules[o.name], mesh, rng) for o in graph.operators}
+    return _with_storage(graph, rules, mesh, rng, training, splits)
+
+
+def random_strategy_in_parts(
+    graph: OperatorGraph,
+    rules: Rules,
+    mesh: Mesh,
+    rng: Random,
+    training: Training = PLAIN,
+) -> Strategy:
+    """As ``random_strategy``, but whatever can divide each part of a dim often does."""
+    splits = {o.name: _random_split(rules[o.name], mesh, rng) for o in graph.operators}
+    for operator in graph.operators:
+        bound = rules[operator.name]
+        for axis in range(len(mesh.axes)):
+            if bound.rule.joined and rng.random() < 0.7:
+                split = list(splits[operator.name])
+                split[axis] = rng.choice(bound.rule.joined).factor
+                if bound.divides(tuple(split), mesh):
+                    splits[operator.name] = tuple(split)
+    return _with_storage(graph, rules, mesh, rng, training, splits)
+
+
+def _with_storage(
+    graph: OperatorGraph,
+    rules: Rules,
+    mesh: Mesh,
+    rng: Random,
+    training: Training,
+    splits: dict[str, Split],
+) -> Strategy:
     storage = {
         p.name: _random_storage(p.spec.shape, _uses(graph, rules, splits, p.name), mesh, rng)
         for p in graph.parameters
@@ -96,7 +127,8 @@ def _random_level(
     """Placements of parameter, gradient and optimizer on one axis."""
     wanted = [use[axis] for use in uses if sharded_dim(use[axis]) is not None]
     cut_later = {sharded_dim(placement) for use in uses for placement in use[axis + 1 :]}
-    free = [shard(dim) for dim in range(len(shape)) if dim not in cut_later]
+    parts = {sharded_dim(p): sharded_parts(p) for use in uses for p in use if sharded_parts(p)}
+    free = [shard(dim, parts.get(dim, ())) for dim in range(len(shape)) if dim not in cut_later]
     whole = ("I", "I", "I")
     offered = [whole]
     if wanted:
@@ -108,4 +140,11 @@ def _random_level(
 
 
 def _divides(shape: tuple[int, ...], sharding: Sharding, mesh: Mesh) -> bool:
-    return all(size % shards_of(sharding, dim, mesh) == 0 for dim, size in enumerate(shape))
+    """Each part of a dim that has parts; axes that disagree on them divide nothing."""
+    parts = {(sharded_dim(p), sharded_parts(p)) for p in sharding if sharded_dim(p) is not None}
+    units = list(shape)
+    for dim, weights in parts:
+        units[dim or 0] //= sum(weights or (1,))
+    return len({dim for dim, _ in parts}) == len(parts) and all(
+        unit % shards_of(sharding, dim, mesh) == 0 for dim, unit in enumerate(units)
+    )

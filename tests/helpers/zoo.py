@@ -122,6 +122,29 @@ def qwen(dropout: float = 0.0) -> Built:
     return LossOf(Qwen3ForCausalLM(config)), _tokens(64)
 
 
+def phi3(dropout: float = 0.0) -> Built:
+    """Query, key and value in one projection, of unequal parts; so are gate and value."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    config = Phi3Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=16,
+        original_max_position_embeddings=16,
+        attention_dropout=dropout,
+        resid_pdrop=dropout,
+        use_cache=False,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return LossOf(Phi3ForCausalLM(config)), _tokens(64)
+
+
 def bert(dropout: float = 0.0) -> Built:
     from transformers import BertConfig, BertForMaskedLM
 
@@ -455,6 +478,7 @@ ZOO: dict[str, Callable[..., Built]] = {
     "gpt2": gpt2,
     "llama": llama,
     "qwen": qwen,
+    "phi3": phi3,
     "bert": bert,
     "t5": t5,
     "vit": vit,

@@ -25,7 +25,7 @@ from autopar.simulator.listing import Allowed, Listing, Structure
 from autopar.simulator.meshes import mesh
 from autopar.simulator.prices import evaluate
 from tests.helpers.fake_prices import FakePrices
-from tests.helpers.strategies import random_strategy, replicate
+from tests.helpers.strategies import random_strategy, random_strategy_in_parts, replicate
 from tests.helpers.zoo import ZOO, zoo
 
 
@@ -52,6 +52,16 @@ def test_random_strategies_keep_their_promise(name: str) -> None:
     report = report_of(graph, strategy, rank=7)
     assert report.ok, report.differences
     assert report.typechecked
+
+
+@pytest.mark.parametrize("name", ["gpt2", "transformer_encoder", "phi3"])
+def test_fused_projections_divided_in_parts_keep_their_promise(name: str) -> None:
+    graph = graph_of(name)
+    strategy = random_strategy_in_parts(graph, bound_rules(graph), mesh((2, 2)), Random(1))
+    report = report_of(graph, strategy, rank=3)
+    assert report.ok, report.differences
+    assert report.typechecked
+    assert abs(report.memory_error) < 0.005
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "vit", "t5", "transformer_encoder"])
@@ -124,9 +134,9 @@ def test_a_program_that_moves_a_tensor_otherwise_is_caught(
     from autopar.runtime import collectives
 
     def twice(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def all_gather(self: object, tensor: torch.Tensor, axis: int, dim: int) -> torch.Tensor:
-            original(self, tensor, axis, dim)
-            return original(self, tensor, axis, dim)
+        def all_gather(self: object, tensor: torch.Tensor, axis: int, joined: str) -> torch.Tensor:
+            original(self, tensor, axis, joined)
+            return original(self, tensor, axis, joined)
 
         return all_gather
 

@@ -89,6 +89,20 @@ def test_on_one_and_two_axes_every_pair_is_reached_and_the_backward_is_the_adjoi
         travels(source, target, TWO, (6, 6, 6))
 
 
+def test_dims_of_several_parts_are_reached_too() -> None:
+    """Where axes divide one dim they agree on its parts, before and after."""
+    one = ("S(0,2)", "S(0,1:3)", "S(1,2)", "S(0)", "R", "I", "P")
+    for source, target in pairs(one, 1):
+        travels(source, target, Mesh((("a", 3),)), (12, 6))
+    for source, target in Random(0).sample(pairs(("S(0,1:3)", "S(1)", "R", "I", "P"), 2), 200):
+        travels(source, target, TWO, (24, 6))
+    whole = pairs(("S(0)", "S(1)", "R", "I", "P"), 2)
+    for source, plain in Random(1).sample(whole, 200):
+        target = tuple("S(0,2)" if p == "S(0)" else p for p in plain)
+        travels(source, target, TWO, (12, 6))
+        travels(target, source, TWO, (12, 6))
+
+
 def test_on_three_axes_random_pairs_are_reached() -> None:
     for source, target in Random(0).sample(pairs(TWO_DIMS, 3), 400):
         travels(source, target, THREE, (8, 8))
@@ -127,7 +141,8 @@ def test_the_table_of_seconds_equals_the_costs_one_by_one(sizes: tuple[int, ...]
     table = RedistributionTable(costs)
     for dtype in ("float32", "bfloat16"):
         spec = TensorSpec((48, 48, 48), dtype)
-        found = pairs(THREE_DIMS, len(sizes))
+        found = pairs(("S(2,3)", *THREE_DIMS), len(sizes))
+        found = [pair for pair in found if all(map(_agree_on_parts, pair))]
         for source, target in rng.sample(found, min(len(found), 400)):
             number = paths(len(sizes)).block(np.array([code(source)]), np.array([code(target)]))
             there, back = table.seconds(spec, number)
@@ -142,6 +157,10 @@ def test_the_table_of_seconds_equals_the_costs_one_by_one(sizes: tuple[int, ...]
                 sum(costs.transfer_s(t) for t in transfers(source, target, spec.bytes, mesh)),
                 rel=1e-12,
             )
+
+
+def _agree_on_parts(sharding: Sharding) -> bool:
+    return not {"S(2)", "S(2,3)"} <= set(sharding)
 
 
 def test_rows_of_pairs_and_blocks_of_pairs_have_the_same_numbers() -> None:
