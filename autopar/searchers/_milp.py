@@ -21,6 +21,7 @@ from time import monotonic
 
 import numpy as np
 from ortools.math_opt.python import mathopt
+from ortools.math_opt.solvers import highs_pb2
 
 from autopar.searchers._solver import NoAnswerError, Solver, solver
 from autopar.searchers.bounds import Survivors
@@ -224,9 +225,11 @@ class _Model:
     # ---- solution ------------------------------------------------------------------------------
 
     def solve(self, process: Solver, deadline: float, gap: float) -> Solved:
+        # starting the root again, as HiGHS likes to, took half of the time of the hard problems
         parameters = mathopt.SolveParameters(
             relative_gap_tolerance=gap,
             absolute_gap_tolerance=1e-12,
+            highs=highs_pb2.HighsOptionsProto(bool_options={"mip_allow_restart": False}),
         )
         result = process.solve(self.model, parameters, deadline)
         reason = result.termination.reason
