@@ -25,11 +25,15 @@ from autopar.simulator.pipeline import (
 
 @dataclass
 class RandomWorld:
-    """A random graph of stages, some in copies, on random rows in a random order that can end."""
+    """A random graph of stages, some in copies, on random rows in a random order that can end.
+
+    ``split``: whether backwards are ``I`` and ``W``; ``None``: some are.
+    """
 
     seed: int
     most_stages: int = 6
     most_microbatches: int = 4
+    split: bool | None = None
     random: Random = field(init=False)
     rows: Rows = field(init=False)
     pipeline: Pipeline = field(init=False)
@@ -46,6 +50,9 @@ class RandomWorld:
             norm_s=self.random.choice([None, self._time()]),
         )
         self.rows = self._rows(stages, feeds)
+
+    def _splits(self, stage: int, microbatch: int) -> bool:
+        return (stage + microbatch) % 2 == 0 if self.split is None else self.split
 
     def _time(self) -> Fraction:
         return Fraction(self.random.randint(1, 10**6), 997)  # equal sums are unlikely
@@ -86,12 +93,12 @@ class RandomWorld:
             copies = self.random.sample(range(count), self.random.randint(1, min(2, count)))
             for i in range(microbatches):
                 row = self.random.choice(copies)
-                split = (stage + i) % 2 == 0
+                split = self._splits(stage, i)
                 forward = Action(stage, "F", i)
                 back = Action(stage, "I" if split else "B", i)
                 waits[forward] = {Action(f.source, "F", i) for f in feeds if f.target == stage}
                 waits[back] = {forward} | {
-                    Action(f.target, "I" if (f.target + i) % 2 == 0 else "B", i)
+                    Action(f.target, "I" if self._splits(f.target, i) else "B", i)
                     for f in feeds
                     if f.source == stage and f.gradient
                 }
