@@ -283,6 +283,8 @@ def extract_command(
 def plan_command(model: str, output: Path | None, top: int, as_json: bool, **options: Any) -> int:
     """Find the fastest strategy for MODEL that fits in memory.
 
+    MODEL: a path to model.py, package.module:callable, or hf:NAME_OR_PATH.
+
     Ctrl-C ends the search: the best so far is printed and written, with exit code 130.
     """
     from autopar import api

@@ -19,7 +19,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 def test_the_first_block_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(blocks("README.md", "python")[0], "README.md", "exec"), {})
-    assert "on h100-sxm: 8 devices" in capsys.readouterr().out
+    assert "on 1x8xh100-sxm: 8 devices" in capsys.readouterr().out
 
 
 def test_the_model_of_the_first_plan_is_planned_explained_and_exported(
