@@ -1,129 +1,132 @@
-"""The planned collectives on local tensors, with the backward that the plan names."""
+"""Redistributions of local tensors: ``spmd_types``' own, each with the gradient's way back."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import spmd_types
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from autopar.ir.sharding import Mesh, Placement, Sharding, sharded_dim
-from autopar.runtime.pieces import cut_rows, join_rows, piece, put_piece
-from autopar.runtime.recorder import Executed, Recorder
-from autopar.simulator.redistribution import Step, reverse, steps
+from autopar.ir.sharding import Mesh, Placement, Sharding, sharded_dim, sharded_parts
+from autopar.runtime.pieces import cut_rows, join_rows
+from autopar.runtime.recorder import Recorder
+from autopar.simulator.redistribution import Step, forward_collective
+
+# spmd_types 0.3.1 calls functional collectives by names that torch 2.13 calls deprecated
+warnings.filterwarnings("ignore", r".*is deprecated", FutureWarning, r"spmd_types\.")
 
 _c10d = torch.ops._c10d_functional
-_TYPES = {"R": spmd_types.R, "I": spmd_types.I, "P": spmd_types.P, "S": spmd_types.V}
+_TYPES = {"R": spmd_types.R, "I": spmd_types.I, "P": spmd_types.P}
 
 
 @dataclass
 class Communicator:
-    """One rank's collectives over the axes of a mesh, each told to ``recorder``.
+    """One rank's redistributions over the axes of a mesh.
 
-    Results are new tensors, complete when returned. Any strides, any dim, any dtype that the
-    backend carries (gloo: all of them). An axis of one rank communicates like any other.
+    A lowered program calls them by name. ``src`` and ``dst`` are placements on ``axis``; the
+    gradient goes from ``gradient(dst)`` to ``gradient(src)``. Results are complete when returned,
+    and keep no memory of ``tensor`` alive that they do not need. Any strides, any dim, any dtype
+    that the backend carries (gloo: all of them).
     """
 
     mesh: Mesh
     rank: int
     device_mesh: DeviceMesh
-    recorder: Recorder = field(default_factory=Recorder)
 
     def __post_init__(self) -> None:
         self.coordinates = self.mesh.coordinates(self.rank)
-        self._groups = [
-            self.device_mesh.get_group(axis).group_name for axis in range(len(self.mesh.axes))
-        ]
+        self.groups = {name: self.device_mesh.get_group(name) for name in self.mesh.names}
+        self.recorder = Recorder(
+            {
+                str(self.groups[name].group_name): name if size > 1 else None
+                for name, size in self.mesh.axes
+            }
+        )
 
-    def all_reduce(
-        self, tensor: Tensor, axis: int, op: Literal["sum", "max", "min"] = "sum"
+    def all_gather(self, tensor: Tensor, axis: str, *, src: Placement, dst: Placement) -> Tensor:
+        return self._call(spmd_types.all_gather, tensor, axis, src, dst)
+
+    def reduce_scatter(
+        self, tensor: Tensor, axis: str, *, src: Placement, dst: Placement
     ) -> Tensor:
-        self._record("all_reduce", axis, tensor)
-        return _wait(_c10d.all_reduce(tensor.contiguous(), op, self._groups[axis]))
+        return self._call(spmd_types.reduce_scatter, tensor, axis, src, dst)
 
-    def all_gather(self, tensor: Tensor, axis: int, joined: Placement) -> Tensor:
-        parts = self.mesh.sizes[axis]
-        whole = _wait(_c10d.all_gather_into_tensor(tensor.contiguous(), parts, self._groups[axis]))
-        self._record("all_gather", axis, whole)
-        return join_rows(whole, parts, joined)
+    def all_reduce(self, tensor: Tensor, axis: str, *, src: Placement, dst: Placement) -> Tensor:
+        moved = self._call(spmd_types.all_reduce, tensor.contiguous(), axis, src, dst)
+        return _with_contiguous_gradient(moved)
 
-    def reduce_scatter(self, tensor: Tensor, axis: int, cut: Placement) -> Tensor:
-        self._record("reduce_scatter", axis, tensor)
-        parts = self.mesh.sizes[axis]
-        pieces = cut_rows(tensor, parts, cut)
-        return _wait(_c10d.reduce_scatter_tensor(pieces, "sum", parts, self._groups[axis]))
+    def convert(self, tensor: Tensor, axis: str, *, src: Placement, dst: Placement) -> Tensor:
+        """Where each rank has what it needs: a copy of its slice, zeros around it, or itself."""
+        moved = self._call(spmd_types.convert, tensor, axis, src, dst, expert_mode=True)
+        return _with_contiguous_gradient(moved) if (src, dst) == ("I", "R") else moved
 
-    def all_to_all(self, tensor: Tensor, axis: int, source: Placement, target: Placement) -> Tensor:
-        """From shards of one dim to shards of another."""
-        self._record("all_to_all", axis, tensor)
-        parts = self.mesh.sizes[axis]
-        pieces = cut_rows(tensor, parts, target)
-        rows = [pieces.shape[0] // parts] * parts
-        received = _wait(_c10d.all_to_all_single(pieces, rows, rows, self._groups[axis]))
-        return join_rows(received, parts, source)
+    def all_to_all(self, tensor: Tensor, axis: str, *, src: Placement, dst: Placement) -> Tensor:
+        moved: Tensor = AllToAll.apply(  # type: ignore[no-untyped-call]
+            tensor, self.groups[axis], src, dst
+        )
+        return moved
 
     def move(self, tensor: Tensor, step: Step) -> Tensor:
-        """The local tensor after ``step`` (see ``redistribution.FORWARD``)."""
-        axis, source, target = step.axis, step.source, step.target
-        match source[0], target[0]:
-            case ("S", "R" | "I"):
-                return self.all_gather(tensor, axis, source)
-            case ("S", "S"):
-                return self.all_to_all(tensor, axis, source, target)
-            case ("S", "P"):
-                return self._padded(tensor, axis, source)
-            case ("R" | "I", "S"):
-                return piece(tensor, self.mesh.sizes[axis], self.coordinates[axis], target)
-            case ("R" | "I", "P"):
-                # the first rank copies, so that all need the same memory
-                first = self.coordinates[axis] == 0
-                return tensor.clone() if first else torch.zeros_like(tensor)
-            case ("P", "S"):
-                return self.reduce_scatter(tensor, axis, target)
-            case ("P", "R" | "I"):
-                return self.all_reduce(tensor, axis)
-            case ("R", "I") | ("I", "R"):
-                return tensor
-            case pair:
-                raise AssertionError(f"no step goes from {pair[0]} to {pair[1]}")
+        method = getattr(self, method_of(step))
+        moved: Tensor = method(tensor, self.mesh.names[step.axis], src=step.source, dst=step.target)
+        return moved
 
     def walk(self, tensor: Tensor, path: Sequence[Step]) -> Tensor:
         for step in path:
             tensor = self.move(tensor, step)
         return tensor
 
+    def combine(
+        self, tensor: Tensor, axis: int, op: Literal["sum", "max", "min"] = "sum"
+    ) -> Tensor:
+        """All-reduce outside of autograd and of types, for operators that do their own."""
+        group = self.groups[self.mesh.names[axis]].group_name
+        return _wait(_c10d.all_reduce(tensor.contiguous(), op, group))
+
     def types(self, sharding: Sharding) -> dict[Any, Any]:
         """The sharding in the words of ``spmd_types``, which leaves out axes of one rank."""
         return {
-            spmd_types.MeshAxis.of(self.device_mesh.get_group(axis)): _TYPES[placement[0]]
-            for axis, placement in enumerate(sharding)
-            if self.mesh.sizes[axis] > 1
+            spmd_types.MeshAxis.of(self.groups[name]): _TYPES.get(placement, spmd_types.V)
+            for (name, size), placement in zip(self.mesh.axes, sharding, strict=True)
+            if size > 1
         }
 
-    def _padded(self, tensor: Tensor, axis: int, joined: Placement) -> Tensor:
-        parts = self.mesh.sizes[axis]
-        dim = sharded_dim(joined)
-        assert dim is not None
-        shape = list(tensor.shape)
-        shape[dim] *= parts
-        whole = tensor.new_zeros(shape)
-        put_piece(whole, tensor, parts, self.coordinates[axis], joined)
-        return whole
+    def _call(
+        self,
+        function: Any,
+        tensor: Tensor,
+        axis: str,
+        src: Placement,
+        dst: Placement,
+        **options: Any,
+    ) -> Tensor:
+        group = self.groups[axis]
+        if sharded_parts(dst):
+            tensor = Relaid.apply(tensor, group.size(), dst, True)  # type: ignore[no-untyped-call]
+        moved: Tensor = function(
+            tensor,
+            group,
+            src=_type(src),
+            dst=_type(dst),
+            # gradients are reduced in the dtype they have: so they are priced
+            backward_options={"op_dtype": tensor.dtype},
+            **options,
+        )
+        if sharded_parts(src):
+            moved = Relaid.apply(moved, group.size(), src, False)  # type: ignore[no-untyped-call]
+        return moved
 
-    def _record(self, kind: Any, axis: int, largest: Tensor) -> None:
-        size = largest.numel() * largest.element_size()
-        self.recorder.add(Executed(kind, self.recorder.phase, self.mesh.names[axis], size))
 
-
-def _wait(tensor: Tensor) -> Tensor:
-    waited: Tensor = _c10d.wait_tensor(tensor)
-    return waited
+def method_of(step: Step) -> str:
+    """The name of the communicator's method that takes ``step``."""
+    return forward_collective(step) or "convert"
 
 
 def connect(mesh: Mesh, device_type: str) -> Communicator:
@@ -132,40 +135,80 @@ def connect(mesh: Mesh, device_type: str) -> Communicator:
     return Communicator(mesh, dist.get_rank(), device_mesh)
 
 
-class Redistribute(torch.autograd.Function):
-    """A tensor goes from ``source`` to ``target``, its gradient back the planned way."""
+class AllToAll(torch.autograd.Function):
+    """From shards of one dim to shards of another in one exchange of one buffer.
+
+    That of ``spmd_types`` exchanges a list of tensors, one for each rank of the group.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, tensor: Tensor, communicator: Communicator, source: Sharding, target: Sharding
+        ctx: Any, tensor: Tensor, group: ProcessGroup, src: Placement, dst: Placement
     ) -> Tensor:
-        ctx.communicator = communicator
-        ctx.ends = source, target
-        return fresh(communicator.walk(tensor, steps(source, target)), tensor)
+        ctx.group, ctx.ends = group, (src, dst)
+        pieces = cut_rows(tensor, group.size(), dst)
+        rows = [pieces.shape[0] // group.size()] * group.size()
+        received = _wait(_c10d.all_to_all_single(pieces, rows, rows, group.group_name))
+        return join_rows(received, group.size(), src)
 
     @staticmethod
     def spmd_typecheck(
-        moved: Tensor,
-        *,
-        tensor: Tensor,
-        communicator: Communicator,
-        source: Sharding,
-        target: Sharding,
+        moved: Tensor, *, tensor: Tensor, group: ProcessGroup, src: Placement, dst: Placement
     ) -> None:
-        spmd_types.assert_type(tensor, communicator.types(source))
-        spmd_types.assert_type(moved, communicator.types(target))
+        del src, dst  # a shard is a shard: its dim is not a part of its type
+        spmd_types.assert_type(tensor, {group: spmd_types.V})
+        spmd_types.assert_type_like(moved, tensor)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        communicator: Communicator = ctx.communicator
-        return communicator.walk(gradient, _steps_back(*ctx.ends)), None, None, None
+        src, dst = ctx.ends
+        moved = AllToAll.apply(gradient, ctx.group, dst, src)  # type: ignore[no-untyped-call]
+        return moved, None, None, None
 
 
-def fresh(moved: Tensor, tensor: Tensor) -> Tensor:
-    """``moved``, as another object than ``tensor``: each has a type of its own."""
-    return moved.view_as(moved) if moved is tensor else moved
+class Relaid(torch.autograd.Function):
+    """Pieces of a dim of several parts, one below the other (``to_rows``) or where they belong.
+
+    ``spmd_types`` knows chunks only; laid in rows, a piece is a chunk of dim 0.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, tensor: Tensor, pieces: int, placement: Placement, to_rows: bool
+    ) -> Tensor:
+        ctx.how = pieces, placement, not to_rows
+        return (cut_rows if to_rows else join_rows)(tensor, pieces, placement)
+
+    @staticmethod
+    def spmd_typecheck(
+        relaid: Tensor, *, tensor: Tensor, pieces: int, placement: Placement, to_rows: bool
+    ) -> None:
+        del pieces, placement, to_rows
+        types = dict(spmd_types.get_local_type(tensor))
+        spmd_types.assert_type(tensor, types)
+        spmd_types.assert_type(relaid, types)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        back = Relaid.apply(gradient, *ctx.how)  # type: ignore[no-untyped-call]
+        return back, None, None, None
 
 
-@lru_cache(maxsize=None)
-def _steps_back(source: Sharding, target: Sharding) -> tuple[Step, ...]:
-    return tuple(reverse(step) for step in reversed(steps(source, target)))
+def _type(placement: Placement) -> Any:
+    dim = sharded_dim(placement)
+    if dim is None:
+        return _TYPES[placement]
+    return spmd_types.S(0 if sharded_parts(placement) else dim)
+
+
+def _with_contiguous_gradient(moved: Tensor) -> Tensor:
+    """All-reduces of ``spmd_types``, in the backward as well, take nothing else."""
+    if moved.requires_grad:
+        with spmd_types.no_typecheck():
+            moved.register_hook(Tensor.contiguous)  # type: ignore[no-untyped-call]
+    return moved
+
+
+def _wait(tensor: Tensor) -> Tensor:
+    waited: Tensor = _c10d.wait_tensor(tensor)
+    return waited

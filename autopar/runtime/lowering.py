@@ -17,7 +17,7 @@ from autopar.ir.graph import Argument, Dtype, Input, Operator, OperatorGraph, Ro
 from autopar.ir.rule import RESERVED, BoundRule, Split
 from autopar.ir.sharding import Mesh, Sharding, gradient, local_shape
 from autopar.ir.strategy import Strategy
-from autopar.runtime.collectives import Communicator, Redistribute, fresh
+from autopar.runtime.collectives import Communicator, method_of
 from autopar.runtime.local_ops import LOCAL_OPS, mean_divisor, needs_local_op
 from autopar.simulator.edges import (
     Edge,
@@ -29,7 +29,7 @@ from autopar.simulator.edges import (
     parameter_edges,
 )
 from autopar.simulator.microbatches import Division, undivided
-from autopar.simulator.redistribution import steps
+from autopar.simulator.redistribution import Step, steps
 
 
 @dataclass
@@ -62,10 +62,11 @@ class Execution:
 class LoweredProgram:
     """The forward of one (micro)batch on one rank; autograd derives the planned backward.
 
-    ``graph_module(execution, *parameters, *buffers, *inputs)`` returns the loss and the new values
-    of ``mutated`` buffers. Parameters are shards as stored, inputs are the whole (micro)batch, from
-    which each rank takes its part. ``graph`` is that of one microbatch, ``division`` says of what.
-    ``print(program)`` shows it, with the sharding of each tensor.
+    ``graph_module(execution, spmd, *parameters, *buffers, *inputs)`` returns the loss and the new
+    values of ``mutated`` buffers; ``spmd`` is the execution's communicator. Parameters are shards
+    as stored, inputs are the whole (micro)batch, from which each rank takes its part. ``graph`` is
+    that of one microbatch, ``division`` says of what. ``print(program)`` shows it, with every
+    collective, and the sharding of each tensor.
     """
 
     graph_module: fx.GraphModule
@@ -95,6 +96,7 @@ class LoweredProgram:
         """The loss, and the new values of mutated buffers by name."""
         loss, *values = self.graph_module(
             execution,
+            execution.communicator,
             *(execution.parameters[name] for name in self.parameters),
             *(buffers[name] for name in self.buffers),
             *(inputs[name] for name in self.inputs),
@@ -186,7 +188,7 @@ class _Lowering:
         self.moved: dict[tuple[str, Sharding], fx.Node] = {}
 
     def program(self) -> LoweredProgram:
-        self.execution = self.fx.placeholder("execution")
+        self.execution, self.spmd = map(self.fx.placeholder, ("execution", "spmd"))
         names = {
             role: tuple(tensor.name for tensor in self.graph.of_role(role))
             for role in (Role.PARAMETER, Role.BUFFER)
@@ -217,7 +219,7 @@ class _Lowering:
 
     def _named(
         self,
-        kind: Literal["placeholder", "call_function", "call_module", "get_attr"],
+        kind: Literal["placeholder", "call_function", "call_method", "call_module", "get_attr"],
         target: Any,
         tensor: str,
         args: tuple[Any, ...] = (),
@@ -252,24 +254,27 @@ class _Lowering:
         return self.moved[name, target]
 
     def _move(self, name: str, target: Sharding) -> fx.Node:
-        tensor, made = self.graph.by_name[name], self.made[name]
-        match tensor.role:
-            case Role.ACTIVATION:
-                source = self.edges[name, target].source
-                if not steps(source, target):
-                    return made
-                node = self._function(redistribute, name, made, self.execution, source, target)
-            case Role.PARAMETER:
-                node = self._function(use_parameter, name, made, self.execution, name, target)
-            case _:
-                if all(placement in ("R", "I") for placement in target):
-                    return made
-                node = self._function(own_part, name, made, self.execution, target)
-        self._describe(node, name, target)
+        """One call for each step; activations' gradients go back the same way."""
+        role = self.graph.by_name[name].role
+        activation = role is Role.ACTIVATION
+        source = self.edges[name, target].source if activation else self._given_as(name)
+        node, current = self.made[name], list(source)
+        for step in steps(source, target):
+            node = self._step(name, node, step)
+            current[step.axis] = step.target
+            self._describe(node, name, tuple(current))
+        if role is Role.PARAMETER:
+            args = (node, self.made[name], self.execution, name, target)
+            node = self._named("call_function", use_parameter, f"{name}_used", args)
+            self._describe(node, name, target)
         return node
 
-    def _function(self, function: Callable[..., Tensor], name: str, *args: Any) -> fx.Node:
-        return self._named("call_function", function, f"{name}_{function.__name__}", args)
+    def _step(self, name: str, node: fx.Node, step: Step) -> fx.Node:
+        method, axis = method_of(step), self.mesh.names[step.axis]
+        placements = {"src": step.source, "dst": step.target}
+        return self._named(
+            "call_method", method, f"{name}_{method}", (self.spmd, node, axis), placements
+        )
 
     def _describe(self, node: fx.Node, name: str, sharding: Sharding) -> None:
         spec = self.graph.spec(name)
@@ -468,51 +473,48 @@ def _getitem(values: Sequence[Tensor], index: int) -> Tensor:
 # ---- what the lowered program calls ------------------------------------------------------------
 
 
-def redistribute(
-    tensor: Tensor, execution: Execution, source: Sharding, target: Sharding
+def use_parameter(
+    moved: Tensor, parameter: Tensor, execution: Execution, name: str, target: Sharding
 ) -> Tensor:
-    """Forward by ``steps(source, target)``, the gradient by their reverse."""
-    moved: Tensor = Redistribute.apply(tensor, execution.communicator, source, target)  # type: ignore[no-untyped-call]
-    return moved
-
-
-def own_part(tensor: Tensor, execution: Execution, target: Sharding) -> Tensor:
-    """This rank's part of a tensor that every rank has whole and that needs no gradient."""
-    path = steps(("I",) * len(target), target)
-    return fresh(execution.communicator.walk(tensor, path), tensor)
-
-
-def use_parameter(parameter: Tensor, execution: Execution, name: str, target: Sharding) -> Tensor:
-    """From storage to use. The gradient goes to ``execution.gradients``, not to ``.grad``: it may
-    be sharded otherwise than the parameter, and may wait for the end of the step."""
+    """``moved``, which is ``parameter`` taken from storage to use. The gradient goes to
+    ``execution.gradients``, not to ``.grad``: it may be sharded otherwise than the parameter, and
+    may wait for the end of the step."""
     edge = execution.edges[name, target]
-    used: Tensor = _UseParameter.apply(parameter, execution, edge)  # type: ignore[no-untyped-call]
+    used: Tensor = _UseParameter.apply(moved.detach(), parameter, execution, edge)  # type: ignore[no-untyped-call]
     return used
 
 
 class _UseParameter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, execution: Execution, edge: ParameterEdge) -> Tensor:
+    def forward(
+        ctx: Any, moved: Tensor, parameter: Tensor, execution: Execution, edge: ParameterEdge
+    ) -> Tensor:
         ctx.execution, ctx.edge = execution, edge
-        return fresh(gathered_parameter(parameter, execution.communicator, edge), parameter)
+        return moved.view_as(moved)
 
     @staticmethod
     def spmd_typecheck(
-        used: Tensor, *, parameter: Tensor, execution: Execution, edge: ParameterEdge
+        used: Tensor,
+        *,
+        moved: Tensor,
+        parameter: Tensor,
+        execution: Execution,
+        edge: ParameterEdge,
     ) -> None:
         types = execution.communicator.types
         spmd_types.assert_type(parameter, types(edge.storage.parameter))
+        spmd_types.assert_type(moved, types(edge.target))
         spmd_types.assert_type(used, types(edge.target))
 
     @staticmethod
-    def backward(ctx: Any, arrived: Tensor) -> tuple[None, None, None]:
+    def backward(ctx: Any, arrived: Tensor) -> tuple[None, None, None, None]:
         execution: Execution = ctx.execution
         edge: ParameterEdge = ctx.edge
         if not edge.per_step:
             path = steps(gradient(edge.target), edge.destination)
             arrived = execution.communicator.walk(arrived, path)
         execution.accumulate(edge, arrived)
-        return None, None, None
+        return None, None, None, None
 
 
 def gathered_parameter(shard: Tensor, communicator: Communicator, edge: ParameterEdge) -> Tensor:
@@ -645,7 +647,7 @@ class _OperatorContext:
 
     def all_reduce(self, tensor: Tensor, axis: int, op: Literal["sum", "max"] = "sum") -> Tensor:
         assert axis >= len(self._time), "microbatches do not wait for each other"
-        return self._communicator.all_reduce(tensor, axis - len(self._time), op)
+        return self._communicator.combine(tensor, axis - len(self._time), op)
 
 
 __all__ = ["Execution", "LoweredProgram", "divisors", "lower", "lower_microbatch"]

@@ -49,15 +49,6 @@ def join_rows(rows: Tensor, pieces: int, placement: Placement) -> Tensor:
     return whole
 
 
-def piece(tensor: Tensor, pieces: int, index: int, placement: Placement) -> Tensor:
-    """A copy of one piece: a view would keep the whole alive, which no memory estimate counts."""
-    dim, parts = _divided(placement)
-    shares = _shares(tensor, pieces, index, placement)
-    if parts:
-        return torch.cat(shares, dim)
-    return shares[0].clone(memory_format=torch.contiguous_format)
-
-
 def put_piece(whole: Tensor, part: Tensor, pieces: int, index: int, placement: Placement) -> None:
     """Write one piece where it belongs."""
     dim, _ = _divided(placement)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cost_models.interface import CollectiveKind
 
@@ -18,10 +22,11 @@ class Executed:
     """One collective that this rank took part in.
 
     ``axis`` and ``bytes`` as in ``PromisedCollective``: names joined by ``"+"`` for a group over
-    several axes; its largest buffer on this rank.
+    several axes; its largest buffer on this rank. ``kind``: a ``CollectiveKind``, or the
+    name of a torch operator that no plan promises.
     """
 
-    kind: CollectiveKind
+    kind: str
     phase: Phase
     axis: str
     bytes: int
@@ -29,15 +34,12 @@ class Executed:
 
 @dataclass
 class Recorder:
-    """Keeps ``executed`` while ``on``; ``phase`` is what the training step is doing now."""
+    """Listens to the process groups in ``axis_of_group``: by torch's name of a group the mesh axis,
+    ``None`` for a group of one rank, which communicates nothing. ``phase`` is what the training
+    step is doing now."""
 
-    on: bool = False
+    axis_of_group: Mapping[str, str | None]
     phase: Phase = "forward"
-    executed: list[Executed] = field(default_factory=list)
-
-    def add(self, executed: Executed) -> None:
-        if self.on:
-            self.executed.append(executed)
 
     @contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
@@ -49,11 +51,51 @@ class Recorder:
 
     @contextmanager
     def recording(self) -> Iterator[Counter[Executed]]:
-        """Counts what is executed inside the block; filled when it ends."""
-        counts: Counter[Executed] = Counter()
-        self.on, self.executed = True, []
-        try:
-            yield counts
-        finally:
-            self.on = False
-            counts.update(self.executed)
+        """Counts what is executed inside the block."""
+        with Listening(self) as listening:
+            yield listening.executed
+
+
+class Listening(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees the collectives themselves, whoever calls them: as torch hands them to the backend."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.recorder = recorder
+        self.executed: Counter[Executed] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        del types
+        result = func(*args, **(kwargs or {}))
+        self.listen(func, args, result)
+        return result
+
+    def listen(self, func: Any, args: Sequence[Any], result: Any) -> None:
+        """``func`` was called: counted if it communicates."""
+        name = func._schema.name
+        if not name.startswith(("_c10d_functional::", "c10d::")) or name in _LOCAL:
+            return
+        axis = "an unknown group"
+        if name in _KINDS:
+            found = self.recorder.axis_of_group.get(args[-1], axis)
+            if found is None:
+                return
+            axis = found
+        tensors = (leaf for leaf in tree_leaves((args, result)) if isinstance(leaf, Tensor))
+        largest = max((t.numel() * t.element_size() for t in tensors), default=0)
+        kind = _KINDS.get(name, name)
+        self.executed[Executed(kind, self.recorder.phase, axis, largest)] += 1
+
+
+_KINDS: dict[str, CollectiveKind] = {
+    "_c10d_functional::all_reduce": "all_reduce",
+    "_c10d_functional::all_gather_into_tensor": "all_gather",
+    "_c10d_functional::reduce_scatter_tensor": "reduce_scatter",
+    "_c10d_functional::all_to_all_single": "all_to_all",
+}
+"""Those whose last argument is their group's name. What is called otherwise nobody promised."""
+
+_LOCAL = ("_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd")
+"""How a collective's result is waited for."""

@@ -95,10 +95,7 @@ def _peak_bytes(step: TrainingStep, args: tuple[Any, ...], kwargs: dict[str, Any
         torch.cuda.reset_peak_memory_stats(device)
         step(*args, **kwargs)
         return torch.cuda.max_memory_allocated(device)
-    recorder, meshes = step.communicator.recorder, step.communicator.device_mesh
-    axes = enumerate(step.strategy.mesh.names)
-    axis_of_group = {str(meshes.get_group(i).group_name): name for i, name in axes}
-    watch = Watch(MemoryWatch(), axis_of_group, lambda: recorder.phase)
+    watch = Watch(MemoryWatch(), step.communicator.recorder)
     watch.memory.keep("kept", _kept(step))
     watch.memory.restart()
     with watch:

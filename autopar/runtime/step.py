@@ -152,7 +152,7 @@ class TrainingStep:
             if self._counts_here(self.strategy.storage[name].optimizer, axes):
                 total += torch.linalg.vector_norm(reduced, dtype=dtype) ** 2
         for axis in axes:
-            total = self.communicator.all_reduce(total, axis)
+            total = self.communicator.combine(total, axis)
         return total.sqrt()
 
     def _counts_here(self, sharding: Sharding, axes: tuple[int, ...]) -> bool:

@@ -13,9 +13,7 @@ from torch import Tensor, fx
 
 from autopar.errors import VerificationError
 from autopar.ir.sharding import Sharding
-from autopar.runtime.lowering import Execution, LocalOperator, LoweredProgram, own_part
-
-_PARTS = (own_part, torch.ops.aten.detach.default)
+from autopar.runtime.lowering import Execution, LocalOperator, LoweredProgram
 
 
 def typecheck(
@@ -44,7 +42,8 @@ def typecheck(
     names = (*program.parameters, *program.buffers, *program.inputs)
     try:
         with spmd_types.set_current_mesh(checker.axes), checking():
-            loss, *_ = checker.run(execution, *(values[name] for name in names))
+            given = (values[name] for name in names)
+            loss, *_ = checker.run(execution, execution.communicator, *given)
             checker.expect(loss, ("I",) * len(program.mesh.axes), "the loss")
     except spmd_types.SpmdTypeError as error:
         raise VerificationError(f"in {checker.at}: {error}") from error
@@ -64,10 +63,10 @@ class _Checker(fx.Interpreter):
         self.at = node.meta.get("operator") or node.name
         if "wanted" in node.meta:
             return self._operator(node)
-        if node.target in _PARTS:
+        if node.target is torch.ops.aten.detach.default:
             with spmd_types.no_typecheck():
-                part = super().run_node(node)
-            return spmd_types.assert_type(part, self.communicator.types(node.meta["sharding"]))
+                detached = super().run_node(node)
+            return spmd_types.assert_type(detached, self.communicator.types(node.meta["sharding"]))
         value = super().run_node(node)
         if node.op in ("placeholder", "get_attr") and isinstance(value, Tensor):
             return spmd_types.assert_type(value, self.communicator.types(node.meta["sharding"]))

@@ -120,9 +120,7 @@ def verify_division(
     if not 0 <= rank < size:
         raise AutoparError(f"the plan is for the ranks 0 to {size - 1}, not for rank {rank}")
     with _world(strategy.mesh, rank) as communicator:
-        watch, kept_bytes, recorded, mistyped = _dry_run(
-            division, strategy, communicator, typecheck
-        )
+        watch, kept_bytes, mistyped = _dry_run(division, strategy, communicator, typecheck)
     rows = tuple(_rows(estimate, watch.executed))
     memory = watch.memory
     return Report(
@@ -138,7 +136,6 @@ def verify_division(
         differences=(
             *mistyped,
             *map(_collective_difference, (row for row in rows if row.promised != row.executed)),
-            *_unrecorded(watch.executed, recorded),
             *_memory_difference(estimate.memory, memory),
         ),
     )
@@ -164,19 +161,13 @@ def _dry_run(
     strategy: Strategy,
     communicator: Communicator,
     typecheck: bool,
-) -> tuple[Watch, int, Counter[Executed], tuple[str, ...]]:
+) -> tuple[Watch, int, tuple[str, ...]]:
     """A step in the state that training is in: optimizer states exist.
 
-    What was seen, the bytes that stay from step to step, what the runtime itself counted, and what
-    the types object to.
+    What was seen, the bytes that stay from step to step, and what the types object to.
     """
-    graph, mesh, device = division.whole, strategy.mesh, device_for_dry_runs()
-    recorder = communicator.recorder
-    groups = {
-        str(communicator.device_mesh.get_group(axis).group_name): name
-        for axis, name in enumerate(mesh.names)
-    }
-    watch = Watch(MemoryWatch(), groups, lambda: recorder.phase)
+    graph, device = division.whole, device_for_dry_runs()
+    watch = Watch(MemoryWatch(), communicator.recorder)
     with FakeTensorMode():
         program = lower_microbatch(division, strategy, device)
         state = _fake_state(graph, strategy, device)
@@ -188,10 +179,10 @@ def _dry_run(
         kept_bytes = watch.memory.live_bytes
         watch.memory.restart()
         args, kwargs = _arguments(graph, inputs)
-        with watch, recorder.recording() as recorded:
+        with watch:
             step(*args, **kwargs)
         mistyped = _mistyped(program, step, step.microbatch(inputs, 0)) if typecheck else ()
-    return watch, kept_bytes, recorded, mistyped
+    return watch, kept_bytes, mistyped
 
 
 def _mistyped(
@@ -285,16 +276,6 @@ def _collective_difference(row: CollectiveRow) -> str:
         f"{row.phase}: {row.promised} {row.kind} of {row.bytes} bytes on {row.axis} promised, "
         f"{row.executed} executed"
     )
-
-
-def _unrecorded(seen: Counter[Executed], recorded: Counter[Executed]) -> Iterable[str]:
-    """Collectives that were executed past the runtime's own counting, or counted and not done."""
-    for key in {*seen, *recorded}:
-        if seen[key] != recorded[key]:
-            yield (
-                f"{key.phase}: the runtime counted {recorded[key]} {key.kind} of {key.bytes} bytes "
-                f"on {key.axis}, {seen[key]} were seen"
-            )
 
 
 def _memory_difference(promised: Memory, measured: MemoryWatch) -> Iterable[str]:

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from autopar.runtime.recorder import Executed, Phase
-from cost_models.interface import CollectiveKind
-
-_COLLECTIVES: dict[str, tuple[CollectiveKind, Literal["input", "output"]]] = {
-    "all_reduce": ("all_reduce", "input"),
-    "all_gather_into_tensor": ("all_gather", "output"),
-    "reduce_scatter_tensor": ("reduce_scatter", "input"),
-    "all_to_all_single": ("all_to_all", "input"),
-}
-"""Of each functional collective: its kind, and which of its tensors is the largest."""
+from autopar.runtime.recorder import Listening, Recorder
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,35 +96,22 @@ class MemoryWatch:
         self._events.append((number, sign, piece))
 
 
-class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Watch(Listening):  # type: ignore[no-untyped-call]
     """Enter it inside the fake tensor mode: it sees operators after autograd took them apart."""
 
-    def __init__(
-        self, memory: MemoryWatch, axis_of_group: Mapping[str, str], phase: Callable[[], Phase]
-    ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.memory, self.axis_of_group, self.phase = memory, axis_of_group, phase
-        self.executed: Counter[Executed] = Counter()
+    def __init__(self, memory: MemoryWatch, recorder: Recorder) -> None:
+        super().__init__(recorder)
+        self.memory = memory
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        del types
         name = func._schema.name.partition("::")[2]
         if name == "wait_tensor":
             return args[0]  # so does the real one; the fake one makes a new tensor
-        result = func(*args, **(kwargs or {}))
-        if func.namespace == "_c10d_functional":
-            self._collective(name, args, result)
-        self.memory.see(_tensors(result), name, self.phase())
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        self.memory.see(_tensors(result), name, self.recorder.phase)
         return result
-
-    def _collective(self, name: str, args: Sequence[Any], result: Any) -> None:
-        kind, largest = _COLLECTIVES[name]
-        tensor = result if largest == "output" else args[0]
-        axis = self.axis_of_group[args[-1]]
-        size = tensor.numel() * tensor.element_size()
-        self.executed[Executed(kind, self.phase(), axis, size)] += 1
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:

@@ -113,14 +113,23 @@ class _Footprint:
 
 @dataclass(frozen=True, slots=True)
 class _Move:
-    """What a redistribution allocates: the most at once, its own result excepted, and the result.
+    """What a redistribution allocates, step by step: bytes to work on, and bytes of the result.
 
-    ``in_place``: the result is the same memory (I to R).
+    Steps that allocate nothing are left out.
     """
 
-    extra_bytes: int
-    result_bytes: int
-    in_place: bool
+    steps: tuple[tuple[int, int], ...]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the result is the same memory (I to R)."""
+        return not self.steps
+
+    @property
+    def most_bytes(self) -> int:
+        """At once; what is between two steps is freed."""
+        befores = (0, *(size for _, size in self.steps))
+        return max((b + sum(step) for b, step in zip(befores, self.steps, strict=False)), default=0)
 
 
 class _Walk:
@@ -248,19 +257,17 @@ class _Walk:
             found = self._moves[key] = _path_memory(spec, source, path, self.mesh)
         return found
 
-    def moved(
-        self, block: _Block | None, move: _Move, kind: str, where: str, *, keep: bool = False
-    ) -> _Block:
-        """The block after the move; the old one is released unless ``keep`` or it was stored."""
-        if move.in_place and block is not None:
-            if keep:
-                block.users += 1
-            return block
-        self.mark(where, move.extra_bytes + move.result_bytes)
-        result = self.allocate(move.result_bytes, kind)
-        if block is not None and not keep:
-            self.release(block)
-        return result
+    def moved(self, block: _Block | None, move: _Move, kind: str, where: str) -> _Block:
+        """The block after the move, whose first step is a use of ``block``; ``None``: of what is
+        stored."""
+        for staging, size in move.steps:
+            self.mark(where, staging + size)
+            after = self.allocate(size, kind)
+            if block is not None:
+                self.release(block)
+            block = after
+        assert block is not None
+        return block
 
     # ---- forward -------------------------------------------------------------------------------
 
@@ -320,9 +327,11 @@ class _Walk:
             home = self.home[name]
             move = self._move(tensor.spec, home, target, False)
             block = self.blocks.get((name, home))
-            if block is not None or not move.in_place:
-                self.blocks[key] = self.moved(block, move, "buffers", where, keep=True)
+            if block is not None:
+                block.users += 1
             self._read((name, home), reads)
+            if block is not None or not move.in_place:
+                self.blocks[key] = self.moved(block, move, "buffers", where)
             return
         stored = (
             self.strategy.storage[name].parameter
@@ -471,7 +480,8 @@ class _Walk:
             self._add(self.arrived, key, block, where)
             return
         move = self._move(edge.spec, gradient(edge.target), edge.destination, False)
-        moved = self.moved(block, move, "gradients", where, keep=True)
+        block.users += 1
+        moved = self.moved(block, move, "gradients", where)
         self._add(self.arrived, key, moved, where)
         self.release(block)  # autograd holds it until all this is done
 
@@ -506,7 +516,10 @@ class _Walk:
             for there in dict.fromkeys((edge.destination, edge.storage.optimizer)):
                 if here != there:
                     move = self._move(edge.spec, here, there, False)
-                    block = self.moved(block, move, "gradients", where)
+                    block.users += 1  # the caller's, until the last step
+                    moved = self.moved(block, move, "gradients", where)
+                    self.release(block)
+                    block = moved
                 here = there
             self._add(reduced, key[0], block, where)
         self.copies = 1
@@ -518,7 +531,7 @@ class _Walk:
         move = self._move(spec, storage.optimizer, storage.parameter, False)
         if not move.in_place:
             cast = local_bytes(spec, storage.optimizer, self.mesh) if mixed else 0
-            self.mark(f"{name} update", cast + move.extra_bytes + move.result_bytes)
+            self.mark(f"{name} update", cast + move.most_bytes)
 
 
 # ---- what is the same for equal operators ------------------------------------------------------
@@ -587,21 +600,16 @@ def _points(factors: str, sizes: dict[str, int]) -> int:
 
 
 def _path_memory(spec: TensorSpec, source: Sharding, path: Sequence[Step], mesh: Mesh) -> _Move:
-    """The tensor it starts from is somebody else's; what is between two steps is freed."""
     current = list(source)
-    most = between = 0
     size = local_bytes(spec, source, mesh)
-    in_place = True
+    found = []
     for step in path:
         before = size
         current[step.axis] = step.target
         size = local_bytes(spec, tuple(current), mesh)
-        if forward_collective(step) is None and step.target[0] not in "SP":
-            continue  # nothing happens
-        in_place = False
-        most = max(most, between + _staging_bytes(step, before, size) + size)
-        between = size
-    return _Move(most - between, between, in_place)
+        if forward_collective(step) is not None or step.target[0] in "SP":
+            found.append((_staging_bytes(step, before, size), size))
+    return _Move(tuple(found))
 
 
 def _staging_bytes(step: Step, before: int, after: int) -> int:
@@ -616,7 +624,8 @@ def _staging_bytes(step: Step, before: int, after: int) -> int:
         case "all_to_all":
             return (before if cut else 0) + (before if joined else 0)
         case _:
-            return 0
+            in_parts = sharded_parts(step.target), sharded_parts(step.source)
+            return before if in_parts[0] else after if in_parts[1] else 0
 
 
 def _is_scattered(placement: Placement) -> bool:

@@ -128,6 +128,16 @@ def promise(graph: OperatorGraph, rules: Rules, strategy: Strategy) -> Iterator[
 def _promise(
     graph: OperatorGraph, seen: Folded, rules: Rules, strategy: Strategy, needed: Needed
 ) -> Iterator[PromisedCollective]:
+    """An axis of one rank communicates nothing."""
+    sizes = dict(strategy.mesh.axes)
+    for one in _promise_on_all_axes(graph, seen, rules, strategy, needed):
+        if sizes[one.axis] > 1:
+            yield one
+
+
+def _promise_on_all_axes(
+    graph: OperatorGraph, seen: Folded, rules: Rules, strategy: Strategy, needed: Needed
+) -> Iterator[PromisedCollective]:
     mesh, microbatches = strategy.mesh, strategy.microbatches
     for operator in seen.graph.operators:
         bound, split = rules[operator.name], strategy.splits[operator.name]

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autopar.ir.sharding import Mesh, Sharding, gradient
-from autopar.runtime.collectives import Communicator, Redistribute
+from autopar.runtime.collectives import Communicator
 from autopar.runtime.pieces import held
 from autopar.runtime.recorder import Executed
 from autopar.runtime.rule_check import indices
-from autopar.simulator.redistribution import transfers
+from autopar.simulator.redistribution import steps, transfers
 from tests.helpers.cases import communicator_of
 from tests.helpers.pool import pool
 
@@ -66,7 +66,7 @@ def check_pair(communicator: Communicator, source: Sharding, target: Sharding) -
     back = torch.cos(whole)
     start = part(whole, source, communicator).requires_grad_()
     with communicator.recorder.recording() as counts:
-        end = Redistribute.apply(start, communicator, source, target)
+        end = communicator.walk(start, steps(source, target))
         # a gradient with strides of its own, as autograd may bring
         arriving = part(back, gradient(target), communicator)
         end.backward(arriving.transpose(0, 2).contiguous().transpose(0, 2))
@@ -88,7 +88,7 @@ def check_dtype(dtype: str) -> None:
     for a, b in PAIRS:
         start = part(whole, (a,), communicator)
         with torch.no_grad():
-            end = Redistribute.apply(start, communicator, (a,), (b,))
+            end = communicator.walk(start, steps((a,), (b,)))
         assert end.dtype == whole.dtype
         assert torch.equal(total(end, (b,), communicator), whole), (a, b)
 

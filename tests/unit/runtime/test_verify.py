@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from autopar.ir.graph import OperatorGraph
 from autopar.ir.sharding import Mesh
 from autopar.ir.strategy import Strategy, Training
 from autopar.ops import bound_rules
+from autopar.runtime.collectives import Communicator
 from autopar.runtime.verify import Report, verify_strategy
 from autopar.searchers.optimum import optimum
 from autopar.simulator.listing import Allowed, Listing, Structure
@@ -128,33 +130,39 @@ def test_memory_a_tenth_off_is_a_difference(factor: float) -> None:
     assert "peak memory" in difference
 
 
+@pytest.mark.parametrize("kind", ["all_gather", "reduce_scatter"])
 def test_a_program_that_moves_a_tensor_otherwise_is_caught(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    from autopar.runtime import collectives
+    original: Callable[..., torch.Tensor] = getattr(Communicator, kind)
 
-    def twice(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def all_gather(self: object, tensor: torch.Tensor, axis: int, joined: str) -> torch.Tensor:
-            original(self, tensor, axis, joined)
-            return original(self, tensor, axis, joined)
-
-        return all_gather
+    def twice(*args: object, **kwargs: object) -> torch.Tensor:
+        original(*args, **kwargs)
+        return original(*args, **kwargs)
 
     graph = graph_of("mlp")
     strategy = drawn(graph, mesh((4,)), 1, Training())
     assert report_of(graph, strategy).ok
-    gather = collectives.Communicator.all_gather
-    monkeypatch.setattr(collectives.Communicator, "all_gather", twice(gather))
-    assert any("all_gather" in text for text in report_of(graph, strategy).differences)
+    monkeypatch.setattr(Communicator, kind, twice)
+    assert any(kind in text for text in report_of(graph, strategy).differences)
 
 
-def test_a_collective_past_the_recorder_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    from autopar.runtime.recorder import Recorder
+def test_a_collective_that_the_runtime_knows_nothing_of_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = Communicator.combine
+
+    def combine(*args: Any, **kwargs: Any) -> torch.Tensor:
+        found = original(*args, **kwargs)
+        dist.all_reduce(found)
+        return found
 
     graph = graph_of("mlp")
-    monkeypatch.setattr(Recorder, "add", lambda self, executed: None)
-    report = report_of(graph, drawn(graph, mesh((4,)), 1, Training()))
-    assert any("the runtime counted 0" in text for text in report.differences)
+    strategy = drawn(graph, mesh((4,)), 1, Training(clip_norm=1.0))
+    assert report_of(graph, strategy).ok
+    monkeypatch.setattr(Communicator, "combine", combine)
+    (difference,) = report_of(graph, strategy).differences
+    assert "0 c10d::allreduce_ of 8 bytes on an unknown group promised, 1 executed" in difference
 
 
 def test_ranks_that_there_are_not_and_processes_of_another_world_are_refused() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from autopar.runtime.recorder import Recorder
 from autopar.runtime.watch import MemoryWatch, Watch
 
 KB = 1024
@@ -17,7 +18,7 @@ SIZE = 256  # float32 elements of a kilobyte
 @pytest.fixture
 def memory() -> Iterator[MemoryWatch]:
     memory = MemoryWatch()
-    with FakeTensorMode(), Watch(memory, {}, lambda: "forward"):
+    with FakeTensorMode(), Watch(memory, Recorder({})):
         yield memory
 
 
@@ -60,7 +61,7 @@ def test_ignored_tensors_and_their_views_do_not_count() -> None:
     with FakeTensorMode():
         batch = torch.ones(SIZE)
         memory.ignore([batch])
-        with Watch(memory, {}, lambda: "forward"):
+        with Watch(memory, Recorder({})):
             part = batch.view(16, 16)[1:]
             assert memory.live_bytes == 0
             assert part.clone().numel() == 240
