@@ -9,6 +9,7 @@ from math import gcd, lcm
 from typing import Any
 
 from autopar.exporters.html import STYLE
+from autopar.simulator.critical_path import shares_of_step
 from autopar.simulator.pipeline import Time
 from autopar.simulator.timeline import Event, Timeline
 
@@ -47,7 +48,7 @@ def text(timeline: Timeline, columns: int = 120, time_text: TimeText = number_te
         "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in table
     ]
-    return "\n".join([*drawn, "", *facts, "", f"step {time_text(timeline.step_time_s)}"])
+    return "\n".join([*drawn, "", *facts, "", _waits(timeline, time_text)])
 
 
 def html(timeline: Timeline, title: str, time_text: TimeText = number_text) -> str:
@@ -65,7 +66,7 @@ def html(timeline: Timeline, title: str, time_text: TimeText = number_text) -> s
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         f"<h1>{escape(title)}</h1>\n"
-        f"<p>A step takes {escape(time_text(timeline.step_time_s))}.</p>\n"
+        f"<p>{escape(_waits(timeline, time_text))}</p>\n"
         f'<div style="overflow-x:auto">{svg(timeline, time_text)}</div>\n'
         f'<p class="key">{keys}</p>\n'
         f"<table><thead><tr>{head}</tr></thead><tbody>{facts}</tbody></table>\n"
@@ -79,6 +80,7 @@ def summary(timeline: Timeline) -> dict[str, Any]:
     return {
         "rows": [list(map(str, row)) for row in timeline.rows],
         "step_time_s": float(timeline.step_time_s),
+        "critical_path_s": {kind: float(t) for kind, t in shares_of_step(timeline).items()},
         "busy_s": [float(timeline.busy_s(r)) for r in rows],
         "bubble_s": [float(timeline.bubble_s(r)) for r in rows],
         "most_in_flight": [timeline.most_in_flight(r) for r in rows],
@@ -200,6 +202,13 @@ def _columns(row: Sequence[Event], until_s: Time, columns: int) -> str:
     return "".join(
         max(kinds, key=kinds.__getitem__) if sum(kinds.values()) >= 0.5 else "." for kinds in taken
     )
+
+
+def _waits(timeline: Timeline, time_text: TimeText) -> str:
+    """The step, and what is on its critical path."""
+    shares = ((kind, time) for kind, time in shares_of_step(timeline).items() if time > 0)
+    on_path = ", ".join(f"{kind} {time_text(time)}" for kind, time in shares)
+    return f"step {time_text(timeline.step_time_s)}, on its critical path: {on_path}"
 
 
 _HEAD = ("row", "stages", "busy", "bubble", "in flight", "weight copies")

@@ -152,10 +152,16 @@ def turns(arrangement: Arrangement, lengths: Sequence[Time]) -> list[int]:
 
 def _exchange_ready(exchange: Exchange, starts: list[Time], lengths: Sequence[Time]) -> Time:
     """When its part of every gradient is there."""
+    return max(ready_s(exchange, trigger, starts, lengths) for trigger in exchange.triggers)
+
+
+def ready_s(
+    exchange: Exchange, trigger: int, starts: Sequence[Time], lengths: Sequence[Time]
+) -> Time:
+    """When the part of one of its gradients is there."""
     if exchange.part == exchange.parts:
-        return max(starts[trigger] + lengths[trigger] for trigger in exchange.triggers)
-    share = Fraction(exchange.part, exchange.parts)
-    return max(starts[trigger] + lengths[trigger] * share for trigger in exchange.triggers)
+        return starts[trigger] + lengths[trigger]
+    return starts[trigger] + lengths[trigger] * Fraction(exchange.part, exchange.parts)
 
 
 def _times(

@@ -51,7 +51,7 @@ def test_text_shows_each_action_in_the_slot_in_which_it_begins() -> None:
         "  0       0     6       3          2              1",
         "  1       1     6       3          1              1",
         "",
-        "step 9",
+        "step 9, on its critical path: F 3, B 6",
     ]
 
 
