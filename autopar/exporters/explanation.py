@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 from autopar.ir.graph import ITEM_BYTES
 from autopar.ir.plan import Plan
 from autopar.ir.rule import BoundRule
-from autopar.ir.sharding import Sharding, local_shape
+from autopar.ir.sharding import Parts, Sharding, local_shape
 from autopar.simulator.costs import inner_transfers
 from autopar.simulator.edges import OUTPUT, Rules, carries_gradient, edges, parameter_edges
 from autopar.simulator.microbatches import divide
@@ -22,11 +22,15 @@ Phase = Literal["forward", "backward", "step"]
 
 @dataclass(frozen=True, slots=True)
 class Divided:
-    """What one mesh axis does to an operator; ``size`` of the factor, ``None`` for no factor."""
+    """What one mesh axis does to an operator; ``size`` of the factor, ``None`` for no factor.
+
+    ``parts``: relative sizes, where each part of the factor is divided.
+    """
 
     axis: str
     choice: str
     size: int | None
+    parts: Parts = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,8 @@ class ParameterRow:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A size that a mesh axis does not divide: splits of these factors on it are not offered."""
+    """A size that a mesh axis does not divide: splits of these factors on it are not offered. Of a
+    factor with parts it is the largest common divisor of their sizes."""
 
     axis: str
     axis_size: int
@@ -198,7 +203,7 @@ def _operators(plan: Plan, rules: Rules) -> Iterator[tuple[str, OperatorRow]]:
                 operator.op,
                 bound.rule.kind == "view",
                 tuple(
-                    Divided(axis, choice, bound.sizes.get(choice))
+                    Divided(axis, choice, bound.sizes.get(choice), bound.parts(choice))
                     for axis, choice in zip(plan.mesh.names, split, strict=True)
                 ),
                 _collectives(plan, prices, moved),
@@ -311,7 +316,7 @@ def _refusals(plan: Plan, rules: Rules) -> dict[str, tuple[Refusal, ...]]:
         path, _, name = block_of(operator.name)
         for axis, factor in bound.refused(plan.mesh):
             by_size = found.setdefault(path, {})
-            by_size.setdefault((axis, bound.sizes[factor]), {})[name, factor] = None
+            by_size.setdefault((axis, bound.limits[factor]), {})[name, factor] = None
     return {
         path: tuple(
             Refusal(axis, sizes[axis], size, tuple(factors))

@@ -332,6 +332,8 @@ def _block(block: Block, mesh: Mesh, views: bool) -> list[str]:
             for row in block.parameters
         ]
         lines.append(table(["parameter", "shape", *axes, "a device has", "costs"], rows))
+    if any(divided.parts for row in block.operators for divided in row.split):
+        lines.append(IN_PARTS)
     for refusal in block.refusals:
         factors = _some([f"{factor} of {name}" for name, factor in refusal.factors])
         lines.append(
@@ -342,10 +344,28 @@ def _block(block: Block, mesh: Mesh, views: bool) -> list[str]:
 
 
 def divided_text(divided: Divided) -> str:
+    """
+    >>> divided_text(Divided("tensor", "out", 48)), divided_text(Divided("tensor", "nothing", None))
+    ('out 48', '-')
+    >>> divided_text(Divided("tensor", "out", 48, (1, 1, 1)))
+    'out 48 in 3 parts'
+    >>> divided_text(Divided("tensor", "out", 48, (4, 1, 1)))
+    'out 48 in parts 4:1:1'
+    """
     if divided.choice in WORDS:
         return WORDS[divided.choice]
-    return f"{divided.choice} {divided.size}"
+    text = f"{divided.choice} {divided.size}"
+    if not divided.parts:
+        return text
+    if set(divided.parts) == {1}:
+        return f"{text} in {len(divided.parts)} parts"
+    return f"{text} in parts {':'.join(map(str, divided.parts))}"
 
+
+IN_PARTS = (
+    "  in parts: a device has its share of each (of query, key and value of one product, say);\n"
+    "  S(d,3): of 3 equal parts of dim d, S(d,4:1:1): of parts of these relative sizes"
+)
 
 WORDS = {NOTHING: "-", REPLICATED: "repeated", SUMMED: "partial sums"}
 """How an axis that divides no factor is shown."""

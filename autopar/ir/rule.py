@@ -205,6 +205,11 @@ class BoundRule:
             limits[joined.factor] = gcd(limits[joined.factor], unit)
         return limits
 
+    def parts(self, choice: Choice) -> Parts:
+        """The parts of a factor that is divided in parts; of several dims the first that has any
+        decides."""
+        return next((j.parts for j in self.rule.joined if j.factor == choice), ())
+
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
         """What one axis may do, divisibility aside. ``REPLICATED`` is legal for every operator."""

@@ -21,7 +21,7 @@ from autopar.simulator.microbatches import division
 from autopar.simulator.prices import evaluate
 from tests.helpers import fake_plans
 from tests.helpers.fake_prices import FakePrices
-from tests.helpers.strategies import random_strategy
+from tests.helpers.strategies import kept, one_stage, random_strategy
 
 
 def random_plan(seed: int, layers: int = 3) -> Plan:
@@ -71,6 +71,47 @@ def test_equal_layers_are_one_block_however_many() -> None:
             ("whole", "S(0) split"),
             ("whole", "S(1) split"),
         }
+
+
+def test_a_fused_projection_is_said_to_be_divided_in_parts() -> None:
+    plan = gated(48, "out")
+    shown = text.explain(plan, bound_rules(plan.graph))
+    assert "out 96 in 2 parts" in shown
+    assert "S(0,2) split" in shown
+    assert "in parts: a device has its share of each" in shown
+
+
+def test_what_does_not_divide_each_part_is_not_offered() -> None:
+    """4 divides the 12 columns of gate and value together, not the 6 of each."""
+    plan = gated(6, "nothing")
+    shown = text.explain(plan, bound_rules(plan.graph))
+    assert "4 devices do not divide 6 (out of fused.linear" in shown
+    assert "in parts:" not in shown
+
+
+def gated(width: int, choice: str) -> Plan:
+    """A product that makes gate and value, split so on the second axis."""
+    import torch
+    from torch import nn
+
+    from autopar.extractor import extract
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fused = nn.Linear(8, 2 * width, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            gate, value = self.fused(x).chunk(2, dim=-1)
+            return (gate * value).mean()
+
+    graph = extract(Gated(), (torch.zeros(8, 8),))
+    splits = {o.name: ("nothing", "nothing") for o in graph.operators}
+    splits["fused.linear"] = ("nothing", choice)
+    placement = "S(0,2)" if choice == "out" else "I"
+    strategy = one_stage(graph, fake_plans.MESH, splits, {"fused.weight": kept(("I", placement))})
+    estimate = evaluate(graph, bound_rules(graph), FakePrices(devices=8), strategy)
+    return replace(fake_plans.plan(1), graph=graph, strategy=strategy, estimate=estimate)
 
 
 def test_a_size_that_no_axis_divides_is_named() -> None:
