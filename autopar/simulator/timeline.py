@@ -64,20 +64,25 @@ def play(arrangement: Arrangement, pipeline: Pipeline) -> Timeline:
     The pipeline must have the wiring that the rows were arranged for.
     """
     assert pipeline.wiring == arrangement.wiring, (pipeline.wiring, arrangement.wiring)
-    prices = _prices(arrangement, pipeline)
+    prices = prices_of(arrangement, pipeline)
     lengths = [prices[price] for price in arrangement.price_of]
-    passages = [
-        pipeline.network.passage(pipeline.feeds[r.feed], r.backward, r.source_row, r.target_row)
-        for r in arrangement.routes
-    ]
+    passages = passages_of(arrangement, pipeline)
     order = arrangement.order
-    if _turns_matter(arrangement, pipeline, passages):
+    if turns_matter(arrangement, pipeline, passages):
         order = turns(arrangement, lengths)
     starts, ends = _times(arrangement, pipeline, order, lengths, passages)
     return Timeline(arrangement, pipeline, lengths, passages, starts, ends)
 
 
-def _prices(arrangement: Arrangement, pipeline: Pipeline) -> dict[int, Time]:
+def passages_of(arrangement: Arrangement, pipeline: Pipeline) -> list[Passage]:
+    """One for each route."""
+    return [
+        pipeline.network.passage(pipeline.feeds[r.feed], r.backward, r.source_row, r.target_row)
+        for r in arrangement.routes
+    ]
+
+
+def prices_of(arrangement: Arrangement, pipeline: Pipeline) -> dict[int, Time]:
     """By the numbers of ``price_of``, only for what the rows do."""
     prices: dict[int, Time] = {}
     for price in sorted(set(arrangement.price_of)):
@@ -102,12 +107,11 @@ _TIME_OF = {
 }
 
 
-def _turns_matter(
-    arrangement: Arrangement, pipeline: Pipeline, passages: Sequence[Passage]
-) -> bool:
+def turns_matter(arrangement: Arrangement, pipeline: Pipeline, passages: Sequence[Passage]) -> bool:
     """Whether tasks of several rows share a link or an exchange; else the rows give all turns."""
-    if any(len(exchange.rows) > 1 for exchange in arrangement.exchanges):
-        return True
+    for exchange in arrangement.exchanges:
+        if len(exchange.rows) > 1 and exchange.synchronisation is not None:
+            return True
     users: dict[Hashable, set[Hashable]] = defaultdict(set)
     for route, passage in zip(arrangement.routes, passages, strict=True):
         for link in passage.links:
@@ -208,7 +212,7 @@ def _times(
                 starts[target] = end
         else:
             exchange = arrangement.exchanges[task - after_transfers]
-            time_s, links = _exchange_time(exchange, pipeline)
+            time_s, links = exchange_time(exchange, pipeline)
             start = max(
                 _exchange_ready(exchange, starts, lengths),
                 max(free_communication[row] for row in exchange.rows),
@@ -224,7 +228,7 @@ def _times(
     return starts, ends
 
 
-def _exchange_time(exchange: Exchange, pipeline: Pipeline) -> tuple[Time, tuple[Hashable, ...]]:
+def exchange_time(exchange: Exchange, pipeline: Pipeline) -> tuple[Time, tuple[Hashable, ...]]:
     if exchange.synchronisation is None:
         assert pipeline.norm_s is not None
         return pipeline.norm_s, ()
