@@ -499,6 +499,20 @@ def test_stashed_weights_are_read_off_the_rows() -> None:
         assert stashed.step_time_s == 2 * (4 * p) + 2 * (p - 1)
 
 
+def test_each_update_between_microbatches_waits_for_its_own_exchange() -> None:
+    exchanges = (Synchronisation((0,), 3, parts=2),)
+    pipeline = replace(equal_stages(2, 1, 1), synchronisations=exchanges)
+    timeline = simulate(pipedream(2, 4, stash=True), pipeline)
+    events = [e for e in timeline.events() if e.row == 0]
+    ends = {e.name: e.end_s for e in events if e.stream == "compute"}
+    last_parts = [e for e in events if e.name == "gradients of 0, part 2 of 2"]
+    assert len(last_parts) == 4
+    for i, exchange in enumerate(last_parts):
+        assert exchange.start_s >= ends[f"0B{i}@{max(0, i - 1)}"]
+        (update,) = [e for e in events if e.name == f"0U{i}"]
+        assert update.start_s >= exchange.end_s
+
+
 # What is wrong with rows
 
 
