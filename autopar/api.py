@@ -321,7 +321,7 @@ def _in_microbatches(problem: Problem) -> str:
 
     if problem.microbatches is not None:
         return "; or let autopar choose the number of microbatches"
-    size = batch_size(problem.graph)
+    size = batch_size(problem.graph, problem.proposals)
     try:
         divided = division(problem.graph, size, problem.proposals)
     except AutoparError as error:
