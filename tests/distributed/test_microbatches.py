@@ -36,7 +36,7 @@ from tests.helpers.cases import (
 )
 from tests.helpers.fake_prices import FakePrices
 from tests.helpers.pool import pool
-from tests.helpers.strategies import random_strategy, replicate
+from tests.helpers.strategies import random_strategy, random_strategy_in_parts, replicate
 
 pytestmark = pytest.mark.distributed
 
@@ -75,6 +75,19 @@ def test_a_random_strategy_in_microbatches_trains_as_one_process(name: str, seed
     of = divided(name, 2 if seed % 2 else 4)
     mesh = MESHES[(seed + MODELS.index(name)) % len(MESHES)]
     strategy = random_strategy(of.graph, of.rules, mesh, rng, rng.choice(TRAININGS))
+    check(case(name), replace(strategy, microbatches=of.count))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "transformer_encoder", "phi3"])
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))]
+)
+def test_so_does_one_that_divides_each_part_of_fused_projections(name: str, seed: int) -> None:
+    rng = Random(f"{name} in parts {seed}")
+    of = divided(name, 4 if seed % 2 else 2)
+    mesh = MESHES[seed % len(MESHES)]
+    strategy = random_strategy_in_parts(of.graph, of.rules, mesh, rng, rng.choice(TRAININGS))
+    assert any(bound.rule.joined for bound in of.rules.values())
     check(case(name), replace(strategy, microbatches=of.count))
 
 
