@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from random import Random
 
 import pytest
@@ -122,6 +123,44 @@ def _divides_the_batch(listing: Listing, selection: Selection) -> bool:
         bound.shardings(splits[name])[1][0] in (("S(0)",), ("P",))
         for name, bound in listing.structure.rules.items()
     )
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_so_does_one_that_divides_dims_in_parts(sizes: tuple[int, ...], microbatches: int) -> None:
+    """ZeRO divides them in the same parts once more."""
+    graph = gated()
+    on = mesh(sizes)
+    listing = listing_of(graph, on, HashPrices(3, on.size), microbatches)
+    check(listing, Random(0), 40)
+    rng = Random(1)
+    stored = [
+        listing.strategy(random_selection(listing.price_list, rng)).storage["fused.weight"]
+        for _ in range(60)
+    ]
+    kept = {storage.optimizer for storage in stored}
+    assert not [s for s in kept if "S(0)" in s and "S(0,2)" in s], "axes disagree on the parts"
+    assert any(s.count("S(0,2)") == min(len(sizes), 2) for s in kept)
+
+
+@lru_cache(maxsize=None)
+def gated() -> OperatorGraph:
+    """Gate and value are one product."""
+    import torch
+    from torch import nn
+
+    from autopar.extractor import extract
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fused, self.down = nn.Linear(8, 32), nn.Linear(16, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            gate, value = self.fused(x).chunk(2, dim=-1)
+            return self.down(torch.tanh(gate) * value).square().mean()
+
+    return extract(Gated(), (torch.zeros(8, 8),))
 
 
 def attention_inputs(projections: int) -> OperatorGraph:
