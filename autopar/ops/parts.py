@@ -9,7 +9,7 @@ that makes the dim, and to its weight and bias. Dividing that dim then divides e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import accumulate, pairwise
@@ -283,9 +283,10 @@ class _Search:
         return factor is not None and self._carries(producer, bound, factor)
 
     def _units(self, operator: Operator, bound: BoundRule, factor: str) -> tuple[Parts, int] | None:
-        """The parts of a factor, and how many of its indices their common divisor is."""
+        """The parts of a factor, and how many of its indices their common divisor is; ``None``
+        where they meet nowhere, or in too many places."""
         (place, inner), *_ = self._places(operator, bound, factor)
-        sizes = _sizes(self.cuts[place], self.graph.spec(place[0]).shape[place[1]])
+        sizes = _sizes(self.cuts.get(place, ()), self.graph.spec(place[0]).shape[place[1]])
         return None if len(sizes) < 2 else _normal([n // inner for n in sizes])
 
     @staticmethod
@@ -305,10 +306,8 @@ class _Search:
             for dim in dims
             if leading(bound, dim) == factor
         } - {()}
-        if len(after) != 1 or self._units(operator, bound, factor) != (
-            (1,) * bound.sizes[factor],
-            1,
-        ):
+        one_each = (1,) * bound.sizes[factor], 1
+        if len(after) != 1 or self._units(operator, bound, factor) != one_each:
             return None
         ((found,),) = after
         joined = self._joined_next(bound, factor, found)
@@ -370,7 +369,7 @@ def long(bound: BoundRule, dim: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f for f in dim if bound.sizes[f] > 1)
 
 
-def _sizes(cuts: frozenset[int], size: int) -> list[int]:
+def _sizes(cuts: Iterable[int], size: int) -> list[int]:
     return [b - a for a, b in pairwise((0, *sorted(cuts), size))]
 
 

@@ -207,9 +207,25 @@ def one_by_one(x: Tensor, y: Tensor) -> Tensor:
     return torch.stack(y.unbind(-1)[:3])
 
 
+def windows(x: Tensor, y: Tensor) -> Tensor:
+    """Where windows overlap and what they make is taken apart, parts meet everywhere."""
+    return (y[..., 1:] * y[..., :-1]).split([5, y.shape[-1] - 6], dim=-1)[0]
+
+
+def through_a_view_that_regroups(x: Tensor, y: Tensor) -> Tensor:
+    return by_chunk(x, y.unflatten(-1, (4, 4)).transpose(-1, -2).flatten(-2))
+
+
+@pytest.mark.parametrize("width", [16, 700])
+def test_overlapping_windows_are_left_as_they_are(width: int) -> None:
+    graph = graph_of(Fused(width, windows), 2, TOKENS, WIDTH)
+    assert not any(bound.rule.joined for bound in bound_rules(graph).values())
+
+
 @pytest.mark.parametrize(
     "take",
     [
+        through_a_view_that_regroups,
         heads_by_halves,
         parts_of_each_head,
         one_token,
