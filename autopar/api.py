@@ -64,7 +64,7 @@ class Wanted(TypedDict, total=False):
     - ``memory_limit_bytes``: for each device (default: what it has).
     - ``optimizer``, ``precision``, ``clip_norm``: what is trained with.
     - ``microbatches``: in how many the batch is worked on, one after the other; the result is the
-      same (default, ``None``: as few as fit in memory).
+      same (default, ``None``: those with which it is fastest).
     - ``dimensions``: which of Sample, Operator, Attribute and Parameter may be split.
     - ``propose``: find rules by trying for ops that have none.
     - ``loss``: ``loss(outputs, inputs)`` when the model does not return its own.
@@ -124,11 +124,14 @@ def search(
     inputs: Any = None,
     *,
     searcher: str | Searcher = "ilp",
-    time_limit_s: float = 300.0,
+    time_limit_s: float | None = None,
     progress: Progress | None = None,
     **wanted: Unpack[Wanted],
 ) -> SearchResult:
-    """All trials and the best of them; see ``Wanted`` for the other arguments."""
+    """All trials and the best of them; see ``Wanted`` for the other arguments.
+
+    ``time_limit_s``: all of it may go into proofs; without one (``USUAL``) they get less.
+    """
     problem = problem_of(model, inputs, progress=progress, **wanted)
     return run_search(problem, searcher, time_limit_s, progress)
 
@@ -138,7 +141,7 @@ def plan(
     inputs: Any = None,
     *,
     searcher: str | Searcher = "ilp",
-    time_limit_s: float = 300.0,
+    time_limit_s: float | None = None,
     progress: Progress | None = None,
     **wanted: Unpack[Wanted],
 ) -> Plan:
@@ -254,10 +257,15 @@ def _as_user_errors() -> Iterator[None]:
         raise AutoparError(str(error)) from error
 
 
+USUAL = Budget(time_s=300.0, gap=1e-3, proof_s=10.0)
+"""When a search ends unless it is told otherwise: predictions are not as good as a gap of 0.1%, and
+to halve the last percent takes longer than to find the plan."""
+
+
 def run_search(
     problem: Problem,
     searcher: str | Searcher = "ilp",
-    time_limit_s: float = 300.0,
+    time_limit_s: float | None = None,
     progress: Progress | None = None,
 ) -> SearchResult:
     from autopar.searchers import SEARCHERS
@@ -265,7 +273,8 @@ def run_search(
     found = pick(SEARCHERS, searcher, "searcher") if isinstance(searcher, str) else searcher
     tried = f"{len(problem.meshes)} meshes" if len(problem.meshes) > 1 else "the mesh"
     _tell(progress, f"searching {tried} of {problem.cost_model.devices} devices")
-    return found(problem, Budget(time_s=time_limit_s), progress=progress or _silent)
+    budget = USUAL if time_limit_s is None else Budget(time_limit_s, USUAL.gap)
+    return found(problem, budget, progress=progress or _silent)
 
 
 def plan_of(problem: Problem, result: SearchResult) -> Plan:

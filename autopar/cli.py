@@ -168,11 +168,14 @@ _search_options = (
         default="auto",
         show_default=True,
         help="Work on the batch in so many parts, one after the other, with the same result; auto: "
-        "the fewest of 1, 2, 4, ... with which anything fits in memory.",
+        "those of 1, 2, 4, ... with which meshes of two axes are fastest.",
     ),
     click.option("--searcher", default="ilp", show_default=True, help="`autopar list searchers`."),
     click.option(
-        "--time-limit", type=ABOVE_0, default=300.0, show_default=True, help="Seconds to search."
+        "--time-limit",
+        type=ABOVE_0,
+        help="Seconds to search. Without it at most 300, of which 10, or as long as it took to "
+        "look at everything once, to prove how good the plan is.",
     ),
     click.option(
         "--dimensions",

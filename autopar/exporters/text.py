@@ -85,15 +85,19 @@ def parts(found: Estimate) -> list[tuple[str, float]]:
     ]
 
 
+EXACT = 5e-5
+"""Gaps below this print as 0.00%."""
+
+
 def _quality(plan: Plan) -> str:
     search = plan.search
     if not 0 < search.lower_bound_s < math.inf:
         proof = "without a lower bound"
-    elif search.stop_reason == "optimal":
+    elif search.stop_reason == "optimal" and search.gap < EXACT:
         proof = f"proven optimal (gap {search.gap:.2%})"
     else:
         proof = (
-            f"at most {search.gap:.1%} from optimal: "
+            f"at most {search.gap:.2%} from optimal: "
             f"no strategy is faster than {time_text(search.lower_bound_s)}"
         )
     stopped = {"time": ", the time limit ended it", "interrupted": ", interrupted"}

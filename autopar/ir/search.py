@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from autopar.ir.graph import OperatorGraph
@@ -19,7 +20,7 @@ class Problem:
     ``meshes``: those to try (all factorizations of the devices, or the one that the user gave).
     ``dimensions``: letters of SOAP that may be split. ``proposals``: (call, rule) pairs for
     operators that have no rule of their own. ``memory_limit_bytes``: on each device.
-    ``microbatches`` of the global batch that ``graph`` is for; ``None``: as few as fit.
+    ``microbatches`` of the global batch that ``graph`` is for; ``None``: the fastest.
     """
 
     graph: OperatorGraph
@@ -34,10 +35,12 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """When to stop: seconds of wall time, and a relative gap that is good enough."""
+    """When to stop: seconds of wall time, and a relative gap that is good enough. ``proof_s``: how
+    long the gap may be worked on once every mesh was looked at; as long as that took, at least."""
 
     time_s: float = 300.0
     gap: float = 1e-6
+    proof_s: float = math.inf
 
 
 @dataclass(frozen=True)

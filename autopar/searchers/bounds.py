@@ -33,14 +33,14 @@ TOLERANCE = 1e-9
 @dataclass
 class _Edge:
     """One consumer of a flow, with its part of the dual. ``share``: of the price of each target,
-    what this consumer may take as long as all take equal parts."""
+    what this consumer may take as long as all take equal parts; ``None`` for the only consumer."""
 
     flow: int
     producer: int
     consumer: int
     source: Index
     target: Index
-    share: Seconds
+    share: Seconds | None
     a: Seconds
     b: Seconds
 
@@ -67,7 +67,7 @@ class Dual:
     theta: list[Seconds]
     cost: list[Seconds]
     edges: list[_Edge]
-    used: list[Seconds]
+    used: list[Seconds]  # of flows with several consumers: what they take together
     reduced: list[Seconds]
     incident: list[list[_Edge]]
     dummy: int
@@ -140,7 +140,7 @@ def _edges(number: int, flow: Flow, shape: tuple[int, ...]) -> list[_Edge]:
             consumer,
             flow.source,
             target,
-            shares[i],
+            shares[i] if len(flow.consumers) > 1 else None,
             np.zeros(shape[0]),
             np.zeros(shape[1]),
         )
@@ -164,17 +164,21 @@ always lead to a better selection."""
 
 
 def ascend(
-    problem: Dual, sweeps: int, enough: Callable[[float], bool] = lambda bound_s: False
+    problem: Dual,
+    sweeps: int,
+    enough: Callable[[float], bool] = lambda bound_s: False,
+    rise: float = 1e-6,
 ) -> Selection:
-    """Raise the bound by so many sweeps there and back, until it no longer rises, or until it is
-    ``enough``; returns the best selection met on the way (which may not fit).
+    """Raise the bound by so many sweeps there and back, until none raises it by more than ``rise``
+    (relative), or until it is ``enough``; returns the best selection met on the way (which may not
+    fit).
 
     At first the consumers of a tensor pay equal parts of a redistribution; then each takes what the
     others leave.
     """
     met: list[Selection] = []
     for fair in (True, False):
-        if _sweep(problem, sweeps, fair, enough, met):
+        if _sweep(problem, sweeps, fair, enough, rise, met):
             break
     met = met or [near_selection(problem)]
     return min(met, key=lambda selection: weighed_s(problem, selection))
@@ -191,6 +195,7 @@ def _sweep(
     sweeps: int,
     fair: bool,
     enough: Callable[[float], bool],
+    rise: float,
     met: list[Selection],
 ) -> bool:
     order = range(len(problem.theta))
@@ -204,7 +209,7 @@ def _sweep(
         if enough(now):
             met.append(near_selection(problem))
             return True
-        done = now - before <= 1e-6 * abs(now)
+        done = now - before <= rise * abs(now)
         if done or sweep < LOOKS:
             met.append(near_selection(problem))
         if done:
@@ -231,8 +236,10 @@ def _other(edge: _Edge, node: int) -> int:
 
 def _move(problem: Dual, edge: _Edge, node: int, share: Seconds, *, fair: bool) -> None:
     """Lower this end of the edge by ``share``, raise the other as far as the constraint allows."""
-    left = problem.cost[edge.flow] - problem.used[edge.flow] + _positive(edge)
-    capacity = problem.cost[edge.flow] * edge.share if fair else left
+    capacity = problem.cost[edge.flow]
+    if edge.share is not None:
+        left = capacity - problem.used[edge.flow] + _positive(edge)
+        capacity = capacity * edge.share if fair else left
     if edge.producer == node:
         give = _least(share, edge.source, len(edge.a))
         edge.a -= give
@@ -247,7 +254,8 @@ def _move(problem: Dual, edge: _Edge, node: int, share: Seconds, *, fair: bool) 
         new = (capacity - edge.b[None, :]).min(axis=1)
         problem.reduced[edge.producer] += (new - edge.a)[edge.source]
         edge.a = new
-    problem.used[edge.flow] = problem.cost[edge.flow] - left + _positive(edge)
+    if edge.share is not None:
+        problem.used[edge.flow] = problem.cost[edge.flow] - left + _positive(edge)
 
 
 def _positive(edge: _Edge) -> Seconds:
@@ -382,7 +390,8 @@ def survivors(problem: Dual, best_s: float) -> Survivors:
 def _surviving_pairs(problem: Dual, edge: _Edge, room: float, alternatives: Sequence[Mask]) -> Mask:
     """The bound rises by the unused part of the redistribution's price, by what this consumer's
     dual gives up, and by the excess of the best alternatives on both sides."""
-    unused = problem.cost[edge.flow] - problem.used[edge.flow]
+    used = _positive(edge) if edge.share is None else problem.used[edge.flow]
+    unused = problem.cost[edge.flow] - used
     given_up = np.maximum(-(edge.a[:, None] + edge.b[None, :]), 0.0)
     rise = unused + given_up
     rise = (

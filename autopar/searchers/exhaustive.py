@@ -6,9 +6,11 @@ import math
 
 from autopar.errors import AutoparError
 from autopar.ir.search import Budget, Problem, SearchResult
+from autopar.searchers.approach import Wanted
 from autopar.searchers.enumeration import count_selections, selections
-from autopar.searchers.optimum import Optimum, Weights
-from autopar.searchers.over_meshes import Progress, search_meshes
+from autopar.searchers.optimum import Optimum
+from autopar.searchers.over_meshes import Progress
+from autopar.searchers.over_microbatches import search_all
 from autopar.searchers.within_peak import OverBytes
 from autopar.simulator.price_list import PriceList, Selection
 
@@ -45,20 +47,15 @@ def search(
     problem: Problem, budget: Budget, progress: Progress = lambda line: None
 ) -> SearchResult:
     """Try every selection on every mesh: for small models, and to check the others."""
-    return search_meshes("exhaustive", problem, budget, _solve, progress)
+    return search_all("exhaustive", problem, budget, _solve, progress)
 
 
 def _solve(
-    price_list: PriceList,
-    *,
-    cutoff_s: float,
-    deadline: float,
-    gap: float,
-    hint: Weights | None,
-    over_bytes: OverBytes,
+    price_list: PriceList, wanted: Wanted, over_bytes: OverBytes, first: Optimum | None = None
 ) -> Optimum:
-    del deadline, gap, hint
-    best = best_selection(price_list, over_bytes, cutoff_s)
+    if first is not None:
+        return first
+    best = best_selection(price_list, over_bytes, wanted.cutoff_s)
     if best is None:
-        return Optimum(None, cutoff_s, infeasible=math.isinf(cutoff_s))
+        return Optimum(None, wanted.cutoff_s, infeasible=math.isinf(wanted.cutoff_s))
     return Optimum(best, price_list.time_of(best))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from autopar.ir.search import Budget, Problem, SearchResult
-from autopar.searchers.over_meshes import Progress, search_meshes
+from autopar.searchers.over_meshes import Progress
+from autopar.searchers.over_microbatches import search_all
 from autopar.searchers.within_peak import solve_within_peak
 
 
@@ -11,4 +12,4 @@ def search(
     problem: Problem, budget: Budget, progress: Progress = lambda line: None
 ) -> SearchResult:
     """The fastest strategy that fits on any of the problem's meshes, with a lower bound."""
-    return search_meshes("ilp", problem, budget, solve_within_peak, progress)
+    return search_all("ilp", problem, budget, solve_within_peak, progress)

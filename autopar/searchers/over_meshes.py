@@ -3,42 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Protocol
 
 import numpy as np
 
-from autopar.errors import UnsupportedModelError
 from autopar.ir.rule import RESERVED
 from autopar.ir.search import Budget, Problem, SearchResult, Trial
 from autopar.ir.sharding import Mesh
 from autopar.ir.simulation import Estimate
 from autopar.ir.strategy import Strategy
 from autopar.recipes import RECIPES, Recipe
-from autopar.searchers.optimum import Optimum, Weights, optimum
+from autopar.searchers.approach import Wanted, Weights
+from autopar.searchers.optimum import Optimum, optimum
 from autopar.searchers.within_peak import OverBytes
 from autopar.simulator.costs import ComputeCache
 from autopar.simulator.listing import Allowed, Listing, Structure
-from autopar.simulator.microbatches import counts, division
 from autopar.simulator.price_list import PriceList, Selection
 from autopar.simulator.prices import evaluate
 
 
 class Solver(Protocol):
-    """Finds the optimum of a price list among selections whose whole step fits; ``hint``: memory
-    multipliers of the last one."""
+    """Looks for the optimum of a price list among selections whose whole step fits.
+
+    Called with ``first`` ``None`` it finds a bound and, quickly, something that fits. Called again
+    with what it returned then, it finds the optimum, or as near as can be proved.
+    """
 
     def __call__(
         self,
         price_list: PriceList,
-        *,
-        cutoff_s: float,
-        deadline: float,
-        gap: float,
-        hint: Weights | None,
+        wanted: Wanted,
         over_bytes: OverBytes,
+        first: Optimum | None = None,
     ) -> Optimum: ...
 
 
@@ -46,261 +45,248 @@ QUICK_AXES = 2
 """Meshes with more axes come last: they have many more strategies, most of which the best of the
 others excludes before they are priced."""
 
+MOST_AXES = 99
+
 Progress = Callable[[str], None]
 """Told in one line what is being done."""
 
 
-FIRST_SHARE = 0.25
-"""Of the time that is left, how much is spent on a number of microbatches before anything is found:
-what fits is found soon, and proofs get the rest."""
-
-
-COMFORTABLE = 0.5
-"""Of the memory: what a perfect split may fill before more microbatches are tried first."""
-
-
-def search_meshes(
-    name: str, problem: Problem, budget: Budget, solver: Solver, progress: Progress
-) -> SearchResult:
-    """Solve each mesh that could hold a better strategy than the best so far.
-
-    Where the number of microbatches is open, it is the fewest of 1, 2, 4, ... that leave room and
-    with which anything that fits is found; more of them are not faster, since no work is saved.
-    """
-    if problem.microbatches is not None:
-        structure = _structure(problem, problem.microbatches)
-        return _search_divided(name, problem, structure, budget, solver, progress)
-    started = monotonic()
-
-    def search(count: int, structure: Structure, share: float) -> SearchResult:
-        left = replace(budget, time_s=(budget.time_s - (monotonic() - started)) * share)
-        divided = replace(problem, microbatches=count)
-        return _search_divided(name, divided, structure, left, solver, progress)
-
-    result: SearchResult | None = None
-    for count, structure in _counts_in_order(problem):
-        if result is not None and monotonic() - started > budget.time_s:
-            result = replace(result, stop_reason="time")
-            break
-        progress(f"trying {count} microbatches" if count > 1 else "trying the whole batch at once")
-        result = search(count, structure, FIRST_SHARE)
-        if result.best is not None and result.stop_reason == "time":
-            result = _faster(result, search(count, structure, 1.0))
-        if result.best is not None or result.stop_reason == "interrupted":
-            break
-    assert result is not None
-    return replace(result, search_time_s=monotonic() - started)
-
-
-def _faster(first: SearchResult, again: SearchResult) -> SearchResult:
-    """The better of two searches for the same, with both bounds; the second one may have ended
-    before it was as far as the first."""
-    bound_s = max(first.lower_bound_s, again.lower_bound_s)
-    if _best_s(again) <= _best_s(first):
-        return replace(again, lower_bound_s=min(bound_s, _best_s(again)))
-    reason = "interrupted" if again.stop_reason == "interrupted" else "time"
-    return replace(first, lower_bound_s=min(bound_s, _best_s(first)), stop_reason=reason)
-
-
-def _best_s(result: SearchResult) -> float:
-    if result.best is None or result.best.estimate is None:
-        return math.inf
-    return result.best.estimate.step_time_s
-
-
-def _counts_in_order(problem: Problem) -> Iterator[tuple[int, Structure]]:
-    """Numbers of microbatches to try until something fits, the fewest first; only one when the
-    model needs its batch whole.
-
-    Those for which even a perfect split would fill more than ``COMFORTABLE`` of the memory come
-    last, and those that it would overfill not at all (unless that is all there is): so little room
-    costs more time, in the search and in the plan, than microbatches do.
-    """
-    tight: list[tuple[int, Structure]] = []
-    hopeless: list[tuple[int, Structure]] = []
-    comfortable = 0
-    for count in counts(problem.graph, problem.proposals):
-        try:
-            structure = _structure(problem, count)
-        except UnsupportedModelError:
-            if count == 1:
-                raise
-            break
-        share = _least_share(problem, count, structure)
-        if share <= COMFORTABLE:
-            comfortable += 1
-            yield count, structure
-        else:
-            (tight if share <= 1 else hopeless).append((count, structure))
-    yield from tight
-    if not tight and not comfortable:
-        yield hopeless[-1]
-
-
-def _structure(problem: Problem, count: int) -> Structure:
-    divided = division(problem.graph, count, problem.proposals)
-    return Structure(divided.graph, divided.rules)
-
-
-def _least_share(problem: Problem, count: int, structure: Structure) -> float:
-    """The share of memory that so many microbatches fill when everything is split perfectly."""
-    listing = Listing(
-        structure,
-        problem.cost_model,
-        problem.meshes[0],
-        problem.memory_limit_bytes,
-        problem.training,
-        count,
-    )
-    return listing.least_bytes / problem.memory_limit_bytes
-
-
-def _search_divided(
-    name: str,
-    problem: Problem,
-    structure: Structure,
-    budget: Budget,
-    solver: Solver,
-    progress: Progress,
-) -> SearchResult:
-    started = monotonic()
-    search = _Search(problem, structure, budget, solver, progress, started + budget.time_s)
-    reason = search.run()
-    bound_s = min((t.lower_bound_s for t in search.trials), default=math.inf)
-    bound_s = min(bound_s, search.unseen_bound_s)
-    best = search.best
-    if best is not None and best.estimate is not None:
-        bound_s = min(bound_s, best.estimate.step_time_s)
-    return SearchResult(
-        searcher=name,
-        trials=tuple(search.trials) + tuple(search.recipes),
-        best=best,
-        lower_bound_s=bound_s,
-        stop_reason=reason,
-        search_time_s=monotonic() - started,
-        nearest_miss_bytes=search.nearest_miss_bytes if best is None else None,
-    )
+class LateError(Exception):
+    """The time is over."""
 
 
 @dataclass
-class _Search:
+class _Open:
+    """A mesh on which something faster than the best may exist. ``fitting``: strategies on it that
+    fit."""
+
+    listing: Listing
+    found: Optimum
+    fitting: dict[Selection, tuple[Strategy, Estimate]]
+
+
+@dataclass
+class MeshSearch:
+    """The search for one number of microbatches; its state can be reported at any moment.
+
+    ``cutoff_s``: only what is faster is of interest.
+    """
+
     problem: Problem
     structure: Structure
     budget: Budget
     solver: Solver
     progress: Progress
     deadline: float
-    trials: list[Trial] = field(default_factory=list)
+    cutoff_s: float = math.inf
+    trials: dict[Mesh, Trial] = field(default_factory=dict)
     recipes: list[Trial] = field(default_factory=list)
     best: Trial | None = None
+    memory_binds: bool = True  # whether the best would be slower with more memory, as far as known
     nearest_miss_bytes: int | None = None
-    unseen_bound_s: float = 0.0  # before any mesh has a bound
     compute_cache: ComputeCache = field(default_factory=dict)
-    weights: Weights | None = None
+    started: float = field(default_factory=lambda: monotonic())
+    _listings: dict[Mesh, Listing] = field(default_factory=dict)
+    _open: dict[Mesh, _Open] = field(default_factory=dict)
+    _weights: Weights | None = None
+
+    # ---- the search ----------------------------------------------------------------------------
 
     def run(self) -> str:
-        """Fill in trials; returns why it stopped."""
-        try:
-            return self._run()
-        except KeyboardInterrupt:
-            return "interrupted"
+        """Try all; returns why it stopped.
 
-    def _run(self) -> str:
-        problem, structure = self.problem, self.structure
-        if (least := self._listing(structure, problem.meshes[0]).least_bytes) > (
-            problem.memory_limit_bytes
-        ):
-            return self._hopeless(structure, least)
-        self.progress("pricing the recipes")
-        for recipe in RECIPES.values():
-            if monotonic() < self.deadline:
-                self._try_recipe(structure, recipe)
-        listings = []
-        for mesh in problem.meshes:
-            listings.append(self._listing(structure, mesh))
-            _ = listings[-1].least_s  # takes long where there are many strategies
-            if monotonic() > self.deadline:
-                return "time"
-        listings.sort(key=lambda each: (len(each.mesh.axes) > QUICK_AXES, each.least_s))
-        for number, listing in enumerate(listings):
-            self.unseen_bound_s = min(unseen.least_s for unseen in listings[number:])
-            if monotonic() > self.deadline:
-                return "time"
-            sizes = " x ".join(map(str, listing.mesh.sizes))
-            self.progress(f"mesh {sizes} ({number + 1} of {len(listings)})")
-            trial = self._try(listing)
-            self.trials.append(trial)
-            self._offer(trial)
-        self.unseen_bound_s = math.inf
-        outcomes = {trial.outcome for trial in self.trials}
-        if "time" in outcomes:
+        Raises:
+            KeyboardInterrupt: what was found until then is kept.
+        """
+        try:
+            self._run()
+        except LateError:
             return "time"
         if self.best is None:
+            outcomes = {trial.outcome for trial in self.trials.values()}
             return "unknown" if "unknown" in outcomes else "infeasible"
-        return "gap" if outcomes & {"gap", "unknown"} else "optimal"
+        return "gap" if any(self._is_open(t) for t in self.trials.values()) else "optimal"
 
-    def _hopeless(self, structure: Structure, least_bytes: float) -> str:
-        """Even a perfect split does not fit."""
-        self.trials = [
-            Trial("", mesh, None, None, math.inf, "infeasible") for mesh in self.problem.meshes
-        ]
-        self.unseen_bound_s = math.inf
+    def _run(self) -> None:
+        self.progress("pricing the recipes")
         for recipe in RECIPES.values():
-            self._try_recipe(structure, recipe)
-        if self.nearest_miss_bytes is None:
-            self.nearest_miss_bytes = int(least_bytes)
-        return "infeasible"
+            self._in_time()
+            self._try_recipe(recipe)
+        self.begin(MOST_AXES)
+        found = monotonic()
+        self._prove(min(self.deadline, found + max(self.budget.proof_s, found - self.started)))
 
-    def _listing(
-        self, structure: Structure, mesh: Mesh, allowed: tuple[Allowed, ...] | None = None
-    ) -> Listing:
+    def begin(self, most_axes: int) -> None:
+        """A bound, and something that fits, for every mesh of so many axes at most.
+
+        Raises:
+            LateError: before all were bounded.
+        """
+        if self.least_bytes > self.problem.memory_limit_bytes:
+            return self._hopeless()
+        listings = []
+        for mesh in self.problem.meshes:
+            if len(mesh.axes) <= most_axes and mesh not in self.trials:
+                self._in_time()
+                listings.append(self.listing(mesh))
+                _ = listings[-1].least_s  # takes long where there are many strategies
+        listings.sort(key=lambda each: (len(each.mesh.axes) > QUICK_AXES, each.least_s))
+        for listing in listings:
+            self._in_time()
+            self.progress(
+                f"mesh {_sizes(listing.mesh)} "
+                f"({len(self.trials) + 1} of {len(self.problem.meshes)})"
+            )
+            self._approach(listing)
+        return None
+
+    @property
+    def least_bytes(self) -> float:
+        """What a device holds at least when everything is split perfectly."""
+        return self.listing(self.problem.meshes[0]).least_bytes
+
+    def _hopeless(self) -> None:
+        """Even a perfect split does not fit."""
+        for mesh in self.problem.meshes:
+            self.trials[mesh] = Trial("", mesh, None, None, math.inf, "infeasible")
+        if self.nearest_miss_bytes is None:
+            self.nearest_miss_bytes = int(self.least_bytes)
+
+    def _in_time(self) -> None:
+        if monotonic() > self.deadline:
+            raise LateError
+
+    def listing(self, mesh: Mesh, allowed: tuple[Allowed, ...] | None = None) -> Listing:
+        """The prices on one mesh; those that are not restricted are made once."""
+        if allowed is None and mesh in self._listings:
+            return self._listings[mesh]
         problem = self.problem
-        letters = Allowed(problem.dimensions)
-        return Listing(
-            structure,
+        made = Listing(
+            self.structure,
             problem.cost_model,
             mesh,
             problem.memory_limit_bytes,
             problem.training,
             problem.microbatches or 1,
             self.compute_cache,
-            (letters,) * len(mesh.axes) if allowed is None else allowed,
+            (Allowed(problem.dimensions),) * len(mesh.axes) if allowed is None else allowed,
         )
+        if allowed is None:
+            self._listings[mesh] = made
+        return made
 
     @property
     def best_s(self) -> float:
+        """What is to be beaten."""
         if self.best is None or self.best.estimate is None:
-            return math.inf
-        return self.best.estimate.step_time_s
+            return self.cutoff_s
+        return min(self.best.estimate.step_time_s, self.cutoff_s)
 
-    def _offer(self, trial: Trial) -> None:
-        """Take the trial as the best if it fits and is faster."""
-        if trial.estimate is None:
+    # ---- one mesh ------------------------------------------------------------------------------
+
+    def _approach(self, listing: Listing) -> None:
+        """A bound for one mesh, and something on it that fits, if it can be faster."""
+        mesh = listing.mesh
+        trial = Trial("", mesh, None, None, listing.least_s, "bounded")
+        self.trials[mesh] = trial
+        if listing.least_s > self.best_s:
             return
+        opened = _Open(replace(listing, cutoff_s=self.best_s), Optimum(None, listing.least_s), {})
+        self._solve(opened, self.deadline, None)
+        if self._is_open(self.trials[mesh]):
+            self._open[mesh] = opened
+
+    def _prove(self, deadline: float) -> None:
+        """Close what gap is left, the mesh with the lowest bound first."""
+        while self._open and monotonic() < deadline:
+            mesh = min(self._open, key=lambda mesh: self.trials[mesh].lower_bound_s)
+            opened = self._open.pop(mesh)
+            if self._is_open(self.trials[mesh]):
+                self.progress(f"closing the gap on mesh {_sizes(mesh)}")
+                self._solve(opened, deadline, opened.found)
+        self._in_time()
+
+    def _solve(self, opened: _Open, deadline: float, first: Optimum | None) -> None:
+        """Let the solver find what it can, and make it the mesh's trial."""
+        listing, cutoff_s = opened.listing, self.best_s
+        wanted = Wanted(cutoff_s, deadline, self.budget.gap, hint=self._weights)
+
+        def over_bytes(selection: Selection) -> int:
+            strategy = listing.strategy(selection)
+            estimate = self._evaluate(listing, selection, strategy)
+            over = estimate.peak_memory_bytes - self.problem.memory_limit_bytes
+            if over <= 0:
+                opened.fitting[selection] = strategy, estimate
+            else:
+                self._missed(estimate)
+            return over
+
+        found = opened.found = self.solver(listing.price_list, wanted, over_bytes, first)
+        if found.weights is not None and found.weights.any():
+            self._weights = found.weights
+        trial = self.trials[listing.mesh]
+        nothing_faster = found.infeasible and math.isfinite(cutoff_s)
+        bound_s = cutoff_s if nothing_faster else found.bound_s
+        trial = replace(trial, lower_bound_s=max(trial.lower_bound_s, bound_s))
+        if found.infeasible and not nothing_faster:
+            trial = replace(trial, outcome="infeasible")
+        if found.selection is not None:
+            strategy, estimate = opened.fitting[found.selection]
+            trial = replace(trial, strategy=strategy, estimate=estimate)
+        self.trials[listing.mesh] = trial
+        if self._offer(trial):
+            self.memory_binds = found.weights is None or bool(found.weights.any())
+
+    def _is_open(self, trial: Trial) -> bool:
+        """Whether something faster than the best may exist there."""
+        enough_s = self.best_s * (1 - self.budget.gap)
+        return trial.outcome != "infeasible" and trial.lower_bound_s < enough_s
+
+    def _offer(self, trial: Trial) -> bool:
+        """Take the trial as the best if it fits and is faster; whether it was taken."""
+        if trial.estimate is None:
+            return False
         if trial.estimate.peak_memory_bytes > self.problem.memory_limit_bytes:
             self._missed(trial.estimate)
-        elif trial.estimate.step_time_s < self.best_s:
-            self.best = trial
+            return False
+        if trial.estimate.step_time_s >= self.best_s:
+            return False
+        self.best = trial
+        return True
 
     def _missed(self, estimate: Estimate) -> None:
         least = self.nearest_miss_bytes
         peak = estimate.peak_memory_bytes
         self.nearest_miss_bytes = peak if least is None else min(least, peak)
 
-    def _try_recipe(self, structure: Structure, recipe: Recipe) -> None:
+    def _evaluate(self, listing: Listing, selection: Selection, strategy: Strategy) -> Estimate:
+        structure = listing.structure
+        return evaluate(
+            structure.graph,
+            structure.rules,
+            self.problem.cost_model,
+            strategy,
+            compute_cache=self.compute_cache,
+            folded=listing.folded(selection),
+        )
+
+    # ---- recipes -------------------------------------------------------------------------------
+
+    def _try_recipe(self, recipe: Recipe) -> None:
         """The recipe's best layout becomes a trial, whether it fits or not; a recipe of which the
         model divides nothing becomes one without a strategy."""
         cost_model = self.problem.cost_model
+        wanted = Wanted(deadline=self.deadline, gap=self.budget.gap)
         trials = []
         for layout in recipe.layouts(cost_model.devices, cost_model.scale_up_devices):
-            listing = self._listing(structure, layout.mesh, layout.allowed)
-            price_list = replace(listing.price_list, limit_bytes=np.full(2, np.inf))
-            found = optimum(price_list, deadline=self.deadline)
+            listing = self.listing(layout.mesh, layout.allowed)
+            unlimited = replace(listing.price_list, limit_bytes=np.full(2, np.inf))
+            found = optimum(unlimited, wanted)
             if found.selection is not None:
                 strategy = listing.strategy(found.selection)
                 if not _divides_work(strategy, layout.allowed):
                     continue  # the mesh divides nothing that the recipe would divide
-                estimate = self.evaluate(listing, found.selection, strategy)
+                estimate = self._evaluate(listing, found.selection, strategy)
                 trials.append(
                     Trial(recipe.name, layout.mesh, strategy, estimate, found.bound_s, "recipe")
                 )
@@ -321,61 +307,50 @@ class _Search:
         over = trial.estimate.peak_memory_bytes > self.problem.memory_limit_bytes
         return over, trial.estimate.step_time_s
 
-    def _try(self, listing: Listing) -> Trial:
-        """The fastest strategy on one mesh that fits in memory."""
-        cutoff_s = self.best_s
-        trial = Trial("", listing.mesh, None, None, listing.least_s, "bounded")
-        if listing.least_s > cutoff_s:
+    # ---- what came of it -----------------------------------------------------------------------
+
+    def result(self, name: str, reason: str) -> SearchResult:
+        """What is known now."""
+        unseen = (self._unseen_s(mesh) for mesh in self.problem.meshes if mesh not in self.trials)
+        bound_s = min((t.lower_bound_s for t in self.trials.values()), default=math.inf)
+        bound_s = min(bound_s, min(unseen, default=math.inf))
+        if self.best is not None:
+            bound_s = min(bound_s, self.best_s)
+        late = reason in ("time", "interrupted")
+        return SearchResult(
+            searcher=name,
+            trials=tuple(self._with_outcome(t, late) for t in self.trials.values())
+            + tuple(self.recipes),
+            best=self._with_outcome(self.best, late) if self.best is not None else None,
+            lower_bound_s=bound_s,
+            stop_reason=reason,
+            search_time_s=monotonic() - self.started,
+            nearest_miss_bytes=self.nearest_miss_bytes if self.best is None else None,
+        )
+
+    def _unseen_s(self, mesh: Mesh) -> float:
+        """A bound of a mesh that was not looked at: what is known of its compute."""
+        listing = self._listings.get(mesh)
+        return listing.least_s if listing is not None and "least_s" in vars(listing) else 0.0
+
+    def _with_outcome(self, trial: Trial, late: bool) -> Trial:
+        """With the word for how far it came."""
+        if trial.outcome in ("recipe", "infeasible"):
             return trial
-        listing = replace(listing, cutoff_s=cutoff_s)
-        fitting: dict[Selection, tuple[Strategy, Estimate]] = {}
-
-        def over_bytes(selection: Selection) -> int:
-            strategy = listing.strategy(selection)
-            estimate = self.evaluate(listing, selection, strategy)
-            over = estimate.peak_memory_bytes - self.problem.memory_limit_bytes
-            if over <= 0:
-                fitting[selection] = strategy, estimate
-            else:
-                self._missed(estimate)
-            return over
-
-        found = self.solver(
-            listing.price_list,
-            cutoff_s=cutoff_s,
-            deadline=self.deadline,
-            gap=self.budget.gap,
-            hint=self.weights,
-            over_bytes=over_bytes,
-        )
-        self.weights = found.weights if found.weights is not None else self.weights
-        late = monotonic() > self.deadline
-        trial = replace(trial, lower_bound_s=max(trial.lower_bound_s, found.bound_s))
-        if found.selection is None:
-            return replace(trial, outcome=_outcome(found, cutoff_s, late))
-        strategy, estimate = fitting[found.selection]
-        proved = trial.lower_bound_s >= estimate.step_time_s * (1 - self.budget.gap)
-        outcome = "optimal" if proved else "time" if late else "gap"
-        return replace(trial, strategy=strategy, estimate=estimate, outcome=outcome)
-
-    def evaluate(self, listing: Listing, selection: Selection, strategy: Strategy) -> Estimate:
-        structure = listing.structure
-        return evaluate(
-            structure.graph,
-            structure.rules,
-            self.problem.cost_model,
-            strategy,
-            compute_cache=self.compute_cache,
-            folded=structure.folded if listing.treats_copies_alike(selection) else None,
-        )
+        gap = 1 - self.budget.gap
+        if trial.estimate is not None and (trial.lower_bound_s >= trial.estimate.step_time_s * gap):
+            outcome = "optimal"
+        elif not self._is_open(trial):
+            outcome = "bounded"
+        elif late:
+            outcome = "time"
+        else:
+            outcome = "gap" if trial.estimate is not None else "unknown"
+        return replace(trial, outcome=outcome)
 
 
-def _outcome(found: Optimum, cutoff_s: float, late: bool) -> str:
-    if found.infeasible:
-        return "infeasible"
-    if found.bound_s >= cutoff_s * (1 - 1e-6):
-        return "bounded"
-    return "time" if late else "unknown"
+def _sizes(mesh: Mesh) -> str:
+    return " x ".join(map(str, mesh.sizes))
 
 
 def _divides_work(strategy: Strategy, allowed: tuple[Allowed, ...]) -> bool:

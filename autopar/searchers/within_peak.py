@@ -1,9 +1,9 @@
 """The best selection whose whole step fits: what the memory rows of a price list cannot see.
 
 The rows are lower bounds of a step's peak. A selection that keeps to them and whose step does not
-fit is answered in two ways. Where few are left that may be faster than the best, they are taken in
-the order of their time until one fits. Otherwise less is allowed in the rows, until steps fit; then
-what does not fit is refused by name, the fastest first, until none is left that would be faster.
+fit is answered by allowing less in the rows. For a proof, where few are left that may be faster
+than the best, they are taken in the order of their time until one fits; otherwise what does not fit
+is refused by name, the fastest first, until none is left that would be faster.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from time import monotonic
 
+from autopar.searchers.approach import SWEEPS, Approach, Wanted, approach
 from autopar.searchers.bounds import ascend, dual, survivors
 from autopar.searchers.enumeration import count_selections, selections
-from autopar.searchers.optimum import SWEEPS, Optimum, Weights, optimum
+from autopar.searchers.optimum import Optimum, optimum, settle
 from autopar.simulator.price_list import PriceList, Selection
 
 OverBytes = Callable[[Selection], int]
@@ -27,9 +28,10 @@ SMALL = 300
 FEW = 10_000
 """and their number up to which they are tried one by one: some seconds of simulation at most."""
 
-MOST_CORRECTIONS = 10
+FEW_CORRECTIONS, MOST_CORRECTIONS = 4, 10
+"""How often less memory is tried, before the proof and in it,"""
 CLOSE = 1e-3
-"""Less memory is tried until the best that fits is within this fraction of the bound,"""
+"""or until the best that fits is within this fraction of the bound,"""
 NARROW = 0.03
 """or until what is not yet known to be too little or enough is this fraction of the limit."""
 
@@ -39,43 +41,45 @@ this: small problems are solved to the end, in large ones a gap is left that the
 
 
 def solve_within_peak(
-    price_list: PriceList,
-    *,
-    cutoff_s: float,
-    deadline: float,
-    gap: float,
-    hint: Weights | None,
-    over_bytes: OverBytes,
+    price_list: PriceList, wanted: Wanted, over_bytes: OverBytes, first: Optimum | None = None
 ) -> Optimum:
-    """The fastest selection that is faster than ``cutoff_s`` and whose step fits.
+    """At first a bound, and the fastest selection met whose step fits. Then, going on from there,
+    the fastest of all (as long as the deadline and the sizes above allow).
 
-    Its bound holds for all of them; where it is below the selection's time by more than ``gap``,
-    something faster could exist.
+    A selection is only of interest if it is faster than the cutoff. The bound holds for all that
+    fit; where it is below the selection's time by more than the gap, something faster could exist.
     """
-    search = _Search(price_list, over_bytes, cutoff_s, deadline, gap)
-    first = optimum(price_list, cutoff_s=cutoff_s, deadline=deadline, gap=gap, hint=hint)
-    if first.selection is None or search.fits(first.selection):
-        return first
-    search.bound_s, search.weights = first.bound_s, first.weights
+    if first is None or first.near is None:
+        near = approach(price_list, wanted)
+        search = _Search(price_list, over_bytes, wanted, near.bound_s, near)
+        if not near.infeasible and not near.bounded:
+            search.take_met()
+        return search.optimum(near.infeasible)
+    settled = settle(replace(first.near, bounded=False), wanted)
+    search = _Search(price_list, over_bytes, wanted, settled.bound_s, first.near)
+    if settled.selection is None or search.fits(settled.selection):
+        return settled
     left = search.few_left()
     if left is None:
-        search.allow_less(first.selection)
+        search.allow_less(settled.selection)
         left = search.few_left()
     found = search.in_order() if left is None else search.one_by_one(left)
-    return replace(found, columns=first.columns, weights=first.weights)
+    return replace(found, columns=settled.columns)
 
 
 @dataclass
 class _Search:
     price_list: PriceList
     over_bytes: OverBytes
-    cutoff_s: float
-    deadline: float
-    gap: float
-    bound_s: float = -math.inf
+    wanted: Wanted
+    bound_s: float
+    near: Approach
     best: Selection | None = None
-    weights: Weights | None = None
     over: dict[Selection, int] = field(default_factory=dict)
+
+    def optimum(self, infeasible: bool = False) -> Optimum:
+        bound_s = self.bound_s if self.best is None else min(self.bound_s, self.best_s)
+        return Optimum(self.best, bound_s, infeasible, near=self.near)
 
     def fits(self, selection: Selection) -> bool:
         """Whether its step fits; then it is the best, if it is the fastest so far."""
@@ -89,11 +93,27 @@ class _Search:
     @property
     def best_s(self) -> float:
         """What is to be beaten."""
-        return self.cutoff_s if self.best is None else self.price_list.time_of(self.best)
+        return self.wanted.cutoff_s if self.best is None else self.price_list.time_of(self.best)
 
     @property
     def late(self) -> bool:
-        return monotonic() > self.deadline
+        return monotonic() > self.wanted.deadline
+
+    def take_met(self) -> None:
+        """The fastest selection met whose step fits, with as much less memory as that needs."""
+        less = 0.0
+        for _ in range(FEW_CORRECTIONS):
+            selection = self.near.fastest(less, frozenset(self.over))
+            if selection is None or self.price_list.time_of(selection) >= self.best_s:
+                return
+            if self.fits(selection):
+                return
+            less = self._too_little(selection, less) + self.over[selection]
+
+    def _too_little(self, selection: Selection, less: float) -> float:
+        """So much less was allowed, and some of it was not used either."""
+        limit = self.price_list.limit_bytes - less
+        return less + max(float((limit - self.price_list.memory_of(selection)).min()), 0.0)
 
     def allow_less(self, first: Selection) -> None:
         """Lower the limits of the rows until steps fit, then halve the interval."""
@@ -105,8 +125,7 @@ class _Search:
             if selection is None or self.fits(selection):
                 enough = less
             else:
-                spare = float((limit - less - self.price_list.memory_of(selection)).min())
-                too_little = less + max(spare, 0.0)
+                too_little = self._too_little(selection, less)
                 less = too_little + self.over[selection]
             if less >= enough:
                 less = (too_little + enough) / 2
@@ -120,7 +139,7 @@ class _Search:
         """All that may be faster than the best, the fastest first; ``None``: too many."""
         if self.alternatives > SMALL:
             return None
-        problem = dual(self.price_list, self.weights)
+        problem = dual(self.price_list, self.near.tight.weights)
         ascend(problem, SWEEPS)
         offered = survivors(problem, self.best_s).alternatives
         if count_selections(self.price_list, offered) > FEW:
@@ -134,11 +153,11 @@ class _Search:
         for selection in left:
             if self.late:
                 self.bound_s = max(self.bound_s, self.price_list.time_of(selection))
-                return Optimum(self.best, min(self.bound_s, self.best_s))
+                return self.optimum()
             if self.fits(selection):
                 break
-        nothing = self.best is None and math.isinf(self.cutoff_s)
-        return Optimum(self.best, self.best_s, infeasible=nothing)
+        self.bound_s = self.best_s
+        return self.optimum(self.best is None and math.isinf(self.best_s))
 
     @property
     def alternatives(self) -> int:
@@ -147,10 +166,10 @@ class _Search:
     def in_order(self) -> Optimum:
         """Refuse what does not fit until nothing faster than the best is left."""
         refused = [selection for selection, over in self.over.items() if over > 0]
-        while not self.late and self.bound_s < self.best_s * (1 - self.gap):
+        while not self.late and self.bound_s < self.best_s * (1 - self.wanted.gap):
             if len(refused) * self.alternatives > MOST_REFUSED_ALTERNATIVES:
                 break
-            found = self._optimum(self.price_list, self.gap, frozenset(refused))
+            found = self._optimum(self.price_list, self.wanted.gap, frozenset(refused))
             if found.selection is None:
                 if found.infeasible and self.best is None:
                     return found
@@ -160,18 +179,16 @@ class _Search:
             if self.fits(found.selection):
                 break
             refused.append(found.selection)
-        return Optimum(self.best, min(self.bound_s, self.best_s))
+        return self.optimum()
 
     def _optimum(
         self, price_list: PriceList, gap: float, refused: frozenset[Selection] = frozenset()
     ) -> Optimum:
-        found = optimum(
-            price_list,
+        wanted = replace(
+            self.wanted,
             cutoff_s=self.best_s,
-            deadline=self.deadline,
             gap=gap,
-            hint=self.weights,
+            hint=self.near.tight.weights,
             refused=refused,
         )
-        self.weights = found.weights if found.weights is not None else self.weights
-        return found
+        return optimum(price_list, wanted)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MappingProxyType
 
 from autopar.ir.graph import OperatorGraph, Role
@@ -29,6 +30,15 @@ class Block:
     @property
     def stop(self) -> int:
         return self.start + self.period * self.copies
+
+    def runs(self, ends: Iterable[int]) -> list[Block]:
+        """The block cut after so many copies.
+
+        >>> [run.copies for run in Block(0, 5, 8).runs((2, 8))]
+        [2, 6]
+        """
+        cuts = sorted({0, *(end for end in ends if end < self.copies), self.copies})
+        return [Block(self.start + a * self.period, self.period, b - a) for a, b in pairwise(cuts)]
 
 
 def blocks(graph: OperatorGraph, marks: Mapping[str, Hashable] = _NONE) -> tuple[Block, ...]:

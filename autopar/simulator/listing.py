@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import product
+from itertools import accumulate, product
 from math import prod
 
 import numpy as np
@@ -20,7 +20,7 @@ from autopar.simulator.blocks import Block, blocks
 from autopar.simulator.clusters import Cluster, Link, clusters, links
 from autopar.simulator.costs import ComputeCache, Costs
 from autopar.simulator.edges import Rules, canonical, carries_gradient, saves_input
-from autopar.simulator.folding import Folded, fold
+from autopar.simulator.folding import Folded, fold, whole
 from autopar.simulator.memory import optimizer_bytes_per_element
 from autopar.simulator.parameter_prices import (
     LEVELS,
@@ -48,7 +48,8 @@ AT_LOSS, AT_END = 0, 1
 
 @dataclass(frozen=True)
 class Use:
-    """Parameters that are used alike: by the same classes of operators at the same inputs.
+    """Parameters that are used alike: by the same classes of operators at the same inputs; in the
+    order of their first readers.
 
     ``readers``: (class, input position); ``saving``: for each reader, how many of its operators
     need one and the same parameter again in the backward.
@@ -65,6 +66,7 @@ class Structure:
 
     graph: OperatorGraph
     rules: Rules
+    _folded: dict[tuple[frozenset[int], ...], Folded] = field(default_factory=dict, compare=False)
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
@@ -92,9 +94,14 @@ class Structure:
             found[representative] = found.get(representative, 0) + 1
         return found
 
-    @cached_property
-    def folded(self) -> Folded:
-        return fold(self.graph, self.blocks)
+    def folded_in_runs(self, ends: tuple[frozenset[int], ...]) -> Folded:
+        """The graph folded, each block in runs of copies that end (exclusively) there."""
+        if ends not in self._folded:
+            runs = [
+                run for block, of in zip(self.blocks, ends, strict=True) for run in block.runs(of)
+            ]
+            self._folded[ends] = fold(self.graph, runs)
+        return self._folded[ends]
 
     @cached_property
     def links(self) -> tuple[Link, ...]:
@@ -123,7 +130,16 @@ class Structure:
             key = (tensor.spec, tensor.differentiable, tuple(readers.items()))
             grouped.setdefault(key, []).append(tensor.name)
             details[key] = tuple(readers), tuple(readers.values())
-        return tuple(Use(tuple(names), *details[key]) for key, names in grouped.items())
+        first = {
+            name: position[self.graph.consumers[name][0][0].name]
+            for names in grouped.values()
+            for name in names
+            if self.graph.consumers[name]
+        }
+        return tuple(
+            Use(tuple(sorted(names, key=lambda name: first.get(name, 0))), *details[key])
+            for key, names in grouped.items()
+        )
 
     @cached_property
     def letters(self) -> dict[int, dict[str, str]]:
@@ -666,13 +682,35 @@ class Listing:
 
     # ---- back to a strategy --------------------------------------------------------------------
 
-    def treats_copies_alike(self, selection: Selection) -> bool:
-        """Whether all copies of a block keep their parameters alike (they are split alike)."""
-        return all(
-            max(counts) == menu.count
+    def folded(self, selection: Selection) -> Folded:
+        """The graph with runs of copies that are kept alike folded (all are split alike)."""
+        counts_of = self._storage_counts(selection)
+        ends: dict[int, set[int]] = {}
+        for use in self.structure.uses:
+            counts = counts_of.get(use.parameters[0], ())
+            if sum(count > 0 for count in counts) > 1:
+                reader = use.readers[0][0]
+                if len(use.parameters) != self.structure.copies[reader]:
+                    return whole(self.graph)  # which copies read which is not known here
+                ends.setdefault(reader, set()).update(accumulate(counts))
+        return self.structure.folded_in_runs(
+            tuple(
+                frozenset().union(*(ends.get(member, ()) for member in self._members(block)))
+                for block in self.structure.blocks
+            )
+        )
+
+    @staticmethod
+    def _members(block: Block) -> range:
+        return range(block.start, block.start + block.period)
+
+    def _storage_counts(self, selection: Selection) -> dict[str, tuple[int, ...]]:
+        """By the first parameter of each use, how many copies take each storage."""
+        return {
+            menu.name: counts
             for node, storages_ in zip(self.price_list.nodes, selection.storages, strict=True)
             for menu, counts in zip(node.menus, storages_, strict=True)
-        )
+        }
 
     def strategy(self, selection: Selection) -> Strategy:
         """The strategy that a selection stands for."""
@@ -700,11 +738,7 @@ class Listing:
         for number, use in enumerate(self._shared_uses, start=len(self.structure.clusters)):
             storage = self.shared_storages(use)[selection.alternatives[number]]
             found.update(dict.fromkeys(use.parameters, storage))
-        menu_of = {
-            menu.name: counts
-            for node, storages_ in zip(self.price_list.nodes, selection.storages, strict=True)
-            for menu, counts in zip(node.menus, storages_, strict=True)
-        }
+        menu_of = self._storage_counts(selection)
         for use in self.structure.uses:
             if len(use.readers) > 1:
                 continue

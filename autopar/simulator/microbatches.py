@@ -142,11 +142,25 @@ def _least_factor(size: int) -> int:
     return next((factor for factor in range(2, size + 1) if size % factor == 0), 1)
 
 
-def counts(graph: OperatorGraph, proposals: Proposals = ()) -> Iterator[int]:
-    """The numbers of microbatches that are tried: 1, 2, 4, ... as far as they divide the batch,
-    and samples one by one."""
-    yield 1
-    size = batch_size(graph, proposals)
+def divisions(graph: OperatorGraph, proposals: Proposals = ()) -> Iterator[Division]:
+    """Those that are tried: into 1, 2, 4, ... microbatches as far as they divide the batch, and
+    samples one by one; only the first when the model needs its batch whole."""
+    rules = bound_rules(graph, proposals)
+    yield undivided(graph, rules)
+    for batch in _batches(graph):
+        divided = False
+        for count in _powers_of_two(batch.size):
+            try:
+                found = _Propagation(graph, rules, count, batch).division()
+            except UnsupportedModelError:
+                break
+            divided = True
+            yield found
+        if divided:
+            return
+
+
+def _powers_of_two(size: int) -> Iterator[int]:
     count = 2
     while count < size and size % count == 0:
         yield count
@@ -569,4 +583,4 @@ def _counts_samples(operator: Operator) -> bool:
     return bool(start == 0 and operator.argument(2, "step", 1) == 1)
 
 
-__all__ = ["Division", "batch_size", "counts", "divide", "division", "undivided"]
+__all__ = ["Division", "batch_size", "divide", "division", "divisions", "undivided"]

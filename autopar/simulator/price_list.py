@@ -5,6 +5,7 @@ Searchers see nothing else; random price lists test them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -154,3 +155,62 @@ def cheapest_storages(
             chosen.append(tuple(menu.count * (i == best) for i in range(len(cost))))
         storages.append(tuple(chosen))
     return Selection(tuple(alternatives), tuple(storages))
+
+
+def storages_within(price_list: PriceList, alternatives: Sequence[int]) -> Selection | None:
+    """A fast selection of these alternatives that keeps to the memory rows; ``None``: there is none
+    among those that were looked at.
+
+    Memory gets a price, the same in every row, at which the cheapest storages just fit. Then copies
+    take the storages of the next lower price, those first that save most time for the memory.
+    """
+    fastest = cheapest_storages(price_list, alternatives)
+    if price_list.fits(fastest):
+        return fastest
+    limits = np.where(np.isfinite(price_list.limit_bytes), price_list.limit_bytes, np.inf)
+    each = price_list.time_of(fastest) / np.maximum(limits, 1.0)
+    high = HIGHEST_PRICE
+    fitting = cheapest_storages(price_list, alternatives, each * high)
+    if not price_list.fits(fitting):
+        return None
+    low, over = 0.0, fastest
+    for _ in range(PRICES_TRIED):
+        price = high * 1e-3 if low == 0.0 else math.sqrt(low * high)
+        found = cheapest_storages(price_list, alternatives, each * price)
+        if found in (fitting, over) and low > 0.0:
+            break
+        if price_list.fits(found):
+            high, fitting = price, found
+        else:
+            low, over = price, found
+    return _filled(price_list, fitting, over)
+
+
+HIGHEST_PRICE = 1e6
+"""Of all the memory, in times of the whole step: memory is all that counts then."""
+
+PRICES_TRIED = 40
+
+
+def _filled(price_list: PriceList, fitting: Selection, over: Selection) -> Selection:
+    """``fitting`` with as many storages of ``over`` as there is room for."""
+    room = price_list.limit_bytes - price_list.memory_of(fitting)
+    steps = []
+    for n, (node, k) in enumerate(zip(price_list.nodes, fitting.alternatives, strict=True)):
+        for m, menu in enumerate(node.menus):
+            before, after = (int(np.argmax(s.storages[n][m])) for s in (fitting, over))
+            times, sizes = menu.time_s[menu.use[k]], menu.memory_bytes[menu.use[k]]
+            saved, more = times[before] - times[after], sizes[:, after] - sizes[:, before]
+            if saved > 0:
+                steps.append((float(saved / max(more.max(), 1.0)), n, m, before, after, more))
+    storages = [[list(counts) for counts in chosen] for chosen in fitting.storages]
+    for _, n, m, before, after, more in sorted(steps, key=lambda step: -step[0]):
+        taken = more > 0
+        able = np.floor(room[taken] / more[taken]).min() if taken.any() else np.inf
+        moved = int(min(max(able, 0), storages[n][m][before]))
+        storages[n][m][before] -= moved
+        storages[n][m][after] += moved
+        room = room - moved * more
+    return Selection(
+        fitting.alternatives, tuple(tuple(tuple(c) for c in chosen) for chosen in storages)
+    )

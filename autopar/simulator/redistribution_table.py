@@ -31,6 +31,7 @@ BASE = 1024
 _KINDS: tuple[CollectiveKind, ...] = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 _NOTHING = 0
 _COPY = 1  # a slice, mask or pad inside the device
+_LARGER = np.iinfo(np.int64).max  # than any code
 _MOST_STEPS = 8  # 6 is the most that 3 axes need
 
 _placements: list[Placement] = [*_FIXED, *(shard(dim) for dim in range(_MOST_DIMS))]
@@ -92,9 +93,12 @@ class Paths:
     _numbers: dict[tuple[int, int], int] = field(default_factory=dict)
     _patterns: dict[tuple[Sharding, Sharding], int] = field(default_factory=dict)
     _encoded: dict[tuple[Encoded, Encoded], int] = field(default_factory=dict)
-    _places: dict[int, int] = field(default_factory=dict)
+    _codes: list[int] = field(default_factory=list)
+    _sorted: Codes = field(default_factory=lambda: np.array([_LARGER]))
+    _places: NDArray[np.int64] = field(default_factory=lambda: np.array([-1]))
     _matrix: NDArray[np.int64] = field(default_factory=lambda: np.full((64, 64), -1))
     _collective: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    _arrays: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
 
     def number(self, source: int, target: int) -> int:
         found = self._numbers.get((source, target))
@@ -117,21 +121,25 @@ class Paths:
 
     def _place(self, found: Codes) -> NDArray[np.int64]:
         """Where codes stand in the matrix of all pairs met so far."""
-        unique, inverse = np.unique(found, return_inverse=True)
-        places = [self._places.setdefault(int(c), len(self._places)) for c in unique]
-        if (size := len(self._places)) > len(self._matrix):
+        at = np.searchsorted(self._sorted, found)
+        if (self._sorted[at] != found).any():
+            self._sorted = np.union1d(self._sorted, found)
+            self._codes += np.setdiff1d(found, self._codes).tolist()
+            self._places = np.append(np.argsort(self._codes), -1)
+            at = np.searchsorted(self._sorted, found)
+        places = self._places[at]
+        if (size := len(self._codes)) > len(self._matrix):
             larger = np.full((2 * size, 2 * size), -1)
             larger[: len(self._matrix), : len(self._matrix)] = self._matrix
             self._matrix = larger
-        return np.asarray(places, dtype=np.int64)[inverse].reshape(found.shape)
+        return np.asarray(places)
 
     def _numbers_at(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.int64]:
         found = self._matrix[rows, columns]
         if (found < 0).any():
-            codes_ = list(self._places)
             unknown = found < 0
             for r, c in set(zip(rows[unknown].tolist(), columns[unknown].tolist(), strict=True)):
-                self._matrix[r, c] = self.number(codes_[r], codes_[c])
+                self._matrix[r, c] = self.number(self._codes[r], self._codes[c])
             found = self._matrix[rows, columns]
         return found
 
@@ -147,9 +155,11 @@ class Paths:
 
     def arrays(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """``what`` and ``mask`` as (numbers, forward or backward, steps)."""
-        what = [(there[0], back[0]) for there, back in self._encoded]
-        mask = [(there[1], back[1]) for there, back in self._encoded]
-        return np.asarray(what), np.asarray(mask)
+        if self._arrays is None or len(self._arrays[0]) != self.count:
+            what = [(there[0], back[0]) for there, back in self._encoded]
+            mask = [(there[1], back[1]) for there, back in self._encoded]
+            self._arrays = np.asarray(what), np.asarray(mask)
+        return self._arrays
 
     def _number(self, source: Sharding, target: Sharding) -> int:
         """The steps do not depend on which dims are cut, only on which are the same."""

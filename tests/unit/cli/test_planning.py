@@ -162,7 +162,7 @@ def test_an_early_end_keeps_the_best_and_says_how_far_it_may_be(
     use(monkeypatch, ended(stop_reason, found=True))
     assert run("plan", "m.py", *FAKE, "-o", tmp_path / "plan.json") == code
     assert load_plan(tmp_path / "plan.json").search.gap == 0.5
-    assert "at most 50.0% from optimal" in capsys.readouterr().out
+    assert "at most 50.00% from optimal" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

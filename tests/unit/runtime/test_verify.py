@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -238,6 +237,6 @@ def tensor_parallel(graph: OperatorGraph, on: Mesh) -> Strategy:
         {},
         (Allowed("S", (0,)), Allowed("P", (0,))),
     )
-    found = optimum(listing.price_list, deadline=math.inf)
+    found = optimum(listing.price_list)
     assert found.selection is not None
     return listing.strategy(found.selection)

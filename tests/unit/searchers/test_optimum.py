@@ -9,11 +9,18 @@ import numpy as np
 import pytest
 
 from autopar.errors import AutoparError
+from autopar.searchers.approach import Wanted, approach
 from autopar.searchers.bounds import ascend, dual, survivors, weighed_s
 from autopar.searchers.enumeration import count_selections
 from autopar.searchers.exhaustive import best_selection
 from autopar.searchers.optimum import Optimum, optimum
-from autopar.simulator.price_list import Node, PriceList, Selection, cheapest_storages
+from autopar.simulator.price_list import (
+    Node,
+    PriceList,
+    Selection,
+    cheapest_storages,
+    storages_within,
+)
 from tests.helpers.random_prices import World, world
 
 GAP = 1e-6
@@ -106,9 +113,9 @@ def test_a_cutoff_hides_what_is_slower_and_never_what_is_faster() -> None:
             price_list, best_s = here.limited(limit), here.best_s(limit)
             if math.isinf(best_s) or best_s == 0.0:
                 continue
-            above = optimum(price_list, cutoff_s=best_s * 1.5)
+            above = optimum(price_list, Wanted(cutoff_s=best_s * 1.5))
             check(above, price_list, best_s)
-            below = optimum(price_list, cutoff_s=best_s * 0.9)
+            below = optimum(price_list, Wanted(cutoff_s=best_s * 0.9))
             assert below.selection is None
             assert not below.infeasible
             assert best_s * 0.9 * (1 - 1e-8) <= below.bound_s <= best_s * (1 + 1e-9)
@@ -119,7 +126,7 @@ def test_after_the_deadline_the_bound_still_holds() -> None:
         here = world(seed, 300)
         for limit in limits(here, seed, 2):
             price_list, best_s = here.limited(limit), here.best_s(limit)
-            found = optimum(price_list, deadline=monotonic() - 1.0)
+            found = optimum(price_list, Wanted(deadline=monotonic() - 1.0))
             assert found.bound_s <= best_s * (1 + 1e-9)
             if found.selection is not None:
                 assert price_list.fits(found.selection)
@@ -193,3 +200,44 @@ def test_the_cheapest_storages_are_the_best_of_all_for_these_alternatives() -> N
             found = cheapest_storages(here.price_list, alternatives, weights)
             cost = here.price_list.time_of(found) + weights @ here.price_list.memory_of(found)
             assert cost == pytest.approx(weighed[alike].min(), rel=1e-8)
+
+
+def test_an_approach_bounds_the_optimum_and_what_it_meets_fits() -> None:
+    near = 0
+    for seed in SEEDS:
+        here = world(seed, 500)
+        for limit in limits(here, seed):
+            price_list, best_s = here.limited(limit), here.best_s(limit)
+            found = approach(price_list, Wanted())
+            assert found.bound_s <= best_s * (1 + 1e-9)
+            fastest = found.fastest()
+            if fastest is not None:
+                assert price_list.fits(fastest)
+                assert price_list.time_of(fastest) >= best_s * (1 - 1e-9)
+                near += price_list.time_of(fastest) <= best_s * 1.05
+    assert near > len(SEEDS) * 3 / 2
+
+
+def test_storages_that_are_found_fit_and_are_mostly_the_best() -> None:
+    """One price for all rows: where several rows bind, what fits may be missed."""
+    exact = looked = 0
+    for seed in range(60):
+        here = world(seed, 300)
+        for limit in limits(here, seed, 2):
+            price_list = here.limited(limit)
+            by_alternatives: dict[tuple[int, ...], float] = {}
+            for selection, time_s in zip(here.selections, here.times_s, strict=True):
+                if price_list.fits(selection):
+                    known = by_alternatives.get(selection.alternatives, math.inf)
+                    by_alternatives[selection.alternatives] = min(known, float(time_s))
+            for alternatives, best_s in by_alternatives.items():
+                found = storages_within(price_list, alternatives)
+                looked += 1
+                if found is not None:
+                    assert price_list.fits(found)
+                    assert found.alternatives == alternatives
+                    time_s = price_list.time_of(found)
+                    assert time_s >= best_s * (1 - 1e-9)
+                    exact += time_s <= best_s * (1 + 1e-9)
+    assert looked > 900
+    assert exact > 0.8 * looked

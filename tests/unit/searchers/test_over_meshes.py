@@ -13,12 +13,11 @@ from torch import nn
 
 from autopar.extractor import extract
 from autopar.ir.graph import OperatorGraph
-from autopar.ir.search import Budget, Problem, SearchResult
+from autopar.ir.search import Budget, Problem
 from autopar.ir.sharding import Mesh
 from autopar.ir.strategy import Training
 from autopar.ops import bound_rules
-from autopar.searchers import SEARCHERS, over_meshes
-from autopar.searchers.over_meshes import _counts_in_order
+from autopar.searchers import SEARCHERS, over_meshes, over_microbatches
 from autopar.simulator.listing import Listing, Structure
 from autopar.simulator.meshes import factorizations, mesh
 from autopar.simulator.price_list import cheapest_storages
@@ -112,17 +111,41 @@ def test_what_even_a_perfect_split_overfills_is_infeasible_with_the_nearest_miss
     assert result.nearest_miss_bytes is not None and result.nearest_miss_bytes > limit
 
 
-def test_the_whole_batch_is_tried_first_where_there_is_room() -> None:
-    assert next(_counts_in_order(problem("gpt", 10**12, None)))[0] == 1
+def test_the_whole_batch_is_taken_at_once_where_memory_does_not_bind() -> None:
+    told: list[str] = []
+    result = SEARCHERS["ilp"](problem("gpt", 10**12, None), Budget(), progress=told.append)
+    assert result.best is not None and result.best.strategy is not None
+    assert result.best.strategy.microbatches == 1
+    assert not any("microbatches" in line for line in told)
 
 
-def test_counts_that_leave_no_room_come_last_and_hopeless_ones_not_at_all() -> None:
-    whole = least_bytes("gpt")
-    tight = problem("gpt", int(whole * 1.5), None)
-    in_order = [count for count, _ in _counts_in_order(tight)]
-    assert 1 in in_order and in_order[0] != 1
-    hopeless = problem("gpt", int(whole * 0.9), None)
-    assert 1 not in [count for count, _ in _counts_in_order(hopeless)]
+@pytest.mark.parametrize("share", [1.1, 2.5])
+def test_no_other_number_of_microbatches_is_faster(share: float) -> None:
+    asked = on_few_meshes("gpt", share, None)
+    budget = Budget(gap=1e-3, proof_s=0.5)
+    chosen = SEARCHERS["ilp"](asked, budget).best
+    for count in (1, 2, 4, 8):
+        found = SEARCHERS["ilp"](replace(asked, microbatches=count), budget).best
+        if found is not None and found.estimate is not None:
+            assert chosen is not None and chosen.estimate is not None
+            assert chosen.estimate.step_time_s <= found.estimate.step_time_s * 1.01
+
+
+def on_few_meshes(name: str, share: float, microbatches: int | None) -> Problem:
+    """With a limit that is ``share`` of what a perfect split of the whole batch needs."""
+    asked = problem(name, int(least_bytes(name) * share), microbatches)
+    return replace(asked, meshes=(mesh((8,)), mesh((2, 4))))
+
+
+def test_without_time_for_proofs_a_gap_is_left_and_named() -> None:
+    asked = on_few_meshes("mlp", 1.6, 1)
+    quick = SEARCHERS["ilp"](asked, Budget(proof_s=0.0))
+    slow = SEARCHERS["ilp"](asked, Budget())
+    assert quick.best is not None and quick.best.estimate is not None
+    assert slow.best is not None and slow.best.estimate is not None
+    assert quick.best.estimate.step_time_s >= slow.lower_bound_s * (1 - 1e-9)
+    assert quick.lower_bound_s <= slow.best.estimate.step_time_s * (1 + 1e-9)
+    assert (quick.stop_reason == "optimal") == (quick.gap <= 1e-6)
 
 
 def test_a_gap_is_not_called_optimal() -> None:
@@ -148,58 +171,44 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 0.0
-        monkeypatch.setattr(over_meshes, "monotonic", lambda: self.now_s)
+        for module in (over_meshes, over_microbatches):
+            monkeypatch.setattr(module, "monotonic", lambda: self.now_s)
 
 
-def result(reason: str, best_s: float | None, bound_s: float = 0.0) -> SearchResult:
-    """A search that found something (of the time ``best_s``) or nothing."""
-    found = next(t for t in tried().trials if t.estimate is not None)
-    assert found.estimate is not None
-    if best_s is not None:
-        found = replace(found, estimate=replace(found.estimate, step_time_s=best_s))
-    return SearchResult("ilp", (), None if best_s is None else found, bound_s, reason, 1.0)
-
-
-@cache
-def tried() -> SearchResult:
-    return SEARCHERS["ilp"](problem("mlp", 10**12), Budget())
-
-
-def searched(
-    monkeypatch: pytest.MonkeyPatch, each_s: float, *results: SearchResult
-) -> tuple[SearchResult, int]:
-    """What comes of a search with 10 s in which each number of microbatches takes ``each_s`` and
-    has the next of these results; and how many were begun."""
-    clock, asked = Clock(monkeypatch), list(results)
-
-    def divided(*_: object) -> SearchResult:
-        clock.now_s += each_s
-        return asked.pop(0)
-
-    monkeypatch.setattr(over_meshes, "_search_divided", divided)
-    found = SEARCHERS["ilp"](problem("mlp", 10**12, None), Budget(time_s=10.0))
-    return found, len(results) - len(asked)
-
-
-def test_when_the_time_is_over_no_more_microbatches_are_tried(
+def test_when_half_of_the_time_is_over_no_more_microbatches_are_tried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    nothing = result("unknown", None)
-    found, begun = searched(monkeypatch, 6.0, nothing, nothing, nothing)
-    assert (found.stop_reason, begun) == ("time", 2)
+    clock = Clock(monkeypatch)
+    told: list[str] = []
+
+    def progress(line: str) -> None:
+        told.append(line)
+        clock.now_s += 6.0 * line.startswith("trying")
+
+    asked = on_few_meshes("gpt", 1.1, None)
+    SEARCHERS["ilp"](asked, Budget(time_s=10.0, proof_s=0.0), progress=progress)
+    assert sum(line.startswith("trying") for line in told) == 1
+    told.clear()
+    clock.now_s = 0.0
+    SEARCHERS["ilp"](asked, Budget(time_s=1000.0, proof_s=0.0), progress=progress)
+    assert sum(line.startswith("trying") for line in told) > 1
 
 
-@pytest.mark.parametrize("reason", ["time", "interrupted"])
-def test_searching_on_loses_neither_what_was_found_nor_what_was_proved(
-    reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = result("time", 3.0, 2.0)
-    for again in (result(reason, None), result(reason, 4.0, 1.0)):
-        found, _ = searched(monkeypatch, 1.0, first, again)
-        assert (found.best, found.lower_bound_s, found.stop_reason) == (first.best, 2.0, reason)
-    again = result(reason, 2.5)
-    found, _ = searched(monkeypatch, 1.0, first, again)
-    assert (found.best, found.lower_bound_s, found.stop_reason) == (again.best, 2.0, reason)
+def test_an_interruption_keeps_what_was_found() -> None:
+    meshes = 0
+
+    def progress(line: str) -> None:
+        nonlocal meshes
+        meshes += line.startswith("mesh")
+        if meshes == 3:
+            raise KeyboardInterrupt
+
+    for microbatches in (1, None):
+        meshes = 0
+        found = SEARCHERS["ilp"](problem("gpt", 10**12, microbatches), Budget(), progress=progress)
+        assert found.stop_reason == "interrupted"
+        assert found.best is not None and found.best.estimate is not None
+        assert found.lower_bound_s <= found.best.estimate.step_time_s
 
 
 def test_when_the_time_is_over_no_more_meshes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from autopar.errors import AutoparError, UnsupportedModelError
 from autopar.extractor import extract
 from autopar.ir.graph import OperatorGraph
 from autopar.ops import bound_rules
-from autopar.simulator.microbatches import batch_size, counts, divide, division
+from autopar.simulator.microbatches import batch_size, divide, division, divisions
 from tests.helpers.cases import case
 
 Head = Callable[[Tensor, Tensor], Tensor]
@@ -68,7 +68,7 @@ def test_it_is_what_would_be_extracted_with_such_a_batch(name: str) -> None:
 def test_the_batch_is_the_commonest_leading_dim() -> None:
     whole = graph(lambda x, y: F.cross_entropy(x, y))
     assert batch_size(whole) == 8
-    assert list(counts(whole)) == [1, 2, 4, 8]
+    assert [d.count for d in divisions(whole)] == [1, 2, 4, 8]
 
 
 class WithPositions(nn.Module):
@@ -167,7 +167,7 @@ def test_a_batch_inside_a_merged_dim_is_that_of_a_smaller_batch(batch_first: boo
 
 def test_the_batch_may_be_the_second_dim() -> None:
     assert batch_size(encoder(batch_first=False, samples=8)) == 8
-    assert list(counts(encoder(batch_first=False, samples=8))) == [1, 2, 4, 8]
+    assert [d.count for d in divisions(encoder(batch_first=False, samples=8))] == [1, 2, 4, 8]
     with pytest.raises(AutoparError, match="5 microbatches do not divide the batch of 8"):
         divide(encoder(batch_first=False, samples=8), 5)
 

@@ -1,0 +1,104 @@
+"""Into how many microbatches the batch is divided: the number with which the fastest is found."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from time import monotonic
+
+from autopar.ir.search import Budget, Problem, SearchResult
+from autopar.searchers.over_meshes import QUICK_AXES, LateError, MeshSearch, Progress, Solver
+from autopar.simulator.listing import Structure
+from autopar.simulator.microbatches import Division, division, divisions
+
+COUNTING_SHARE = 0.5
+"""Of the time, how much may be spent before a number of microbatches is taken."""
+
+WORSE = 2
+"""More microbatches are tried until so many numbers in a row were no better."""
+
+
+def search_all(
+    name: str, problem: Problem, budget: Budget, solver: Solver, progress: Progress
+) -> SearchResult:
+    """Solve each mesh that could hold a better strategy than the best so far.
+
+    At first every mesh gets a bound and something that fits; then, where that leaves a gap, proofs
+    are attempted in the order of the bounds. An open number of microbatches becomes the one of 1,
+    2, 4, ... with which meshes of few axes do best: more are faster only as long as memory binds,
+    since they save no work.
+    """
+    return _Run(name, problem, budget, solver, progress).result()
+
+
+@dataclass
+class _Run:
+    name: str
+    problem: Problem
+    budget: Budget
+    solver: Solver
+    progress: Progress
+    started: float = field(default_factory=lambda: monotonic())
+    searches: list[MeshSearch] = field(default_factory=list)
+    best: MeshSearch | None = None
+
+    def result(self) -> SearchResult:
+        try:
+            search, reason = self._run()
+        except KeyboardInterrupt:
+            if not self.searches:
+                raise
+            search, reason = self.best or self.searches[-1], "interrupted"
+        found = search.result(self.name, reason)
+        return replace(found, search_time_s=monotonic() - self.started)
+
+    def _run(self) -> tuple[MeshSearch, str]:
+        """The search whose result counts, and why it stopped."""
+        problem = self.problem
+        if problem.microbatches is None:
+            self._count()
+        else:
+            found = division(problem.graph, problem.microbatches, problem.proposals)
+            self._add(found, self.budget.time_s)
+        reason = ""
+        for search in [self.best] if self.best is not None else self.searches:
+            search.deadline = self.started + self.budget.time_s
+            search.cutoff_s = math.inf
+            reason = search.run()
+            if search.best is not None or reason == "time":
+                break
+        return search, reason
+
+    def _count(self) -> None:
+        """Begin searches until no more microbatches are promising."""
+        worse = 0
+        for found in divisions(self.problem.graph, self.problem.proposals):
+            several = f"{found.count} microbatches"
+            self.progress(f"trying {several if found.count > 1 else 'the whole batch at once'}")
+            search = self._add(found, self.budget.time_s * COUNTING_SHARE)
+            try:
+                search.begin(QUICK_AXES)
+            except LateError:
+                break
+            if search.best is not None:
+                self.best, worse = search, 0
+                if not search.memory_binds:
+                    break
+            elif self.best is not None:
+                worse += 1
+                if worse == WORSE:
+                    break
+
+    def _add(self, found: Division, time_s: float) -> MeshSearch:
+        search = MeshSearch(
+            replace(self.problem, microbatches=found.count),
+            Structure(found.graph, found.rules),
+            self.budget,
+            self.solver,
+            self.progress,
+            self.started + time_s,
+            math.inf if self.best is None else self.best.best_s,
+            started=self.started,
+        )
+        self.searches.append(search)
+        return search
