@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from autopar.ir.graph import Operator, OperatorGraph, Role, TensorSpec
+from autopar.ir.graph import Operator, OperatorGraph, Role, Tensor, TensorSpec
 from autopar.ir.rule import BoundRule
 from autopar.ir.sharding import INVARIANT, REPLICATE, Mesh, Sharding, gradient
 from autopar.ir.strategy import Storage, Strategy
@@ -176,3 +176,22 @@ def parameter_edges(
                 tuple(dict.fromkeys(saving)),
                 tensor.differentiable,
             )
+
+
+def stored_alike(graph: OperatorGraph, strategy: Strategy) -> list[tuple[Tensor, Storage, int]]:
+    """The parameters by shape and storage: one of each kind, and how many there are.
+
+    Quick for many layers: what is the same object is not compared.
+    """
+    same: dict[tuple[int, int, bool], tuple[Tensor, Storage, int]] = {}
+    for name, storage in strategy.storage.items():
+        tensor = graph.by_name[name]
+        key = id(tensor.spec), id(storage), tensor.differentiable
+        first, _, count = same.get(key, (tensor, storage, 0))
+        same[key] = first, storage, count + 1
+    equal: dict[tuple[TensorSpec, Storage, bool], tuple[Tensor, Storage, int]] = {}
+    for tensor, storage, more in same.values():
+        kind = tensor.spec, storage, tensor.differentiable
+        first, _, count = equal.get(kind, (tensor, storage, 0))
+        equal[kind] = first, storage, count + more
+    return list(equal.values())

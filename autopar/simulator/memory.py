@@ -30,7 +30,7 @@ from autopar.ir.sharding import (
 )
 from autopar.ir.simulation import Memory
 from autopar.ir.strategy import Storage, Strategy, Training
-from autopar.simulator.edges import Rules, canonical, parameter_edges
+from autopar.simulator.edges import Rules, canonical, parameter_edges, stored_alike
 from autopar.simulator.folding import Folded, whole
 from autopar.simulator.redistribution import Step, forward_collective, reverse, steps
 from autopar.simulator.workspace import passes_gradient_on, update_groups, workspace_bytes
@@ -273,13 +273,14 @@ class _Walk:
 
     def _keep(self) -> None:
         training = self.strategy.training
-        for name, storage in self.strategy.storage.items():
-            tensor = self.parameters.by_name[name]
-            self.allocate(local_bytes(tensor.spec, storage.parameter, self.mesh), "parameters")
+        for tensor, storage, count in stored_alike(self.parameters, self.strategy):
+            size = local_bytes(tensor.spec, storage.parameter, self.mesh)
+            self.allocate(size * count, "parameters")
             if tensor.differentiable:
                 elements = prod(local_shape(tensor.spec.shape, storage.optimizer, self.mesh))
                 size = elements * optimizer_bytes_per_element(tensor.spec, training)
-                self.allocate(size + _moved_piece_bytes(tensor.spec, storage, self), "optimizer")
+                size += _moved_piece_bytes(tensor.spec, storage, self)
+                self.allocate(size * count, "optimizer")
         for role in (Role.BUFFER, Role.CONSTANT):
             for tensor in self.graph.of_role(role):
                 self.allocate(tensor.spec.bytes, "parameters")

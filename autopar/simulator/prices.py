@@ -18,6 +18,7 @@ from autopar.simulator.edges import (
     carries_gradient,
     edges,
     parameter_edges,
+    stored_alike,
 )
 from autopar.simulator.folding import Folded, whole
 from autopar.simulator.memory import optimizer_bytes_per_element, peak_memory
@@ -49,8 +50,9 @@ def evaluate(
     forward_s = (forward_s + moved_forward_s) * times
     backward_s = (backward_s + moved_backward_s) * times
     optimizer_s = sum(
-        optimizer_time_s(graph.spec(name), storage, strategy.training, costs) * count
-        for name, storage, count in _stored_alike(graph, strategy)
+        optimizer_time_s(tensor.spec, storage, strategy.training, costs) * count
+        for tensor, storage, count in stored_alike(graph, strategy)
+        if tensor.differentiable
     )
     spent = {
         phase: sum(c.time_s * c.count for c in promised if c.phase == phase)
@@ -85,19 +87,6 @@ def _operators_s(
         forward_s += forward * seen.weight[operator.name]
         backward_s += backward * seen.weight[operator.name]
     return forward_s, backward_s
-
-
-def _stored_alike(graph: OperatorGraph, strategy: Strategy) -> Iterator[tuple[str, Storage, int]]:
-    """Trained parameters of the same shape and storage: the first, and how many."""
-    counts: dict[tuple[TensorSpec, Storage], int] = {}
-    first: dict[tuple[TensorSpec, Storage], str] = {}
-    for name, storage in strategy.storage.items():
-        tensor = graph.by_name[name]
-        if tensor.differentiable:
-            key = (tensor.spec, storage)
-            counts[key] = counts.get(key, 0) + 1
-            first.setdefault(key, name)
-    return ((first[key], key[1], count) for key, count in counts.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,9 +145,10 @@ def _promise_on_all_axes(
     for parameter_edge, count in needed.parameters:
         for one in _parameter_promise(parameter_edge, mesh, microbatches):
             yield replace(one, count=one.count * count)
-    for name, storage, count in _stored_alike(graph, strategy):
-        for one in _storage_promise(graph.spec(name), name, storage, mesh):
-            yield replace(one, count=one.count * count)
+    for tensor, storage, count in stored_alike(graph, strategy):
+        if tensor.differentiable:
+            for one in _storage_promise(tensor.spec, tensor.name, storage, mesh):
+                yield replace(one, count=one.count * count)
     yield from _clip_promise(graph, strategy)
 
 
