@@ -174,7 +174,7 @@ def parameter_edges(
                 target,
                 tuple(dict.fromkeys(o.name for o, _ in readers)),
                 tuple(dict.fromkeys(saving)),
-                tensor.differentiable,
+                tensor.differentiable and any(carries_gradient(graph, o) for o, _ in readers),
             )
 
 

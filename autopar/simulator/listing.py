@@ -569,7 +569,8 @@ class Listing:
         return Node(use.parameters[0], update, memory, len(use.parameters))
 
     def _shared_flows(self, use: Use, node: int) -> Iterator[Flow]:
-        """To each distinct use once, and again in the backward of each operator that needs it."""
+        """To each distinct use once, its gradient back where one comes, and again in the backward of
+        each operator that needs it."""
         tensor = self.graph.by_name[use.parameters[0]]
         offers, prices = self._shared_offers(use), self.parameters
         found = [self._codes(c, "input", p, tensor.differentiable) for c, p in use.readers]
@@ -580,11 +581,23 @@ class Listing:
             for (c, _), a, b in zip(use.readers, starts, starts[1:], strict=False)
         ]
         to_each = [replace(offers, target=np.full(len(offers.target), t)) for t in targets]
-        first = [prices.use_s(tensor.spec, o, trained=tensor.differentiable) for o in to_each]
+        there = np.stack([prices.use_s(tensor.spec, o, trained=False) for o in to_each], axis=1)
+        returning = [
+            consumer
+            for consumer, (c, _) in zip(consumers, use.readers, strict=True)
+            if tensor.differentiable and carries_gradient(self.graph, self.graph.operators[c])
+        ]
+        both = there
+        if returning:
+            both = np.stack([prices.use_s(tensor.spec, o, trained=True) for o in to_each], axis=1)
         again = [prices.gather_s(tensor.spec, o) for o in to_each]
         every = np.arange(len(offers.target), dtype=np.int64)
         count, name = len(use.parameters), use.parameters[0]
-        yield Flow(name, node, every, tuple(consumers), np.stack(first, axis=1), count)
+        if len(returning) in (0, len(consumers)):
+            yield Flow(name, node, every, tuple(consumers), both, count)
+        else:
+            yield Flow(name, node, every, tuple(consumers), there, count)
+            yield Flow(name, node, every, tuple(returning), both - there, count)
         for consumer, saving in zip(consumers, use.saving, strict=True):
             if saving:
                 more = np.stack(again, axis=1) * saving

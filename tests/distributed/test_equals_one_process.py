@@ -42,6 +42,7 @@ MODELS = (
     "two_tower",
     "dlrm",
     "transformer_encoder",
+    "codebook",
 )
 TRAININGS = (
     Training("sgd"),

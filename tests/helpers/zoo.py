@@ -474,6 +474,28 @@ def gpt_tied(dropout: float = 0.0) -> Built:
     return GPT(dropout=dropout, tied=True), _token_pair()
 
 
+class _Codebook(nn.Module):
+    """A VQ autoencoder: some that read the codebook and the codes send no gradient back."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.encode = nn.Linear(16, 32)
+        self.codes = nn.Embedding(24, 32)
+        self.decode = nn.Sequential(nn.Dropout(dropout), nn.Linear(32, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found, codes = self.encode(x), self.codes.weight
+        far = codes.square().sum(-1) - 2 * found @ codes.t()
+        nearest = self.codes(far.argmin(-1))
+        passed = found + (nearest - found).detach()
+        commitment = F.mse_loss(nearest, found.detach()) + F.mse_loss(found, nearest.detach()) / 4
+        return F.mse_loss(self.decode(passed), x) + commitment
+
+
+def codebook(dropout: float = 0.0) -> Built:
+    return _Codebook(dropout), (torch.randn(BATCH, 4, 16),)
+
+
 ZOO: dict[str, Callable[..., Built]] = {
     "gpt2": gpt2,
     "llama": llama,
@@ -490,6 +512,7 @@ ZOO: dict[str, Callable[..., Built]] = {
     "mlp": mlp,
     "gpt": gpt,
     "gpt_tied": gpt_tied,
+    "codebook": codebook,
 }
 """Functions of ``dropout`` that return a model in train mode and one global batch."""
 

@@ -19,6 +19,7 @@ from autopar.simulator.meshes import mesh
 from autopar.simulator.price_list import PriceList, Selection
 from autopar.simulator.prices import evaluate
 from cost_models.interface import CostModel
+from tests.helpers.cases import case
 from tests.helpers.fake_prices import FakePrices
 from tests.helpers.random_graphs import Builder, HashPrices, random_graph
 
@@ -63,6 +64,14 @@ def test_a_selection_costs_what_its_strategy_costs_and_takes_no_more_memory_than
         graph, rng = random_graph(seed), Random(seed)
         sizes = MESHES[seed % 3]
         check(listing_of(graph, mesh(sizes), HashPrices(seed, 8)), rng, 4)
+
+
+def test_a_parameter_pays_for_gradients_only_from_uses_that_have_one() -> None:
+    """The nearest code is looked for with the codes, and trains nothing."""
+    graph = case("codebook").graph
+    rng = Random(0)
+    for sizes in MESHES[:2]:
+        check(listing_of(graph, mesh(sizes), HashPrices(3, 8)), rng, 30)
 
 
 @pytest.mark.slow
