@@ -196,6 +196,7 @@ def test_and_where_their_parts_are_unequal_or_the_gate_is_fused_too() -> None:
 
 
 def test_and_in_the_layers_of_torch_itself() -> None:
+    """With one sample: of several, batch and heads are one dim there."""
     strategy = strategy_of(search(encoder(8192, batch=1, length=2048), "h100-sxm", (8,), 1e13))
     assert split_of(strategy, "scaled_dot_product_attention") == {("heads",)}
     assert split_of(strategy, "linear1.linear") == {("out",)}
