@@ -311,16 +311,19 @@ def _nothing_found(problem: Problem, result: SearchResult) -> AutoparError:
             f"the search ended after {result.search_time_s:.1f} s, before it found any "
             "strategy; allow more time, or give the mesh"
         )
-    if result.nearest_miss_bytes is None:
-        return InfeasibleError(
-            f"no strategy of {problem.graph.name} on {problem.cost_model.devices} devices fits in "
-            f"{limit} a device; allow more devices, memory or dimensions{_in_microbatches(problem)}"
-        )
-    need = bytes_text(result.nearest_miss_bytes)
+    devices, least = problem.cost_model.devices, result.least_bytes
+    needs = ""
+    if least is not None:
+        perfect = bytes_text(least)
+        needs += f"split perfectly over {devices} devices it needs at least {perfect}; "
+    if result.nearest_miss_bytes is not None:
+        met = bytes_text(result.nearest_miss_bytes)
+        needs += f"the smallest strategy that was found needs {met}; "
+    dimensions = "" if set(problem.dimensions) >= set("SAP") else "dimensions, "
     return InfeasibleError(
-        f"nothing fits: the smallest strategy of {problem.graph.name} that was found needs {need} "
-        f"on a device, the limit is {limit}; allow more devices, a smaller batch, "
-        f"another optimizer or mixed precision{_in_microbatches(problem)}"
+        f"nothing fits: for {problem.graph.name} the limit is {limit} on a device; {needs}"
+        f"allow more devices, {dimensions}a smaller batch, another optimizer or mixed precision"
+        f"{_in_microbatches(problem)}"
     )
 
 
@@ -331,6 +334,8 @@ def _in_microbatches(problem: Problem) -> str:
     if problem.microbatches is not None:
         return "; or let autopar choose the number of microbatches"
     size = batch_size(problem.graph, problem.proposals)
+    if size == 1:
+        return ""
     try:
         divided = division(problem.graph, size, problem.proposals)
     except AutoparError as error:
@@ -466,6 +471,14 @@ def run(
         return join(plan, model, seed=seed, **hyperparameters)
     build = source_of(plan, model)
     return join(plan, lambda: build()[0], seed=seed, **hyperparameters)
+
+
+def check_processes(plan: Plan) -> None:
+    """Raises ``PlanMismatchError`` unless this machine can be all devices of the plan."""
+    from autopar.runtime import launch
+
+    measured = "profiled" in plan.topology
+    launch.check_processes(plan.world_size, str(plan.topology.get("name")), measured_here=measured)
 
 
 def rehearse(

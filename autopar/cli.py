@@ -417,6 +417,7 @@ def run_command(
     from autopar.exporters import text
 
     with progress() as tell:
+        api.check_processes(loaded)
         api.check_model(loaded, name, tell)
         tell(f"training {steps} steps in {loaded.world_size} processes")
         found = api.rehearse(loaded, plan, name, steps, seed)

@@ -68,7 +68,8 @@ class SearchResult:
 
     ``stop_reason``: ``optimal`` (within the budget's gap), ``gap`` (all was tried, the best is not
     proved), ``time``, ``interrupted`` (Ctrl-C), or, where ``best`` is ``None``, ``infeasible`` and
-    ``unknown`` (``nearest_miss_bytes`` is the smallest peak memory seen).
+    ``unknown`` (``nearest_miss_bytes`` is the smallest peak memory seen, ``least_bytes`` what a
+    device would hold at least if everything were split perfectly).
     """
 
     searcher: str
@@ -78,6 +79,7 @@ class SearchResult:
     stop_reason: str
     search_time_s: float
     nearest_miss_bytes: int | None = None
+    least_bytes: int | None = None
 
     @property
     def gap(self) -> float:

@@ -19,6 +19,7 @@ from autopar.ir.graph import OperatorGraph
 from autopar.ir.sharding import Mesh
 from autopar.ir.strategy import Strategy
 from autopar.ops import Proposals
+from autopar.runtime import profiler
 from autopar.runtime.collectives import Communicator, connect
 from autopar.runtime.lowering import lower_microbatch
 from autopar.runtime.step import TrainingStep
@@ -28,6 +29,11 @@ from autopar.simulator.microbatches import division
 START_TIMEOUT_S = 300.0
 """How long a rank waits for the others; gloo's and NCCL's default, half an hour, looks like a
 program that hangs when one of them did not start."""
+
+
+PROCESSES_OF_A_CORE = 8
+"""How many processes are started for each core of a machine without GPUs: on four cores one can
+still try a plan for four hosts of eight GPUs. With many more, starting alone takes minutes."""
 
 
 class Planned(Protocol):
@@ -116,6 +122,23 @@ def local_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+def check_processes(processes: int, topology: str, *, measured_here: bool = False) -> None:
+    """``measured_here``: so many have run here already, to measure this machine.
+
+    Raises:
+        PlanMismatchError: one process for each device of the plan is more than this machine takes.
+    """
+    gpus, cores = torch.cuda.device_count(), profiler.cores()
+    if processes <= (gpus or cores * PROCESSES_OF_A_CORE) or (measured_here and not gpus):
+        return
+    here = f"{gpus} GPU{'s' * (gpus > 1)}" if gpus else f"{cores} core{'s' * (cores > 1)}, no GPU"
+    raise PlanMismatchError(
+        f"the plan is for {processes} processes on {topology}, and this machine has {here}; start "
+        f"`torchrun ... -m autopar run` on all hosts of the cluster, or make a plan for this "
+        f"machine with `--topology local --devices {min(processes, gpus or cores)}`"
+    )
 
 
 def torchrun(

@@ -100,7 +100,7 @@ def local_cost_model(
     say = report or _to_stderr
     kind = device_type(devices)
     say(f"measuring this machine with {devices} {_processes(kind)}, about {seconds + 8:.0f} s")
-    if os.getloadavg()[0] > BUSY * _cores():
+    if os.getloadavg()[0] > BUSY * cores():
         say("other programs are busy here and make it look slower; measure again when they end")
     profile_ = profile(devices, seconds, report=say)
     save(profile_, path)
@@ -141,7 +141,7 @@ def profile(devices: int, seconds: float = MEASURE_S, *, report: Report | None =
 def local_devices() -> int:
     """How many devices this machine is when nobody says: its GPUs, else a process for each core,
     as a power of two (which divides most models' sizes) of at most 8."""
-    return torch.cuda.device_count() or min(8, 1 << (_cores().bit_length() - 1))
+    return torch.cuda.device_count() or min(8, 1 << (cores().bit_length() - 1))
 
 
 def device_type(devices: int) -> str:
@@ -159,7 +159,7 @@ def machine_fingerprint() -> str:
     """Hexadecimal digits of what decides the speed of this machine: processor, cores that may be
     used, memory, GPUs."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    content = [_processor(), _cores(), round(_memory_bytes() / 2**30), *gpus]
+    content = [_processor(), cores(), round(_memory_bytes() / 2**30), *gpus]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
@@ -193,7 +193,8 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

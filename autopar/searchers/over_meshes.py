@@ -149,8 +149,6 @@ class MeshSearch:
         """Even a perfect split does not fit."""
         for mesh in self.problem.meshes:
             self.trials[mesh] = Trial("", mesh, None, None, math.inf, "infeasible")
-        if self.nearest_miss_bytes is None:
-            self.nearest_miss_bytes = int(self.least_bytes)
 
     def _in_time(self) -> None:
         if monotonic() > self.deadline:
@@ -317,6 +315,7 @@ class MeshSearch:
         if self.best is not None:
             bound_s = min(bound_s, self.best_s)
         late = reason in ("time", "interrupted")
+        nothing = self.best is None
         return SearchResult(
             searcher=name,
             trials=tuple(self._with_outcome(t, late) for t in self.trials.values())
@@ -325,7 +324,8 @@ class MeshSearch:
             lower_bound_s=bound_s,
             stop_reason=reason,
             search_time_s=monotonic() - self.started,
-            nearest_miss_bytes=self.nearest_miss_bytes if self.best is None else None,
+            nearest_miss_bytes=self.nearest_miss_bytes if nothing else None,
+            least_bytes=int(self.least_bytes) if nothing and not late else None,
         )
 
     def _unseen_s(self, mesh: Mesh) -> float:

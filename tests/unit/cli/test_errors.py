@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from autopar import cli
-from autopar.errors import AutoparError, InfeasibleError, UnsupportedModelError
+from autopar import api, cli
+from autopar.errors import (
+    AutoparError,
+    InfeasibleError,
+    PlanMismatchError,
+    UnsupportedModelError,
+)
 from autopar.ir.plan import plan_to_text, save_plan
+from autopar.ir.sharding import Mesh
 from tests.helpers import fake_plans
 
 
@@ -124,15 +131,49 @@ def test_a_split_that_no_rule_offers_is_refused(
 def test_a_plan_made_for_an_object_needs_its_model_to_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dataclasses import replace
-
     save_plan(replace(fake_plans.plan(1), model=""), tmp_path / "plan.json")
     assert run("run", str(tmp_path / "plan.json")) == 2
     assert "give the model" in capsys.readouterr().err
 
 
-def test_another_model_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def have(monkeypatch: pytest.MonkeyPatch, gpus: int, cores: int = 4) -> None:
+    """This machine has so many."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("autopar.runtime.profiler.cores", lambda: cores)
+
+
+def test_a_plan_for_a_cluster_is_not_started_on_one_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned = fake_plans.plan(1)
+    large = replace(
+        planned.strategy.stages[0], devices=tuple(range(256)), mesh=Mesh((("data", 256),))
+    )
+    strategy = replace(planned.strategy, stages=(large,))
+    plan = replace(planned, strategy=strategy, topology={"name": "32x8xh100-sxm"})
+    for gpus, has, fewer in ((0, "4 cores, no GPU", 4), (8, "8 GPUs", 8)):
+        have(monkeypatch, gpus)
+        with pytest.raises(PlanMismatchError) as refused:
+            api.check_processes(plan)
+        says = str(refused.value)
+        assert f"256 processes on 32x8xh100-sxm, and this machine has {has}" in says
+        assert "torchrun" in says and f"--topology local --devices {fewer}" in says
+    save_plan(planned, tmp_path / "plan.json")  # for eight processes
+    have(monkeypatch, 4)
+    assert run("run", str(tmp_path / "plan.json")) == PlanMismatchError.exit_code
+    assert "8 processes" in capsys.readouterr().err
+
+
+def test_a_plan_for_a_few_hosts_may_be_tried_on_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    have(monkeypatch, gpus=0, cores=1)
+    api.check_processes(fake_plans.plan(1))
+
+
+def test_another_model_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_plan(fake_plans.plan(1), tmp_path / "plan.json")
     path = Path(__file__).parents[3] / "examples" / "gpt" / "model.py"
+    have(monkeypatch, gpus=8)
     assert run("run", str(tmp_path / "plan.json"), str(path)) == 2
     assert "not the model of this plan" in capsys.readouterr().err

@@ -11,6 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from autopar.api import plan_of
+from autopar.errors import InfeasibleError
+from autopar.exporters.units import bytes_text
 from autopar.extractor import extract
 from autopar.ir.graph import OperatorGraph
 from autopar.ir.search import Budget, Problem
@@ -105,10 +108,20 @@ def test_a_table_that_all_layers_save_is_held_once() -> None:
 
 def test_what_even_a_perfect_split_overfills_is_infeasible_with_the_nearest_miss() -> None:
     limit = int(least_bytes("gpt") * 0.9)
-    result = SEARCHERS["ilp"](problem("gpt", limit), Budget())
+    asked = problem("gpt", limit)
+    result = SEARCHERS["ilp"](asked, Budget())
     assert result.stop_reason == "infeasible" and result.best is None
     assert {t.outcome for t in result.trials} == {"infeasible", "recipe"}
-    assert result.nearest_miss_bytes is not None and result.nearest_miss_bytes > limit
+    assert result.least_bytes == int(least_bytes("gpt"))
+    smallest = min(t.estimate.peak_memory_bytes for t in result.trials if t.estimate is not None)
+    assert result.nearest_miss_bytes is not None and result.nearest_miss_bytes >= smallest
+    with pytest.raises(InfeasibleError) as refused:
+        plan_of(asked, result)
+    says = str(refused.value)
+    assert (
+        f"split perfectly over 8 devices it needs at least {bytes_text(result.least_bytes)}" in says
+    )
+    assert f"was found needs {bytes_text(result.nearest_miss_bytes)}" in says
 
 
 def test_the_whole_batch_is_taken_at_once_where_memory_does_not_bind() -> None:
