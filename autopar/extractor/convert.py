@@ -82,6 +82,10 @@ _WRITES_UNDECLARED = {"aten.batch_norm.default", "aten.instance_norm.default"}
 """Operators that update buffers although their schema does not say so."""
 
 _GRADIENT_STOPS = re.compile(r"aten\.(detach|\w+_like|new_\w+|bernoulli|sign)\.")
+_UPDATED = {"aten._native_batch_norm_legit_functional.default": {3: 3, 4: 4}}
+"""Results that are new values of arguments, by position. They are of these arguments' dtype, as
+kernels make them; what torch knows without running them is float32 for those of bfloat16."""
+
 _ONLY_FIRST_DIFFERENTIABLE = re.compile(r"aten\.\w*batch_norm\w*\.")
 
 
@@ -398,6 +402,9 @@ class _Converter:
             if value is None:
                 continue
             spec = self._spec(value, node)
+            updated = _UPDATED.get(op, {}).get(position)
+            if updated is not None:
+                spec = self.tensors[str(self.of[given[updated]])].spec
             differentiable = flows and spec.is_floating
             if position and _ONLY_FIRST_DIFFERENTIABLE.match(op):
                 differentiable = False

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from autopar.errors import PlanMismatchError
 from autopar.ir.graph import Argument, Dtype, Input, Operator, OperatorGraph, Role
+from autopar.ir.plan import mesh_text
 from autopar.ir.rule import RESERVED, BoundRule, Split
 from autopar.ir.sharding import Mesh, Sharding, gradient, local_shape
 from autopar.ir.strategy import Strategy
@@ -87,6 +89,16 @@ class LoweredProgram:
         return self.graph_module.get_buffer(_constant_name(name))
 
     def execution(self, communicator: Communicator, parameters: dict[str, Tensor]) -> Execution:
+        """
+        Raises:
+            PlanMismatchError: the communicator connects another mesh than the program is for.
+        """
+        if communicator.mesh != self.mesh:
+            raise PlanMismatchError(
+                f"the program is for the mesh {mesh_text(self.mesh)}, and the processes are "
+                f"connected as {mesh_text(communicator.mesh)}; connect them with the strategy's "
+                "own mesh, `connect(strategy.mesh, ...)`, or lower a strategy for theirs"
+            )
         by_use = {(edge.parameter, edge.target): edge for edge in self.edges}
         return Execution(communicator, by_use, self.regathered, parameters)
 
@@ -316,7 +328,11 @@ class _Lowering:
             self._describe(node, name, sharding)
             return
         for index, (name, sharding) in enumerate(zip(operator.outputs, shardings, strict=True)):
-            self.made[name] = self._named("call_function", _getitem, name, (node, index))
+            made = self._named("call_function", _getitem, name, (node, index))
+            if index in _NEW_STATISTICS.get(operator.op, ()):
+                dtype = _dtype(self.graph.spec(name).dtype)
+                made = self._named("call_method", "to", name, (made, dtype))
+            self.made[name] = made
             self._describe(self.made[name], name, sharding)
 
     def _detached(self, node: fx.Node, name: str, sharding: Sharding) -> fx.Node:
@@ -409,6 +425,10 @@ class _Lowering:
         }
         return [_with_comment(line, comments) for line in "".join(lines).splitlines(True)]
 
+
+_NEW_STATISTICS = {"aten._native_batch_norm_legit_functional.default": (3, 4)}
+"""Results that are of the buffers' dtype on every device, but not so under fake tensors, where
+those of bfloat16 are float32: a dry run would gather twice the bytes."""
 
 _ASSIGNMENT = re.compile(r"\s*(\w+) = ")
 

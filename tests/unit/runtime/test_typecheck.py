@@ -8,7 +8,7 @@ from random import Random
 import pytest
 from torch import fx
 
-from autopar.errors import VerificationError
+from autopar.errors import PlanMismatchError, VerificationError
 from autopar.ir.sharding import Mesh
 from autopar.ir.strategy import Strategy
 from autopar.ops import bound_rules
@@ -35,6 +35,17 @@ def test_lowered_programs_type_check(name: str, seed: int) -> None:
     rules = bound_rules(of.graph)
     strategy = random_strategy(of.graph, rules, MESH, Random(seed))
     check(of, strategy, lower(of.graph, strategy, rules))
+
+
+def test_processes_that_are_connected_as_another_mesh_are_told_so() -> None:
+    of = case("gpt_tied")
+    rules = bound_rules(of.graph)
+    strategy = random_strategy(of.graph, rules, MESH, Random(0))
+    program = lower(of.graph, strategy, rules)
+    other = Mesh((("data", 2), ("tensor", 4)))
+    says = "for the mesh data 4 x tensor 2, and the processes are connected as data 2 x tensor 4"
+    with fake_world(other) as communicator, pytest.raises(PlanMismatchError, match=says):
+        program.execution(communicator, {})
 
 
 def test_a_program_without_one_of_its_redistributions_does_not() -> None:

@@ -65,6 +65,18 @@ def test_fused_projections_divided_in_parts_keep_their_promise(name: str) -> Non
     assert abs(report.memory_error) < 0.005
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_statistics_of_a_bfloat16_batch_norm_keep_their_promise(seed: int) -> None:
+    model, inputs = zoo("resnet")
+    graph = extract(model, inputs, name="resnet", precision="mixed")
+    for operator in graph.operators:
+        if "batch_norm" in operator.op:
+            buffers = [graph.spec(name) for name in operator.inputs[3:]]
+            assert [graph.spec(name) for name in operator.outputs[3:]] == buffers
+    report = report_of(graph, drawn(graph, mesh((2, 2)), seed, Training(precision="mixed")))
+    assert report.ok, report.differences
+
+
 @pytest.mark.parametrize("name", ["gpt2", "bert", "vit", "t5", "transformer_encoder"])
 def test_dropout_keeps_its_promise(name: str) -> None:
     graph = graph_of(name, dropout=0.1)
