@@ -22,6 +22,7 @@ from autopar.simulator.costs import ComputeCache, Costs
 from autopar.simulator.edges import Rules, canonical, carries_gradient, saves_input
 from autopar.simulator.folding import Folded, fold, whole
 from autopar.simulator.memory import optimizer_bytes_per_element
+from autopar.simulator.microbatches import batch_factors
 from autopar.simulator.parameter_prices import (
     LEVELS,
     Offers,
@@ -144,9 +145,12 @@ class Structure:
     @cached_property
     def letters(self) -> dict[int, dict[str, str]]:
         """SOAP: for each class, where the index of a factor comes from: the batch dim of an input
-        (S), another dim of an input (A), or a parameter (P)."""
+        (S), another dim of an input (A), or a parameter (P). The batch is where microbatches would
+        cut it; where they cannot, the first dim of every input."""
+        batch = batch_factors(self.graph, self.rules)
+        first = "S" if batch is None else "A"
         origin = {
-            t.name: ("S" + "A" * len(t.spec.shape))[: len(t.spec.shape)]
+            t.name: (first + "A" * len(t.spec.shape))[: len(t.spec.shape)]
             for t in self.graph.of_role(Role.INPUT)
         }
         found: dict[int, dict[str, str]] = {}
@@ -155,6 +159,8 @@ class Structure:
             letters = _letters(self.graph, operator, bound, origin)
             for name, dims in zip(operator.outputs, bound.outputs, strict=True):
                 origin[name] = "".join(letters[dim[0]] if dim else "A" for dim in dims)
+            if batch is not None and batch[operator.name] in letters:
+                letters[batch[operator.name]] = "S"
             found.setdefault(self.class_of[index], letters)
         return found
 

@@ -138,6 +138,17 @@ def batch_size(graph: OperatorGraph, proposals: Proposals = ()) -> int:
     return batches[0].size
 
 
+def batch_factors(graph: OperatorGraph, rules: Rules) -> dict[str, Choice] | None:
+    """By operator, its factor that is the batch, or a dim in which the samples lie (one of
+    ``RESERVED`` where it has none); ``None`` when some operator needs all samples at once."""
+    for batch in _batches(graph):
+        try:
+            return _Propagation(graph, rules, 1, batch).factors()
+        except UnsupportedModelError:
+            continue
+    return None
+
+
 def _least_factor(size: int) -> int:
     return next((factor for factor in range(2, size + 1) if size % factor == 0), 1)
 
@@ -222,9 +233,7 @@ class _Propagation:
         self.shares: dict[str, tuple[int, ...]] = {}
 
     def division(self) -> Division:
-        while not self.settled:
-            self._walk()
-        self._check_ends()
+        self.factors()
         means = tuple(o.name for o in self.graph.operators if self._counts(o))
         divided = self._divided()
         return Division(
@@ -245,6 +254,17 @@ class _Propagation:
             blocks={name: piece.blocks for name, piece in self.pieces.items() if piece.blocks > 1},
             shares=self.shares,
         )
+
+    def factors(self) -> dict[str, Choice]:
+        """What of each operator is cut with the batch.
+
+        Raises:
+            UnsupportedModelError: something cannot be.
+        """
+        while not self.settled:
+            self._walk()
+        self._check_ends()
+        return {name: cut.factor for name, cut in self.cuts.items()}
 
     def _placement(self, name: str) -> Placement:
         if name in self.pieces:

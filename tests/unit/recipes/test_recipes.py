@@ -258,3 +258,25 @@ def test_a_recipe_of_which_the_model_divides_nothing_is_reported_without_a_strat
     for name in RECIPES.keys() - possible:
         assert found[name].estimate is None
         assert found[name].lower_bound_s == float("inf")
+
+
+def test_a_batch_in_the_second_dim_is_what_data_parallel_divides() -> None:
+    """As ``nn.TransformerEncoder`` wants it by default: (sequence, batch, features)."""
+    trial = priced(sequences_first(), TwoHosts(), Training("adamw"))["data_parallel"]
+    assert trial.strategy is not None
+    split = trial.strategy.splits
+    assert split["0.layers.0.linear1.linear"] == split["0.layers.0.linear2.linear"] == ("...1",)
+    assert split["0.layers.1.norm1.layer_norm"] == ("d1",)
+    assert split["0.layers.1.self_attn.scaled_dot_product_attention"] == ("batch0",)
+
+
+@lru_cache(maxsize=None)
+def sequences_first() -> OperatorGraph:
+    import torch
+    from torch import nn
+
+    from autopar.extractor import extract
+
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+    return extract(model, (torch.zeros(12, 8, 16),), lambda out, _: out.square().mean())
