@@ -215,9 +215,10 @@ def _redistributions(plan: Plan, rules: Rules) -> Iterator[tuple[str, Redistribu
     prices = _prices(plan)
     for edge in edges(plan.graph, rules, plan.strategy):
         forward, backward = edge.transfers(plan.mesh)
-        if edge.source != edge.target and (forward or backward):
+        moved = [("forward", t) for t in forward] + [("backward", t) for t in backward]
+        collectives = _collectives(plan, prices, moved)
+        if collectives:
             producer = plan.graph.producer[edge.tensor].name
-            moved = [("forward", t) for t in forward] + [("backward", t) for t in backward]
             yield (
                 producer,
                 RedistributionRow(
@@ -225,7 +226,7 @@ def _redistributions(plan: Plan, rules: Rules) -> Iterator[tuple[str, Redistribu
                     edge.source,
                     edge.target,
                     _readers(producer, edge.consumers),
-                    _collectives(plan, prices, moved),
+                    collectives,
                 ),
             )
 
@@ -297,10 +298,13 @@ def _prices(plan: Plan) -> Prices:
 def _collectives(
     plan: Plan, prices: Prices, moved: list[tuple[str, Transfer]]
 ) -> tuple[CollectiveRow, ...]:
+    """An axis of one rank communicates nothing."""
     times = plan.strategy.microbatches
     rows = []
     for phase, transfer in moved:
-        axis = plan.mesh.names[transfer.axis]
+        axis, size = plan.mesh.axes[transfer.axis]
+        if size == 1:
+            continue
         time_s = prices[transfer.kind, axis, transfer.bytes]
         rows.append(
             CollectiveRow(transfer.kind, phase, axis, transfer.bytes, times, times * time_s)

@@ -65,7 +65,8 @@ def _heading(plan: Plan) -> list[str]:
         f"{plan.graph.name}: {count_text(plan.graph.parameter_count)} parameters, "
         f"{len(plan.graph.operators)} operators, {training.optimizer}, "
         f"{training.precision} precision" + (f", {batches} microbatches" if batches > 1 else ""),
-        f"on {plan.topology.get('name')}: {plan.world_size} devices, mesh {mesh_text(plan.mesh)}",
+        f"on {plan.topology.get('name')}: {plan.world_size} device{'s' * (plan.world_size > 1)}, "
+        f"mesh {mesh_text(plan.mesh)}",
         f"step {time_text(step_s)}: "
         + ", ".join(f"{name} {share_text(t, step_s)}" for name, t in parts(found) if t > 0),
         f"peak memory {bytes_text(found.peak_memory_bytes)} of "

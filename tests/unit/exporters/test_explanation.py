@@ -23,12 +23,13 @@ from tests.helpers import fake_plans
 from tests.helpers.fake_prices import FakePrices
 from tests.helpers.strategies import kept, one_stage, random_strategy
 
+TWO_BY_TWO = Mesh((("a", 2), ("b", 2)))
 
-def random_plan(seed: int, layers: int = 3) -> Plan:
+
+def random_plan(seed: int, layers: int = 3, mesh: Mesh = TWO_BY_TWO) -> Plan:
     """Any legal strategy, its gradients clipped so that some collective belongs to no block."""
     plan = fake_plans.plan(layers)
     divided = division(plan.graph, 2 ** (seed % 3))
-    mesh = Mesh((("a", 2), ("b", 2)))
     training = Training(clip_norm=1.0)
     strategy = random_strategy(divided.graph, divided.rules, mesh, Random(seed), training)
     strategy = replace(strategy, microbatches=divided.count)
@@ -48,6 +49,17 @@ def test_the_blocks_communicate_as_long_as_the_estimate_says(seed: int) -> None:
     )
     rows = [c for block in found.blocks for c in block.collectives] + list(found.unplaced)
     assert sum(row.times for row in rows) == sum(c.count for c in estimate.collectives)
+
+
+@pytest.mark.parametrize("sizes", [(1,), (1, 2), (2, 1)])
+@pytest.mark.parametrize("seed", range(5))
+def test_an_axis_of_one_device_communicates_nothing(seed: int, sizes: tuple[int, ...]) -> None:
+    mesh = Mesh(tuple(zip("ab", sizes, strict=False)))
+    plan = random_plan(seed, mesh=mesh)
+    rows = [c for block in explanation(plan, rules_of(plan)).blocks for c in block.collectives]
+    assert all(dict(mesh.axes)[row.axis] > 1 for row in rows)
+    for export in EXPORTERS.values():
+        assert export(plan, rules_of(plan))
 
 
 @pytest.mark.parametrize("seed", range(5))
