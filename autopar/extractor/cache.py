@@ -20,6 +20,7 @@ import msgspec
 import platformdirs
 
 from autopar.ir.graph import OperatorGraph, graph_from_json, graph_to_json
+from autopar.ops import RULES
 
 
 def cached_extract(
@@ -66,7 +67,8 @@ def _versions() -> list[str]:
             found.append(f"no {package}")
     here = Path(__file__).parent
     sources = [*sorted(here.glob("*.py")), here.parent / "ir" / "graph.py"]
-    return [*found, _hash(b"".join(source.read_bytes() for source in sources))]
+    with_rule = " ".join(sorted(RULES)).encode()  # composite ops without one are taken apart
+    return [*found, _hash(b"".join(source.read_bytes() for source in sources) + with_rule)]
 
 
 def _hash(content: bytes) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export import ExportedProgram
+from torch.export import ExportedProgram, default_decompositions
 from torch.export.graph_signature import InputKind, OutputKind
 
 from autopar.errors import UnsupportedModelError
@@ -27,6 +27,7 @@ from autopar.ir.graph import (
     Tensor,
     TensorSpec,
 )
+from autopar.ops import RULES
 
 PREFIX = "model."
 """Of the names in the exported program: the model is the child of a module that adds the loss."""
@@ -78,6 +79,13 @@ _REWRITTEN = {
 }
 """Operators that ``_rewritten`` says in others, as ``run_decompositions`` would."""
 
+_FILLED_LATER = {
+    "aten.empty.memory_format": "aten.zeros.default",
+    "aten.empty_like.default": "aten.zeros_like.default",
+    "aten.new_empty.default": "aten.new_zeros.default",
+}
+"""Operators that leave memory as it is, and those that give it a value, on every rank the same."""
+
 _WRITES_UNDECLARED = {"aten.batch_norm.default", "aten.instance_norm.default"}
 """Operators that update buffers although their schema does not say so."""
 
@@ -100,8 +108,7 @@ def convert(
 
     ``problems`` are what tracing found to be unsupported; they are listed with what is found here.
     """
-    if not all(map(_is_known_functional, _calls(program.graph_module))):
-        program = _decomposed(program)
+    program = _in_known_ops(program)
     return _Converter(program, model, inputs, name, problems).graph()
 
 
@@ -138,8 +145,34 @@ def _is_known_functional(node: fx.Node) -> bool:
     return not (aliases and target.has_kernel_for_dispatch_key(_COMPOSITE))
 
 
-def _decomposed(program: ExportedProgram) -> ExportedProgram:
-    """Without writes to tensors; those to buffers are results instead."""
+def _in_known_ops(program: ExportedProgram) -> ExportedProgram:
+    """The program as the converter can take it, whose ops have rules where torch knows how."""
+    functional = all(map(_is_known_functional, _calls(program.graph_module)))
+    tried: set[torch._ops.OpOverload] = set()
+    while (composite := _composite_without_rule(program) - tried) or not functional:
+        program = _decomposed(program, composite)
+        tried |= composite
+        functional = True
+    return program
+
+
+def _composite_without_rule(program: ExportedProgram) -> set[torch._ops.OpOverload]:
+    """Ops without a rule that torch makes of others (cosine similarity, an LSTM): what autograd
+    sees are those, so saying the op in them changes neither values nor gradients."""
+    known = RULES.keys() | _REWRITTEN | _NO_VALUE | _DROPPED
+    return {
+        node.target
+        for node in _calls(program.graph_module)
+        if isinstance(node.target, torch._ops.OpOverload)
+        and node.target.has_kernel_for_dispatch_key(_COMPOSITE)
+        and not node.target._schema.is_mutable
+        and str(node.target) not in known
+    }
+
+
+def _decomposed(program: ExportedProgram, ops: set[torch._ops.OpOverload]) -> ExportedProgram:
+    """Without writes to tensors (those to buffers are results instead), and ``ops`` said in those
+    that they are made of."""
     module = program.graph_module
     for node in module.graph.find_nodes(op="call_function", target=_NO_GRAD):
         if node.args[0]:
@@ -152,7 +185,9 @@ def _decomposed(program: ExportedProgram) -> ExportedProgram:
     module.recompile()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about itself
-        functional: ExportedProgram = program.run_decompositions({})
+        known = default_decompositions() if ops else {}
+        table = {op: known[op] for op in ops if op in known}
+        functional: ExportedProgram = program.run_decompositions(table)
     return functional
 
 
@@ -506,7 +541,7 @@ def _rewritten(node: fx.Node) -> _Call:
     if op == "aten.chunk.default":
         dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
         return "aten.split.Tensor", (node.args[0], value[0].shape[dim], dim), {}
-    return op, node.args, node.kwargs
+    return _FILLED_LATER.get(op, op), node.args, node.kwargs
 
 
 def _can_view(before: torch.Tensor, after: torch.Tensor) -> bool:

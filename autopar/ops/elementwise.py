@@ -153,6 +153,8 @@ RULES: dict[str, OpRule | RuleMaker] = {
     "aten.clamp_min.Tensor": KEEPS_BOTH,
     "aten.clamp_max.Tensor": KEEPS_BOTH,
     "aten.log_sigmoid.default": log_sigmoid,
+    "aten._prelu_kernel.default": KEEPS_BOTH,
+    "aten.fill.Scalar": KEEPS_NOTHING,
     "aten.neg.default": COPY,
     "aten.positive.default": IDENTITY,
     "aten.add.Tensor": SUM,

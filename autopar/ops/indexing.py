@@ -128,6 +128,14 @@ def scatter(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
     )
 
 
+def scatter_reduce(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
+    """Split by the dims that run along in all tensors only: the largest of a part is not the
+    largest."""
+    rule = scatter(operator, inputs, outputs)
+    kept = (*(Saved(f"input {i}") for i in range(3)), Saved("output 0"))
+    return OpRule(rule.signature, whole=rule.whole, saves=kept)
+
+
 def index_add(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
     """Adding rows at positions; linear in the tensor and the rows together."""
     del outputs
@@ -160,6 +168,7 @@ RULES: dict[str, OpRule | RuleMaker] = {
     "aten.scatter.src": scatter,
     "aten.scatter.value": scatter,
     "aten.scatter_add.default": scatter,
+    "aten.scatter_reduce.two": scatter_reduce,
     "aten.index_add.default": index_add,
     "aten.bucketize.Tensor": bucketize,
 }

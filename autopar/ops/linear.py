@@ -119,6 +119,33 @@ def einsum(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
     )
 
 
+def bilinear(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
+    """``left @ weight[out] @ right + bias``: the bias is added to a sum over either once."""
+    del operator, outputs
+    biased = len(inputs) == 4
+    sides = "... left, ... right, out left right"
+    return OpRule(
+        f"{sides}, out -> ... out" if biased else f"{sides} -> ... out",
+        sums=("left", "right"),
+        addends=(3,) if biased else (),
+        linear=(0, 3) if biased else (0,),
+        kind="matmul",
+        products=(Product("", "...", "out left", "right"),),
+        saves=(
+            Saved("input 0", needs=(1, 2)),
+            Saved("input 1", needs=(0, 2)),
+            Saved("input 2", needs=(0, 1)),
+        ),
+    )
+
+
+DISTANCES = OpRule(
+    "... m d, ... n d -> ... m n",
+    kind="matmul",
+    products=(Product("...", "m", "n", "d"),),
+    saves=(Saved("input 0"), Saved("input 1"), Saved("output 0")),
+)
+
 RULES: dict[str, OpRule | RuleMaker] = {
     "aten.linear.default": linear,
     "aten.addmm.default": addmm,
@@ -128,5 +155,8 @@ RULES: dict[str, OpRule | RuleMaker] = {
     "aten.bmm.default": matmul,
     "aten.mv.default": matmul,
     "aten.dot.default": matmul,
+    "aten.vdot.default": matmul,
+    "aten.bilinear.default": bilinear,
+    "aten._cdist_forward.default": DISTANCES,
     "aten.einsum.default": einsum,
 }

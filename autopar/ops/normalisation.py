@@ -7,6 +7,7 @@ from autopar.ir.rule import Inner, OpRule, RuleMaker, Saved
 from autopar.ops.signatures import (
     Shape,
     accumulation_dtype,
+    dim_of,
     labels,
     points,
     position,
@@ -171,7 +172,22 @@ def dropout(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
     )
 
 
+def weight_norm(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
+    """A direction with a length for each index of one dim: only that dim can be split."""
+    del outputs
+    names = labels(inputs[0].shape)
+    dim = dim_of(operator.argument(2, "dim", 0), len(names))
+    lengths = ["1"] * len(names)
+    lengths[dim] = names[dim]
+    return OpRule(
+        signature([names, lengths], [names, lengths]),
+        whole=tuple(n for i, n in enumerate(names) if i != dim and n != "1"),
+        saves=(Saved("input 0"), Saved("input 1"), Saved("output 1")),
+    )
+
+
 RULES: dict[str, OpRule | RuleMaker] = {
+    "aten._weight_norm_interface.default": weight_norm,
     "aten.layer_norm.default": layer_norm,
     "aten.native_layer_norm.default": layer_norm,
     "aten.rms_norm.default": rms_norm,

@@ -454,6 +454,7 @@ RULES: dict[str, OpRule | RuleMaker] = {
     "aten.select.int": select,
     "aten.unbind.int": unbind,
     "aten.split.Tensor": split,
+    "aten.unsafe_split.Tensor": split,
     "aten.split_with_sizes.default": split,
     "aten.split.sizes": split,
     "aten.chunk.default": split,

@@ -575,8 +575,8 @@ class Listing:
         return Node(use.parameters[0], update, memory, len(use.parameters))
 
     def _shared_flows(self, use: Use, node: int) -> Iterator[Flow]:
-        """To each distinct use once, its gradient back where one comes, and again in the backward of
-        each operator that needs it."""
+        """To each distinct use once, back from those that have a gradient, and again in the
+        backward of each operator that needs it."""
         tensor = self.graph.by_name[use.parameters[0]]
         offers, prices = self._shared_offers(use), self.parameters
         found = [self._codes(c, "input", p, tensor.differentiable) for c, p in use.readers]

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.testing import assert_close
 
 from autopar.errors import AutoparError, UnsupportedModelError
 from autopar.extractor import execute, extract
 from autopar.ir.graph import Role
+from autopar.ops import bound_rules
 
 
 class Mixed(nn.Module):
@@ -270,3 +273,51 @@ def test_a_write_to_part_of_a_tensor_has_its_gradient() -> None:
     found = torch.autograd.grad(loss, list(model.parameters()))
     for name, a, b in zip(names, found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
+
+
+class _Composite(nn.Module):
+    """Ops that torch makes of others, one of which is made of others itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(8, 8)
+        self.slope = nn.PReLU(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, _ = self.cell(x)
+        near = torch.cosine_similarity(hidden, x).type_as(x).mean()
+        return near + F.triplet_margin_loss(self.slope(hidden), x, x.flip(0))
+
+
+def test_composite_ops_without_a_rule_are_what_torch_makes_them_of() -> None:
+    torch.manual_seed(0)
+    model, x = _Composite().double(), torch.randn(4, 8, dtype=torch.float64)
+    graph = extract(model, (x,))
+    bound_rules(graph)
+    assert not {"aten.lstm_cell.input", "aten.cosine_similarity.default"} & {
+        operator.op for operator in graph.operators
+    }
+    expected = model(x)
+    loss = execute(graph, dict(model.named_parameters()), (x,))
+    assert_close(loss, expected, rtol=1e-12, atol=0)
+    wanted = torch.autograd.grad(expected, list(model.parameters()))
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    assert_close(found, wanted, rtol=1e-12, atol=1e-15)
+
+
+def test_ops_that_leave_memory_as_it_is_have_a_value_on_every_rank() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linear(x)
+            both = y.new_empty(4, 8)
+            both[:, :4] = y[:, 4:]
+            both[:, 4:] = y[:, :4]
+            return (both - x).square().sum()
+
+    graph = extract(Halves(), (torch.randn(4, 8),))
+    assert not [operator.op for operator in graph.operators if "empty" in operator.op]
+    bound_rules(graph)
