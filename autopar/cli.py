@@ -419,7 +419,7 @@ def run_command(
     with progress() as tell:
         api.check_processes(loaded)
         api.check_model(loaded, name, tell)
-        tell(f"training {steps} steps in {loaded.world_size} processes")
+        tell(f"training {steps} steps, processes: {loaded.world_size}")
         found = api.rehearse(loaded, plan, name, steps, seed)
         if compare:
             tell(f"training {steps} steps in one process")

@@ -104,7 +104,11 @@ def checked(inputs: Any) -> Inputs:
         and not (isinstance(inputs, dict) and isinstance(value, bool | int | float | str | None))
     ]
     if wrong:
-        raise AutoparError(f"inputs must be tensors, without nesting: {', '.join(wrong)}")
+        raise AutoparError(
+            f"inputs must be tensors, without nesting: {', '.join(wrong)}; give each tensor as an "
+            "argument of its own, and what is no tensor (a number, a string, None) by its keyword, "
+            "in a dict"
+        )
     return inputs
 
 

@@ -26,6 +26,28 @@ BROKEN = {
         4,
         ("branches.py:8", "depends on the values of tensors"),
     ),
+    "nested": (
+        "import torch\n"
+        "def model(): return torch.nn.Linear(8, 8)\n"
+        "def inputs(): return {'batch': {'x': torch.ones(8, 8)}}\n",
+        2,
+        ("'batch' is a dict", "an argument of its own"),
+    ),
+    "none": (
+        "import torch\n"
+        "def model(): return torch.nn.Linear(8, 8)\n"
+        "def inputs(): return [torch.ones(8, 8), None]\n",
+        2,
+        ("1 is a NoneType", "by its keyword, in a dict"),
+    ),
+    "frozen": (
+        "import torch\n"
+        "def model(): return torch.nn.Linear(8, 8).requires_grad_(False)\n"
+        "def inputs(): return (torch.ones(8, 8),)\n"
+        "def loss(outputs, inputs): return outputs.sum()\n",
+        4,
+        ("does not depend on any parameter that is trained", "frozen"),
+    ),
     "nameless": ("def modle(): ...\ndef inputs(): return ()\n", 2, ("has no model()", "modle")),
     "unfinished": ("def model(:\n", 2, ("unfinished.py:1", "SyntaxError")),
     "failing": ("def model(): raise OSError('no disk')\ndef inputs(): ...\n", 2, ("no disk",)),
