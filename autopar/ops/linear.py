@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from string import ascii_letters
+
 from autopar.ir.graph import Operator, TensorSpec
 from autopar.ir.rule import OpRule, Product, RuleMaker, Saved
-from autopar.ops.signatures import NoRuleError, broadcast, labels, signature
+from autopar.ops.signatures import (
+    NoRuleError,
+    Shape,
+    broadcast,
+    labels,
+    points,
+    signature,
+    with_argument,
+)
 
 Specs = tuple[TensorSpec, ...]
 
@@ -109,14 +120,60 @@ def einsum(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
     batch, m, n = (" ".join(names) for names in rest.values())
     product = Product(batch, m, n, " ".join(summed))
     contracts = len(inputs) == 2 and bool(summed)
+    kept = (
+        (_kept(sides, rest, summed, right) if contracts else SAVES_BOTH) if len(inputs) == 2 else ()
+    )
     return OpRule(
         signature(sides, [broadcast(out, out, list(right))]),
         sums=summed,
         linear=(0,),
         kind="matmul" if contracts else "memory",
         products=(product,) if contracts else (),
-        saves=SAVES_BOTH if len(inputs) == 2 else (),
+        saves=kept,
+        localize=_in_order_of_appearance if arrow else None,
     )
+
+
+def _in_order_of_appearance(
+    operator: Operator, inputs: tuple[Shape, ...], outputs: tuple[Shape, ...]
+) -> Operator:
+    """Other letters: torch sorts those that it sums, and copies a tensor that has them otherwise.
+
+    A parameter that was gathered would be kept as that copy.
+    """
+    del inputs, outputs
+    equation = str(operator.argument(0, "equation"))
+    letters = dict.fromkeys(c for c in equation if c.isalpha())
+    renamed = str.maketrans(dict(zip(letters, ascii_letters, strict=False)))
+    return with_argument(operator, 0, "equation", equation.translate(renamed))
+
+
+def _kept(
+    sides: Sequence[Sequence[str]],
+    free: Mapping[str, Sequence[str]],
+    summed: Sequence[str],
+    right: str,
+) -> tuple[Saved, ...]:
+    """The operands of the product of matrices that torch makes of the equation: the inputs, or
+    copies of those whose dims are not in its order."""
+    found = []
+    order = [*right, *(name for side in sides for name in side)]
+    for index, (side, own) in enumerate(zip(sides, (free["m"], free["n"]), strict=True)):
+        groups = [sorted(group, key=order.index) for group in (free["batch"], own, summed)]
+        viewed = all(
+            [name for name in side if name in group] == group
+            and (not group or _adjacent([side.index(name) for name in group], side))
+            for group in groups
+        )
+        what = f"input {index}" if viewed else points(side)
+        found.append(Saved(what, needs=(1 - index,)))
+    return tuple(found)
+
+
+def _adjacent(places: Sequence[int], side: Sequence[str]) -> bool:
+    """Whether nothing but dims of size 1 is between the first place and the last."""
+    between = side[places[0] : places[-1] + 1]
+    return len([name for name in between if name != "1"]) == len(places)
 
 
 def bilinear(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:

@@ -630,14 +630,16 @@ def batch_norm(
 def arange(
     context: LocalContext, operator: Operator, values: Sequence[Any], keywords: Mapping[str, Any]
 ) -> Tensor:
-    """Counts from where the slice starts."""
+    """Counts from where the slice starts, as torch does: integers in steps without their fraction,
+    other numbers in double precision."""
     start = values[0] if operator.op != "aten.arange.default" else 0
     step = values[2] if len(values) > 2 else keywords.get("step", 1)
     dtype = getattr(torch, context.bound.output_specs[0].dtype)
     first, length = context.offset("d0"), _local_size(context, "d0")
-    index = torch.arange(first, first + length, dtype=dtype, device=keywords.get("device"))
-    counted: Tensor = index * step + start
-    return counted
+    wide, number = (torch.float64, float) if dtype.is_floating_point else (torch.int64, int)
+    index = torch.arange(first, first + length, dtype=wide, device=keywords.get("device"))
+    counted: Tensor = index * number(step) + number(start)
+    return counted.to(dtype)
 
 
 _MEANS = (

@@ -394,9 +394,10 @@ class _Case:
         mesh = Mesh(())
         context = RankContext(self.bound, (), mesh, 0, Group(mesh))
         tensors = self._leaves(inputs)
+        operator = self._localized(*self.bound.shardings(()), mesh)
         found: list[Tensor] = []
         with _recording(found):
-            outputs = self._call(context, self.operator, tensors)
+            outputs = self._call(context, operator, tensors)
         if not any(o.requires_grad for o in outputs):
             return
         real, own_bytes = _classified(found, tensors, outputs)

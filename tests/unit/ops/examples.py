@@ -200,6 +200,9 @@ MATRIX_PRODUCTS = [
     e("einsum.default", "bi,bj->bij", [f(4, 6), f(4, 2)]),
     e("einsum.default", "bhqd,bhkd->bhqk", [f(2, 4, 6, 2), f(2, 4, 6, 2)]),
     e("einsum.default", "bij->bji", [f(4, 6, 2)]),
+    e("einsum.default", "ibnd,hnd->ibh", [f(2, 2, 4, 2), f(6, 4, 2)]),
+    e("einsum.default", "bnij,jbnd->ibnd", [f(2, 4, 6, 2), f(2, 2, 4, 6)]),
+    e("einsum.default", "anbd,hdn->abh", [f(2, 4, 2, 6), f(6, 6, 4)]),
 ]
 
 Q, K, V = f(2, 4, 6, 2), f(2, 4, 12, 2), f(2, 4, 12, 2)
@@ -610,6 +613,9 @@ FACTORIES = [
     e("arange.default", 12),
     e("arange.start", 2, 14),
     e("arange.start_step", 2, 26, 2),
+    e("arange.start_step", 8, -16, -2.0, dtype=torch.int64),
+    e("arange.start_step", 1, 31, 2.5, dtype=torch.int64),
+    e("arange.start_step", 0.1, 1.3, 0.1, dtype=torch.float32),
     e("linspace.default", 0.0, 1.0, 6),
     e("eye.default", 4),
     e("eye.m", 4, 6),
