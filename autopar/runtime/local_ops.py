@@ -135,6 +135,21 @@ class _VocabularyShard(torch.autograd.Function):
         return table, None, None, None, None
 
 
+OUT_OF_RANGE = "index out of range"
+"""Begins what is said of such an index; so do torch's own words."""
+
+
+def _check_range(index: Tensor, size: int, what: str, ignored: int | None = None) -> None:
+    """An index that no rank has would count as zero everywhere, where one process raises an error.
+
+    A GPU is not waited for: there it is an assertion of the device, as torch's own is.
+    """
+    inside = (index >= 0) & (index < size)
+    if ignored is not None:
+        inside |= index == ignored
+    torch._assert_async(inside.all(), f"{OUT_OF_RANGE}: {what} has {size}")
+
+
 def _in_shard(tokens: Tensor, start: int, rows: int) -> tuple[Tensor, Tensor]:
     """Which tokens lie in rows ``start`` and following, and their row there (0 for the others)."""
     here = (tokens >= start) & (tokens < start + rows)
@@ -144,7 +159,7 @@ def _in_shard(tokens: Tensor, start: int, rows: int) -> tuple[Tensor, Tensor]:
 def embedding(
     context: LocalContext, operator: Operator, values: Sequence[Any], keywords: Mapping[str, Any]
 ) -> Tensor:
-    del operator
+    _check_range(values[1], context.bound.sizes["vocab"], f"the table of {operator.name}")
     padding = int(_given(values, keywords, 2, "padding_idx", -1))
     by_frequency = bool(_given(values, keywords, 3, "scale_grad_by_freq", False))
     found: Tensor = _VocabularyShard.apply(  # type: ignore[no-untyped-call]
@@ -252,6 +267,8 @@ def _classified(*, normalises: bool) -> LocalOp:
         )
         dim = min(1, scores.ndim - 1)
         if "classes" in context.split:
+            classes = context.bound.sizes["classes"]
+            _check_range(target, classes, f"the classes of {operator.name}", ignored)
             each: Tensor = (
                 _ClassShardEntropy.apply(scores, target, context, dim, ignored, smoothing)  # type: ignore[no-untyped-call]
                 if normalises

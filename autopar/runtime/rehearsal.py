@@ -6,6 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from autopar.ir.plan import Plan, write_atomically
 from autopar.ir.strategy import Training
 from autopar.runtime.initial import InitialValues
 from autopar.runtime.launch import local_device, run, torchrun
+from autopar.runtime.local_ops import OUT_OF_RANGE
 from autopar.runtime.step import OPTIMIZERS, TrainingStep
 from autopar.runtime.watch import MemoryWatch, Watch
 
@@ -39,12 +41,27 @@ def rehearse(plan: Plan, build: Build, steps: int, seed: int) -> Measurement:
     for _ in range(steps):
         dist.barrier()
         began_s = time.perf_counter()
-        loss = step(*args, **kwargs)
-        losses.append(float(loss))  # waits for the device
+        with _index_errors_explained():
+            loss = step(*args, **kwargs)
+            losses.append(float(loss))  # waits for the device
         times_s.append(time.perf_counter() - began_s)
     slowest_s = _largest(times_s)
     peak_bytes = _peak_bytes(step, args, kwargs)
     return Measurement(tuple(losses), tuple(slowest_s), int(_largest([peak_bytes])[0]))
+
+
+@contextmanager
+def _index_errors_explained() -> Iterator[None]:
+    """The shapes of the batch were checked when it was planned; its values are used only now."""
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        if not isinstance(error, IndexError) and OUT_OF_RANGE not in str(error):
+            raise
+        raise AutoparError(
+            "the batch of inputs() has an index, a token or a label, that is too large or below 0: "
+            f"{error}; make inputs() for the sizes of the model"
+        ) from error
 
 
 def _inputs(build: Build, seed: int) -> Any:
@@ -184,7 +201,9 @@ def start(plan: Plan, arguments: Sequence[str]) -> Measurement:
             )
         if result.exists():
             return _read(json.loads(result.read_text()))
-        last = "\n".join(errors.read_text().strip().splitlines()[-30:])
+        lines = errors.read_text().strip().splitlines()
+        own = dict.fromkeys(line for line in lines if line.startswith("autopar: internal error"))
+        last = "\n".join([*own, *lines[-30:]])
     raise RuntimeError(f"torchrun ended with exit code {code} and no result; it said:\n{last}")
 
 

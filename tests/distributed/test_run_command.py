@@ -97,6 +97,21 @@ def test_random_masks_are_not_compared_with_other_random_masks(tmp_path: Path) -
     assert "loss in one process" not in done.stdout
 
 
+def test_a_token_that_the_table_does_not_have_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(
+        "import torch\n"
+        "def model(): return torch.nn.Embedding(16, 8)\n"
+        "def inputs(): return (torch.tensor([0, 16, 3, 99]),)\n"
+        "def loss(outputs, inputs): return outputs.square().mean()\n"
+    )
+    arguments = ("--topology", "1x1xh100-sxm", "-o", tmp_path / "plan.json")
+    assert autopar("plan", tmp_path / "model.py", *arguments).returncode == 0
+    done = autopar("run", tmp_path / "plan.json", "--steps", 1)
+    assert done.returncode == 2
+    assert "the batch of inputs() has an index" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_wrong_number_of_processes_is_said_once_and_clearly(tmp_path: Path) -> None:
     planned(tmp_path)
     done = autopar("run", tmp_path / "plan.json", processes=1)

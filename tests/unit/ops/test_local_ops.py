@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import pytest
 import torch
 
-from autopar.ir.graph import TensorSpec
+from autopar.ir.graph import Input, TensorSpec
 from autopar.ir.rule import BoundRule, OpRule, Split, bind
 from autopar.ir.sharding import Mesh
 from autopar.ops import RULES, rule_for
-from autopar.runtime.local_ops import LOCAL_OPS, keep_mask
+from autopar.runtime.local_ops import LOCAL_OPS, OUT_OF_RANGE, keep_mask
 from autopar.runtime.rule_check import Group, RankContext
 from tests.unit.ops.examples import EXAMPLES
 
@@ -89,3 +90,23 @@ def test_every_op_with_special_factors_has_an_implementation() -> None:
         if rule.special:
             special.add(example.op)
     assert special == set(LOCAL_OPS) & set(RULES)
+
+
+@pytest.mark.parametrize("index", [-1, 6, 99])
+@pytest.mark.parametrize("op", ["aten.embedding.default", "aten.cross_entropy_loss.default"])
+def test_an_index_that_no_shard_has_is_an_error_as_in_one_process(op: str, index: int) -> None:
+    rows = torch.randn(6, 4) if "embedding" in op else torch.randn(2, 6)
+    given = torch.tensor([0, index])
+    example = next(e for e in EXAMPLES if e.op == op and not e.operator.keywords)
+    tensors = (rows, given)
+    specs = tuple(TensorSpec(tuple(t.shape), str(t.dtype)[6:]) for t in tensors)
+    result = TensorSpec((2, 4) if "embedding" in op else (), "float32")
+    operator = replace(example.operator, arguments=(Input(0), Input(1)))
+    rule = rule_for(operator, specs, (result,))
+    assert rule is not None
+    bound = bind(rule, specs, (result,))
+    factor = "vocab" if "embedding" in op else "classes"
+    shard = rows.chunk(2, 0 if "embedding" in op else 1)[0]
+    on = context(bound, (factor,), Mesh((("x", 2),)))
+    with pytest.raises((IndexError, RuntimeError), match=OUT_OF_RANGE):
+        LOCAL_OPS[op](on, operator, (shard, given), {})
