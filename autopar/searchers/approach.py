@@ -15,7 +15,7 @@ from time import monotonic
 import numpy as np
 from ortools.math_opt.python import mathopt
 
-from autopar.searchers.bounds import Dual, ascend, dual
+from autopar.searchers.bounds import TOLERANCE, Dual, ascend, dual
 from autopar.simulator.price_list import PriceList, Selection, storages_within
 
 SWEEPS = 60
@@ -150,8 +150,10 @@ class _Prices:
 
     def _line(self, selection: Selection) -> _Line:
         price_list = self.found.price_list
-        over = price_list.memory_of(selection) - price_list.limit_bytes
-        return _Line(price_list.time_of(selection), np.where(np.isfinite(over), over, -np.inf))
+        limit = price_list.limit_bytes
+        over = price_list.memory_of(selection) - limit
+        over = np.where(abs(over) <= TOLERANCE * abs(limit), 0.0, over)  # rounding is no slope
+        return _Line(price_list.time_of(selection), np.where(np.isfinite(limit), over, -np.inf))
 
     def _try(self, weights: Weights, sweeps: int, rise: float) -> Selection:
         problem = dual(self.found.price_list, weights)
@@ -175,6 +177,8 @@ def _highest(lines: Sequence[_Line], box: Weights) -> tuple[Weights, float]:
         model.add_linear_constraint(height <= line.time_s / scale + mathopt.fast_sum(slopes))
     model.maximize(height)
     solved = mathopt.solve(model, mathopt.SolverType.GLOP)
+    if not solved.has_primal_feasible_solution():
+        return np.zeros(len(box)), -math.inf  # not seen; no price is as good as any other
     values = solved.variable_values()
     weights = np.zeros(len(box))
     for r in rows:

@@ -14,6 +14,9 @@ from typing import Any
 
 ANSWER_TIMEOUT_S = 240.0  # a case takes seconds, but the first waits for four imports of torch
 
+JOBS_PER_WORLD = 20
+"""Each job makes process groups of its own, whose threads poll until the world is destroyed."""
+
 
 class Pool:
     """``size`` processes; a job of ``ranks`` runs on the first so many, as a world of its own."""
@@ -25,6 +28,7 @@ class Pool:
         self._processes = []
         self._worlds = 0
         self._world: tuple[int, str] = (0, "")
+        self._jobs = 0
         for _ in range(size):
             mine, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -34,9 +38,11 @@ class Pool:
 
     def run(self, ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """``function(*args)`` on every rank; the results by rank, or the first failure."""
-        if self._world[0] != ranks:
+        if self._world[0] != ranks or self._jobs == JOBS_PER_WORLD:
             self._worlds += 1
+            self._jobs = 0
             self._world = (ranks, str(Path(self._folder.name) / f"world{self._worlds}"))
+        self._jobs += 1
         for rank in range(ranks):
             self._pipes[rank].send((rank, self._world, function, args))
         answers = []
