@@ -85,8 +85,9 @@ def _model_maker(config: PretrainedConfig, name: str) -> Callable[[], nn.Module]
         found = getattr(transformers, architecture, None)
         if found is not None and not architecture.endswith("Model"):
             return lambda: found(config)
+    several = len(config.sub_configs) > 1  # such as CLIP: a head would train one of its towers
     for auto, types in _AUTO_CLASSES:
-        if config.model_type in types:
+        if config.model_type in types and not several:
             return lambda: getattr(transformers, auto).from_config(config)
     raise AutoparError(
         f"hf:{name}: a {config.model_type} with architectures {config.architectures} has no head "
@@ -100,7 +101,13 @@ def _batch(
     head = type(model).__name__
     text: Any = config.get_text_config()
     classes = getattr(config, "num_labels", 2)
-    if getattr(model, "main_input_name", "input_ids") == "pixel_values":
+    takes = getattr(model, "main_input_name", "input_ids")
+    if takes not in ("input_ids", "pixel_values"):
+        raise AutoparError(
+            f"hf:{name}: a {head} takes {takes!r}; autopar can make token ids and images: write a "
+            "model.py with model(), inputs() and loss()"
+        )
+    if takes == "pixel_values":
         inputs = {"pixel_values": _images(config, batch)}
     else:
         longest = getattr(text, "max_position_embeddings", None)

@@ -165,6 +165,25 @@ def test_a_config_on_disk_becomes_a_model_with_labels(tmp_path: Path, kind: str)
     assert len(graph.parameters) == len({id(p) for p in loaded.model.parameters()})
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (transformers.CLIPConfig(architectures=["CLIPModel"]), "no head with a loss"),
+        (
+            transformers.WhisperConfig(architectures=["WhisperForConditionalGeneration"]),
+            "takes 'input_features'",
+        ),
+    ],
+    ids=["one of two towers", "sound"],
+)
+def test_what_a_config_alone_cannot_train_is_refused(
+    tmp_path: Path, config: transformers.PretrainedConfig, said: str
+) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(AutoparError, match=f"{said}.*write a model.py"):
+        load(f"hf:{tmp_path}")
+
+
 def test_sequence_and_positions_of_a_config(tmp_path: Path) -> None:
     SMALL["Qwen2ForCausalLM"].save_pretrained(tmp_path)
     spec = f"hf:{tmp_path / 'config.json'}"
