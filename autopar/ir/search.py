@@ -36,7 +36,8 @@ class Problem:
 @dataclass(frozen=True, slots=True)
 class Budget:
     """When to stop: seconds of wall time, and a relative gap that is good enough. ``proof_s``: how
-    long the gap may be worked on once every mesh was looked at; as long as that took, at least."""
+    long the gap may be worked on once every mesh was looked at, half as long as that took at least.
+    """
 
     time_s: float = 300.0
     gap: float = 1e-6

@@ -47,6 +47,9 @@ others excludes before they are priced."""
 
 MOST_AXES = 99
 
+PROOF_SHARE = 0.5
+"""Of the time it took to look at every mesh, how much proofs may take at least."""
+
 Progress = Callable[[str], None]
 """Told in one line what is being done."""
 
@@ -114,7 +117,8 @@ class MeshSearch:
             self._try_recipe(recipe)
         self.begin(MOST_AXES)
         found = monotonic()
-        self._prove(min(self.deadline, found + max(self.budget.proof_s, found - self.started)))
+        proofs_s = max(self.budget.proof_s, PROOF_SHARE * (found - self.started))
+        self._prove(min(self.deadline, found + proofs_s))
 
     def begin(self, most_axes: int) -> None:
         """A bound, and something that fits, for every mesh of so many axes at most.
