@@ -83,6 +83,11 @@ class Structure:
         return tuple(found)
 
     @cached_property
+    def number(self) -> dict[str, int]:
+        """Which operator of the graph has each name."""
+        return {operator.name: i for i, operator in enumerate(self.graph.operators)}
+
+    @cached_property
     def position(self) -> dict[str, int]:
         """The number of the operator that makes each tensor."""
         return {name: i for i, o in enumerate(self.graph.operators) for name in o.outputs}
@@ -119,7 +124,7 @@ class Structure:
 
     @cached_property
     def uses(self) -> tuple[Use, ...]:
-        position = {operator.name: i for i, operator in enumerate(self.graph.operators)}
+        position = self.number
         grouped: dict[object, list[str]] = {}
         details: dict[object, tuple[tuple[tuple[int, int], ...], tuple[int, ...]]] = {}
         for tensor in self.graph.parameters:
@@ -147,21 +152,22 @@ class Structure:
         """SOAP: for each class, where the index of a factor comes from: the batch dim of an input
         (S), another dim of an input (A), or a parameter (P). The batch is where microbatches would
         cut it; where they cannot, the first dim of every input."""
-        batch = batch_factors(self.graph, self.rules)
+        graph = self.folded_in_runs(tuple(frozenset[int]() for _ in self.blocks)).graph
+        batch = batch_factors(graph, self.rules)
         first = "S" if batch is None else "A"
         origin = {
             t.name: (first + "A" * len(t.spec.shape))[: len(t.spec.shape)]
-            for t in self.graph.of_role(Role.INPUT)
+            for t in graph.of_role(Role.INPUT)
         }
         found: dict[int, dict[str, str]] = {}
-        for index, operator in enumerate(self.graph.operators):
+        for operator in graph.operators:
             bound = self.rules[operator.name]
-            letters = _letters(self.graph, operator, bound, origin)
+            letters = _letters(graph, operator, bound, origin)
             for name, dims in zip(operator.outputs, bound.outputs, strict=True):
                 origin[name] = "".join(letters[dim[0]] if dim else "A" for dim in dims)
             if batch is not None and batch[operator.name] in letters:
                 letters[batch[operator.name]] = "S"
-            found.setdefault(self.class_of[index], letters)
+            found.setdefault(self.class_of[self.number[operator.name]], letters)
         return found
 
     def bound(self, representative: int) -> BoundRule:
@@ -183,6 +189,10 @@ def _letters(
     return {f: next((x for x in "SAP" if x in letters), "A") for f, letters in met.items()}
 
 
+LETTERS = "SAP"
+"""Of SOAP, those that say what is divided inside an operator."""
+
+
 @dataclass(frozen=True, slots=True)
 class Allowed:
     """What one mesh axis may do: divide factors of these ``letters`` of SOAP, and keep parameters
@@ -190,7 +200,7 @@ class Allowed:
     through that it may and can divide, whether that is faster or not; ``weights``: so it does, by
     letter P, with products, attention, tables and losses over classes, before all else."""
 
-    letters: str = "SAP"
+    letters: str = LETTERS
     levels: tuple[int, ...] = LEVELS
     always: bool = False
     weights: bool = False
@@ -321,7 +331,7 @@ class Listing:
         """Whether the axis is allowed what is divided: the first member that divides anything
         decides, the others follow it."""
         divided = [(m, option[m]) for m in cluster.members if option[m] not in RESERVED]
-        if not divided or not self.allowed:
+        if not divided or not self.allowed or set(self.allowed[axis].letters) >= set(LETTERS):
             return True
         first, choice = divided[0]
         return self.structure.letters[first][choice] in self.allowed[axis].letters
