@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from autopar.exporters import Exporter
     from autopar.ir.measurement import Measurement
     from autopar.ops import Proposals
+    from autopar.runtime.pipeline import PipelineStep
     from autopar.runtime.step import TrainingStep
     from autopar.runtime.verify import Report
     from autopar.simulator.edges import Rules
@@ -428,7 +429,8 @@ def division_of(plan: Plan) -> Division:
     divided = division(plan.graph, plan.strategy.microbatches, plan.proposed)
     rules = divided.rules
     for name, split in plan.strategy.splits.items():
-        if set(split) - set(rules[name].choices) or not rules[name].divides(split, plan.mesh):
+        mesh = plan.strategy.mesh_of[name]
+        if set(split) - set(rules[name].choices) or not rules[name].divides(split, mesh):
             raise PlanMismatchError(
                 f"the plan splits {name} by {', '.join(split)}, which the rule of "
                 f"{plan.graph.operator[name].op} does not offer (it has "
@@ -453,7 +455,7 @@ def run(
     *,
     seed: int = 0,
     **hyperparameters: Any,
-) -> TrainingStep:
+) -> TrainingStep | PipelineStep:
     """The plan's training step on this process, one of those that torchrun started.
 
     ``loss = step(batch)`` trains on one *global* batch, which every process passes whole, as the

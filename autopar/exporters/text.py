@@ -27,6 +27,7 @@ from autopar.ir.rule import NOTHING, REPLICATED, SUMMED
 from autopar.ir.search import SearchSummary, TrialSummary
 from autopar.ir.sharding import Mesh, Sharding
 from autopar.ir.simulation import Estimate, Memory
+from autopar.ir.strategy import Strategy
 from autopar.simulator.edges import Rules
 
 if TYPE_CHECKING:
@@ -478,13 +479,19 @@ def measurement(
     ]
     return "\n".join(
         [
-            f"{plan.graph.name} on {plan.world_size} processes, mesh {mesh_text(plan.mesh)}",
+            f"{plan.graph.name} on {plan.world_size} processes, {_shape(plan.strategy)}",
             table(columns, rows, right=range(len(columns))),
             *(["  not compared with one process: torch draws other random masks"] * random),
             "",
             table(["", "predicted", "measured", "prediction is"], against, right=(1, 2)),
         ]
     )
+
+
+def _shape(strategy: Strategy) -> str:
+    if len(strategy.stages) == 1:
+        return f"mesh {mesh_text(strategy.mesh)}"
+    return f"{len(strategy.stages)} stages by {strategy.schedule}"
 
 
 def _relative(found: float, expected: float) -> float:

@@ -53,7 +53,7 @@ class Plan:
     @property
     def world_size(self) -> int:
         """Processes that run it, one for each device."""
-        return self.mesh.size
+        return self.strategy.devices
 
 
 def bound_by(estimate: Estimate, memory_limit_bytes: int) -> str:
@@ -217,9 +217,12 @@ def _check(plan: Plan, fingerprint: str, source: str) -> None:
     parameters = {tensor.name for tensor in plan.graph.parameters}
     if lost := sorted(parameters ^ set(plan.strategy.storage)):
         refuse(f"parameters and storage differ in {lost[:3]}")
-    axes = len(plan.mesh.axes)
-    if odd := [name for name, split in plan.strategy.splits.items() if len(split) != axes]:
-        refuse(f"the split of {odd[0]} does not have one choice for each of {axes} mesh axes")
+    meshes = plan.strategy.mesh_of
+    if lost := sorted(set(plan.graph.operator) ^ set(meshes)):
+        refuse(f"operators and stages differ in {lost[:3]}")
+    for name, split in plan.strategy.splits.items():
+        if len(split) != (axes := len(meshes[name].axes)):
+            refuse(f"the split of {name} does not have one choice for each of {axes} mesh axes")
 
 
 def _read(data: dict[str, Any]) -> Plan:

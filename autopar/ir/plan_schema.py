@@ -227,7 +227,7 @@ def _search() -> Schema:
 
 def _strategy() -> Schema:
     sharding = many(PLACEMENT)
-    return record(
+    schema = record(
         stages=many(record(operators=many(TEXT), devices=many(WHOLE), mesh=_mesh())),
         splits=described(
             table(many(TEXT)), "by operator: for each mesh axis a factor, or a reserved choice"
@@ -241,6 +241,8 @@ def _strategy() -> Schema:
         schedule={"type": ["string", "null"]},
         training=of_dataclass(Training, clip_norm={"type": ["number", "null"]}),
     )
+    schema["properties"]["chunks"] = {"type": "integer", "minimum": 1}  # left out where it follows
+    return schema
 
 
 def _rule() -> Schema:

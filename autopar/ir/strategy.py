@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from autopar.errors import AutoparError
 from autopar.ir.rule import Split
 from autopar.ir.sharding import Mesh, Sharding
 
@@ -46,7 +47,7 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Operators that run on one set of devices. In this release there is one stage."""
+    """Operators that run on one set of devices, given in the order of the mesh's ranks."""
 
     operators: tuple[str, ...]
     devices: tuple[int, ...]
@@ -57,8 +58,10 @@ class Stage:
 class Strategy:
     """Every choice of a plan. ``splits`` by operator name, ``storage`` by parameter name.
 
-    ``recompute`` (operators whose activations are recomputed) and ``schedule`` (a name of the
-    schedules shelf) have their place here; this release leaves them empty.
+    Several stages need a ``schedule``, a name of the schedules shelf; ``chunks``: how many of them
+    (for chimera: copies of them) a group of devices holds, ``None`` for as many as it follows from
+    the devices (for chimera: 2). ``recompute`` (operators whose activations are recomputed) has its
+    place here; this release leaves it empty.
     """
 
     stages: tuple[Stage, ...]
@@ -68,12 +71,27 @@ class Strategy:
     recompute: tuple[str, ...] = ()
     schedule: str | None = None
     training: Training = Training()
+    chunks: int | None = None
 
     @cached_property
     def mesh(self) -> Mesh:
         """The mesh of the only stage."""
-        (stage,) = self.stages
-        return stage.mesh
+        if len(self.stages) != 1:
+            raise AutoparError(
+                f"this can be done with strategies of one stage, and this one has "
+                f"{len(self.stages)}; those of several can be run, and drawn by their schedule"
+            )
+        return self.stages[0].mesh
+
+    @cached_property
+    def mesh_of(self) -> dict[str, Mesh]:
+        """By operator, the mesh of its stage."""
+        return {name: stage.mesh for stage in self.stages for name in stage.operators}
+
+    @property
+    def devices(self) -> int:
+        """How many devices the stages run on."""
+        return len({device for stage in self.stages for device in stage.devices})
 
 
 def strategy_to_json(strategy: Strategy) -> dict[str, Any]:
@@ -94,6 +112,7 @@ def strategy_to_json(strategy: Strategy) -> dict[str, Any]:
         "microbatches": strategy.microbatches,
         "recompute": list(strategy.recompute),
         "schedule": strategy.schedule,
+        **({} if strategy.chunks is None else {"chunks": strategy.chunks}),
         "training": {
             "optimizer": strategy.training.optimizer,
             "precision": strategy.training.precision,
@@ -121,4 +140,5 @@ def strategy_from_json(data: dict[str, Any]) -> Strategy:
         recompute=tuple(data["recompute"]),
         schedule=data["schedule"],
         training=Training(**data["training"]),
+        chunks=data.get("chunks"),
     )

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import IO, Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import DeviceMesh
 
 from autopar.errors import PlanMismatchError
 from autopar.ir.graph import OperatorGraph
@@ -20,11 +22,14 @@ from autopar.ir.sharding import Mesh
 from autopar.ir.strategy import Strategy
 from autopar.ops import Proposals
 from autopar.runtime import profiler
+from autopar.runtime.batches import Batches
 from autopar.runtime.collectives import Communicator, connect
-from autopar.runtime.lowering import lower_microbatch
+from autopar.runtime.lowering import lower_microbatch, lower_stage
+from autopar.runtime.pipeline import PipelineStep
 from autopar.runtime.step import TrainingStep
 from autopar.runtime.storage import State, from_function, from_module
-from autopar.simulator.microbatches import division
+from autopar.simulator.microbatches import Division, division
+from autopar.simulator.stages import Pipelined, pipelined
 
 START_TIMEOUT_S = 300.0
 """How long a rank waits for the others; gloo's and NCCL's default, half an hour, looks like a
@@ -55,7 +60,7 @@ def run(
     *,
     seed: int = 0,
     **hyperparameters: Any,
-) -> TrainingStep:
+) -> TrainingStep | PipelineStep:
     """The plan's training step on this process, one of those that torchrun started.
 
     ``model``: a function that makes it, as in ``model.py``; its parameters then get the values of
@@ -66,12 +71,89 @@ def run(
         PlanMismatchError: another number of processes, or another model, than the plan's.
     """
     graph, strategy = plan.graph, plan.strategy
+    divided = division(graph, strategy.microbatches, plan.proposed)
+    if len(strategy.stages) > 1:
+        return run_stages(divided, strategy, model, seed, hyperparameters)
     communicator = join(strategy.mesh)
     device = local_device()
-    divided = division(graph, strategy.microbatches, plan.proposed)
     program = lower_microbatch(divided, strategy, device)
     state = _state(model, graph, strategy, communicator, device, seed)
     return TrainingStep(program, strategy, state, communicator, hyperparameters, seed)
+
+
+def run_stages(
+    divided: Division,
+    strategy: Strategy,
+    model: nn.Module | Callable[[], nn.Module],
+    seed: int = 0,
+    hyperparameters: Mapping[str, Any] | None = None,
+) -> PipelineStep:
+    """As ``run``, of a strategy with several stages."""
+    plan = pipelined(divided, strategy)
+    _meet(plan.world_size, f"{len(plan.parts)} stages")
+    rank, device = dist.get_rank(), local_device()
+    communicators = _of_stages(plan, rank, device)
+    held = {}
+    for stage, communicator in communicators.items():
+        part = plan.parts[stage]
+        parted = any(a.stage == stage and a.kind == "I" for row in plan.rows for a in row)
+        program = lower_stage(part, device, parted=parted)
+        state = _state(model, part.graph, part.strategy, communicator, device, seed)
+        held[stage] = TrainingStep(
+            program, part.strategy, state, communicator, hyperparameters or {}, seed
+        )
+    batches = Batches(divided, strategy.training, device)
+    return PipelineStep(plan, rank, held, batches, _exchanges(plan, rank), seed)
+
+
+def _of_stages(plan: Pipelined, rank: int, device: torch.device) -> dict[int, Communicator]:
+    """For the stages that this process holds, the process groups of their meshes.
+
+    Every process takes part in making those of all.
+    """
+    made: dict[tuple[int, Mesh], DeviceMesh] = {}
+    found = {}
+    for stage, part in enumerate(plan.parts):
+        for row in plan.copies[stage]:
+            devices = plan.groups[row]
+            if (row, part.mesh) not in made:
+                ranks = torch.tensor(devices, dtype=torch.int).reshape(part.mesh.sizes)
+                made[row, part.mesh] = DeviceMesh(
+                    device.type, ranks, mesh_dim_names=part.mesh.names
+                )
+            if rank in devices:
+                place = devices.index(rank)
+                found[stage] = Communicator(part.mesh, place, made[row, part.mesh])
+    return found
+
+
+def _exchanges(plan: Pipelined, rank: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """For trained parameters that several stages or copies hold, the sum over those processes that
+    have the same piece of it; every process takes part in making the groups."""
+    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    found: dict[str, Callable[[Tensor], Tensor]] = {}
+    for name, holders in plan.holders.items():
+        first, _ = holders[0]
+        if len(holders) == 1 or not plan.parts[first].graph.by_name[name].differentiable:
+            continue
+        found[name] = _as_it_is
+        rows = sorted({row for _, row in holders})
+        for alike in zip(*(plan.groups[row] for row in rows), strict=True):
+            if len(alike) > 1 and alike not in made:
+                made[alike] = dist.new_group(alike)
+            if rank in alike and len(alike) > 1:
+                found[name] = partial(_sum_in, made[alike])
+    return found
+
+
+def _as_it_is(gradient: Tensor) -> Tensor:
+    return gradient
+
+
+def _sum_in(group: dist.ProcessGroup, gradient: Tensor) -> Tensor:
+    total = gradient.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
 
 
 def _state(
@@ -89,7 +171,12 @@ def _state(
 
 def join(mesh: Mesh) -> Communicator:
     """Meet the other processes and make the mesh's process groups."""
-    _check_world(mesh)
+    _meet(mesh.size, " x ".join(f"{name} {size}" for name, size in mesh.axes))
+    return connect(mesh, local_device().type)
+
+
+def _meet(size: int, shape: str) -> None:
+    _check_world(size, shape)
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -99,17 +186,15 @@ def join(mesh: Mesh) -> Communicator:
             {} if "RANK" in os.environ else {"store": HashStore(), "rank": 0, "world_size": 1}
         )
         dist.init_process_group(backend, timeout=timedelta(seconds=START_TIMEOUT_S), **alone)
-    return connect(mesh, device.type)
 
 
-def _check_world(mesh: Mesh) -> None:
+def _check_world(size: int, shape: str) -> None:
     started = dist.get_world_size() if dist.is_initialized() else _world_of_torchrun()
-    if started != mesh.size:
-        shape = " x ".join(f"{name} {size}" for name, size in mesh.axes)
+    if started != size:
         raise PlanMismatchError(
-            f"the plan is for {mesh.size} processes ({shape}), and there "
+            f"the plan is for {size} processes ({shape}), and there "
             f"{'is' if started == 1 else 'are'} {started}; start them with "
-            f"`torchrun --nproc-per-node {mesh.size} ...`, or make a plan for {started}"
+            f"`torchrun --nproc-per-node {size} ...`, or make a plan for {started}"
         )
 
 

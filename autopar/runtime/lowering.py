@@ -32,6 +32,17 @@ from autopar.simulator.edges import (
 )
 from autopar.simulator.microbatches import Division, undivided
 from autopar.simulator.redistribution import Step, steps
+from autopar.simulator.stages import StagePart
+
+
+@dataclass
+class PartedBackward:
+    """What a microbatch's forward notes so that the gradient of its inputs can come before that of
+    the parameters: for each operator that reads parameters, its outputs and the aliases of
+    parameters that only it reads."""
+
+    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    aliases: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
 @dataclass
@@ -42,7 +53,7 @@ class Execution:
     are made from it. ``microbatch``: which one this pass is. ``divisors``: by operator, what its
     mean over all microbatches divides by, where that is counted. ``gradients``: what the backward
     has summed for each parameter edge, as ``gradient(edge.target)`` where it travels once a step,
-    else as ``edge.destination``.
+    else as ``edge.destination``. ``parted``: what the forward notes for a backward in two parts.
     """
 
     communicator: Communicator
@@ -52,6 +63,7 @@ class Execution:
     seed: int = 0
     microbatch: int = 0
     divisors: dict[str, Tensor] = field(default_factory=dict)
+    parted: PartedBackward | None = None
     gradients: dict[tuple[str, Sharding], Tensor] = field(default_factory=dict)
 
     def accumulate(self, edge: ParameterEdge, addend: Tensor) -> None:
@@ -64,9 +76,10 @@ class Execution:
 class LoweredProgram:
     """The forward of one (micro)batch on one rank; autograd derives the planned backward.
 
-    ``graph_module(execution, spmd, *parameters, *buffers, *inputs)`` returns the loss and the new
-    values of ``mutated`` buffers; ``spmd`` is the execution's communicator. Parameters are shards
-    as stored, inputs are the whole (micro)batch, from which each rank takes its part. ``graph`` is
+    ``graph_module(execution, spmd, *parameters, *buffers, *inputs)`` returns the ``ends`` (the
+    loss; of a stage, what departs from it) and the new values of ``mutated`` buffers; ``spmd`` is
+    the execution's communicator. Parameters are shards as stored, inputs are the whole
+    (micro)batch, from which each rank takes its part (or what arrives in a stage). ``graph`` is
     that of one microbatch, ``division`` says of what. ``print(program)`` shows it, with every
     collective, and the sharding of each tensor.
     """
@@ -80,6 +93,7 @@ class LoweredProgram:
     mutated: tuple[str, ...]
     edges: tuple[ParameterEdge, ...]
     regathered: dict[str, tuple[ParameterEdge, ...]]
+    ends: tuple[str, ...]
 
     @property
     def graph(self) -> OperatorGraph:
@@ -106,14 +120,25 @@ class LoweredProgram:
         self, execution: Execution, buffers: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and the new values of mutated buffers by name."""
-        loss, *values = self.graph_module(
+        ends, mutated = self.run(execution, buffers, inputs)
+        return ends[self.graph.loss], mutated
+
+    def run(
+        self, execution: Execution, buffers: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The ends, and the new values of mutated buffers, by name."""
+        values = self.graph_module(
             execution,
             execution.communicator,
             *(execution.parameters[name] for name in self.parameters),
             *(buffers[name] for name in self.buffers),
             *(inputs[name] for name in self.inputs),
         )
-        return loss, dict(zip(self.mutated, values, strict=True))
+        count = len(self.ends)
+        return (
+            dict(zip(self.ends, values[:count], strict=True)),
+            dict(zip(self.mutated, values[count:], strict=True)),
+        )
 
     def __str__(self) -> str:
         return str(self.graph_module.code).replace("autopar_runtime_lowering_", "").strip()
@@ -140,6 +165,16 @@ def lower_microbatch(
     return _Lowering(division, strategy, torch.device(device)).program()
 
 
+def lower_stage(
+    part: StagePart, device: torch.device | str = "cpu", *, parted: bool = False
+) -> LoweredProgram:
+    """One stage of several. ``parted``: its backward can come in two parts."""
+    lowering = _Lowering(
+        part.division, part.strategy, torch.device(device), part.given, part.ends, parted
+    )
+    return lowering.program()
+
+
 def divisors(
     program: LoweredProgram, buffers: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -149,7 +184,7 @@ def divisors(
     if not division.means:
         return {}
     device = next(iter(inputs.values())).device
-    constants = {name: program.constant(name) for name, _ in division.whole.constants}
+    constants = {name: program.constant(name) for name, _ in division.graph.constants}
     values: dict[str, Tensor] = {**buffers, **constants, **inputs}
     with torch.no_grad():
         for operator in division.counting:
@@ -176,16 +211,27 @@ def _values(
 
 
 class _Lowering:
-    def __init__(self, division: Division, strategy: Strategy, device: torch.device) -> None:
+    def __init__(
+        self,
+        division: Division,
+        strategy: Strategy,
+        device: torch.device,
+        given: Mapping[str, Sharding] | None = None,
+        ends: Mapping[str, Sharding] | None = None,
+        parted: bool = False,
+    ) -> None:
         assert division.count == strategy.microbatches
+        self.given, self.parted = given or {}, parted
         self.division, self.strategy, self.device = division, strategy, device
         graph, rules = self.graph, self.rules = division.graph, division.rules
         self.mesh = strategy.mesh
         # time cuts the batch first, then devices cut each microbatch
         self.mesh_and_time = Mesh((("time", division.count), *self.mesh.axes))
         self.edges: dict[tuple[str, Sharding], Edge] = {
-            (edge.tensor, edge.target): edge for edge in edges(graph, rules, strategy)
+            (edge.tensor, edge.target): edge for edge in edges(graph, rules, strategy, ends)
         }
+        whole = ("I",) * len(self.mesh.axes)
+        self.ends = {graph.loss: whole} if ends is None else dict(ends)
         self.parameter_edges = tuple(parameter_edges(graph, rules, strategy))
         self.saved_again = {
             (consumer, edge.parameter, edge.target): edge
@@ -206,7 +252,9 @@ class _Lowering:
             for role in (Role.PARAMETER, Role.BUFFER)
         }
         for name in (*names[Role.PARAMETER], *names[Role.BUFFER], *self.graph.inputs):
-            self.made[name] = self._named("placeholder", _identifier(name), name)
+            self.made[name] = placeholder = self._named("placeholder", _identifier(name), name)
+            # fx renames what is called like a builtin ("sum"), and may then meet a real "sum_1"
+            placeholder.target = placeholder.name
             self._describe(self.made[name], name, self._given_as(name))
         for name, value in self.graph.constants:
             self.made[name] = self._constant(name, value)
@@ -214,8 +262,8 @@ class _Lowering:
         for operator in self.graph.operators:
             self._call(operator)
         whole = ("I",) * len(self.mesh.axes)
-        ends = (self.graph.loss, *(tensor for _, tensor in self.graph.mutations))
-        self.fx.output(tuple(self._as(name, whole) for name in ends))
+        wanted = (*self.ends.items(), *((tensor, whole) for _, tensor in self.graph.mutations))
+        self.fx.output(tuple(self._as(name, sharding) for name, sharding in wanted))
         self.fx.on_generate_code(lambda _: self._commented)
         return LoweredProgram(
             fx.GraphModule(self.root, self.fx, "Lowered"),
@@ -227,6 +275,7 @@ class _Lowering:
             tuple(buffer for buffer, _ in self.graph.mutations),
             self.parameter_edges,
             self.regathered,
+            tuple(self.ends),
         )
 
     def _named(
@@ -249,10 +298,13 @@ class _Lowering:
     # ---- tensors -------------------------------------------------------------------------------
 
     def _given_as(self, name: str) -> Sharding:
-        """How the caller passes a tensor: parameters as stored, everything else whole."""
+        """How the caller passes a tensor: parameters as stored, everything else whole, or as it
+        arrives."""
         tensor = self.graph.by_name[name]
         if tensor.role is Role.PARAMETER:
             kept = self.strategy.storage[name].parameter
+        elif name in self.given:
+            kept = self.given[name]
         else:
             kept = ("I",) * len(self.mesh.axes)
         return canonical(kept, tensor.differentiable)
@@ -314,7 +366,8 @@ class _Lowering:
             inputs[i] = self._share(inputs[i], operator.inputs[i], wanted[i])
         gathered = self._gathered(operator, wanted)
         local = self._localized(operator, bound, wanted, produced)
-        node = self._operation(operator, local, bound, split, inputs, gathered)
+        called = self._aliased(operator, inputs)
+        node = self._operation(operator, local, bound, split, called, gathered)
         shardings = [
             canonical(sharding, self.graph.by_name[name].differentiable)
             for name, sharding in zip(operator.outputs, produced, strict=True)
@@ -324,15 +377,17 @@ class _Lowering:
         node.meta["produced"] = shardings
         if _returns_one(operator.op):
             (name,), (sharding,) = operator.outputs, shardings
-            self.made[name] = node
             self._describe(node, name, sharding)
+            self.made[name] = self._noted(operator, name, node)
+            self._describe(self.made[name], name, sharding)
             return
         for index, (name, sharding) in enumerate(zip(operator.outputs, shardings, strict=True)):
-            made = self._named("call_function", _getitem, name, (node, index))
+            taken = self._named("call_function", _getitem, name, (node, index))
             if index in _NEW_STATISTICS.get(operator.op, ()):
                 dtype = _dtype(self.graph.spec(name).dtype)
-                made = self._named("call_method", "to", name, (made, dtype))
-            self.made[name] = made
+                taken = self._named("call_method", "to", name, (taken, dtype))
+            self._describe(taken, name, sharding)
+            self.made[name] = self._noted(operator, name, taken)
             self._describe(self.made[name], name, sharding)
 
     def _detached(self, node: fx.Node, name: str, sharding: Sharding) -> fx.Node:
@@ -351,6 +406,32 @@ class _Lowering:
         share.meta["given"], share.meta["wanted"] = [node], (sharding,)
         share.meta["produced"] = [produced]
         return share
+
+    def _aliased(self, operator: Operator, inputs: list[fx.Node]) -> list[fx.Node]:
+        """With a backward in two parts, parameters under a name that only this operator reads."""
+        if not self.parted or not carries_gradient(self.graph, operator):
+            return inputs
+        called = list(inputs)
+        for i, name in enumerate(operator.inputs):
+            tensor = self.graph.by_name[name]
+            if tensor.role is Role.PARAMETER and tensor.differentiable:
+                args = (inputs[i], self.execution, operator.name)
+                alias = f"{inputs[i].name}_in_{operator.name}"
+                called[i] = self._named("call_function", alias_parameter, alias, args)
+                called[i].meta.update(inputs[i].meta)
+        return called
+
+    def _noted(self, operator: Operator, name: str, node: fx.Node) -> fx.Node:
+        """With a backward in two parts, an output of an operator that reads parameters."""
+        reads = any(
+            self.graph.by_name[given].role is Role.PARAMETER
+            and self.graph.by_name[given].differentiable
+            for given in operator.inputs
+        )
+        if not (self.parted and reads and self.graph.by_name[name].differentiable):
+            return node
+        args = (node, self.execution, operator.name)
+        return self._named("call_function", note_output, f"{name}_noted", args)
 
     def _gathered(self, operator: Operator, wanted: Sequence[Sharding]) -> tuple[fx.Node, ...]:
         """Inputs that the operator's backward gathers again; noted in ``regathered``."""
@@ -541,6 +622,21 @@ def gathered_parameter(shard: Tensor, communicator: Communicator, edge: Paramete
     return communicator.walk(shard, steps(edge.storage.parameter, edge.target))
 
 
+def alias_parameter(parameter: Tensor, execution: Execution, operator: str) -> Tensor:
+    """The parameter for one operator alone, noted: in a backward in two parts its gradient is asked
+    for by itself."""
+    assert execution.parted is not None
+    alias = parameter.view_as(parameter)
+    execution.parted.aliases.setdefault(operator, []).append(alias)
+    return alias
+
+
+def note_output(made: Tensor, execution: Execution, operator: str) -> Tensor:
+    assert execution.parted is not None
+    execution.parted.outputs.setdefault(operator, []).append(made)
+    return made
+
+
 def regathering(
     execution: Execution,
     operator: str,
@@ -670,4 +766,12 @@ class _OperatorContext:
         return self._communicator.combine(tensor, axis - len(self._time), op)
 
 
-__all__ = ["Execution", "LoweredProgram", "divisors", "lower", "lower_microbatch"]
+__all__ = [
+    "Execution",
+    "LoweredProgram",
+    "PartedBackward",
+    "divisors",
+    "lower",
+    "lower_microbatch",
+    "lower_stage",
+]

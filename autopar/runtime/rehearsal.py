@@ -23,6 +23,7 @@ from autopar.ir.strategy import Training
 from autopar.runtime.initial import InitialValues
 from autopar.runtime.launch import local_device, run, torchrun
 from autopar.runtime.local_ops import OUT_OF_RANGE
+from autopar.runtime.pipeline import PipelineStep
 from autopar.runtime.step import OPTIMIZERS, TrainingStep
 from autopar.runtime.watch import MemoryWatch, Watch
 
@@ -106,14 +107,17 @@ def _largest(values: list[float]) -> list[float]:
     return [float(value) for value in everywhere]
 
 
-def _peak_bytes(step: TrainingStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def _peak_bytes(
+    step: TrainingStep | PipelineStep, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> int:
     device = local_device()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         step(*args, **kwargs)
         return torch.cuda.max_memory_allocated(device)
-    watch = Watch(MemoryWatch(), step.communicator.recorder)
-    watch.memory.keep("kept", _kept(step))
+    parts = list(step.held.values()) if isinstance(step, PipelineStep) else [step]
+    watch = Watch(MemoryWatch(), parts[0].communicator.recorder)
+    watch.memory.keep("kept", (tensor for part in parts for tensor in _kept(part)))
     watch.memory.restart()
     with watch:
         step(*args, **kwargs)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from autopar.errors import PlanMismatchError
 from autopar.ir.graph import OperatorGraph
 from autopar.ir.sharding import Sharding, gradient, sharded_dim, sharded_parts
 from autopar.ir.strategy import Strategy
+from autopar.runtime.batches import Batches
 from autopar.runtime.collectives import Communicator
 from autopar.runtime.lowering import Execution, LoweredProgram, divisors
 from autopar.runtime.storage import State, gather
@@ -59,7 +60,13 @@ class TrainingStep:
             if parameter.requires_grad
         }
         maker, defaults = OPTIMIZERS[self.strategy.training.optimizer]
-        self.optimizer = maker(list(self._pieces.values()), **{**defaults, **self.hyperparameters})
+        # a group, since a stage may be without parameters, which torch takes for a mistake
+        groups = [{"params": list(self._pieces.values())}]
+        self.optimizer = maker(groups, **{**defaults, **self.hyperparameters})
+
+    @cached_property
+    def batches(self) -> Batches:
+        return Batches(self.program.division, self.strategy.training, self._device)
 
     # ---- the step ------------------------------------------------------------------------------
 
@@ -71,7 +78,7 @@ class TrainingStep:
     def differentiate(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """Forward and backward; leaves the reduced gradients in ``gradients``."""
         recorder = self.communicator.recorder
-        inputs = self._inputs(args, kwargs)
+        inputs = self.batches.named(args, kwargs)
         self.gradients = {}
         self.execution.gradients.clear()
         self.execution.seed = self.seed + self.steps_done
@@ -89,14 +96,14 @@ class TrainingStep:
         with torch.no_grad():
             for name, value in mutated.items():  # the same in all microbatches
                 self.state.buffers[name].copy_(value)
-        with recorder.during("step"), torch.no_grad():
-            self._reduce()
+        self.reduce()
         return total
 
-    def update(self) -> None:
-        """Clip, step the optimizer, and bring the parameters up to date on every rank."""
+    def update(self, norm: Tensor | None = None) -> None:
+        """Clip, step the optimizer, and bring the parameters up to date on every rank. ``norm``: of
+        all gradients, where it is known; else it is found."""
         with self.communicator.recorder.during("step"), torch.no_grad():
-            scale = self._clip_scale()
+            scale = self._clip_scale(norm)
             sizes = {name: p.numel() * p.element_size() for name, p in self._pieces.items()}
             for names in update_groups(sizes):
                 for name in names:
@@ -116,29 +123,30 @@ class TrainingStep:
         scaled = reduced if scale is None else reduced * scale.to(reduced.dtype)
         return scaled.to(self._pieces[name].dtype)
 
-    def _reduce(self) -> None:
+    def reduce(self) -> None:
         """Bring gradients to the optimizer's shards, and sum over a parameter's uses."""
-        for edge in self.program.edges:
-            reduced = self.execution.gradients.pop((edge.parameter, edge.target), None)
-            if reduced is None:
-                continue
-            if edge.per_step:
-                reduced = self._walk(reduced, gradient(edge.target), edge.destination)
-            reduced = self._walk(reduced, edge.destination, edge.storage.optimizer)
-            before = self.gradients.get(edge.parameter)
-            self.gradients[edge.parameter] = reduced if before is None else before + reduced
+        with self.communicator.recorder.during("step"), torch.no_grad():
+            for edge in self.program.edges:
+                reduced = self.execution.gradients.pop((edge.parameter, edge.target), None)
+                if reduced is None:
+                    continue
+                if edge.per_step:
+                    reduced = self._walk(reduced, gradient(edge.target), edge.destination)
+                reduced = self._walk(reduced, edge.destination, edge.storage.optimizer)
+                before = self.gradients.get(edge.parameter)
+                self.gradients[edge.parameter] = reduced if before is None else before + reduced
 
     def _walk(self, tensor: Tensor, source: Sharding, target: Sharding) -> Tensor:
         return self.communicator.walk(tensor, steps(source, target))
 
     # ---- clipping ------------------------------------------------------------------------------
 
-    def _clip_scale(self) -> Tensor | None:
+    def _clip_scale(self, norm: Tensor | None) -> Tensor | None:
         """As ``torch.nn.utils.clip_grad_norm_``: min(1, clip_norm / (norm + 1e-6))."""
         limit = self.strategy.training.clip_norm
         if limit is None or not self.gradients:
             return None
-        self.norm = self._global_norm()
+        self.norm = self._global_norm() if norm is None else norm
         return torch.clamp(limit / (self.norm + 1e-6), max=1.0)
 
     def _global_norm(self) -> Tensor:
@@ -147,13 +155,20 @@ class TrainingStep:
         axes = clip_axes(self.strategy)
         wide = any(reduced.dtype == torch.float64 for reduced in self.gradients.values())
         dtype = torch.float64 if wide else torch.float32
-        total = torch.zeros((), dtype=dtype, device=self._device)
-        for name, reduced in self.gradients.items():
-            if self._counts_here(self.strategy.storage[name].optimizer, axes):
-                total += torch.linalg.vector_norm(reduced, dtype=dtype) ** 2
+        total = self.squares(self.gradients, axes, dtype, self._device)
         for axis in axes:
             total = self.communicator.combine(total, axis)
         return total.sqrt()
+
+    def squares(
+        self, names: Iterable[str], axes: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Of these gradients the sum of squares; of equal copies along ``axes`` one counts."""
+        total = torch.zeros((), dtype=dtype, device=device)
+        for name in names:
+            if self._counts_here(self.strategy.storage[name].optimizer, axes):
+                total += torch.linalg.vector_norm(self.gradients[name], dtype=dtype) ** 2
+        return total
 
     def _counts_here(self, sharding: Sharding, axes: tuple[int, ...]) -> bool:
         """Of equal copies along ``axes``, the first counts."""
@@ -167,6 +182,10 @@ class TrainingStep:
         return next(iter(self.state.parameters.values())).device
 
     # ---- optimizer state -----------------------------------------------------------------------
+
+    def piece(self, name: str) -> Tensor:
+        """What this rank's optimizer changes of a trained parameter."""
+        return self._pieces[name]
 
     def _piece(self, name: str) -> Tensor:
         """What the optimizer changes: a view of the parameter's shard, or its fp32 master copy."""
@@ -217,47 +236,9 @@ class TrainingStep:
         shardings = {name: s.optimizer for name, s in self.strategy.storage.items()}
         return gather(self.gradients, shardings, self.communicator, self.gradients)
 
-    def _inputs(self, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The batch by the graph's names of its inputs, checked against the plan's."""
-        names = self.graph.inputs
-        keys = dict(zip(self.graph.input_keys, names, strict=True))
-        keywords = {key for key in keys if key}
-        positional = names[: len(names) - len(keywords)]
-        if len(args) != len(positional) or set(kwargs) != keywords:
-            raise PlanMismatchError(
-                f"the plan was made for {len(positional)} positional inputs and the keywords "
-                f"{sorted(keywords)}; got {len(args)} and {sorted(kwargs)}"
-            )
-        given = dict(zip(positional, args, strict=True))
-        given.update({keys[key]: value for key, value in kwargs.items()})
-        return {name: self._input(name, value) for name, value in given.items()}
-
-    def _input(self, name: str, value: Tensor) -> Tensor:
-        expected = self.program.division.whole.spec(name)
-        if self.strategy.training.precision == "mixed" and value.is_floating_point():
-            value = value.to(torch.bfloat16)
-        found = tuple(value.shape), str(value.dtype).removeprefix("torch.")
-        if found != (expected.shape, expected.dtype):
-            raise PlanMismatchError(
-                f"input {name!r} is {found[1]}{list(found[0])}; the plan was made for a global "
-                f"batch with {expected.dtype}{list(expected.shape)}. Every rank passes the "
-                "whole batch"
-            )
-        return value.to(self._device)
-
     def microbatch(self, inputs: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
         """Its part of a global batch, by the graph's names of the inputs."""
-        return {name: self._part(name, value, index) for name, value in inputs.items()}
-
-    def _part(self, name: str, value: Tensor, microbatch: int) -> Tensor:
-        dim = sharded_dim(self.program.division.placements[name])
-        if dim is None:
-            return value
-        blocks = self.program.division.blocks.get(name, 1)
-        size = self.graph.spec(name).shape[dim] // blocks
-        shape = value.shape
-        parts = value.reshape(*shape[:dim], blocks, -1, *shape[dim + 1 :])
-        return parts.narrow(dim + 1, microbatch * size, size).flatten(dim, dim + 1)
+        return self.batches.microbatch(inputs, index)
 
 
 __all__ = ["OPTIMIZERS", "TrainingStep"]

@@ -121,13 +121,21 @@ def consumers_by_sharding(
     return wanted
 
 
-def edges(graph: OperatorGraph, rules: Rules, strategy: Strategy) -> Iterator[Edge]:
+def edges(
+    graph: OperatorGraph,
+    rules: Rules,
+    strategy: Strategy,
+    ends: Mapping[str, Sharding] | None = None,
+) -> Iterator[Edge]:
     """Every (activation, target sharding) with its consumers, in the order of production.
 
-    Those that need no communication are listed too (source and target may be equal).
+    Those that need no communication are listed too (source and target may be equal). ``ends``: what
+    is wanted at the end beside the new values of buffers, and in which sharding; ``None``: the
+    loss, whole.
     """
-    ends = {graph.loss, *(tensor for _, tensor in graph.mutations)}
     whole = (INVARIANT,) * len(strategy.mesh.axes)
+    wanted_at_end = {graph.loss: whole} if ends is None else dict(ends)
+    wanted_at_end.update((tensor, whole) for _, tensor in graph.mutations)
     for operator in graph.operators:
         _, produced = rules[operator.name].shardings(strategy.splits[operator.name])
         for name, sharding in zip(operator.outputs, produced, strict=True):
@@ -141,8 +149,8 @@ def edges(graph: OperatorGraph, rules: Rules, strategy: Strategy) -> Iterator[Ed
                 )
                 for target, readers in wanted.items()
             }
-            if name in ends:
-                target = canonical(whole, tensor.differentiable)
+            if name in wanted_at_end:
+                target = canonical(wanted_at_end[name], tensor.differentiable)
                 consumers, _ = names.get(target, ((), False))
                 names[target] = ((*consumers, OUTPUT), True)
             for target, (consumers, backward) in names.items():

@@ -49,7 +49,7 @@ def random_strategy(
     training: Training = PLAIN,
 ) -> Strategy:
     """Any legal split for each operator, any legal storage for each parameter."""
-    splits = {o.name: _random_split(rules[o.name], mesh, rng) for o in graph.operators}
+    splits = {o.name: random_split(rules[o.name], mesh, rng) for o in graph.operators}
     return _with_storage(graph, rules, mesh, rng, training, splits)
 
 
@@ -61,7 +61,7 @@ def random_strategy_in_parts(
     training: Training = PLAIN,
 ) -> Strategy:
     """As ``random_strategy``, but whatever can divide each part of a dim often does."""
-    splits = {o.name: _random_split(rules[o.name], mesh, rng) for o in graph.operators}
+    splits = {o.name: random_split(rules[o.name], mesh, rng) for o in graph.operators}
     for operator in graph.operators:
         bound = rules[operator.name]
         for axis in range(len(mesh.axes)):
@@ -82,13 +82,13 @@ def _with_storage(
     splits: dict[str, Split],
 ) -> Strategy:
     storage = {
-        p.name: _random_storage(p.spec.shape, _uses(graph, rules, splits, p.name), mesh, rng)
+        p.name: random_storage(p.spec.shape, uses_of(graph, rules, splits, p.name), mesh, rng)
         for p in graph.parameters
     }
     return one_stage(graph, mesh, splits, storage, training)
 
 
-def _random_split(bound: BoundRule, mesh: Mesh, rng: Random) -> Split:
+def random_split(bound: BoundRule, mesh: Mesh, rng: Random) -> Split:
     choices = list(bound.choices)
     while True:
         split = tuple(rng.choice(choices) for _ in mesh.axes)
@@ -96,7 +96,7 @@ def _random_split(bound: BoundRule, mesh: Mesh, rng: Random) -> Split:
             return split
 
 
-def _uses(
+def uses_of(
     graph: OperatorGraph, rules: Rules, splits: dict[str, Split], parameter: str
 ) -> list[Sharding]:
     return [
@@ -105,7 +105,7 @@ def _uses(
     ]
 
 
-def _random_storage(
+def random_storage(
     shape: tuple[int, ...], uses: list[Sharding], mesh: Mesh, rng: Random
 ) -> Storage:
     """On each axis whole, ZeRO-1, 2 or 3, or sharded as one of the uses wants it."""

@@ -1,0 +1,531 @@
+"""A strategy of several stages: the graph cut into them, and what goes from one to another.
+
+A tensor that another stage reads **departs** from the mesh of its stage and **arrives** on that of
+the reader, in pieces or whole on each device; sums are made before it departs. Each device is sent
+the pieces that it will hold, by one of the devices that have them; gradients go back by the same
+rule. So meshes may differ in size and shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from itertools import product
+from math import prod
+from typing import NamedTuple
+
+from autopar.errors import AutoparError
+from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph, Role, TensorSpec
+from autopar.ir.schedule import Action, Feeds, Rows, homes
+from autopar.ir.sharding import INVARIANT, Mesh, Sharding, local_ranges, sharded_dim
+from autopar.ir.strategy import Stage, Strategy
+from autopar.schedules import SCHEDULES
+from autopar.simulator.arrangement import Route, arrange
+from autopar.simulator.edges import canonical, carries_gradient
+from autopar.simulator.microbatches import Division
+from autopar.simulator.pipeline import Feed, Wiring
+
+
+@dataclass(frozen=True, slots=True)
+class Boundary:
+    """``tensor`` is made in stage ``source`` and read in stage ``target``, once a microbatch.
+
+    ``departs``, ``arrives``: how it lies on the meshes of the two. ``gradient``: one goes back, and
+    lies as the tensor does, equal on devices that hold equal parts.
+    """
+
+    tensor: str
+    spec: TensorSpec
+    source: int
+    target: int
+    departs: Sharding
+    arrives: Sharding
+    gradient: bool
+
+
+@dataclass(frozen=True)
+class StagePart:
+    """One stage as a program of its own: its part of the graph, for one microbatch, and of the
+    strategy.
+
+    What arrives stands among the graph's inputs, in the shardings ``given``; ``ends`` are the
+    tensors that depart, and the loss if it is made here, as they are wanted. ``graph.loss`` is
+    empty where it is not.
+    """
+
+    division: Division
+    strategy: Strategy
+    given: dict[str, Sharding] = field(hash=False)
+    ends: dict[str, Sharding] = field(hash=False)
+
+    @property
+    def graph(self) -> OperatorGraph:
+        return self.division.graph
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.strategy.mesh
+
+
+class Message(NamedTuple):
+    """``sender`` and ``receiver`` are places in their meshes; of their local tensors, ``taken`` is
+    what the one sends and ``put`` where the other has it: (start, stop) of each dim."""
+
+    sender: int
+    receiver: int
+    taken: tuple[tuple[int, int], ...]
+    put: tuple[tuple[int, int], ...]
+
+    @property
+    def elements(self) -> int:
+        return prod(stop - start for start, stop in self.taken)
+
+
+class Move(NamedTuple):
+    """A boundary tensor, or with ``backward`` its gradient, goes to the stage that waits for it;
+    that may be in the same row."""
+
+    boundary: Boundary
+    microbatch: int
+    backward: bool
+    source_row: int
+    target_row: int
+
+
+@dataclass(frozen=True)
+class Pipelined:
+    """A strategy whose stages are several, ready to be simulated or run.
+
+    ``rows`` are those of its schedule, ``groups`` the devices of each row. ``routes``: for each
+    feed (source, target, whether a gradient goes back) the boundaries it carries.
+    """
+
+    strategy: Strategy
+    parts: tuple[StagePart, ...]
+    boundaries: tuple[Boundary, ...]
+    routes: dict[tuple[int, int, bool], tuple[Boundary, ...]] = field(hash=False)
+    rows: Rows
+    groups: tuple[tuple[int, ...], ...]
+
+    @property
+    def world_size(self) -> int:
+        return sum(map(len, self.groups))
+
+    @property
+    def wiring(self) -> Wiring:
+        return Wiring(len(self.parts), tuple(self.routes))
+
+    @cached_property
+    def copies(self) -> tuple[tuple[int, ...], ...]:
+        """For each stage, the rows that have it, its home first."""
+        first = homes(self.rows)
+        return tuple(
+            (
+                first[stage],
+                *(
+                    r
+                    for r, row in enumerate(self.rows)
+                    if r != first[stage] and any(action.stage == stage for action in row)
+                ),
+            )
+            for stage in range(len(self.parts))
+        )
+
+    @cached_property
+    def holders(self) -> dict[str, tuple[tuple[int, int], ...]]:
+        """For each parameter, the (stage, row) that hold it, its owner first. With more than one,
+        gradients are exchanged."""
+        found: dict[str, list[tuple[int, int]]] = {}
+        for stage, part in enumerate(self.parts):
+            for parameter in part.graph.parameters:
+                found.setdefault(parameter.name, []).extend((stage, r) for r in self.copies[stage])
+        return {name: tuple(of) for name, of in found.items()}
+
+    @cached_property
+    def feeds(self) -> tuple[Feed, ...]:
+        """As the timeline plays them: ``bytes`` of all messages between two groups of devices."""
+        return tuple(
+            Feed(
+                source,
+                target,
+                sum(self.bytes(b, backward=False) for b in boundaries),
+                sum(self.bytes(b, backward=True) for b in boundaries) if gradient else None,
+                gradient,
+            )
+            for (source, target, gradient), boundaries in self.routes.items()
+        )
+
+    def instructions(self, row: int) -> tuple[Action | Move, ...]:
+        """What the devices of a row do in a step, up to the updates.
+
+        All rows take their moves from one order of all tasks, in which each comes after all that it
+        waits for. So any two devices have the messages between them in the same order, which needs
+        no tags; and nobody waits for ever, even if sending waited for the receiver.
+        """
+        arranged = arrange(self.rows, self.wiring)
+        inside: dict[int, list[Move]] = {}
+        for sender, _, route in arranged.local:
+            inside.setdefault(sender, []).extend(self._moves(arranged.action(sender), route))
+        found: list[Action | Move] = []
+        for task in arranged.order:
+            if task < arranged.actions:
+                action = arranged.action(task)
+                if arranged.row_of[task] == row and action.kind != "U":
+                    found += [action, *inside.get(task, ())]
+            elif task < arranged.actions + arranged.transfers:
+                number = task - arranged.actions
+                route = arranged.routes[arranged.route_of[number]]
+                if row in (route.source_row, route.target_row):
+                    found += self._moves(arranged.action(arranged.sender[number]), route)
+        return tuple(found)
+
+    def updates(self, row: int) -> tuple[Action, ...]:
+        """The row's updates, at the end of the step."""
+        full = arrange(self.rows, self.wiring).rows[row]
+        return tuple(action for action in full if action.kind == "U")
+
+    def _moves(self, sender: Action, route: Route) -> list[Move]:
+        return [
+            Move(b, sender.microbatch, route.backward, route.source_row, route.target_row)
+            for b in tuple(self.routes.values())[route.feed]
+        ]
+
+    def messages(self, boundary: Boundary, backward: bool, together: bool) -> tuple[Message, ...]:
+        """``together``: both stages are on the same devices, for this microbatch."""
+        ends = (
+            (boundary.departs, self.parts[boundary.source].mesh),
+            (boundary.arrives, self.parts[boundary.target].mesh),
+        )
+        source, target = reversed(ends) if backward else ends
+        return messages(boundary.spec.shape, source, target, together)
+
+    def bytes(self, boundary: Boundary, backward: bool, together: bool = False) -> int:
+        """What goes from device to device."""
+        item = ITEM_BYTES[boundary.spec.dtype]
+        return item * sum(
+            message.elements
+            for message in self.messages(boundary, backward, together)
+            if not (together and message.sender == message.receiver)
+        )
+
+
+def pipelined(division: Division, strategy: Strategy) -> Pipelined:
+    """Cut the graph of one microbatch as the strategy says.
+
+    Raises:
+        AutoparError: what cannot be run so, and why.
+    """
+    _check(division.graph, strategy)
+    cutting = _Cutting(division, strategy)
+    parts = tuple(cutting.part(stage) for stage in range(len(strategy.stages)))
+    boundaries = tuple(cutting.boundaries)
+    routes: dict[tuple[int, int, bool], tuple[Boundary, ...]] = {}
+    for boundary in boundaries:
+        route = boundary.source, boundary.target, boundary.gradient
+        routes[route] = (*routes.get(route, ()), boundary)
+    rows = _rows(strategy, tuple(sorted({(source, target) for source, target, _ in routes})))
+    return Pipelined(strategy, parts, boundaries, routes, rows, _groups(strategy, rows))
+
+
+@lru_cache(maxsize=None)
+def messages(
+    shape: tuple[int, ...],
+    source: tuple[Sharding, Mesh],
+    target: tuple[Sharding, Mesh],
+    together: bool = False,
+) -> tuple[Message, ...]:
+    """Every device of ``target`` gets what it holds from devices of ``source``; of several that
+    have a part, receivers take turns. With ``together`` they are the same devices, and take what
+    they have from themselves.
+
+    >>> one, two = (("I",), Mesh((("a", 1),))), (("S(0)",), Mesh((("a", 2),)))
+    >>> [(m.sender, m.receiver, m.taken, m.put) for m in messages((4,), one, two)]
+    [(0, 0, ((0, 2),), ((0, 2),)), (0, 1, ((2, 4),), ((0, 2),))]
+    """
+    senders: dict[tuple[tuple[tuple[int, int], ...], ...], list[int]] = {}
+    for rank in range(source[1].size):
+        senders.setdefault(local_ranges(shape, *source, rank), []).append(rank)
+    found = []
+    turns: dict[tuple[tuple[tuple[int, int], ...], ...], int] = {}
+    for receiver in range(target[1].size):
+        wanted = local_ranges(shape, *target, receiver)
+        turn = turns.get(wanted, 0)
+        turns[wanted] = turn + 1
+        for held, ranks in senders.items():
+            own = together and receiver in ranks
+            sender = receiver if own else ranks[turn % len(ranks)]
+            overlaps = [_overlaps(have, want) for have, want in zip(held, wanted, strict=True)]
+            found += [
+                Message(
+                    sender, receiver, tuple(o[0] for o in of_dims), tuple(o[1] for o in of_dims)
+                )
+                for of_dims in product(*overlaps)
+            ]
+    return tuple(found)
+
+
+def _overlaps(
+    have: Sequence[tuple[int, int]], want: Sequence[tuple[int, int]]
+) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Of one dim: where what both hold lies in the one and in the other."""
+    found = []
+    at = 0
+    for start, stop in have:
+        place = 0
+        for first, last in want:
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                found.append(
+                    (
+                        (at + low - start, at + high - start),
+                        (place + low - first, place + high - first),
+                    )
+                )
+            place += last - first
+        at += stop - start
+    return found
+
+
+class _Cutting:
+    def __init__(self, division: Division, strategy: Strategy) -> None:
+        self.division, self.strategy = division, strategy
+        self.graph, self.rules = division.graph, division.rules
+        self.stage_of = {
+            name: number for number, stage in enumerate(strategy.stages) for name in stage.operators
+        }
+        self.boundaries = list(self._boundaries())
+
+    def _boundaries(self) -> Iterator[Boundary]:
+        for operator in self.graph.operators:
+            source = self.stage_of[operator.name]
+            for name in operator.outputs:
+                readers = [reader for reader, _ in self.graph.consumers[name]]
+                for target in sorted({self.stage_of[o.name] for o in readers} - {source}):
+                    tensor = self.graph.by_name[name]
+                    inside = [o for o in readers if self.stage_of[o.name] == target]
+                    gradient = tensor.differentiable and any(
+                        carries_gradient(self.graph, o) for o in inside
+                    )
+                    yield Boundary(
+                        name,
+                        tensor.spec,
+                        source,
+                        target,
+                        self._departs(operator, name),
+                        self._arrives(name, target, gradient),
+                        gradient,
+                    )
+
+    def _departs(self, operator: Operator, name: str) -> Sharding:
+        """As it is made; whole if it is a buffer's new value, too."""
+        _, produced = self.rules[operator.name].shardings(self.strategy.splits[operator.name])
+        made = _pieces_or_whole(produced[operator.outputs.index(name)])
+        if any(name == tensor for _, tensor in self.graph.mutations):
+            made = (INVARIANT,) * len(made)
+        return canonical(made, self.graph.by_name[name].differentiable)
+
+    def _arrives(self, name: str, target: int, gradient: bool) -> Sharding:
+        """In the pieces that all readers want, or else whole."""
+        wanted = set()
+        for operator, position in self.graph.consumers[name]:
+            if self.stage_of[operator.name] == target:
+                split = self.strategy.splits[operator.name]
+                inputs, _ = self.rules[operator.name].shardings(split)
+                wanted.add(canonical(_pieces_or_whole(inputs[position]), gradient))
+        if len(wanted) == 1:
+            return wanted.pop()
+        axes = len(self.strategy.stages[target].mesh.axes)
+        return canonical((INVARIANT,) * axes, gradient)
+
+    def part(self, number: int) -> StagePart:
+        stage = self.strategy.stages[number]
+        operators = tuple(o for o in self.graph.operators if self.stage_of[o.name] == number)
+        means = tuple(o.name for o in operators if o.name in self.division.means)
+        arriving = {b.tensor: b for b in self.boundaries if b.target == number}
+        mutations = tuple(
+            pair for pair in self.graph.mutations if self._mutated_in(*pair) == number
+        )
+        kept = {name for o in operators for name in (*o.inputs, *o.outputs)}
+        kept |= {buffer for buffer, _ in mutations}
+        if means:  # every rank counts them in the whole batch, before the first microbatch
+            kept |= {
+                name
+                for o in self.division.counting
+                for name in o.inputs
+                if self.graph.by_name[name].role in (Role.BUFFER, Role.CONSTANT)
+            }
+        if number == 0:
+            kept |= {p.name for p in self.graph.parameters if not self.graph.consumers[p.name]}
+        graph = replace(
+            self.graph,
+            tensors=tuple(
+                replace(t, role=Role.INPUT, differentiable=arriving[t.name].gradient)
+                if t.name in arriving
+                else t
+                for t in self.graph.tensors
+                if t.name in kept
+            ),
+            operators=operators,
+            loss=self.graph.loss if self._made_in(self.graph.loss) == number else "",
+            inputs=(*(name for name in self.graph.inputs if name in kept), *arriving),
+            input_keys=("",) * (sum(n in kept for n in self.graph.inputs) + len(arriving)),
+            mutations=mutations,
+            shared=tuple(pair for pair in self.graph.shared if pair[1] in kept),
+            constants=tuple(pair for pair in self.graph.constants if pair[0] in kept),
+        )
+        strategy = replace(
+            self.strategy,
+            stages=(stage,),
+            splits={o.name: self.strategy.splits[o.name] for o in operators},
+            storage={p.name: self.strategy.storage[p.name] for p in graph.parameters},
+            schedule=None,
+            chunks=None,
+        )
+        names = strategy.splits.keys()
+        division = replace(
+            self.division,
+            graph=graph,
+            rules={name: self.rules[name] for name in names},
+            choices={name: self.division.choices[name] for name in names},
+            means=means,
+            counting=self.division.counting if means else (),
+            shares={n: s for n, s in self.division.shares.items() if n in names},
+        )
+        ends = {b.tensor: b.departs for b in self.boundaries if b.source == number}
+        if graph.loss:
+            ends[graph.loss] = canonical(
+                (INVARIANT,) * len(stage.mesh.axes), graph.by_name[graph.loss].differentiable
+            )
+        return StagePart(division, strategy, {n: b.arrives for n, b in arriving.items()}, ends)
+
+    def _made_in(self, tensor: str) -> int | None:
+        producer = self.graph.producer.get(tensor)
+        return None if producer is None else self.stage_of[producer.name]
+
+    def _mutated_in(self, buffer: str, tensor: str) -> int:
+        made = self._made_in(tensor)
+        others = {self.stage_of[o.name] for o, _ in self.graph.consumers[buffer]} - {made}
+        if made is None or others:
+            where = f"in stage {made}" if made is not None else "outside of all stages"
+            raise AutoparError(
+                f"the buffer {buffer} gets its new value {where} and is read in stage "
+                f"{', '.join(map(str, sorted(others))) or 'none'}; put the operators that read and "
+                "write it into one stage"
+            )
+        return made
+
+
+def _pieces_or_whole(sharding: Sharding) -> Sharding:
+    """As it can be sent: sums are made, and copies are equal."""
+    return tuple(p if sharded_dim(p) is not None else INVARIANT for p in sharding)
+
+
+def _check(graph: OperatorGraph, strategy: Strategy) -> None:
+    if strategy.schedule not in SCHEDULES:
+        raise AutoparError(
+            f"a strategy of {len(strategy.stages)} stages needs a schedule, and it has "
+            f"{strategy.schedule or 'none'}; there are {', '.join(SCHEDULES)}"
+        )
+    if strategy.recompute:
+        raise AutoparError(
+            f"recomputation ({len(strategy.recompute)} operators) cannot be run in stages yet; "
+            "leave it out"
+        )
+    _check_operators(graph, strategy)
+    stages_of: dict[str, list[Stage]] = {}
+    for stage in strategy.stages:
+        inside = {name for o in stage.operators for name in graph.operator[o].inputs}
+        for parameter in graph.parameters:
+            if parameter.name in inside:
+                stages_of.setdefault(parameter.name, []).append(stage)
+    for name, stages in stages_of.items():
+        sizes = [stage.mesh.sizes for stage in stages]
+        if len(set(sizes)) > 1:
+            raise AutoparError(
+                f"the parameter {name} is shared by stages on meshes of "
+                f"{' and '.join(str(list(s)) for s in sizes)} devices; they keep it in the same "
+                "pieces, so give them meshes of one shape"
+            )
+        if len(strategy.storage[name].parameter) != len(sizes[0]):
+            raise AutoparError(
+                f"the storage of {name} has {len(strategy.storage[name].parameter)} placements, "
+                f"and the mesh of its stage {len(sizes[0])} axes"
+            )
+
+
+def _check_operators(graph: OperatorGraph, strategy: Strategy) -> None:
+    assigned = [name for stage in strategy.stages for name in stage.operators]
+    twice = (
+        {name for name in assigned if assigned.count(name) > 1}
+        if (len(set(assigned)) < len(assigned))
+        else set()
+    )
+    missing = graph.operator.keys() - set(assigned)
+    unknown = set(assigned) - graph.operator.keys()
+    for names, what in (
+        (twice, "in several stages"),
+        (missing, "in no stage"),
+        (unknown, "not of this graph"),
+    ):
+        if names:
+            raise AutoparError(
+                f"operators {', '.join(sorted(names)[:3])} are {what} ({len(names)} in all); each "
+                "operator must be in one stage"
+            )
+    for number, stage in enumerate(strategy.stages):
+        if not stage.operators:
+            raise AutoparError(f"stage {number} has no operators; leave it out")
+        if stage.mesh.size != len(stage.devices):
+            raise AutoparError(
+                f"stage {number} has {len(stage.devices)} devices and a mesh of {stage.mesh.size}"
+            )
+
+
+def _rows(strategy: Strategy, feeds: Feeds) -> Rows:
+    assert strategy.schedule is not None
+    schedule = SCHEDULES[strategy.schedule]
+    chunks = strategy.chunks
+    if chunks is None and not schedule.copies:
+        groups = len({stage.devices for stage in strategy.stages})
+        chunks = len(strategy.stages) // groups
+    rows = schedule(len(strategy.stages), strategy.microbatches, chunks, feeds)
+    early = [str(a) for row in rows for a in row if a.kind == "U" or a.version is not None]
+    if early:
+        raise AutoparError(
+            f"the schedule {strategy.schedule} updates between microbatches ({early[0]}), which "
+            "cannot be run yet; take one that updates at the end of the step"
+        )
+    return rows
+
+
+def _groups(strategy: Strategy, rows: Rows) -> tuple[tuple[int, ...], ...]:
+    """Each row is done by the devices of the stages that are at home there."""
+    found: dict[int, tuple[int, ...]] = {}
+    for stage, row in enumerate(homes(rows)):
+        devices = strategy.stages[stage].devices
+        if found.setdefault(row, devices) != devices:
+            raise AutoparError(
+                f"the schedule {strategy.schedule} has stage {stage} in row {row}, with stages on "
+                f"the devices {list(found[row])}; it is on {list(devices)}. Give all stages of a "
+                "row the same devices in the same order"
+            )
+    groups = tuple(found[row] for row in range(len(rows)))
+    used = sorted(device for group in groups for device in group)
+    if used != list(range(len(used))):
+        raise AutoparError(
+            f"the stages are on the devices {used}; groups of devices must not overlap, and "
+            f"together they must be 0 to {max(used)}"
+        )
+    for r, actions in enumerate(rows):
+        for stage in {action.stage for action in actions}:
+            if strategy.stages[stage].mesh.size != len(groups[r]):
+                raise AutoparError(
+                    f"row {r} of the schedule {strategy.schedule} has {len(groups[r])} devices and "
+                    f"a copy of stage {stage}, whose mesh has "
+                    f"{strategy.stages[stage].mesh.size}; give both as many"
+                )
+    return groups
+
+
+__all__ = ["Boundary", "Message", "Move", "Pipelined", "StagePart", "messages", "pipelined"]
