@@ -116,9 +116,7 @@ class MeshSearch:
             self._in_time()
             self._try_recipe(recipe)
         self.begin(MOST_AXES)
-        found = monotonic()
-        proofs_s = max(self.budget.proof_s, PROOF_SHARE * (found - self.started))
-        self._prove(min(self.deadline, found + proofs_s))
+        self._prove()
 
     def begin(self, most_axes: int) -> None:
         """A bound, and something that fits, for every mesh of so many axes at most.
@@ -198,9 +196,15 @@ class MeshSearch:
         if self._is_open(self.trials[mesh]):
             self._open[mesh] = opened
 
-    def _prove(self, deadline: float) -> None:
-        """Close what gap is left, the mesh with the lowest bound first."""
-        while self._open and monotonic() < deadline:
+    def _prove(self) -> None:
+        """Close what gap is left, the mesh with the lowest bound first; as long as nothing fits,
+        all of the time is for finding something."""
+        looked = monotonic()
+        enough = looked + max(self.budget.proof_s, PROOF_SHARE * (looked - self.started))
+        while self._open:
+            deadline = self.deadline if self.best is None else min(enough, self.deadline)
+            if monotonic() > deadline:
+                break
             mesh = min(self._open, key=lambda mesh: self.trials[mesh].lower_bound_s)
             opened = self._open.pop(mesh)
             if self._is_open(self.trials[mesh]):

@@ -132,10 +132,11 @@ def test_the_whole_batch_is_taken_at_once_where_memory_does_not_bind() -> None:
     assert not any("microbatches" in line for line in told)
 
 
-@pytest.mark.parametrize("share", [1.1, 2.5])
+@pytest.mark.parametrize("share", [1.8, 2.5])
 def test_no_other_number_of_microbatches_is_faster(share: float) -> None:
+    """Of what is found without proofs: that is what the number is chosen by."""
     asked = on_few_meshes("gpt", share, None)
-    budget = Budget(gap=1e-3, proof_s=0.5)
+    budget = Budget(time_s=20.0, gap=1e-3, proof_s=0.5)
     chosen = SEARCHERS["ilp"](asked, budget).best
     for count in (1, 2, 4, 8):
         found = SEARCHERS["ilp"](replace(asked, microbatches=count), budget).best
