@@ -321,8 +321,10 @@ def _nothing_found(problem: Problem, result: SearchResult) -> AutoparError:
         met = bytes_text(result.nearest_miss_bytes)
         needs += f"the smallest strategy that was found needs {met}; "
     dimensions = "" if set(problem.dimensions) >= set("SAP") else "dimensions, "
+    proved = result.stop_reason == "infeasible"
+    what = "nothing fits" if proved else "nothing was found that fits, nor proved that nothing does"
     return InfeasibleError(
-        f"nothing fits: for {problem.graph.name} the limit is {limit} on a device; {needs}"
+        f"{what}: for {problem.graph.name} the limit is {limit} on a device; {needs}"
         f"allow more devices, {dimensions}a smaller batch, another optimizer or mixed precision"
         f"{_in_microbatches(problem)}"
     )

@@ -45,8 +45,6 @@ QUICK_AXES = 2
 """Meshes with more axes come last: they have many more strategies, most of which the best of the
 others excludes before they are priced."""
 
-MOST_AXES = 99
-
 PROOF_SHARE = 0.5
 """Of the time it took to look at every mesh, how much proofs may take at least."""
 
@@ -105,20 +103,20 @@ class MeshSearch:
             self._run()
         except LateError:
             return "time"
+        left = any(self._is_open(trial) for trial in self.trials.values())
         if self.best is None:
-            outcomes = {trial.outcome for trial in self.trials.values()}
-            return "unknown" if "unknown" in outcomes else "infeasible"
-        return "gap" if any(self._is_open(t) for t in self.trials.values()) else "optimal"
+            return "unknown" if left else "infeasible"
+        return "gap" if left else "optimal"
 
     def _run(self) -> None:
         self.progress("pricing the recipes")
         for recipe in RECIPES.values():
             self._in_time()
             self._try_recipe(recipe)
-        self.begin(MOST_AXES)
+        self.begin()
         self._prove()
 
-    def begin(self, most_axes: int) -> None:
+    def begin(self, most_axes: float = math.inf) -> None:
         """A bound, and something that fits, for every mesh of so many axes at most.
 
         Raises:
@@ -191,7 +189,7 @@ class MeshSearch:
         self.trials[mesh] = trial
         if listing.least_s > self.best_s:
             return
-        opened = _Open(replace(listing, cutoff_s=self.best_s), Optimum(None, listing.least_s), {})
+        opened = _Open(listing.below(self.best_s), Optimum(None, listing.least_s), {})
         self._solve(opened, self.deadline, None)
         if self._is_open(self.trials[mesh]):
             self._open[mesh] = opened

@@ -48,7 +48,7 @@ class _Run:
         except KeyboardInterrupt:
             if not self.searches:
                 raise
-            search, reason = self.best or self.searches[-1], "interrupted"
+            search, reason = min(reversed(self.searches), key=_own_best_s), "interrupted"
         found = search.result(self.name, reason)
         return replace(found, search_time_s=monotonic() - self.started)
 
@@ -60,14 +60,14 @@ class _Run:
         else:
             found = division(problem.graph, problem.microbatches, problem.proposals)
             self._add(found, self.budget.time_s)
-        reason = ""
+        reasons = []
         for search in [self.best] if self.best is not None else self.searches:
             search.deadline = self.started + self.budget.time_s
             search.cutoff_s = math.inf
-            reason = search.run()
-            if search.best is not None or reason == "time":
-                break
-        return search, reason
+            reasons.append(search.run())
+            if search.best is not None or reasons[-1] == "time":
+                return search, reasons[-1]
+        return search, "unknown" if "unknown" in reasons else reasons[-1]
 
     def _count(self) -> None:
         """Begin searches until no more microbatches are promising."""
@@ -76,18 +76,17 @@ class _Run:
             several = f"{found.count} microbatches"
             self.progress(f"trying {several if found.count > 1 else 'the whole batch at once'}")
             search = self._add(found, self.budget.time_s * COUNTING_SHARE)
+            late = False
             try:
                 search.begin(QUICK_AXES)
             except LateError:
-                break
+                late = True
             if search.best is not None:
                 self.best, worse = search, 0
-                if not search.memory_binds:
-                    break
             elif self.best is not None:
                 worse += 1
-                if worse == WORSE:
-                    break
+            if late or worse == WORSE or (search.best is not None and not search.memory_binds):
+                break
 
     def _add(self, found: Division, time_s: float) -> MeshSearch:
         search = MeshSearch(
@@ -102,3 +101,9 @@ class _Run:
         )
         self.searches.append(search)
         return search
+
+
+def _own_best_s(search: MeshSearch) -> float:
+    """What it found itself, whatever it was to beat."""
+    found = search.best.estimate if search.best is not None else None
+    return math.inf if found is None else found.step_time_s

@@ -235,6 +235,12 @@ class Listing:
     allowed: tuple[Allowed, ...] = ()  # for each axis; empty: everything on all
     cutoff_s: float = math.inf  # alternatives with which no strategy is faster are left out
 
+    def below(self, cutoff_s: float) -> Listing:
+        """The same prices for what is faster than ``cutoff_s``; compute is not priced again."""
+        found = replace(self, cutoff_s=cutoff_s)
+        found.__dict__["_work"] = self._work
+        return found
+
     @cached_property
     def costs(self) -> Costs:
         return Costs(self.cost_model, self.mesh, self.compute_cache)

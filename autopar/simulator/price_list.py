@@ -167,8 +167,7 @@ def storages_within(price_list: PriceList, alternatives: Sequence[int]) -> Selec
     fastest = cheapest_storages(price_list, alternatives)
     if price_list.fits(fastest):
         return fastest
-    limits = np.where(np.isfinite(price_list.limit_bytes), price_list.limit_bytes, np.inf)
-    each = price_list.time_of(fastest) / np.maximum(limits, 1.0)
+    each = price_list.time_of(fastest) / np.maximum(price_list.limit_bytes, 1.0)
     high = HIGHEST_PRICE
     fitting = cheapest_storages(price_list, alternatives, each * high)
     if not price_list.fits(fitting):

@@ -21,9 +21,13 @@ from autopar.ir.sharding import Mesh
 from autopar.ir.strategy import Training
 from autopar.ops import bound_rules
 from autopar.searchers import SEARCHERS, over_meshes, over_microbatches
+from autopar.searchers.approach import Wanted
+from autopar.searchers.optimum import Optimum
+from autopar.searchers.over_microbatches import search_all
+from autopar.searchers.within_peak import OverBytes
 from autopar.simulator.listing import Listing, Structure
 from autopar.simulator.meshes import factorizations, mesh
-from autopar.simulator.price_list import cheapest_storages
+from autopar.simulator.price_list import PriceList, cheapest_storages
 from autopar.simulator.prices import evaluate
 from cost_models import cost_model
 from tests.helpers.zoo import zoo
@@ -240,3 +244,19 @@ def test_when_the_time_is_over_no_more_meshes_are_bounded(monkeypatch: pytest.Mo
     assert found.stop_reason == "time"
     assert len(set(bounded)) < len(factorizations(8))
     assert found.lower_bound_s == 0.0
+
+
+def nothing_found(
+    price_list: PriceList, wanted: Wanted, over_bytes: OverBytes, first: Optimum | None = None
+) -> Optimum:
+    """Neither something that fits nor a proof that there is none."""
+    return Optimum(None, 0.0)
+
+
+@pytest.mark.parametrize("microbatches", [1, None])
+def test_what_is_only_not_found_is_not_called_infeasible(microbatches: int | None) -> None:
+    asked = on_few_meshes("mlp", 1.05, microbatches)
+    found = search_all("nothing", asked, Budget(), nothing_found, lambda line: None)
+    assert found.best is None
+    assert found.stop_reason == "unknown"
+    assert {t.outcome for t in found.trials} >= {"unknown"}
