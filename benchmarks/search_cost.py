@@ -29,12 +29,14 @@ Sizes = tuple[int, ...]
 @dataclass(frozen=True)
 class Case:
     """``build``: the model on the meta device, its batch size and its sequence length. ``mesh``:
-    ``None`` means every mesh of up to three axes."""
+    ``None`` means every mesh of up to three axes. ``memory_limit_bytes``: ``None`` means that of
+    the device."""
 
     model: str
     build: Callable[[], tuple[Any, int, int]]
     topology: str
     mesh: Sizes | None
+    memory_limit_bytes: int | None = None
 
 
 class LossOf(torch.nn.Module):
@@ -96,6 +98,9 @@ CASES = {
     "llama32": Case("Llama-3-8B", lambda: llama(32), H100, (32, 8)),
     "llama32-3d": Case("Llama-3-8B", lambda: llama(32), H100, (4, 8, 8)),
     "llama128": Case("Llama-3-8B, 128 layers", lambda: llama(128), H100, (32, 8)),
+    "llama128-free": Case(
+        "Llama-3-8B, 128 layers, no memory limit", lambda: llama(128), H100, (32, 8), 10**15
+    ),
     "gpt3": Case("GPT-3 175B", gpt3, A100, None),
 }
 LONG = ("gpt3",)
@@ -112,6 +117,8 @@ def measure(case: Case) -> Row:
     graph = api.extract(module, inputs, precision="mixed")
     extracted = process_time()
     wanted: dict[str, Any] = {} if case.mesh is None else {"mesh": case.mesh}
+    if case.memory_limit_bytes is not None:
+        wanted["memory_limit_bytes"] = case.memory_limit_bytes
     found = api.search(graph, topology=case.topology, precision="mixed", **wanted)
     end_all()  # of the solver's processes; then what they took counts
     used = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -160,6 +160,12 @@ class OperatorGraph:
         return {name: tuple(readers) for name, readers in found.items()}
 
     @cached_property
+    def parameters_alike(self) -> dict[str, Tensor]:
+        """For each parameter, the first of those with its shape, dtype and differentiability."""
+        first: dict[tuple[TensorSpec, bool], Tensor] = {}
+        return {p.name: first.setdefault((p.spec, p.differentiable), p) for p in self.parameters}
+
+    @cached_property
     def operator(self) -> dict[str, Operator]:
         return {operator.name: operator for operator in self.operators}
 

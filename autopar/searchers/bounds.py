@@ -342,8 +342,10 @@ def _price_of_each(
         else:
             source = np.full(len(price), edges[0].source[current[edges[0].producer]])
         paid: list[Index] = []
+        unpaid = np.ones(cost.shape[1], dtype=bool)
+        unpaid[list(others)] = False
         for edge in own:
-            new = ~np.isin(edge.target, list(others))
+            new = unpaid[edge.target]
             for earlier in paid:
                 new &= edge.target != earlier
             price += np.where(new, cost[source, edge.target], 0.0)

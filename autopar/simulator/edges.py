@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -191,15 +192,11 @@ def stored_alike(graph: OperatorGraph, strategy: Strategy) -> list[tuple[Tensor,
 
     Quick for many layers: what is the same object is not compared.
     """
-    same: dict[tuple[int, int, bool], tuple[Tensor, Storage, int]] = {}
-    for name, storage in strategy.storage.items():
-        tensor = graph.by_name[name]
-        key = id(tensor.spec), id(storage), tensor.differentiable
-        first, _, count = same.get(key, (tensor, storage, 0))
-        same[key] = first, storage, count + 1
-    equal: dict[tuple[TensorSpec, Storage, bool], tuple[Tensor, Storage, int]] = {}
-    for tensor, storage, more in same.values():
-        kind = tensor.spec, storage, tensor.differentiable
-        first, _, count = equal.get(kind, (tensor, storage, 0))
-        equal[kind] = first, storage, count + more
-    return list(equal.values())
+    first = map(graph.parameters_alike.__getitem__, strategy.storage)
+    same = Counter(zip(map(id, first), map(id, strategy.storage.values()), strict=True))
+    tensors = {id(tensor): tensor for tensor in graph.parameters_alike.values()}
+    storages = {id(storage): storage for storage in strategy.storage.values()}
+    equal: Counter[tuple[Tensor, Storage]] = Counter()
+    for (tensor, storage), count in same.items():
+        equal[tensors[tensor], storages[storage]] += count
+    return [(tensor, storage, count) for (tensor, storage), count in equal.items()]

@@ -43,3 +43,8 @@ def test_every_verb_and_command_is_in_the_documentation() -> None:
     pages = "\n".join(p.read_text() for p in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
     for name in (*commands.commands, *(n for n in autopar.__all__ if n != "__version__")):
         assert f"autopar {name}" in pages or f"autopar.{name}" in pages, name
+
+
+def test_an_argument_that_no_verb_has_is_an_error() -> None:
+    with pytest.raises(autopar.AutoparError, match="did you mean memory_limit_bytes"):
+        autopar.plan("model.py", memory_limit=10**9)  # type: ignore[call-arg]
