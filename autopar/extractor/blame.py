@@ -20,6 +20,7 @@ _ADVICE = (
             "Cannot call bool() on a",
             ".item()",
             "aten._local_scalar_dense",
+            "DynamicOutputShape",
         ),
         "The program depends on the values of tensors (an if, a loop or a size that needs them). "
         "Rewrite it with torch.where or masking, or with fixed sizes.",

@@ -16,6 +16,7 @@ from torch.export import ExportedProgram, default_decompositions
 from torch.export.graph_signature import InputKind, OutputKind
 
 from autopar.errors import UnsupportedModelError
+from autopar.extractor import einsum
 from autopar.ir.graph import (
     ITEM_BYTES,
     Argument,
@@ -27,7 +28,7 @@ from autopar.ir.graph import (
     Tensor,
     TensorSpec,
 )
-from autopar.ops import RULES
+from autopar.ops import RULES, complaint, rule_for
 
 PREFIX = "model."
 """Of the names in the exported program: the model is the child of a module that adds the loss."""
@@ -89,7 +90,9 @@ _FILLED_LATER = {
 _WRITES_UNDECLARED = {"aten.batch_norm.default", "aten.instance_norm.default"}
 """Operators that update buffers although their schema does not say so."""
 
-_GRADIENT_STOPS = re.compile(r"aten\.(detach|\w+_like|new_\w+|bernoulli|sign)\.")
+_GRADIENT_STOPS = re.compile(
+    r"aten\.(detach|\w+_like|new_\w+|bernoulli|sign|uniform|exponential|normal|normal_functional)\."
+)
 _UPDATED = {"aten._native_batch_norm_legit_functional.default": {3: 3, 4: 4}}
 """Results that are new values of arguments, by position. They are of these arguments' dtype, as
 kernels make them; what torch knows without running them is float32 for those of bfloat16."""
@@ -224,7 +227,9 @@ class _Converter:
                 self._consider(node)
         if self.problems:
             listed = "\n".join(f"  - {problem}" for problem in dict.fromkeys(self.problems))
-            raise UnsupportedModelError(f"the model has what autopar cannot plan:\n{listed}")
+            missing = self._without_rule()
+            also = f"\nand {missing}" if missing else ""
+            raise UnsupportedModelError(f"the model has what autopar cannot plan:\n{listed}{also}")
         loss, mutations = self._outputs()
         operators = list(_live(self.operators, {loss, *(value for _, value in mutations)}))
         operators = _fuse_copies(operators, self.tensors)
@@ -248,6 +253,19 @@ class _Converter:
             constants=tuple((n, v) for n, v in self.constants.items() if n in used),
             name=self.name,
         )
+
+    def _without_rule(self) -> str:
+        """What ``bound_rules`` would complain of in the operators that could be converted."""
+
+        def spec(name: str) -> TensorSpec:
+            return self.tensors[name].spec
+
+        missing = [
+            o
+            for o in self.operators
+            if rule_for(o, tuple(map(spec, o.inputs)), tuple(map(spec, o.outputs))) is None
+        ]
+        return complaint(missing, spec) if missing else ""
 
     # -- tensors that no operator makes
 
@@ -333,6 +351,8 @@ class _Converter:
             self.of[node] = (str(whole),) if op == "aten.native_dropout.default" else whole
         elif op == "aten.broadcast_tensors.default":
             self._broadcast(node)
+        elif op == "aten.einsum.default":
+            self.of[node] = self._einsum(node)
         elif op == "aten.copy.default":  # a write to all of a tensor, which autograd cannot undo
             written = str(self.of[node.args[1]])  # type: ignore[index]
             self.of[node] = self._fitted(written, self._spec(node.meta["val"], node), _module(node))
@@ -388,31 +408,55 @@ class _Converter:
             for read, value in pairs
         )
 
+    def _einsum(self, node: fx.Node) -> str:
+        """Without an ellipsis, of at most two tensors in each operator."""
+        value, module = node.meta["val"], _module(node)
+        names = [str(self.of[read]) for read in node.args[1]]  # type: ignore[index, union-attr]
+        given = str(node.args[0])
+        equation = einsum.in_letters(given, [len(self.tensors[n].spec.shape) for n in names])
+        if len(names) == 1 or (len(names) == 2 and "." not in given):
+            args = given if "." not in given else equation, node.args[1]
+            return str(self._operator(node, (str(node.target), args, {}), value))
+        sizes: dict[str, int] = {}
+        for text, name in zip(equation.partition("->")[0].split(","), names, strict=True):
+            for letter, size in zip(text, self.tensors[name].spec.shape, strict=True):
+                sizes[letter] = max(size, sizes.get(letter, 1))
+        path: Any = node.kwargs.get("path") or ()
+        for product in einsum.products(equation, path):
+            pair = names[product.left], names[product.right]
+            shape = tuple(sizes[c] for c in product.equation.partition("->")[2])
+            arguments = (product.equation, (Input(0), Input(1)))
+            spec = TensorSpec(shape, self._spec(value, node).dtype)
+            made = self._added("aten.einsum.default", pair, spec, arguments, (), module)
+            names = [n for i, n in enumerate(names) if i not in (product.left, product.right)]
+            names.append(made)
+        return names[0]
+
     def _fitted(self, name: str, spec: TensorSpec, module: str) -> str:
         """The tensor, cast and expanded to ``spec`` where it differs."""
         if self.tensors[name].spec.dtype != spec.dtype:
             cast = TensorSpec(self.tensors[name].spec.shape, spec.dtype)
             keywords = (("dtype", Dtype(spec.dtype)),)
-            name = self._unary("aten._to_copy.default", name, cast, (Input(0),), keywords, module)
+            name = self._added("aten._to_copy.default", (name,), cast, (Input(0),), keywords, module)
         if self.tensors[name].spec.shape != spec.shape:
             arguments = (Input(0), spec.shape)
-            name = self._unary("aten.expand.default", name, spec, arguments, (), module)
+            name = self._added("aten.expand.default", (name,), spec, arguments, (), module)
         return name
 
-    def _unary(
+    def _added(
         self,
         op: str,
-        source: str,
+        sources: tuple[str, ...],
         spec: TensorSpec,
         arguments: tuple[Argument, ...],
         keywords: tuple[tuple[str, Argument], ...],
         module: str,
     ) -> str:
-        """Add an operator that no node stands for."""
+        """An operator that no node stands for."""
         name = self._unique(".".join(filter(None, (module, op.split(".")[1].strip("_")))))
-        flows = self.tensors[source].differentiable and spec.is_floating
-        self.tensors[name] = Tensor(name, spec, Role.ACTIVATION, flows)
-        self.operators.append(Operator(name, op, (source,), (name,), arguments, keywords, module))
+        flows = any(self.tensors[source].differentiable for source in sources)
+        self.tensors[name] = Tensor(name, spec, Role.ACTIVATION, flows and spec.is_floating)
+        self.operators.append(Operator(name, op, sources, (name,), arguments, keywords, module))
         return name
 
     def _operator(self, node: fx.Node, call: _Call, results: Any) -> str | tuple[str, ...]:

@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import torch
 from torch import fx, nn
+from torch._subclasses import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.nn.modules.module import register_module_buffer_registration_hook
 
@@ -49,9 +50,27 @@ def extract(
     inputs = _on_device(checked(inputs), _device(model))
     if precision == "mixed":
         model, inputs = in_bfloat16(model), _cast(inputs)
-    with _unseen(model) as problems:
-        program = _trace(_Step(model, loss), inputs)
+    try:
+        program, problems = _seen(model, inputs, loss)
+    except UnsupportedModelError as error:
+        if _MET not in str(error):
+            raise
+        # forward makes tensors without saying where: on the CPU, where the model is not
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model, inputs = _on_hollow_cpu(model), _on_device(inputs, torch.device("cpu"))
+            program, problems = _seen(model, inputs, loss)
     return convert(program, model, _names(model, inputs), name, problems)
+
+
+_MET = "found at least two devices, meta"
+"""What torch says when a tensor of a model on the meta device meets another."""
+
+
+def _seen(
+    model: nn.Module, inputs: Inputs, loss: Loss | None
+) -> tuple[ExportedProgram, list[str]]:
+    with _unseen(model) as problems:
+        return _trace(_Step(model, loss), inputs), problems
 
 
 class _Step(nn.Module):
@@ -137,10 +156,28 @@ def _cast(inputs: Inputs) -> Inputs:
 
 def in_bfloat16(model: nn.Module) -> nn.Module:
     """A copy with uninitialised bfloat16 weights and buffers; ``model`` stays as it is."""
+
+    def narrow(tensor: torch.Tensor) -> torch.Tensor:
+        dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
+        return torch.empty_like(tensor, dtype=dtype, requires_grad=False)
+
+    return _with_tensors(model, narrow)
+
+
+def _on_hollow_cpu(model: nn.Module) -> nn.Module:
+    """A copy whose weights say that they are on the CPU; under ``FakeTensorMode`` they are not."""
+    return _with_tensors(
+        model, lambda tensor: torch.empty_like(tensor, device="cpu", requires_grad=False)
+    )
+
+
+def _with_tensors(
+    model: nn.Module, made: Callable[[torch.Tensor], torch.Tensor]
+) -> nn.Module:
+    """A copy with other weights and buffers."""
     copies: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
-        dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
-        copy = torch.empty_like(tensor, dtype=dtype, requires_grad=False)
+        copy = made(tensor)
         if isinstance(tensor, nn.Parameter):
             copy = nn.Parameter(copy, requires_grad=tensor.requires_grad)
         copies[id(tensor)] = copy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 from autopar.errors import UnsupportedModelError
@@ -10,6 +11,7 @@ from autopar.ir.rule import BoundRule, OpRule, RuleMaker, bind
 from autopar.ops import (
     attention,
     convolution,
+    draws,
     elementwise,
     embedding,
     factories,
@@ -36,6 +38,7 @@ RULES: dict[str, OpRule | RuleMaker] = {
     **views.RULES,
     **indexing.RULES,
     **factories.RULES,
+    **draws.RULES,
 }
 """By op: a rule, or a function that makes it where shapes or arguments decide."""
 
@@ -57,17 +60,17 @@ def bound_rules(graph: OperatorGraph, proposals: Proposals = ()) -> dict[str, Bo
         UnsupportedModelError: naming every op of the graph that has no rule.
     """
     found: dict[str, BoundRule] = {}
-    missing: dict[str, list[Operator]] = {}
+    missing: list[Operator] = []
     for operator in graph.operators:
         bound = bind_operator(graph, operator)
         if bound is None and proposals:
             bound = bind_proposal(graph, operator, proposals)
         if bound is None:
-            missing.setdefault(operator.op, []).append(operator)
+            missing.append(operator)
         else:
             found[operator.name] = bound
     if missing:
-        raise UnsupportedModelError(_complaint(graph, missing))
+        raise UnsupportedModelError(complaint(missing, graph.spec))
     return with_parts(graph, found)
 
 
@@ -132,18 +135,23 @@ def _bound_with_parts(
     return bind(changed(rule, change, input_specs, output_specs), input_specs, output_specs)
 
 
-def _complaint(graph: OperatorGraph, missing: dict[str, list[Operator]]) -> str:
+def complaint(missing: Iterable[Operator], spec: Callable[[str], TensorSpec]) -> str:
+    """What to tell a person whose model has operators without a rule."""
+    by_op: dict[str, list[Operator]] = {}
+    for operator in missing:
+        by_op.setdefault(operator.op, []).append(operator)
     lines = []
-    for op, operators in sorted(missing.items()):
+    for op, operators in sorted(by_op.items()):
         first = operators[0]
-        specs = ", ".join(f"{graph.spec(n).dtype}{list(graph.spec(n).shape)}" for n in first.inputs)
+        specs = ", ".join(f"{spec(n).dtype}{list(spec(n).shape)}" for n in first.inputs)
         more = f" and {len(operators) - 1} more" if len(operators) > 1 else ""
         lines.append(f"  {op}({specs}) in {first.module or 'the model'}{more}")
     return (
-        f"{len(missing)} ops have no rule that says how they can be split:\n"
+        f"{len(by_op)} ops have no rule that says how they can be split:\n"
         + "\n".join(lines)
-        + "\nwrite them in terms of other ops, or add a rule to a file in autopar/ops"
+        + "\nlet --propose (in Python: propose=True) find rules by trying, write them in terms of "
+        "other ops, or add a rule to a file in autopar/ops"
     )
 
 
-__all__ = ["RULES", "Proposals", "bind_operator", "bound_rules", "rule_for", "with_parts"]
+__all__ = ["RULES", "Proposals", "bind_operator", "bound_rules", "complaint", "rule_for", "with_parts"]

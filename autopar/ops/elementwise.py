@@ -181,6 +181,8 @@ RULES: dict[str, OpRule | RuleMaker] = {
     "aten.max.other": KEEPS_BOTH,
     "aten.min.other": KEEPS_BOTH,
     "aten.atan2.default": KEEPS_BOTH,
+    "aten.polar.default": KEEPS_OUTPUT,
+    "aten.complex.default": pointwise(Saved("input 0", (0,)), Saved("input 1", (1,))),
     "aten.addcmul.default": pointwise(Saved("input 1", (2,)), Saved("input 2", (1,))),
     "aten.addcdiv.default": pointwise(Saved("input 1", (2,)), "input 2"),
     "aten.lerp.Scalar": pointwise(linear="together"),

@@ -1,4 +1,4 @@
-"""Ops that reduce dims, or that need a whole dim to work along it: sum, amax, softmax, sort."""
+"""Ops that reduce dims, or that need a whole dim to work along it: sum, amax, softmax, sort, fft."""
 
 from __future__ import annotations
 
@@ -70,6 +70,31 @@ def along(*saves: str, dim: int = 1, default: int = -1, linear: bool = False) ->
     return make
 
 
+def fourier(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
+    """Transforms need their dims whole; they may be of other sizes afterwards."""
+    names = labels(inputs[0].shape)
+    out = labels(outputs[0].shape)
+    for dim in dims_of(operator.argument(1, "dim"), len(names)):
+        out[dim] = "1" if out[dim] == "1" else f"frequency{dim}"
+    transformed = [n for n, after in zip(names, out, strict=True) if n != after and n != "1"]
+    real = not inputs[0].dtype.startswith("complex")
+    return OpRule(
+        signature([names], [out]),
+        saves=(Saved("input 0"),) if real else (),
+        whole=(*transformed, *(n for n in out if n.startswith("frequency"))),
+        linear=(0,),
+    )
+
+
+def histogram(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
+    """Counts of parts add up; where no range is given it is that of all values."""
+    del outputs
+    names = labels(inputs[0].shape)
+    low, high = operator.argument(2, "min", 0), operator.argument(3, "max", 0)
+    counted = tuple(n for n in names if n != "1") if low != high else ()
+    return OpRule(signature([names], [["bins"]]), whole=("bins",), sums=counted)
+
+
 SUM = reduction(_dims(1), sums=True)
 MEAN = reduction(_dims(1), sums=True, divides=True)
 TEST = reduction(_dims(1))
@@ -127,4 +152,8 @@ RULES: dict[str, OpRule | RuleMaker] = {
         lambda o, rank: dims_of(o.argument(2, "dim", -1), rank), "output 1"
     ),
     "aten.glu.default": along("input 0"),
+    "aten._fft_r2c.default": fourier,
+    "aten._fft_c2r.default": fourier,
+    "aten._fft_c2c.default": fourier,
+    "aten.histc.default": histogram,
 }

@@ -29,9 +29,11 @@ class Batches:
         keywords = {key for key in keys if key}
         positional = names[: len(names) - len(keywords)]
         if len(args) != len(positional) or set(kwargs) != keywords:
+            fixed = sorted(k for k, v in kwargs.items() if not isinstance(v, Tensor))
             raise PlanMismatchError(
                 f"the plan was made for {len(positional)} positional inputs and the keywords "
                 f"{sorted(keywords)}; got {len(args)} and {sorted(kwargs)}"
+                + (f". {fixed} are no tensors: the plan has fixed them, leave them out" * bool(fixed))
             )
         given = dict(zip(positional, args, strict=True))
         given.update({keys[key]: value for key, value in kwargs.items()})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, Literal
 
 import spmd_types
@@ -24,6 +25,45 @@ warnings.filterwarnings("ignore", r".*is deprecated", FutureWarning, r"spmd_type
 
 _c10d = torch.ops._c10d_functional
 _TYPES = {"R": spmd_types.R, "I": spmd_types.I, "P": spmd_types.P}
+
+
+class Pairs(torch.autograd.Function):
+    """Complex numbers as pairs of real ones (``to_pairs``), or back: gloo carries real ones only."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, to_pairs: bool) -> Tensor:
+        ctx.back = not to_pairs
+        if to_pairs:
+            return torch.view_as_real(tensor.resolve_conj())
+        return torch.view_as_complex(tensor.contiguous())
+
+    @staticmethod
+    def spmd_typecheck(made: Tensor, *, tensor: Tensor, to_pairs: bool) -> None:
+        del to_pairs
+        spmd_types.assert_type(made, dict(spmd_types.get_local_type(tensor)))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return Pairs.apply(gradient, ctx.back), None  # type: ignore[no-untyped-call]
+
+
+_Move = Callable[..., Tensor]
+
+
+def _in_pairs(method: _Move) -> _Move:
+    """The method, which moves tensors of complex numbers as pairs."""
+
+    @wraps(method)
+    def move(self: Any, tensor: Tensor, axis: str, *, src: Placement, dst: Placement) -> Tensor:
+        if not tensor.is_complex():
+            return method(self, tensor, axis, src=src, dst=dst)
+        pairs = Pairs.apply(tensor, True)  # type: ignore[no-untyped-call]
+        moved: Tensor = Pairs.apply(  # type: ignore[no-untyped-call]
+            method(self, pairs, axis, src=src, dst=dst), False
+        )
+        return moved
+
+    return move
 
 
 @dataclass
@@ -50,23 +90,28 @@ class Communicator:
             }
         )
 
+    @_in_pairs
     def all_gather(self, tensor: Tensor, axis: str, *, src: Placement, dst: Placement) -> Tensor:
         return self._call(spmd_types.all_gather, tensor, axis, src, dst)
 
+    @_in_pairs
     def reduce_scatter(
         self, tensor: Tensor, axis: str, *, src: Placement, dst: Placement
     ) -> Tensor:
         return self._call(spmd_types.reduce_scatter, tensor, axis, src, dst)
 
+    @_in_pairs
     def all_reduce(self, tensor: Tensor, axis: str, *, src: Placement, dst: Placement) -> Tensor:
         moved = self._call(spmd_types.all_reduce, tensor.contiguous(), axis, src, dst)
         return _with_contiguous_gradient(moved)
 
+    @_in_pairs
     def convert(self, tensor: Tensor, axis: str, *, src: Placement, dst: Placement) -> Tensor:
         """Where each rank has what it needs: a copy of its slice, zeros around it, or itself."""
         moved = self._call(spmd_types.convert, tensor, axis, src, dst, expert_mode=True)
         return _with_contiguous_gradient(moved) if (src, dst) == ("I", "R") else moved
 
+    @_in_pairs
     def all_to_all(self, tensor: Tensor, axis: str, *, src: Placement, dst: Placement) -> Tensor:
         moved: Tensor = AllToAll.apply(  # type: ignore[no-untyped-call]
             tensor, self.groups[axis], src, dst

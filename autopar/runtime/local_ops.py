@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from autopar.ir.graph import Operator
-from autopar.ir.rule import BoundRule, Dim, Split
+from autopar.ir.rule import BoundRule, Split
 from autopar.ir.sharding import Mesh
+from autopar.runtime.draws import DRAWS, keep_mask
 from autopar.simulator.workspace import attention_samples
 
 ReduceOp = Literal["sum", "max"]
@@ -316,63 +317,6 @@ def mean_divisor(values: Sequence[Any], keywords: Mapping[str, Any]) -> Tensor:
 
 
 # --- dropout -------------------------------------------------------------------------------------
-
-
-def _signed(value: int) -> int:
-    """The int64 with the same bits."""
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >> 63 else value
-
-
-# Increment and multipliers of splitmix64: Steele, Lea and Flood, "Fast splittable pseudorandom
-# number generators", OOPSLA 2014, figure 17 (the variant of Stafford's mix 13).
-_INCREMENT = 0x9E3779B97F4A7C15
-_FIRST, _SECOND = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
-
-
-def _mixed(value: int) -> int:
-    """splitmix64's finalizer, of one number."""
-    mask = (1 << 64) - 1
-    value &= mask
-    value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & mask
-    value = ((value ^ value >> 27) * 0x94D049BB133111EB) & mask
-    return value ^ value >> 31
-
-
-_ALL = slice(None)
-
-
-def keep_mask(
-    context: LocalContext,
-    dims: tuple[Dim, ...],
-    p: float,
-    device: torch.device,
-    part: slice = _ALL,
-) -> Tensor:
-    """True with probability 1 - ``p``: a hash of the seed, the operator and the *global* index.
-
-    So every split and every replica draws the same mask. ``dims`` are the factors of the tensor;
-    ``part``: of its first dim, which indices.
-    """
-    local = context.bound.local_sizes(context.split, context.mesh)
-    key = _mixed(_mixed(context.seed) + context.operator_id * _INCREMENT)
-    state = torch.full((), _signed(key), dtype=torch.int64, device=device)
-    stride = prod(context.bound.sizes[f] for dim in dims for f in dim)
-    for dim in dims:
-        size = prod(context.bound.sizes[f] for f in dim)
-        stride //= size
-        # only the leading factor of a dim is ever split, so a slice of the dim is contiguous
-        start = (context.offset(dim[0]) * (size // context.bound.sizes[dim[0]])) if dim else 0
-        length = prod(local[f] for f in dim)
-        index = torch.arange(start, start + length, device=device)[part]
-        state = state.unsqueeze(-1) + index * _signed(stride * _INCREMENT)
-        part = _ALL
-    state ^= (state >> 30).bitwise_and_((1 << 34) - 1)
-    state *= _FIRST
-    state ^= (state >> 27).bitwise_and_((1 << 37) - 1)
-    state *= _SECOND
-    # p of all int64 lie below this; the highest bits of the product are the well mixed ones
-    return state >= min(max(int(p * 2.0**64) - 2**63, -(2**63)), 2**63 - 1)
 
 
 def dropout(
@@ -684,6 +628,7 @@ LOCAL_OPS: dict[str, LocalOp] = {
     "aten.nll_loss.default": _classified(normalises=False),
     "aten.nll_loss_nd.default": _classified(normalises=False),
     "aten.nll_loss2d.default": _classified(normalises=False),
+    **DRAWS,
     "aten.native_dropout.default": dropout,
     "aten.dropout.default": dropout,
     "aten.scaled_dot_product_attention.default": attention,

@@ -20,6 +20,7 @@ from autopar.ir.graph import Operator, OperatorGraph
 from autopar.ir.measurement import Measurement
 from autopar.ir.plan import Plan, write_atomically
 from autopar.ir.strategy import Training
+from autopar.ops.draws import draws
 from autopar.runtime.initial import InitialValues
 from autopar.runtime.launch import local_device, run, torchrun
 from autopar.runtime.local_ops import OUT_OF_RANGE
@@ -178,9 +179,9 @@ def single_process(plan: Plan, build: Build, steps: int, seed: int) -> tuple[flo
 
 
 def draws_random_numbers(graph: OperatorGraph) -> bool:
-    """Whether a step depends on random masks, which torch draws otherwise than the runtime."""
+    """Whether a step depends on random numbers, which torch draws otherwise than the runtime."""
     return any(
-        "dropout" in operator.op or bool(_attention_dropout(operator))
+        draws(operator.op) or bool(_attention_dropout(operator))
         for operator in graph.operators
     )
 

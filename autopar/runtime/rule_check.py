@@ -26,6 +26,7 @@ from autopar.ir.sharding import (
     local_shape,
     sharded_dim,
 )
+from autopar.ops.draws import draws
 from autopar.runtime.local_ops import LOCAL_OPS, ReduceOp, aten, needs_local_op
 from autopar.runtime.pieces import held
 
@@ -144,7 +145,8 @@ def signed_data(spec: TensorSpec, generator: torch.Generator) -> Tensor:
     """Normal numbers; integers of both signs but not zero, which divides; booleans."""
     dtype = getattr(torch, spec.dtype)
     if spec.is_floating:
-        return torch.randn(spec.shape, generator=generator, dtype=torch.float64).to(dtype)
+        wide = torch.complex128 if dtype.is_complex else torch.float64
+        return torch.randn(spec.shape, generator=generator, dtype=wide).to(dtype)
     if spec.dtype == "bool":
         return torch.rand(spec.shape, generator=generator) < 0.5
     size = torch.randint(1, 5, spec.shape, generator=generator)
@@ -257,7 +259,7 @@ class _Case:
     @property
     def _random(self) -> bool:
         attends = self.bound.rule.kind == "attention"
-        return "dropout" in self.operator.op or (
+        return draws(self.operator.op) or (
             attends and bool(self.operator.argument(4, "dropout_p", 0.0))
         )
 

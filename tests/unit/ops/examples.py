@@ -458,7 +458,7 @@ BINARY = [
     e("pow.Tensor_Scalar", f(4, 6), 2.0),
     e("pow.Scalar", 2.0, f(4, 6)),
     e("pow.Tensor_Tensor", positive(4, 6), f(6)),
-    *(e(f"{n}.default", f(4, 6), f(6)) for n in ("maximum", "minimum", "atan2")),
+    *(e(f"{n}.default", f(4, 6), f(6)) for n in ("maximum", "minimum", "atan2", "polar", "complex")),
     e("xlogy.Tensor", f(4, 6), positive(6)),
     e("max.other", f(4, 6), f(6)),
     e("min.other", f(4, 6), f(6)),
@@ -524,6 +524,11 @@ REDUCTIONS = [
     e("topk.default", f(4, 6), 2),
     e("kthvalue.default", f(4, 6), 2),
     e("glu.default", f(4, 12), 1),
+    e("_fft_r2c.default", f(4, 2, 6), [0, 2], 0, True),
+    e("_fft_c2r.default", T((4, 2, 6), "complex128"), [2], 2, 10),
+    e("_fft_c2c.default", T((4, 2, 6), "complex128"), [0], 1, False),
+    e("histc.default", T((4, 6), low=0.0, high=1.0, differentiable=False), 6, 0, 1),
+    e("histc.default", T((4, 6), differentiable=False), 6),
 ]
 
 VIEWS = [
@@ -582,7 +587,7 @@ VIEWS = [
     e("fill.Tensor", f(4, 6), f()),
     e("as_strided.default", f(4, 6), [2, 6], [12, 1]),
     e("view_as_complex.default", f(4, 6, 2)),
-    e("view_as_real.default", T((4, 6), "complex128", differentiable=False)),
+    e("view_as_real.default", T((4, 6), "complex128")),
 ]
 
 INDEXING = [
@@ -622,6 +627,21 @@ FACTORIES = [
     e("one_hot.default", index(4, below=6), 6),
 ]
 
+DRAWS = [
+    *(e(f"{n}.default", [4, 6]) for n in ("rand", "randn")),
+    e("randn.default", [4, 6], dtype=torch.bfloat16),
+    *(e(f"{n}.default", f(4, 6)) for n in ("rand_like", "randn_like")),
+    e("bernoulli.default", unit(4, 6)),
+    *(e(f"{n}.default", f(4, 6)) for n in ("uniform", "exponential", "normal_functional")),
+    e("randint.default", 100, [4, 6]),
+    e("randint.low", -5, 100, [4, 6], dtype=torch.int32),
+    e("randint_like.default", i(4, 6), 100),
+    e("randint_like.low_dtype", f(4, 6), -5, 100),
+    e("randperm.default", 12),
+    e("bernoulli.p", f(4, 6), 0.3),
+    e("normal.Tensor_Tensor", f(4, 6), positive(4, 6)),
+]
+
 EXAMPLES = [
     *MATRIX_PRODUCTS,
     *ATTENTION,
@@ -635,4 +655,5 @@ EXAMPLES = [
     *VIEWS,
     *INDEXING,
     *FACTORIES,
+    *DRAWS,
 ]
