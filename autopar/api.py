@@ -197,7 +197,11 @@ def problem_of(
         progress=progress,
     )
     limit = wanted.get("memory_limit_bytes")
-    proposals = proposals_for(graph, progress) if wanted.get("propose") else ()
+    proposals: Proposals = ()
+    if wanted.get("propose"):
+        if isinstance(model, str | Path):
+            _know_ops(graph, str(model), wanted.get("batch"), wanted.get("sequence"))
+        proposals = proposals_for(graph, progress)
     return Problem(
         graph=graph,
         cost_model=cost_model,
@@ -208,6 +212,12 @@ def problem_of(
         dimensions=_dimensions(wanted.get("dimensions", "SOAP")),
         proposals=proposals,
     )
+
+
+def _know_ops(graph: OperatorGraph, model: str, batch: int | None, sequence: int | None) -> None:
+    from autopar.extractor import know_ops
+
+    know_ops(graph, model, batch, sequence)
 
 
 def proposals_for(graph: OperatorGraph, progress: Progress | None = None) -> Proposals:
@@ -465,6 +475,7 @@ def verify(plan: Plan, *, rank: int = 0, progress: Progress | None = None) -> Re
 
     _tell(progress, f"dry-running rank {rank} of {plan.world_size}")
     division_of(plan)  # says what is wrong with a split, if anything
+    _know_ops(plan.graph, plan.model, plan.batch, plan.sequence)
     return dry_run.verify(plan, rank=rank)
 
 

@@ -9,13 +9,14 @@ from autopar.extractor.cache import cached_extract
 
 if TYPE_CHECKING:
     from autopar.extractor.interpreter import execute
-    from autopar.extractor.sources import LoadedModel, load
+    from autopar.extractor.sources import LoadedModel, know_ops, load
     from autopar.extractor.trace import extract, in_bfloat16
 
-__all__ = ["LoadedModel", "cached_extract", "execute", "extract", "in_bfloat16", "load"]
+__all__ = ["LoadedModel", "cached_extract", "execute", "extract", "in_bfloat16", "know_ops", "load"]
 
 _HOME = {
     "LoadedModel": "sources",
+    "know_ops": "sources",
     "load": "sources",
     "execute": "interpreter",
     "extract": "trace",

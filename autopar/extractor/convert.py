@@ -327,11 +327,12 @@ class _Converter:
 
     def _consider(self, node: fx.Node) -> None:
         """Convert the call, or say once why not: what reads a refused result is not reported."""
-        known = len(self.problems)
+        known, made = len(self.problems), len(self.operators)
         if not self.refused.intersection(node.all_input_nodes):
             self._call(node)
             if len(self.problems) == known:
                 return
+            del self.operators[made:]
         self.refused.add(node)
 
     def _call(self, node: fx.Node) -> None:
@@ -437,7 +438,9 @@ class _Converter:
         if self.tensors[name].spec.dtype != spec.dtype:
             cast = TensorSpec(self.tensors[name].spec.shape, spec.dtype)
             keywords = (("dtype", Dtype(spec.dtype)),)
-            name = self._added("aten._to_copy.default", (name,), cast, (Input(0),), keywords, module)
+            name = self._added(
+                "aten._to_copy.default", (name,), cast, (Input(0),), keywords, module
+            )
         if self.tensors[name].spec.shape != spec.shape:
             arguments = (Input(0), spec.shape)
             name = self._added("aten.expand.default", (name,), spec, arguments, (), module)

@@ -71,6 +71,15 @@ def overload(op: str) -> torch._ops.OpOverload:
     return found
 
 
+def is_known(op: str) -> bool:
+    """Whether such an op is registered here."""
+    try:
+        overload(op)
+    except AttributeError:
+        return False
+    return True
+
+
 def call(o: Operator, inputs: list[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, ...]:
     """Run one operator; tensors that it makes from nothing are made on ``device``."""
     target = overload("aten.reshape.default" if o.op == "aten.view.default" else o.op)

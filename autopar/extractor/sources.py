@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from autopar.errors import AutoparError
+from autopar.extractor.interpreter import is_known
 from autopar.extractor.trace import Inputs, Loss, checked, extract
 from autopar.ir.graph import OperatorGraph
 
@@ -78,6 +79,19 @@ def load(spec: str, *, batch: int | None = None, sequence: int | None = None) ->
         raise AutoparError(f"there is no model {spec!r}: give {FORMS}{hint}")
     model, inputs, loss = _on_meta(build)
     return LoadedModel(spec, name, model, inputs, loss, build)
+
+
+def know_ops(graph: OperatorGraph, spec: str, batch: int | None, sequence: int | None) -> None:
+    """Have custom ops of the model's code registered, which a graph from the cache has not run."""
+    unknown = sorted({o.op for o in graph.operators if not is_known(o.op)})
+    if unknown and spec:
+        load(spec, batch=batch, sequence=sequence)
+        unknown = [op for op in unknown if not is_known(op)]
+    if unknown:
+        raise AutoparError(
+            f"the custom ops {', '.join(unknown)} are not registered in this process: "
+            + (f"{spec} does not define them any more" if spec else "import what defines them")
+        )
 
 
 def _on_meta(build: Callable[[], _T]) -> _T:

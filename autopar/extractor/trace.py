@@ -66,9 +66,7 @@ _MET = "found at least two devices, meta"
 """What torch says when a tensor of a model on the meta device meets another."""
 
 
-def _seen(
-    model: nn.Module, inputs: Inputs, loss: Loss | None
-) -> tuple[ExportedProgram, list[str]]:
+def _seen(model: nn.Module, inputs: Inputs, loss: Loss | None) -> tuple[ExportedProgram, list[str]]:
     with _unseen(model) as problems:
         return _trace(_Step(model, loss), inputs), problems
 
@@ -171,9 +169,7 @@ def _on_hollow_cpu(model: nn.Module) -> nn.Module:
     )
 
 
-def _with_tensors(
-    model: nn.Module, made: Callable[[torch.Tensor], torch.Tensor]
-) -> nn.Module:
+def _with_tensors(model: nn.Module, made: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
     """A copy with other weights and buffers."""
     copies: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:

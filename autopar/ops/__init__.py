@@ -154,4 +154,12 @@ def complaint(missing: Iterable[Operator], spec: Callable[[str], TensorSpec]) ->
     )
 
 
-__all__ = ["RULES", "Proposals", "bind_operator", "bound_rules", "complaint", "rule_for", "with_parts"]
+__all__ = [
+    "RULES",
+    "Proposals",
+    "bind_operator",
+    "bound_rules",
+    "complaint",
+    "rule_for",
+    "with_parts",
+]

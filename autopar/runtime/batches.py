@@ -33,7 +33,10 @@ class Batches:
             raise PlanMismatchError(
                 f"the plan was made for {len(positional)} positional inputs and the keywords "
                 f"{sorted(keywords)}; got {len(args)} and {sorted(kwargs)}"
-                + (f". {fixed} are no tensors: the plan has fixed them, leave them out" * bool(fixed))
+                + (
+                    f". {fixed} are no tensors: the plan has fixed them, leave them out"
+                    * bool(fixed)
+                )
             )
         given = dict(zip(positional, args, strict=True))
         given.update({keys[key]: value for key, value in kwargs.items()})

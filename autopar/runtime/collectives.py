@@ -28,7 +28,7 @@ _TYPES = {"R": spmd_types.R, "I": spmd_types.I, "P": spmd_types.P}
 
 
 class Pairs(torch.autograd.Function):
-    """Complex numbers as pairs of real ones (``to_pairs``), or back: gloo carries real ones only."""
+    """Complex numbers as pairs of real ones (``to_pairs``), or back: gloo does not carry them."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, to_pairs: bool) -> Tensor:

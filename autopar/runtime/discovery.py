@@ -51,6 +51,7 @@ MOST_ATTEMPTS = 4000  # ways of cutting the inputs of one call
 MOST_TOGETHER = 6  # inputs of which all subsets are tried as partial sums
 PAIR = Mesh((("a", 2),))
 VERSION = 1  # of what is cached
+_STABLE = ("aten.", "prims.")  # ops that only another torch changes
 
 
 def rules_with_proposals(graph: OperatorGraph) -> tuple[dict[str, BoundRule], Proposals]:
@@ -85,15 +86,17 @@ def propose(
 def propose_all(
     calls: Sequence[tuple[Operator, Specs, Specs]], *, cache: Path | None = None
 ) -> list[OpRule | None]:
-    """One proposal a call. ``cache``: a folder (default: the user's cache)."""
+    """One proposal a call. ``cache``: a folder (default: the user's cache), for torch's own ops;
+    others are tried each time, since what they do may have changed under their name."""
     folder = cache or Path(platformdirs.user_cache_dir("autopar")) / "rules"
     files = [folder / f"{_fingerprint(*call)}.json" for call in calls]
-    known = {i: _read(file) for i, file in enumerate(files) if file.exists()}
+    kept = [operator.op.startswith(_STABLE) for operator, _, _ in calls]
+    known = {i: _read(file) for i, file in enumerate(files) if kept[i] and file.exists()}
     found = {i: rule for i, (ok, rule) in known.items() if ok}
     missing = [i for i in range(len(calls)) if i not in found]
     for i, (rule, settled) in zip(missing, _tried([calls[i] for i in missing]), strict=True):
         found[i] = rule
-        if settled:
+        if settled and kept[i]:
             _write(files[i], rule)
     return [found[i] for i in range(len(calls))]
 

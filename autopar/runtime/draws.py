@@ -180,7 +180,8 @@ def _normal(source: _Source) -> Tensor:
 
 
 def _normal_of_tensors(source: _Source) -> Tensor:
-    return source.normal().mul_(source.values[1]).add_(source.values[0])
+    drawn: Tensor = source.normal().mul_(source.values[1]).add_(source.values[0])
+    return drawn
 
 
 def _randperm(source: _Source) -> Tensor:

@@ -435,7 +435,7 @@ def _laid_out_as_fused(q: Tensor, v: Tensor) -> Tensor:
 def _samples(q: Tensor, k: Tensor) -> list[slice]:
     """The batch in parts that have at most ``LARGEST_SCORES`` scores, or one sample."""
     if q.ndim != 4:
-        return [_ALL]
+        return [slice(None)]
     count = attention_samples(q.shape[0], prod(q.shape[1:-1]) * k.shape[-2])
     return [slice(start, start + count) for start in range(0, q.shape[0], count)]
 

@@ -181,8 +181,7 @@ def single_process(plan: Plan, build: Build, steps: int, seed: int) -> tuple[flo
 def draws_random_numbers(graph: OperatorGraph) -> bool:
     """Whether a step depends on random numbers, which torch draws otherwise than the runtime."""
     return any(
-        draws(operator.op) or bool(_attention_dropout(operator))
-        for operator in graph.operators
+        draws(operator.op) or bool(_attention_dropout(operator)) for operator in graph.operators
     )
 
 

@@ -88,6 +88,37 @@ def _dropout(local: _Local) -> tuple[int, int]:
     return max(0, (_MASK_BYTES - 1) * elements - out), 0
 
 
+def _drawn(more_bytes: int = 0) -> Callable[[_Local], tuple[int, int]]:
+    """Hashes before there are numbers; ``more_bytes``: of an element, held meanwhile."""
+
+    def workspace(local: _Local) -> tuple[int, int]:
+        out = local.written[0]
+        elements = out // ITEM_BYTES[local.bound.output_specs[0].dtype]
+        return max(0, (_MASK_BYTES + more_bytes) * elements - out), 0
+
+    return workspace
+
+
+def _normal(local: _Local) -> tuple[int, int]:
+    """The radius, in float32 or wider, waits for its angle."""
+    return _drawn(max(4, ITEM_BYTES[local.bound.output_specs[0].dtype]))(local)
+
+
+def _fourier_to_complex(local: _Local) -> tuple[int, int]:
+    """Backward, the gradient is filled up to all frequencies and transformed as complex numbers."""
+    return 0, 3 * local.read[0]
+
+
+def _fourier_to_real(local: _Local) -> tuple[int, int]:
+    """The transform works in a copy of its input."""
+    return local.read[0], 0
+
+
+def _einsum(local: _Local) -> tuple[int, int]:
+    """As a product where nothing is summed."""
+    return _product_backward(local) if local.bound.rule.kind == "memory" else (0, 0)
+
+
 def _attention(local: _Local) -> tuple[int, int]:
     """By its definition: scores in float32 or wider, probabilities, their gradients, and the mask,
     all for each query and key. The fused kernels have none of these."""
@@ -190,16 +221,34 @@ WORKSPACE: dict[str, Callable[[_Local], tuple[int, int]]] = {
     "aten._native_batch_norm_legit_functional.default": _batch_norm,
     "aten.abs.default": _formula(1),
     "aten.cos.default": _formula(1),
+    "aten.bernoulli.default": _drawn(),
+    "aten.bernoulli.p": _drawn(),
     "aten.cross_entropy_loss.default": _cross_entropy,
     "aten.div.Tensor": _quotient_backward,
     "aten.dropout.default": _dropout,
+    "aten.einsum.default": _einsum,
+    "aten.exponential.default": _drawn(),
+    "aten._fft_c2r.default": _fourier_to_real,
+    "aten._fft_r2c.default": _fourier_to_complex,
     "aten.mul.Tensor": _product_backward,
     "aten.native_dropout.default": _dropout,
+    "aten.normal.Tensor_Tensor": _normal,
+    "aten.normal_functional.default": _normal,
     "aten.pow.Tensor_Scalar": _formula(2),
+    "aten.rand.default": _drawn(),
+    "aten.rand_like.default": _drawn(),
+    "aten.randint.default": _drawn(),
+    "aten.randint.low": _drawn(),
+    "aten.randint_like.default": _drawn(),
+    "aten.randint_like.low_dtype": _drawn(),
+    "aten.randn.default": _normal,
+    "aten.randn_like.default": _normal,
+    "aten.randperm.default": _drawn(ITEM_BYTES["int64"]),
     "aten.reciprocal.default": _formula(2),
     "aten.rsqrt.default": _formula(2),
     "aten.scaled_dot_product_attention.default": _attention,
     "aten.sin.default": _formula(1),
     "aten.sqrt.default": _formula(1),
     "aten.square.default": _formula(2),
+    "aten.uniform.default": _drawn(),
 }

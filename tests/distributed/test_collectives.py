@@ -50,7 +50,7 @@ def test_dims_of_several_parts_on_two_axes() -> None:
     pool().run(4, check_pairs, TWO, some)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int64", "bool"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int64", "bool", "complex64"])
 def test_any_dtype(dtype: str) -> None:
     pool().run(2, check_dtype, dtype)
 

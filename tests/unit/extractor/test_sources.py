@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -201,3 +202,51 @@ def test_a_name_that_is_not_cached_is_not_downloaded(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "nosuchtype"}')
     with pytest.raises(AutoparError, match="cannot read its config"):
         load(f"hf:{tmp_path}")
+
+
+CUSTOM = """
+import torch
+from torch import nn
+
+@torch.library.custom_op("autopar_tests::tripled", mutates_args=())
+def tripled(x: torch.Tensor) -> torch.Tensor:
+    return x * 3
+
+@tripled.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+tripled.register_autograd(lambda context, gradient: gradient * 3)
+
+class Tripling(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return tripled(self.linear(x)).square().mean()
+
+def model():
+    return Tripling()
+
+def inputs():
+    return (torch.randn(8, 8),)
+"""
+
+
+def test_custom_ops_of_a_cached_extraction_are_registered_when_they_are_tried(
+    tmp_path: Path,
+) -> None:
+    """Each in a process of its own: in this one, the op would stay registered."""
+    (tmp_path / "model.py").write_text(CUSTOM)
+    plan = (
+        "import sys, autopar\n"
+        "from autopar.extractor import cache\n"
+        "cache.platformdirs.user_cache_path = lambda _: __import__('pathlib').Path('cache')\n"
+        "plan = autopar.plan('model.py', topology='1x2xh100-sxm', propose=True)\n"
+        "assert 'tripled' in plan.proposed[0][0], plan.proposed\n"
+        "autopar.verify(plan)\n"
+    )
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", plan], cwd=tmp_path, check=True)
+    assert len(list((tmp_path / "cache").rglob("*.json.gz"))) == 1

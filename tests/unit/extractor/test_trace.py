@@ -14,6 +14,7 @@ from autopar.errors import AutoparError, UnsupportedModelError
 from autopar.extractor import execute, extract
 from autopar.ir.graph import Role
 from autopar.ops import bound_rules
+from autopar.ops.draws import draws
 
 
 class Mixed(nn.Module):
@@ -321,3 +322,100 @@ def test_ops_that_leave_memory_as_it_is_have_a_value_on_every_rank() -> None:
     graph = extract(Halves(), (torch.randn(4, 8),))
     assert not [operator.op for operator in graph.operators if "empty" in operator.op]
     bound_rules(graph)
+
+
+class _Contractions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(6, 5))
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        chain = torch.einsum("...i,ij,jk,bt->...k", x, self.first, self.second, gate)
+        gated = torch.einsum("bti,ij,bt->tj", x, self.first, gate)
+        turned = torch.einsum("...ti->...it", x)
+        implied = torch.einsum("...i,ij", x, self.first)
+        return chain.sin().sum() + gated.cos().sum() + (turned.exp() * turned).sum() + implied.sum()
+
+
+def test_an_einsum_of_many_tensors_or_with_an_ellipsis_is_products_of_two() -> None:
+    torch.manual_seed(0)
+    model = _Contractions().double()
+    inputs = torch.randn(3, 2, 4, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+    graph = extract(model, inputs)
+    bound_rules(graph)
+    assert all(len(o.inputs) <= 2 for o in graph.operators if o.op == "aten.einsum.default")
+    expected = model(*inputs)
+    loss = execute(graph, dict(model.named_parameters()), inputs)
+    assert_close(loss, expected, rtol=1e-12, atol=0)
+    wanted = torch.autograd.grad(expected, list(model.parameters()))
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    assert_close(found, wanted, rtol=1e-12, atol=1e-15)
+
+
+class _SaysNoDevice(nn.Module):
+    """Makes positions, a mask and a table in forward without saying on which device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(16, 4), nn.Embedding(8, 4)
+        self.head = self.tokens  # tied
+        self.register_buffer("scale", torch.ones(4))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        length = ids.shape[1]
+        x = self.tokens(ids) + self.places(torch.arange(length)) * self.scale
+        later = torch.ones(length, length).triu(1).bool()
+        scores = (x @ x.mT).masked_fill(later, float("-inf")).softmax(-1)
+        x = scores @ x * torch.tensor([1.0, 2.0, 3.0, 4.0])
+        return F.cross_entropy((x @ self.head.weight.t()).flatten(0, 1), ids.flatten())
+
+
+def test_forward_may_make_tensors_without_saying_where() -> None:
+    with torch.device("meta"):
+        hollow, ids = _SaysNoDevice(), torch.zeros(2, 8, dtype=torch.int64)
+    graph = extract(hollow, (ids,))
+    assert {p.name for p in graph.parameters} == {"tokens.weight", "places.weight"}
+    torch.manual_seed(0)
+    model, ids = _SaysNoDevice(), torch.randint(16, (2, 8))
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert_close(execute(graph, state, (ids,)), model(ids), rtol=1e-6, atol=0)
+    assert extract(hollow, (ids,), precision="mixed").spec("tokens.weight").dtype == "bfloat16"
+
+
+class _Unsupported(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return torch.special.i0e(y).sum() + x[x > 0].sum()
+
+
+def test_what_has_no_rule_is_listed_with_what_cannot_be_converted() -> None:
+    with pytest.raises(UnsupportedModelError) as refused:
+        extract(_Unsupported(), (torch.randn(4, 4),))
+    said = str(refused.value)
+    assert "aten.index.Tensor: the size of its result depends on the values" in said
+    assert "aten.special_i0e.default(float32[4, 4]) in the model" in said
+    assert said.count("aten.index") == 1
+    assert "--propose" in said
+
+
+def test_noise_has_no_gradient() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.drop = nn.Dropout(0.5, inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linear(x)
+            gumbel = -torch.empty_like(y).exponential_().log()
+            return (self.drop(y + torch.randn_like(y)) * gumbel * torch.rand(8, 1)).sum()
+
+    graph = extract(Noisy(), (torch.randn(8, 4),))
+    bound_rules(graph)
+    drawn = [o for o in graph.operators if draws(o.op)]
+    assert {o.op.split(".")[1] for o in drawn} == {"exponential", "randn_like", "rand", "bernoulli"}
+    assert not any(graph.by_name[name].differentiable for o in drawn for name in o.outputs)

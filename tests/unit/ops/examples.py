@@ -458,7 +458,10 @@ BINARY = [
     e("pow.Tensor_Scalar", f(4, 6), 2.0),
     e("pow.Scalar", 2.0, f(4, 6)),
     e("pow.Tensor_Tensor", positive(4, 6), f(6)),
-    *(e(f"{n}.default", f(4, 6), f(6)) for n in ("maximum", "minimum", "atan2", "polar", "complex")),
+    *(
+        e(f"{n}.default", f(4, 6), f(6))
+        for n in ("maximum", "minimum", "atan2", "polar", "complex")
+    ),
     e("xlogy.Tensor", f(4, 6), positive(6)),
     e("max.other", f(4, 6), f(6)),
     e("min.other", f(4, 6), f(6)),

@@ -168,6 +168,16 @@ def test_a_custom_op_of_this_process_gets_a_rule(tmp_path: Path) -> None:
     assert rule.linear == (0,)
 
 
+def test_what_a_custom_op_does_may_change_under_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = TensorSpec((12, 6), "float32")
+    custom = operator("autopar_tests.doubled_rows.default", Input(0))
+    assert propose(custom, (x,), (x,), cache=tmp_path) is not None
+    monkeypatch.setattr(discovery, "_in_process", lambda *_: None)
+    assert propose(custom, (x,), (x,), cache=tmp_path) is None
+
+
 class Unusual(nn.Module):
     def __init__(self) -> None:
         super().__init__()

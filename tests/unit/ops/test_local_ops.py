@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 import pytest
 import torch
 
-from autopar.ir.graph import Input, TensorSpec
+from autopar.ir.graph import Input, Operator, TensorSpec
 from autopar.ir.rule import BoundRule, OpRule, Split, bind
 from autopar.ir.sharding import Mesh
 from autopar.ops import RULES, rule_for
-from autopar.runtime.local_ops import LOCAL_OPS, OUT_OF_RANGE, keep_mask
+from autopar.runtime.draws import keep_mask
+from autopar.runtime.local_ops import LOCAL_OPS, OUT_OF_RANGE
 from autopar.runtime.rule_check import Group, RankContext
 from tests.unit.ops.examples import EXAMPLES
 
@@ -110,3 +113,44 @@ def test_an_index_that_no_shard_has_is_an_error_as_in_one_process(op: str, index
     on = context(bound, (factor,), Mesh((("x", 2),)))
     with pytest.raises((IndexError, RuntimeError), match=OUT_OF_RANGE):
         LOCAL_OPS[op](on, operator, (shard, given), {})
+
+
+def drawn(op: str, *arguments: Any, specs: tuple[TensorSpec, ...] = ()) -> torch.Tensor:
+    """What one process draws by a call with these arguments; tensors stand first among them."""
+    out = TensorSpec((256, 512), "float64")
+    call = Operator(op, op, tuple(f"i{i}" for i in range(len(specs))), ("o",), arguments)
+    rule = rule_for(call, specs, (out,))
+    assert rule is not None
+    values = [torch.full((256, 512), 0.3, dtype=torch.float64) for _ in specs]
+    given = [values[a.index] if isinstance(a, Input) else a for a in arguments]
+    here = context(bind(rule, specs, (out,)), operator=1)
+    found = LOCAL_OPS[op](here, call, given, {})
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+LIKE = (TensorSpec((256, 512), "float64"),)
+
+
+@pytest.mark.parametrize(
+    ("found", "mean", "variance", "low", "high"),
+    [
+        (lambda: drawn("aten.rand.default", (256, 512)), 1 / 2, 1 / 12, 0, 1),
+        (lambda: drawn("aten.randn.default", (256, 512)), 0, 1, -8, 8),
+        (lambda: drawn("aten.randint.low", -3, 4, (256, 512)), 0, 4, -3, 3),
+        (lambda: drawn("aten.uniform.default", Input(0), -1.0, 3.0, specs=LIKE), 1, 4 / 3, -1, 3),
+        (lambda: drawn("aten.exponential.default", Input(0), 2.0, specs=LIKE), 0.5, 0.25, 1e-9, 20),
+        (lambda: drawn("aten.bernoulli.default", Input(0), specs=LIKE), 0.3, 0.21, 0, 1),
+    ],
+)
+def test_what_is_drawn_has_its_distribution(
+    found: Callable[[], torch.Tensor], mean: float, variance: float, low: float, high: float
+) -> None:
+    numbers = found()
+    deviation = (variance / numbers.numel()) ** 0.5
+    assert abs(numbers.mean().item() - mean) < 4 * deviation
+    assert abs(numbers.var().item() / variance - 1) < 0.02
+    assert low <= numbers.min() and numbers.max() <= high
+    assert abs((numbers[:-1] - mean).mul(numbers[1:] - mean).mean().item()) < 0.02 * max(
+        variance, 1
+    )

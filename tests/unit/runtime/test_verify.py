@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from autopar.errors import AutoparError
@@ -82,6 +84,35 @@ def test_dropout_keeps_its_promise(name: str) -> None:
     graph = graph_of(name, dropout=0.1)
     report = report_of(graph, drawn(graph, mesh((2, 2)), 5, Training()), rank=3)
     assert report.ok, report.differences
+
+
+class Drawing(nn.Module):
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 256), nn.Linear(256, 64)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.last(self.between(self.first(x))) - x).square().mean()
+
+
+DRAWINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "normal noise": lambda h: h + torch.randn_like(h),
+    "uniform noise": lambda h: h * torch.rand(512, 256, device=h.device),
+    "integers": lambda h: h + torch.randint(0, 5, (512, 256), device=h.device),
+    "dropout in place": lambda h: F.dropout(h, 0.1, inplace=True),
+    "Gumbel softmax": F.gumbel_softmax,
+    "Fourier transform": lambda h: torch.fft.irfft(torch.fft.rfft(h), n=256),
+}
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_what_draws_or_transforms_keeps_its_promise(name: str) -> None:
+    graph = extract(Drawing(DRAWINGS[name]), (torch.randn(512, 64),))
+    report = report_of(graph, replicate(graph, mesh((2,))))
+    assert report.ok, report.differences
+    assert abs(report.memory_error) < 0.005
+    assert report_of(graph, drawn(graph, mesh((2, 2)), 1, Training()), rank=3).typechecked
 
 
 @pytest.mark.parametrize(
