@@ -1,4 +1,4 @@
-"""Ops that reduce dims, or that need a whole dim to work along it: sum, amax, softmax, sort, fft."""
+"""Ops that reduce dims, or that need a whole dim to work along it: sum, softmax, sort, fft."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ class _Source:
 
     def number(self, index: int, keyword: str, default: float) -> float:
         found = self.values[index] if index < len(self.values) else self.keywords.get(keyword)
-        return default if found is None else found
+        return default if found is None else float(found)
 
     def uniform(self, dtype: torch.dtype, stream: int = 0) -> Tensor:
         """In [0, 1)."""
@@ -155,7 +155,8 @@ def _randint_like_from(source: _Source) -> Tensor:
 def _bernoulli(source: _Source) -> Tensor:
     """1 with the probability that the tensor says."""
     wide = torch.promote_types(source.dtype, torch.float32)
-    return (source.uniform(wide) < source.values[0]).to(source.dtype)
+    probability: Tensor = source.values[0]
+    return (source.uniform(wide) < probability).to(source.dtype)
 
 
 def _bernoulli_alike(source: _Source) -> Tensor:
