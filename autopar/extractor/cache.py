@@ -11,7 +11,7 @@ import sysconfig
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +45,7 @@ def cached_extract(
     if known is not None:
         return known
     graph: OperatorGraph
-    with _watching() as files:
+    with _watching() as files, redirect_stdout(sys.stderr):  # what models print is no result
         load = import_module("autopar.extractor.sources").load
         graph = load(spec, batch=batch, sequence=sequence).extract(precision)
     _write(path, graph, sorted(filter(os.path.isfile, files)))

@@ -8,7 +8,7 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -226,9 +226,10 @@ def _importing_from(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def _user_code(spec: str) -> Iterator[None]:
-    """What the user's code raises, with its file and line."""
+    """What the user's code raises, with its file and line; what it prints is no result of ours."""
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     except AutoparError:
         raise
     except (Exception, SystemExit) as error:

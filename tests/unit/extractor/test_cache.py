@@ -112,3 +112,13 @@ def test_reading_a_kept_graph_does_not_import_torch(spec: str, tmp_path: Path) -
 
     assert run() == "5 True"
     assert run() == "5 False"
+
+
+def test_what_a_model_prints_is_no_result(
+    spec: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(spec).write_text(f'print("read")\n{MODEL}')
+    cached_extract(spec, directory=tmp_path / "cache")
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "read" in printed.err
