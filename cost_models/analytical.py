@@ -51,9 +51,9 @@ class Analytical:
 
     topology: Topology
     _computed: dict[Work, float] = field(default_factory=dict, repr=False, compare=False)
-    _coefficients: dict[tuple[CollectiveKind, int, int], tuple[float, float]] = field(
-        default_factory=dict, repr=False, compare=False
-    )
+    _coefficients: dict[
+        tuple[CollectiveKind, int, int, tuple[int, ...]], tuple[float, float]
+    ] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def devices(self) -> int:
@@ -67,6 +67,11 @@ class Analytical:
     def scale_up_devices(self) -> int:
         return min(self.topology.tiers[0].size, self.topology.devices)
 
+    @property
+    def units(self) -> tuple[int, ...]:
+        """One for each tier."""
+        return tuple(tier.size for tier in self.topology.tiers)
+
     def compute_time_s(self, work: Work) -> float:
         known = self._computed.get(work)
         if known is None:
@@ -75,18 +80,18 @@ class Analytical:
 
     def collective_time_s(self, collective: Collective) -> float:
         latency_s, s_per_byte = self.collective_coefficients(
-            collective.kind, collective.group_size, collective.stride
+            collective.kind, collective.group_size, collective.stride, collective.within
         )
         return latency_s + s_per_byte * collective.bytes
 
     def collective_coefficients(
-        self, kind: CollectiveKind, group_size: int, stride: int
+        self, kind: CollectiveKind, group_size: int, stride: int, within: tuple[int, ...] = ()
     ) -> tuple[float, float]:
         """(latency_s, s_per_byte): a collective of b bytes takes latency_s + s_per_byte * b."""
-        key = (kind, group_size, stride)
+        key = (kind, group_size, stride, within)
         known = self._coefficients.get(key)
         if known is None:
-            known = self._coefficients[key] = self._new_coefficients(kind, group_size, stride)
+            known = self._coefficients[key] = self._new_coefficients(*key)
         return known
 
     # ------------------------------------------------------------------ compute
@@ -128,7 +133,7 @@ class Analytical:
     # -------------------------------------------------------------- collectives
 
     def _new_coefficients(
-        self, kind: CollectiveKind, group_size: int, stride: int
+        self, kind: CollectiveKind, group_size: int, stride: int, within: tuple[int, ...]
     ) -> tuple[float, float]:
         if kind not in COLLECTIVES:
             raise KeyError(f"no price for a {kind!r}; known: {', '.join(COLLECTIVES)}")
@@ -137,7 +142,7 @@ class Analytical:
                 f"a {kind} over {group_size} ranks that are {stride} apart does not fit on the "
                 f"{self.devices} devices of {self.topology.name} (a group has at least 2)"
             )
-        hops = spans(self.topology, group_size, stride)
+        hops = spans(self.topology, group_size, stride, within)
         latency_s, s_per_byte = COLLECTIVES[kind](hops, group_size)
         return self.topology.collective_launch_s + latency_s, s_per_byte
 
@@ -214,20 +219,26 @@ class Span:
     members: int
 
 
-def spans(topology: Topology, group_size: int, stride: int) -> tuple[Span, ...]:
+def spans(
+    topology: Topology, group_size: int, stride: int, within: tuple[int, ...] = ()
+) -> tuple[Span, ...]:
     """The tiers that a group uses, innermost first.
 
     A mesh axis has groups all over the machine, and its step is as long as that of the slowest, so
     where groups lie differently across units (6 ranks on hosts of 8), the most cut one counts.
+    ``within``: where the devices are known, as ``Collective`` has it.
     """
     found, members = [], 1
-    for tier in topology.tiers:
-        within = min(group_size, members_in_unit(group_size, stride, tier.size, topology.devices))
-        parts = ceil(within / members)
+    known = within or tuple(
+        members_in_unit(group_size, stride, tier.size, topology.devices) for tier in topology.tiers
+    )
+    for tier, in_unit in zip(topology.tiers, known, strict=True):
+        inside = min(group_size, in_unit)
+        parts = ceil(inside / members)
         if parts > 1:
             found.append(Span(tier, parts, members))
-            members = within
-        if within == group_size:
+            members = inside
+        if inside == group_size:
             return tuple(found)
     raise ValueError(f"{topology.name} does not hold {group_size} ranks that are {stride} apart")
 

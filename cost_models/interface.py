@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -30,17 +31,22 @@ class Collective:
 
     ``bytes`` is the largest buffer that one rank holds: the input of all-reduce, reduce-scatter,
     all-to-all and send, the output of all-gather.
+
+    Such groups lie all over the machine, unless it is known on which devices they are: then
+    ``within`` says how many ranks share a unit of each of the ``units_of`` the machine.
     """
 
     kind: CollectiveKind
     bytes: int
     group_size: int
     stride: int
+    within: tuple[int, ...] = ()
 
 
 class CostModel(Protocol):
     """Seconds for work and for collectives. Unknown questions raise ``KeyError`` or ``ValueError``;
-    nothing is free by default."""
+    nothing is free by default. A machine of more than two tiers has ``units``, too: see
+    ``units_of``."""
 
     @property
     def devices(self) -> int: ...
@@ -58,3 +64,22 @@ class CostModel(Protocol):
     def compute_time_s(self, work: Work) -> float: ...
 
     def collective_time_s(self, collective: Collective) -> float: ...
+
+
+def units_of(cost_model: CostModel) -> tuple[int, ...]:
+    """Sizes of the units in which devices share links, innermost first; the last is all of them."""
+    found: tuple[int, ...] | None = getattr(cost_model, "units", None)
+    return (cost_model.scale_up_devices, cost_model.devices) if found is None else found
+
+
+def members_in_units(groups: Iterable[Sequence[int]], units: Sequence[int]) -> tuple[int, ...]:
+    """How many ranks of a group share a unit of each size, in the group that is cut most.
+
+    >>> members_in_units([(0, 1, 2, 3), (6, 7, 8, 9)], units=(8, 16))
+    (2, 4)
+    """
+    devices = [tuple(group) for group in groups]
+    return tuple(
+        min(len(group) // len({device // unit for device in group}) for group in devices)
+        for unit in units
+    )

@@ -6,6 +6,7 @@ Everything that is priced is priced here, once: searchers and ``evaluate`` both 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Literal
 
@@ -19,7 +20,14 @@ from autopar.simulator.redistribution import (
     steps,
     transfers,
 )
-from cost_models.interface import Collective, CollectiveKind, CostModel, Work
+from cost_models.interface import (
+    Collective,
+    CollectiveKind,
+    CostModel,
+    Work,
+    members_in_units,
+    units_of,
+)
 
 ComputeCache = dict[object, tuple[float, float]]
 """Compute seconds depend on local sizes, not on the mesh: one cache serves all meshes."""
@@ -27,11 +35,16 @@ ComputeCache = dict[object, tuple[float, float]]
 
 @dataclass
 class Costs:
-    """Prices on one mesh, remembered by what they depend on."""
+    """Prices on one mesh, remembered by what they depend on.
+
+    ``devices``: which of the machine's the ranks of the mesh are; empty for all of them in their
+    order.
+    """
 
     cost_model: CostModel
     mesh: Mesh
     compute_cache: ComputeCache = field(default_factory=dict)
+    devices: tuple[int, ...] = ()
     _edges: dict[object, float] = field(default_factory=dict)
 
     # ---- compute -------------------------------------------------------------------------------
@@ -70,8 +83,14 @@ class Costs:
         """One collective over a mesh axis; no time on an axis of one device."""
         if self.mesh.sizes[axis] == 1:
             return 0.0
-        group = (self.mesh.sizes[axis], self.mesh.strides[axis])
-        return self.cost_model.collective_time_s(Collective(kind, size_bytes, *group))
+        collective = Collective(kind, size_bytes, *self._groups[axis])
+        return self.cost_model.collective_time_s(collective)
+
+    @cached_property
+    def _groups(self) -> list[tuple[int, int, tuple[int, ...]]]:
+        """Size, stride and place of each axis's groups."""
+        places = within_units(units_of(self.cost_model), self.mesh, self.devices)
+        return list(zip(self.mesh.sizes, self.mesh.strides, places, strict=True))
 
     def transfer_s(self, transfer: Transfer) -> float:
         return self.collective_s(transfer.kind, transfer.axis, transfer.bytes)
@@ -116,6 +135,21 @@ class Costs:
                 moved = 2.0 * _bytes(spec, tuple(current), self.mesh)
                 total += self.memory_bound_s(moved, spec.dtype)
         return total
+
+
+@lru_cache(maxsize=None)
+def within_units(
+    units: tuple[int, ...], mesh: Mesh, devices: tuple[int, ...]
+) -> tuple[tuple[int, ...], ...]:
+    """For each axis, how its groups lie in the machine's units, as ``Collective.within`` has it."""
+    if not devices:
+        return ((),) * len(mesh.axes)
+    return tuple(
+        members_in_units(
+            {tuple(devices[r] for r in mesh.group(axis, rank)) for rank in range(mesh.size)}, units
+        )
+        for axis in range(len(mesh.axes))
+    )
 
 
 def inner_transfers(

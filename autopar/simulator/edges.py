@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from autopar.ir.graph import Operator, OperatorGraph, Role, Tensor, TensorSpec
 from autopar.ir.rule import BoundRule
@@ -14,6 +15,8 @@ from autopar.simulator.redistribution import Transfer, forward_collective, steps
 
 Rules = Mapping[str, BoundRule]
 """The bound rule of each operator, by operator name."""
+
+_NOTHING: Mapping[str, Sharding] = MappingProxyType({})
 
 OUTPUT = "(output)"
 """Stands among consumers for the end of the step: the loss, or a buffer's new value."""
@@ -127,13 +130,21 @@ def edges(
     rules: Rules,
     strategy: Strategy,
     ends: Mapping[str, Sharding] | None = None,
+    given: Mapping[str, Sharding] = _NOTHING,
 ) -> Iterator[Edge]:
     """Every (activation, target sharding) with its consumers, in the order of production.
 
     Those that need no communication are listed too (source and target may be equal). ``ends``: what
     is wanted at the end beside the new values of buffers, and in which sharding; ``None``: the
-    loss, whole.
+    loss, whole. ``given``: inputs that arrive from elsewhere, and how; they come first.
     """
+    for name, source in given.items():
+        tensor = graph.by_name[name]
+        for target, readers in consumers_by_sharding(graph, rules, strategy, name).items():
+            consumers = tuple(dict.fromkeys(o.name for o, _ in readers))
+            backward = any(carries_gradient(graph, o) for o, _ in readers)
+            back = backward and tensor.differentiable
+            yield Edge(name, tensor.spec, source, target, consumers, back)
     whole = (INVARIANT,) * len(strategy.mesh.axes)
     wanted_at_end = {graph.loss: whole} if ends is None else dict(ends)
     wanted_at_end.update((tensor, whole) for _, tensor in graph.mutations)

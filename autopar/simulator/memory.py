@@ -10,10 +10,11 @@ the framework's and the communication library's own memory.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
+from types import MappingProxyType
 from typing import TypeVar
 
 from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph, Role, TensorSpec
@@ -140,7 +141,13 @@ class _Walk:
     """
 
     def __init__(
-        self, folded: Folded, parameters: OperatorGraph, rules: Rules, strategy: Strategy
+        self,
+        folded: Folded,
+        parameters: OperatorGraph,
+        rules: Rules,
+        strategy: Strategy,
+        given: Mapping[str, Sharding] = MappingProxyType({}),
+        ends: Mapping[str, Sharding] | None = None,
     ) -> None:
         graph = folded.graph
         self.graph, self.rules, self.strategy = graph, rules, strategy
@@ -148,6 +155,8 @@ class _Walk:
         self.weights = [folded.weight[operator.name] for operator in graph.operators]
         self.copies = 1
         self.mesh = strategy.mesh
+        whole = (INVARIANT,) * len(self.mesh.axes)
+        self.given, self.ends = given, {graph.loss: whole} if ends is None else ends
         self.live = dict.fromkeys(KINDS, 0)
         self.total = 0
         self.peak = 0
@@ -222,6 +231,7 @@ class _Walk:
         """Which versions each operator is the first to want, and how often each version is read:
         by an operator, or to make another version of it."""
         seen: set[Key] = set()
+        self.home.update(self.given)
         for operator, footprint in zip(self.graph.operators, self.footprints, strict=True):
             made = []
             for key in dict.fromkeys(zip(operator.inputs, footprint.wanted, strict=True)):
@@ -237,8 +247,9 @@ class _Walk:
             self.home.update(zip(operator.outputs, footprint.produced, strict=True))
         whole = (INVARIANT,) * len(self.mesh.axes)
         made = []
-        for name in (self.graph.loss, *(tensor for _, tensor in self.graph.mutations)):
-            key = name, canonical(whole, self.graph.by_name[name].differentiable)
+        new_values = ((tensor, whole) for _, tensor in self.graph.mutations)
+        for name, wanted in (*self.ends.items(), *new_values):
+            key = name, canonical(wanted, self.graph.by_name[name].differentiable)
             home = self.home.get(name)
             if home != key[1] and key not in seen:
                 made.append(key)
@@ -290,6 +301,9 @@ class _Walk:
         saved = []
         for key in list(self.blocks):
             self._forget(key)  # what the last microbatch returned
+        for name, sharding in self.given.items():
+            size = local_bytes(self.graph.spec(name), sharding, self.mesh)
+            self.blocks[name, sharding] = self.allocate(size, "activations")
         blocks, reads = self.blocks, self.reads.copy()
         for operator, footprint, made, weight in zip(
             self.graph.operators, self.footprints, self.made, self.weights, strict=False
@@ -324,8 +338,8 @@ class _Walk:
         name, target = key
         tensor = self.graph.by_name[name]
         where = f"{name} for {operator}"
-        if tensor.role is Role.ACTIVATION:
-            home = self.home[name]
+        home = self.home.get(name)
+        if home is not None:
             move = self._move(tensor.spec, home, target, False)
             block = self.blocks.get((name, home))
             if block is not None:
@@ -378,12 +392,10 @@ class _Walk:
 
     # ---- backward ------------------------------------------------------------------------------
 
-    def _backward(self, saved: list[list[_Block]]) -> None:
-        """In the exact reverse of the forward, redistributions included."""
-        gradients: dict[Key, _Block] = {}
-        loss = self.graph.by_name[self.graph.loss]
-        whole = (INVARIANT,) * len(self.mesh.axes)
-        gradients[loss.name, whole] = self.allocate(loss.spec.bytes, "temporaries")
+    def _backward(self, saved: list[list[_Block]]) -> dict[Key, _Block]:
+        """In the exact reverse of the forward, redistributions included; what is left are the
+        gradients of what was given."""
+        gradients = self._seeds()
         self._move_back(self.made[-1], gradients)
         for index in range(len(self.footprints) - 1, -1, -1):
             operator, footprint = self.graph.operators[index], self.footprints[index]
@@ -392,6 +404,13 @@ class _Walk:
                 self._operator_backward(operator, footprint, gradients, saved[index])
             self._move_back(self.made[index], gradients)
         self.copies = 1
+        return gradients
+
+    def _seeds(self) -> dict[Key, _Block]:
+        """Where the backward begins."""
+        whole = (INVARIANT,) * len(self.mesh.axes)
+        size = self.graph.spec(self.graph.loss).bytes
+        return {(self.graph.loss, whole): self.allocate(size, "temporaries")}
 
     def _operator_backward(
         self,
@@ -464,7 +483,7 @@ class _Walk:
             name, target = key
             tensor = self.graph.by_name[name]
             where = f"{name} gradient"
-            if tensor.role is Role.ACTIVATION:
+            if name in self.home:
                 home = self.home[name]
                 move = self._move(tensor.spec, home, target, True)
                 self._add(gradients, (name, home), self.moved(block, move, "buffers", where), where)

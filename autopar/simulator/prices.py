@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from types import MappingProxyType
 
-from autopar.ir.graph import ITEM_BYTES, OperatorGraph, TensorSpec
-from autopar.ir.sharding import Mesh, gradient, local_shape
+from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph, Role, TensorSpec
+from autopar.ir.sharding import Mesh, Sharding, gradient, local_shape
 from autopar.ir.simulation import Estimate, PromisedCollective
 from autopar.ir.strategy import Storage, Strategy, Training
 from autopar.simulator.costs import ComputeCache, Costs, inner_transfers
@@ -23,6 +24,7 @@ from autopar.simulator.edges import (
 from autopar.simulator.folding import Folded, whole
 from autopar.simulator.memory import optimizer_bytes_per_element, peak_memory
 from autopar.simulator.redistribution import Transfer, transfers
+from autopar.simulator.stages import StagePart
 from cost_models.interface import CostModel
 
 
@@ -71,6 +73,131 @@ def evaluate(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class StageParts:
+    """What a stage costs: seconds of one microbatch, and of a step where that is said.
+
+    ``input_*`` and ``weight_*``: of the backward, what gives the gradients of its inputs, and what
+    those of its parameters. ``reduction_s``, ``optimizer_s``, ``refresh_s``: of a step: gradients
+    on their way to the optimizer's shards, the update, and parameters on their way back.
+    ``collectives``: those of one microbatch, and in the phase ``step`` those of a step.
+    """
+
+    forward_compute_s: float
+    forward_communication_s: float
+    input_compute_s: float
+    input_communication_s: float
+    weight_compute_s: float
+    weight_communication_s: float
+    reduction_s: float
+    optimizer_s: float
+    refresh_s: float
+    collectives: tuple[PromisedCollective, ...]
+
+    @property
+    def backward_compute_s(self) -> float:
+        return self.input_compute_s + self.weight_compute_s
+
+    @property
+    def backward_communication_s(self) -> float:
+        return self.input_communication_s + self.weight_communication_s
+
+
+def stage_parts(part: StagePart, costs: Costs, *, parted: bool = False) -> StageParts:
+    """One stage of several, from the same prices as ``evaluate``; the norm of gradients is left to
+    those who know all stages. ``parted``: its backwards are ``I`` and ``W``."""
+    graph, rules = part.graph, part.division.rules
+    training = replace(part.strategy.training, clip_norm=None)
+    strategy = replace(part.strategy, microbatches=1, training=training)
+    seen = whole(graph)
+    needed = _needed(seen, rules, strategy, part.ends, part.given)
+    once = tuple(_priced(_promise(graph, seen, rules, strategy, needed), costs))
+    again = tuple(_priced(_done_in_both_parts(part, needed), costs)) if parted else ()
+    forward_s, backward_s = _operators_s(seen, rules, strategy, costs)
+    moved_s, moved_back_s = _local_moves_s(replace(needed, parameters=()), strategy, costs)
+    input_s = _input_gradients_s(part, costs)
+    weight_s = backward_s - input_s
+    weight_communication_s, reduction_s = _total_s(again, "backward"), 0.0
+    for edge, count in needed.parameters:
+        there_s, back_s = _parameter_moves_s(edge, costs)
+        collectives_s = sum(map(costs.transfer_s, edge.backward_transfers(costs.mesh)))
+        moved_s += there_s * count
+        if edge.per_step:
+            reduction_s += (back_s + collectives_s) * count
+        else:
+            weight_s += back_s * count
+            weight_communication_s += collectives_s * count
+    stored = [one for one in stored_alike(graph, strategy) if one[0].differentiable]
+    communication_s = _total_s((*once, *again), "backward")
+    return StageParts(
+        forward_compute_s=forward_s + moved_s,
+        forward_communication_s=_total_s(once, "forward"),
+        input_compute_s=input_s + moved_back_s,
+        input_communication_s=communication_s - weight_communication_s,
+        weight_compute_s=weight_s,
+        weight_communication_s=weight_communication_s,
+        reduction_s=reduction_s,
+        optimizer_s=sum(
+            optimizer_time_s(tensor.spec, storage, training, costs) * count
+            for tensor, storage, count in stored
+        ),
+        refresh_s=sum(
+            costs.transfer_s(transfer) * count
+            for tensor, storage, count in stored
+            for transfer in transfers(
+                storage.optimizer, storage.parameter, tensor.spec.bytes, costs.mesh
+            )
+        ),
+        collectives=(*once, *again),
+    )
+
+
+def _total_s(promised: Iterable[PromisedCollective], phase: str) -> float:
+    return sum(one.time_s * one.count for one in promised if one.phase == phase)
+
+
+def _input_gradients_s(part: StagePart, costs: Costs) -> float:
+    """Of the operators' backwards, what gives gradients of what is no parameter."""
+    total = 0.0
+    for operator in part.graph.operators:
+        if carries_gradient(part.graph, operator):
+            wanted = tuple(
+                part.graph.by_name[name].differentiable
+                and part.graph.by_name[name].role is not Role.PARAMETER
+                for name in operator.inputs
+            )
+            bound, split = part.division.rules[operator.name], part.strategy.splits[operator.name]
+            total += costs.operator_s(bound, split, wanted)[1]
+    return total
+
+
+def _done_in_both_parts(part: StagePart, needed: Needed) -> Iterator[PromisedCollective]:
+    """What a backward in two parts does once more: an operator that gives gradients of inputs and
+    of parameters communicates in both, and gathers parameters again in both."""
+    graph, mesh = part.graph, part.mesh
+    twice = [operator.name for operator in graph.operators if _has_both_gradients(graph, operator)]
+    found = [
+        _promised(transfer, "backward", mesh, 1, name)
+        for name in twice
+        for transfer in inner_transfers(
+            part.division.rules[name], part.strategy.splits[name], mesh, "backward"
+        )
+    ]
+    for edge, count in needed.parameters:
+        times = len(set(twice).intersection(edge.regathered)) * count
+        for transfer in edge.forward_transfers(mesh) if times else ():
+            found.append(_promised(transfer, "backward", mesh, times, edge.parameter))
+    yield from _communicating(found, mesh)
+
+
+def _has_both_gradients(graph: OperatorGraph, operator: Operator) -> bool:
+    if not carries_gradient(graph, operator):
+        return False
+    tensors = [graph.by_name[name] for name in operator.inputs]
+    kinds = {tensor.role is Role.PARAMETER for tensor in tensors if tensor.differentiable}
+    return len(kinds) == 2
+
+
 def _operators_s(
     seen: Folded, rules: Rules, strategy: Strategy, costs: Costs
 ) -> tuple[float, float]:
@@ -97,10 +224,18 @@ class Needed:
     parameters: tuple[tuple[ParameterEdge, int], ...]
 
 
-def _needed(seen: Folded, rules: Rules, strategy: Strategy) -> Needed:
+def _needed(
+    seen: Folded,
+    rules: Rules,
+    strategy: Strategy,
+    ends: Mapping[str, Sharding] | None = None,
+    given: Mapping[str, Sharding] = MappingProxyType({}),
+) -> Needed:
     made = {name: seen.weight[o.name] for o in seen.graph.operators for name in o.outputs}
+    made.update(dict.fromkeys(given, 1))
+    found = edges(seen.graph, rules, strategy, ends, given)
     return Needed(
-        tuple((edge, made[edge.tensor]) for edge in edges(seen.graph, rules, strategy)),
+        tuple((edge, made[edge.tensor]) for edge in found),
         tuple(
             (edge, min(seen.weight[name] for name in edge.consumers))
             for edge in parameter_edges(seen.graph, rules, strategy)
@@ -117,11 +252,14 @@ def promise(graph: OperatorGraph, rules: Rules, strategy: Strategy) -> Iterator[
 def _promise(
     graph: OperatorGraph, seen: Folded, rules: Rules, strategy: Strategy, needed: Needed
 ) -> Iterator[PromisedCollective]:
+    on_all_axes = _promise_on_all_axes(graph, seen, rules, strategy, needed)
+    yield from _communicating(on_all_axes, strategy.mesh)
+
+
+def _communicating(promised: Iterable[PromisedCollective], mesh: Mesh) -> Iterator[PromisedCollective]:
     """An axis of one rank communicates nothing."""
-    sizes = dict(strategy.mesh.axes)
-    for one in _promise_on_all_axes(graph, seen, rules, strategy, needed):
-        if sizes[one.axis] > 1:
-            yield one
+    sizes = dict(mesh.axes)
+    return (one for one in promised if sizes[one.axis] > 1)
 
 
 def _promise_on_all_axes(
