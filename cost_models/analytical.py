@@ -51,9 +51,9 @@ class Analytical:
 
     topology: Topology
     _computed: dict[Work, float] = field(default_factory=dict, repr=False, compare=False)
-    _coefficients: dict[
-        tuple[CollectiveKind, int, int, tuple[int, ...]], tuple[float, float]
-    ] = field(default_factory=dict, repr=False, compare=False)
+    _coefficients: dict[tuple[CollectiveKind, int, int, tuple[int, ...]], tuple[float, float]] = (
+        field(default_factory=dict, repr=False, compare=False)
+    )
 
     @property
     def devices(self) -> int:

@@ -7,12 +7,16 @@ from typing import Literal
 
 from cost_models.interface import CollectiveKind
 
+WORLD = "(world)"
+HOLDERS = "(holders)"
+
 
 @dataclass(frozen=True, slots=True)
 class PromisedCollective:
     """A collective that every rank executes ``count`` times a step.
 
-    ``axis``: name of the mesh axis; ``"+"`` joined names for a group over several axes.
+    ``axis``: name of the mesh axis; ``"+"`` joined names for a group over several axes; ``WORLD``
+    for all processes, ``HOLDERS`` for those of other rows that hold the same parameter.
     ``bytes``: its largest buffer. ``reason``: the edge, parameter or operator that it is for.
     """
 
@@ -54,9 +58,54 @@ class Memory:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class RowEstimate:
+    """What each device of one row of a pipeline does in a step.
+
+    ``stages``: those that it has. ``forward_s``, ``backward_s``, ``update_s`` and ``idle_s`` are
+    the step; ``bubble_s``: idle until the last backward of all rows. ``most_in_flight``:
+    microbatches whose activations it keeps at once, those of each of its stages counted.
+    """
+
+    devices: tuple[int, ...]
+    stages: tuple[int, ...]
+    forward_s: float
+    backward_s: float
+    update_s: float
+    idle_s: float
+    bubble_s: float
+    most_in_flight: int
+    memory: Memory
+    collectives: tuple[PromisedCollective, ...] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What all devices of one row send to those of another, in a step."""
+
+    source_row: int
+    target_row: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineEstimate:
+    """What a step of several stages has beside that of one. ``transfer_s``: on the critical path,
+    what goes from stage to stage."""
+
+    rows: tuple[RowEstimate, ...]
+    traffic: tuple[Traffic, ...]
+    transfer_s: float
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """The predicted step, its parts in seconds, peak memory of a device, and the promise."""
+    """The predicted step, its parts in seconds, peak memory of a device, and the promise.
+
+    Of several stages (``pipeline``), the parts are those of the critical path, which together with
+    its transfers are the step; ``memory`` is that of the row that needs most, and ``collectives``
+    are with the rows.
+    """
 
     step_time_s: float
     forward_compute_s: float
@@ -67,6 +116,7 @@ class Estimate:
     optimizer_s: float
     memory: Memory
     collectives: tuple[PromisedCollective, ...] = field(repr=False, default=())
+    pipeline: PipelineEstimate | None = None
 
     @property
     def peak_memory_bytes(self) -> int:

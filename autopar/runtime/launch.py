@@ -92,34 +92,37 @@ def run_stages(
     plan = pipelined(divided, strategy)
     _meet(plan.world_size, f"{len(plan.parts)} stages")
     rank, device = dist.get_rank(), local_device()
-    communicators = _of_stages(plan, rank, device)
+    communicators = communicators_of(plan, rank, device.type)
     held = {}
     for stage, communicator in communicators.items():
         part = plan.parts[stage]
-        parted = any(a.stage == stage and a.kind == "I" for row in plan.rows for a in row)
-        program = lower_stage(part, device, parted=parted)
+        program = lower_stage(part, device, parted=stage in plan.parted)
         state = _state(model, part.graph, part.strategy, communicator, device, seed)
         held[stage] = TrainingStep(
             program, part.strategy, state, communicator, hyperparameters or {}, seed
         )
     batches = Batches(divided, strategy.training, device)
-    return PipelineStep(plan, rank, held, batches, _exchanges(plan, rank), seed)
+    return PipelineStep(plan, rank, held, batches, exchanges_of(plan, rank), seed)
 
 
-def _of_stages(plan: Pipelined, rank: int, device: torch.device) -> dict[int, Communicator]:
+def communicators_of(
+    plan: Pipelined, rank: int, device_type: str, *, alone: bool = False
+) -> dict[int, Communicator]:
     """For the stages that this process holds, the process groups of their meshes.
 
-    Every process takes part in making those of all.
+    Every process takes part in making those of all; ``alone``: there are no others (a dry run).
     """
     made: dict[tuple[int, Mesh], DeviceMesh] = {}
     found = {}
     for stage, part in enumerate(plan.parts):
         for row in plan.copies[stage]:
             devices = plan.groups[row]
+            if alone and rank not in devices:
+                continue
             if (row, part.mesh) not in made:
                 ranks = torch.tensor(devices, dtype=torch.int).reshape(part.mesh.sizes)
                 made[row, part.mesh] = DeviceMesh(
-                    device.type, ranks, mesh_dim_names=part.mesh.names
+                    device_type, ranks, mesh_dim_names=part.mesh.names
                 )
             if rank in devices:
                 place = devices.index(rank)
@@ -127,9 +130,11 @@ def _of_stages(plan: Pipelined, rank: int, device: torch.device) -> dict[int, Co
     return found
 
 
-def _exchanges(plan: Pipelined, rank: int) -> dict[str, Callable[[Tensor], Tensor]]:
+def exchanges_of(
+    plan: Pipelined, rank: int, *, alone: bool = False
+) -> dict[str, Callable[[Tensor], Tensor]]:
     """For trained parameters that several stages or copies hold, the sum over those processes that
-    have the same piece of it; every process takes part in making the groups."""
+    have the same piece of it; every process takes part in making the groups, but for ``alone``."""
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
     found: dict[str, Callable[[Tensor], Tensor]] = {}
     for name, holders in plan.holders.items():
@@ -139,6 +144,8 @@ def _exchanges(plan: Pipelined, rank: int) -> dict[str, Callable[[Tensor], Tenso
         found[name] = _as_it_is
         rows = sorted({row for _, row in holders})
         for alike in zip(*(plan.groups[row] for row in rows), strict=True):
+            if alone and rank not in alike:
+                continue
             if len(alike) > 1 and alike not in made:
                 made[alike] = dist.new_group(alike)
             if rank in alike and len(alike) > 1:
@@ -148,6 +155,11 @@ def _exchanges(plan: Pipelined, rank: int) -> dict[str, Callable[[Tensor], Tenso
 
 def _as_it_is(gradient: Tensor) -> Tensor:
     return gradient
+
+
+def group_of(exchange: Callable[[Tensor], Tensor]) -> str | None:
+    """Torch's name of the group that an exchange sums over; ``None`` where it is of one process."""
+    return str(exchange.args[0].group_name) if isinstance(exchange, partial) else None
 
 
 def _sum_in(group: dist.ProcessGroup, gradient: Tensor) -> Tensor:

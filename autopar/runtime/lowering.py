@@ -77,11 +77,11 @@ class LoweredProgram:
     """The forward of one (micro)batch on one rank; autograd derives the planned backward.
 
     ``graph_module(execution, spmd, *parameters, *buffers, *inputs)`` returns the ``ends`` (the
-    loss; of a stage, what departs from it) and the new values of ``mutated`` buffers; ``spmd`` is
-    the execution's communicator. Parameters are shards as stored, inputs are the whole
-    (micro)batch, from which each rank takes its part (or what arrives in a stage). ``graph`` is
-    that of one microbatch, ``division`` says of what. ``print(program)`` shows it, with every
-    collective, and the sharding of each tensor.
+    loss; of a stage, what departs from it), in these shardings, and the new values of ``mutated``
+    buffers; ``spmd`` is the execution's communicator. Parameters are shards as stored, inputs are
+    the whole (micro)batch, from which each rank takes its part (or what arrives in a stage).
+    ``graph`` is that of one microbatch, ``division`` says of what. ``print(program)`` shows it,
+    with every collective, and the sharding of each tensor.
     """
 
     graph_module: fx.GraphModule
@@ -93,7 +93,7 @@ class LoweredProgram:
     mutated: tuple[str, ...]
     edges: tuple[ParameterEdge, ...]
     regathered: dict[str, tuple[ParameterEdge, ...]]
-    ends: tuple[str, ...]
+    ends: dict[str, Sharding]
 
     @property
     def graph(self) -> OperatorGraph:
@@ -275,7 +275,7 @@ class _Lowering:
             tuple(buffer for buffer, _ in self.graph.mutations),
             self.parameter_edges,
             self.regathered,
-            tuple(self.ends),
+            self.ends,
         )
 
     def _named(
@@ -373,7 +373,7 @@ class _Lowering:
             for name, sharding in zip(operator.outputs, produced, strict=True)
         ]
         node.meta["operator"] = operator.name
-        node.meta["given"], node.meta["wanted"] = inputs, wanted
+        node.meta["given"], node.meta["wanted"] = called, wanted
         node.meta["produced"] = shardings
         if _returns_one(operator.op):
             (name,), (sharding,) = operator.outputs, shardings

@@ -15,6 +15,7 @@ from autopar.ir.sharding import local_shape
 from autopar.runtime.batches import Batches
 from autopar.runtime.lowering import PartedBackward, divisors
 from autopar.runtime.step import TrainingStep
+from autopar.simulator.row_memory import MOST_UNDER_WAY
 from autopar.simulator.stages import Boundary, Message, Move, Pipelined
 
 
@@ -224,7 +225,7 @@ class _Stage:
         self.arriving_gradients: dict[_Key, Callable[[], Tensor]] = {}
         self.mutated: dict[str, Tensor] = {}
         self.loss: Tensor | None = None
-        self.parted = any(a.stage == number and a.kind == "I" for row in plan.rows for a in row)
+        self.parted = number in plan.parted
         step.gradients = {}
 
     def do(self, action: Action) -> None:
@@ -339,10 +340,6 @@ _DOES: dict[str, Callable[[_Stage, int], None]] = {
     "I": _Stage.input_gradient,
     "W": _Stage.weight_gradient,
 }
-
-MOST_UNDER_WAY = 2
-"""Of messages whose arrival nothing tells (gradients, and what has none), how many of a boundary a
-process has under way before it waits for the first: more would keep their buffers for longer."""
 
 
 class _Post:

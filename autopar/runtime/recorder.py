@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -36,10 +37,12 @@ class Executed:
 class Recorder:
     """Listens to the process groups in ``axis_of_group``: by torch's name of a group the mesh axis,
     ``None`` for a group of one rank, which communicates nothing. ``phase`` is what the training
-    step is doing now."""
+    step is doing now. ``beside_meshes``: groups over several rows of a pipeline, which communicate
+    at the end of the step, and what their axis is called."""
 
     axis_of_group: Mapping[str, str | None]
     phase: Phase = "forward"
+    beside_meshes: Mapping[str, str] = field(default_factory=dict)
 
     @contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
@@ -75,9 +78,13 @@ class Listening(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def listen(self, func: Any, args: Sequence[Any], result: Any) -> None:
         """``func`` was called: counted if it communicates."""
         name = func._schema.name
-        if not name.startswith(("_c10d_functional::", "c10d::")) or name in _LOCAL:
+        if not name.startswith(("_c10d_functional::", "c10d::")) or name in _NOT_COLLECTIVE:
             return
-        axis = "an unknown group"
+        axis, kind, phase = "an unknown group", _KINDS.get(name, name), self.recorder.phase
+        if name == "c10d::allreduce_":
+            group = ProcessGroup.unbox(args[1]).group_name
+            if group in self.recorder.beside_meshes:
+                axis, kind, phase = self.recorder.beside_meshes[group], "all_reduce", "step"
         if name in _KINDS:
             found = self.recorder.axis_of_group.get(args[-1], axis)
             if found is None:
@@ -85,8 +92,7 @@ class Listening(TorchDispatchMode):  # type: ignore[no-untyped-call]
             axis = found
         tensors = (leaf for leaf in tree_leaves((args, result)) if isinstance(leaf, Tensor))
         largest = max((t.numel() * t.element_size() for t in tensors), default=0)
-        kind = _KINDS.get(name, name)
-        self.executed[Executed(kind, self.recorder.phase, axis, largest)] += 1
+        self.executed[Executed(kind, phase, axis, largest)] += 1
 
 
 _KINDS: dict[str, CollectiveKind] = {
@@ -97,5 +103,11 @@ _KINDS: dict[str, CollectiveKind] = {
 }
 """Those whose last argument is their group's name. What is called otherwise nobody promised."""
 
-_LOCAL = ("_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd")
-"""How a collective's result is waited for."""
+_NOT_COLLECTIVE = (
+    "_c10d_functional::wait_tensor",
+    "_c10d_functional::_wrap_tensor_autograd",
+    "c10d::send",
+    "c10d::recv_",
+)
+"""How a collective's result is waited for; and what goes from stage to stage, whose bytes a
+pipeline's step counts itself."""

@@ -43,8 +43,10 @@ def typecheck(
     try:
         with spmd_types.set_current_mesh(checker.axes), checking():
             given = (values[name] for name in names)
-            loss, *_ = checker.run(execution, execution.communicator, *given)
-            checker.expect(loss, ("I",) * len(program.mesh.axes), "the loss")
+            results = checker.run(execution, execution.communicator, *given)
+            for (name, sharding), result in zip(program.ends.items(), results, strict=False):
+                what = "the loss" if name == program.graph.loss else name
+                checker.expect(result, sharding, what)
     except spmd_types.SpmdTypeError as error:
         raise VerificationError(f"in {checker.at}: {error}") from error
 

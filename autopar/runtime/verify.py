@@ -17,8 +17,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from autopar.errors import AutoparError, VerificationError
 from autopar.ir.graph import OperatorGraph, Role
 from autopar.ir.plan import Plan
-from autopar.ir.sharding import Mesh, local_shape
-from autopar.ir.simulation import Estimate, Memory
+from autopar.ir.sharding import local_shape
+from autopar.ir.simulation import Estimate, Memory, PromisedCollective
 from autopar.ir.strategy import Strategy
 from autopar.runtime.collectives import Communicator, connect
 from autopar.runtime.lowering import LoweredProgram, lower_microbatch
@@ -119,9 +119,10 @@ def verify_division(
     size = strategy.mesh.size
     if not 0 <= rank < size:
         raise AutoparError(f"the plan is for the ranks 0 to {size - 1}, not for rank {rank}")
-    with _world(strategy.mesh, rank) as communicator:
+    with fake_world(size, rank):
+        communicator = connect(strategy.mesh, device_for_dry_runs().type)
         watch, kept_bytes, mistyped = _dry_run(division, strategy, communicator, typecheck)
-    rows = tuple(_rows(estimate, watch.executed))
+    rows = tuple(compared(estimate.collectives, watch.executed))
     memory = watch.memory
     return Report(
         rank=rank,
@@ -135,23 +136,23 @@ def verify_division(
         typechecked=typecheck,
         differences=(
             *mistyped,
-            *map(_collective_difference, (row for row in rows if row.promised != row.executed)),
-            *_memory_difference(estimate.memory, memory),
+            *map(collective_difference, (row for row in rows if row.promised != row.executed)),
+            *memory_difference(estimate.memory, memory),
         ),
     )
 
 
 @contextmanager
-def _world(mesh: Mesh, rank: int) -> Iterator[Communicator]:
-    """A fake process group of the mesh's size, in which this process is ``rank``."""
+def fake_world(size: int, rank: int) -> Iterator[None]:
+    """A fake process group of this size, in which this process is ``rank``."""
     if dist.is_initialized():
         raise AutoparError(
             "verify makes a process group of its own, and this process is in one already; "
             "call it in a process that torchrun did not start"
         )
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=mesh.size)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
-        yield connect(mesh, device_for_dry_runs().type)
+        yield
     finally:
         dist.destroy_process_group()
 
@@ -170,15 +171,15 @@ def _dry_run(
     watch = Watch(MemoryWatch(), communicator.recorder)
     with FakeTensorMode():
         program = lower_microbatch(division, strategy, device)
-        state = _fake_state(graph, strategy, device)
-        inputs = {name: _fake(graph, name, device) for name in graph.inputs}
+        state = fake_state(graph, strategy, device)
+        inputs = {name: fake(graph, name, device) for name in graph.inputs}
         step = TrainingStep(program, strategy, state, communicator)
-        _make_optimizer_states(step)
-        _keep(watch.memory, step)
+        make_optimizer_states(step)
+        keep(watch.memory, step)
         watch.memory.ignore(inputs.values())
         kept_bytes = watch.memory.live_bytes
         watch.memory.restart()
-        args, kwargs = _arguments(graph, inputs)
+        args, kwargs = arguments_of(graph, inputs)
         with watch:
             step(*args, **kwargs)
         mistyped = _mistyped(program, step, step.microbatch(inputs, 0)) if typecheck else ()
@@ -195,7 +196,7 @@ def _mistyped(
     return ()
 
 
-def _fake_state(graph: OperatorGraph, strategy: Strategy, device: torch.device) -> State:
+def fake_state(graph: OperatorGraph, strategy: Strategy, device: torch.device) -> State:
     state = State({}, {})
     for tensor in graph.of_role(Role.PARAMETER):
         stored = strategy.storage[tensor.name].parameter
@@ -208,16 +209,16 @@ def _fake_state(graph: OperatorGraph, strategy: Strategy, device: torch.device) 
             )
             state.masters[tensor.name] = torch.empty(piece, dtype=torch.float32, device=device)
     for tensor in graph.of_role(Role.BUFFER):
-        state.buffers[tensor.name] = _fake(graph, tensor.name, device)
+        state.buffers[tensor.name] = fake(graph, tensor.name, device)
     return state
 
 
-def _fake(graph: OperatorGraph, name: str, device: torch.device) -> Tensor:
+def fake(graph: OperatorGraph, name: str, device: torch.device) -> Tensor:
     spec = graph.spec(name)
     return torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
 
 
-def _make_optimizer_states(step: TrainingStep) -> None:
+def make_optimizer_states(step: TrainingStep) -> None:
     """Torch's optimizers make their states in the first step: one with empty gradients."""
     for name, storage in step.strategy.storage.items():
         parameter = step.state.parameters[name]
@@ -228,7 +229,7 @@ def _make_optimizer_states(step: TrainingStep) -> None:
     step.gradients = {}
 
 
-def _keep(memory: MemoryWatch, step: TrainingStep) -> None:
+def keep(memory: MemoryWatch, step: TrainingStep) -> None:
     memory.keep("parameters", step.state.parameters.values())
     memory.keep("buffers", step.state.buffers.values())
     memory.keep("constants", step.program.graph_module.buffers())
@@ -243,7 +244,7 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
         yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
-def _arguments(
+def arguments_of(
     graph: OperatorGraph, inputs: Mapping[str, Tensor]
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     pairs = list(zip(graph.input_keys, graph.inputs, strict=True))
@@ -256,9 +257,11 @@ def _arguments(
 # ---- comparing ---------------------------------------------------------------------------------
 
 
-def _rows(estimate: Estimate, executed: Mapping[Executed, int]) -> Iterator[CollectiveRow]:
+def compared(
+    of_plan: Iterable[PromisedCollective], executed: Mapping[Executed, int]
+) -> Iterator[CollectiveRow]:
     promised: Counter[Executed] = Counter()
-    for one in estimate.collectives:
+    for one in of_plan:
         promised[Executed(one.kind, one.phase, one.axis, one.bytes)] += one.count
     for key in sorted(
         {*promised, *executed}, key=lambda e: (_PHASES.index(e.phase), e.axis, e.kind, -e.bytes)
@@ -271,14 +274,14 @@ def _rows(estimate: Estimate, executed: Mapping[Executed, int]) -> Iterator[Coll
 _PHASES = ("forward", "backward", "step")
 
 
-def _collective_difference(row: CollectiveRow) -> str:
+def collective_difference(row: CollectiveRow) -> str:
     return (
         f"{row.phase}: {row.promised} {row.kind} of {row.bytes} bytes on {row.axis} promised, "
         f"{row.executed} executed"
     )
 
 
-def _memory_difference(promised: Memory, measured: MemoryWatch) -> Iterable[str]:
+def memory_difference(promised: Memory, measured: MemoryWatch) -> Iterable[str]:
     error = promised.total_bytes / measured.peak_bytes - 1
     if abs(error) > MEMORY_TOLERANCE:
         yield (

@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from math import ceil
 
 from autopar.simulator.pipeline import Feed, Passage
-from cost_models.interface import Collective, CostModel
+from cost_models.interface import Collective, CostModel, units_of
 
 
 @dataclass(frozen=True, slots=True)
 class MachineLinks:
     """``groups``: the devices of each row. ``units``: sizes of the machine's units of devices,
-    innermost first; ``None``: those that share the fastest links.
+    innermost first; ``None``: those that its cost model names.
 
     All devices of a group send at once, each its part to its counterpart in the other group, and
-    as many as the larger group has; the side whose devices have more of the tensor decides. A
-    device sends one transfer at a time and receives one at a time.
+    as many as the larger group has. The one that sends or receives most decides; where a feed does
+    not say how much that is, the side whose devices have more of the tensor. A device sends one
+    transfer at a time and receives one at a time.
     """
 
     cost_model: CostModel
@@ -24,8 +25,7 @@ class MachineLinks:
     units: tuple[int, ...] | None = None
 
     def passage(self, feed: Feed, backward: bool, source: int, target: int) -> Passage:
-        kept = max(feed.kept_bytes(at_source=True), feed.kept_bytes(at_source=False))
-        size = ceil(kept * feed.sent_bytes(backward) / feed.bytes) if feed.bytes else kept
+        size = _busiest_bytes(feed, backward)
         stride = self._stride(self.groups[source], self.groups[target])
         latency_s = self.cost_model.collective_time_s(Collective("send", 0, 2, stride))
         time_s = self.cost_model.collective_time_s(Collective("send", size, 2, stride))
@@ -34,7 +34,7 @@ class MachineLinks:
     def _stride(self, source: tuple[int, ...], target: tuple[int, ...]) -> int:
         """Of two ranks that are as far from each other as the farthest counterparts."""
         smaller, larger = sorted((source, target), key=len)
-        units = (self.cost_model.scale_up_devices,) if self.units is None else self.units
+        units = units_of(self.cost_model) if self.units is None else self.units
         stride = 1
         for i, a in enumerate(larger):
             b = smaller[i * len(smaller) // len(larger)]
@@ -42,3 +42,11 @@ class MachineLinks:
                 if a // unit != b // unit:
                     stride = max(stride, unit)
         return min(stride, max(1, self.cost_model.devices // 2))
+
+
+def _busiest_bytes(feed: Feed, backward: bool) -> int:
+    known = feed.busiest_backward_bytes if backward else feed.busiest_bytes
+    if known is not None:
+        return known
+    kept = max(feed.kept_bytes(at_source=True), feed.kept_bytes(at_source=False))
+    return ceil(kept * feed.sent_bytes(backward) / feed.bytes) if feed.bytes else kept

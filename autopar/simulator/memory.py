@@ -168,6 +168,7 @@ class _Walk:
         self.footprints = [self._footprint(operator) for operator in graph.operators]
         self.edges = {(e.parameter, e.target): e for e in parameter_edges(graph, rules, strategy)}
         self.arrived: dict[Key, _Block] = {}
+        self.arrivals: list[_Block] = []
         self.home: dict[str, Sharding] = {}
         self.made: list[list[Key]] = []
         self.reads: Counter[Key] = Counter()
@@ -303,7 +304,9 @@ class _Walk:
             self._forget(key)  # what the last microbatch returned
         for name, sharding in self.given.items():
             size = local_bytes(self.graph.spec(name), sharding, self.mesh)
-            self.blocks[name, sharding] = self.allocate(size, "activations")
+            block = self.blocks[name, sharding] = self.allocate(size, "activations")
+            block.users += 1  # who gave it keeps it for the backward
+            self.arrivals.append(block)
         blocks, reads = self.blocks, self.reads.copy()
         for operator, footprint, made, weight in zip(
             self.graph.operators, self.footprints, self.made, self.weights, strict=False

@@ -58,7 +58,8 @@ class Feed:
 
     ``backward_bytes``: of the gradient that goes back; ``None``: as many. Without ``gradient``
     (token ids, masks) nothing goes back. ``source_bytes`` and ``target_bytes``: what one device of
-    either side keeps of it while it is under way; ``None``: ``bytes``.
+    either side keeps of it while it is under way; ``None``: ``bytes``. ``busiest_bytes`` and
+    ``busiest_backward_bytes``: the most that one device sends or receives, where it is known.
     """
 
     source: int
@@ -68,6 +69,8 @@ class Feed:
     gradient: bool = True
     source_bytes: int | None = None
     target_bytes: int | None = None
+    busiest_bytes: int | None = None
+    busiest_backward_bytes: int | None = None
 
     def sent_bytes(self, backward: bool) -> int:
         if backward and self.backward_bytes is not None:

@@ -256,7 +256,9 @@ def _promise(
     yield from _communicating(on_all_axes, strategy.mesh)
 
 
-def _communicating(promised: Iterable[PromisedCollective], mesh: Mesh) -> Iterator[PromisedCollective]:
+def _communicating(
+    promised: Iterable[PromisedCollective], mesh: Mesh
+) -> Iterator[PromisedCollective]:
     """An axis of one rank communicates nothing."""
     sizes = dict(mesh.axes)
     return (one for one in promised if sizes[one.axis] > 1)

@@ -8,7 +8,8 @@ rule. So meshes may differ in size and shape.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import product
@@ -17,11 +18,18 @@ from typing import NamedTuple
 
 from autopar.errors import AutoparError
 from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph, Role, TensorSpec
-from autopar.ir.schedule import Action, Feeds, Rows, homes
-from autopar.ir.sharding import INVARIANT, Mesh, Sharding, local_ranges, sharded_dim
+from autopar.ir.schedule import Action, Feeds, Rows, Schedule, Shape, homes
+from autopar.ir.sharding import (
+    INVARIANT,
+    Mesh,
+    Sharding,
+    local_ranges,
+    local_shape,
+    sharded_dim,
+)
 from autopar.ir.strategy import Stage, Strategy
 from autopar.schedules import SCHEDULES
-from autopar.simulator.arrangement import Route, arrange
+from autopar.simulator.arrangement import Arrangement, Route, arrange
 from autopar.simulator.edges import canonical, carries_gradient
 from autopar.simulator.microbatches import Division
 from autopar.simulator.pipeline import Feed, Wiring
@@ -67,6 +75,36 @@ class StagePart:
     def mesh(self) -> Mesh:
         return self.strategy.mesh
 
+    @cached_property
+    def content(self) -> Hashable:
+        """The same for stages that are alike: operators, splits, storages and what flows between
+        them, whatever their names are."""
+        numbers: dict[str, int] = {}
+        by_name, rules, strategy = self.graph.by_name, self.division.rules, self.strategy
+        operators = []
+        for o in self.graph.operators:
+            ins = tuple([numbers.setdefault(name, len(numbers)) for name in o.inputs])
+            outs = tuple([numbers.setdefault(name, len(numbers)) for name in o.outputs])
+            called = (id(rules[o.name]), o.op, o.arguments, o.keywords)
+            operators.append((*called, strategy.splits[o.name], ins, outs))
+        tensors = []
+        for name, number in numbers.items():
+            tensor = by_name[name]
+            kept = strategy.storage.get(name)
+            tensors.append((number, tensor.spec, tensor.role, tensor.differentiable, kept))
+        unread = [by_name[name] for name in by_name.keys() - numbers.keys()]
+        loss = self.graph.loss
+        return (
+            tuple(operators),
+            tuple(tensors),
+            tuple(sorted((t.role, t.spec.bytes, t.name in strategy.storage) for t in unread)),
+            tuple((numbers.get(name), of) for name, of in self.given.items()),
+            tuple((numbers.get(name), of, name == loss) for name, of in self.ends.items()),
+            tuple((numbers.get(a), numbers.get(b)) for a, b in self.graph.mutations),
+            self.mesh,
+            strategy.training,
+        )
+
 
 class Message(NamedTuple):
     """``sender`` and ``receiver`` are places in their meshes; of their local tensors, ``taken`` is
@@ -80,6 +118,30 @@ class Message(NamedTuple):
     @property
     def elements(self) -> int:
         return prod(stop - start for start, stop in self.taken)
+
+
+SCATTERED_VIEWS = (
+    "aten.transpose.",
+    "aten.permute.",
+    "aten.t.",
+    "aten.expand.",
+    "aten.unbind.",
+    "aten.chunk.",
+    "aten.split",
+)
+"""What these give is seldom one run of memory, as it has to be to be sent."""
+
+End = tuple[Sharding, Mesh]
+"""How a tensor lies on the mesh of a stage."""
+
+
+class Flow(NamedTuple):
+    """``total_bytes`` of all messages from device to device; ``busiest_bytes``: the most that one
+    device sends or receives; ``copied_bytes``: the most that one has to put together to send."""
+
+    total_bytes: int
+    busiest_bytes: int
+    copied_bytes: int
 
 
 class Move(NamedTuple):
@@ -105,12 +167,25 @@ class Pipelined:
     parts: tuple[StagePart, ...]
     boundaries: tuple[Boundary, ...]
     routes: dict[tuple[int, int, bool], tuple[Boundary, ...]] = field(hash=False)
-    rows: Rows
+    shape: Shape
     groups: tuple[tuple[int, ...], ...]
+
+    @property
+    def rows(self) -> Rows:
+        return _rows(self.schedule, self.shape)
+
+    @property
+    def schedule(self) -> Schedule:
+        assert self.strategy.schedule is not None
+        return SCHEDULES[self.strategy.schedule]
 
     @property
     def world_size(self) -> int:
         return sum(map(len, self.groups))
+
+    def arranged(self, wiring: Wiring | None = None) -> Arrangement:
+        """The rows as tasks; made once for all strategies with the same rows and wiring."""
+        return _arranged(self.schedule, self.shape, self.wiring if wiring is None else wiring)
 
     @property
     def wiring(self) -> Wiring:
@@ -145,16 +220,24 @@ class Pipelined:
     @cached_property
     def feeds(self) -> tuple[Feed, ...]:
         """As the timeline plays them: ``bytes`` of all messages between two groups of devices."""
-        return tuple(
-            Feed(
-                source,
-                target,
-                sum(self.bytes(b, backward=False) for b in boundaries),
-                sum(self.bytes(b, backward=True) for b in boundaries) if gradient else None,
-                gradient,
+        found = []
+        for (source, target, gradient), boundaries in self.routes.items():
+            there = [self.flow(b, backward=False) for b in boundaries]
+            back = [self.flow(b, backward=True) for b in boundaries] if gradient else []
+            found.append(
+                Feed(
+                    source,
+                    target,
+                    sum(flow.total_bytes for flow in there),
+                    sum(flow.total_bytes for flow in back) if gradient else None,
+                    gradient,
+                    sum(self.held_bytes(b, at_source=True) for b in boundaries),
+                    sum(self.held_bytes(b, at_source=False) for b in boundaries),
+                    sum(flow.busiest_bytes for flow in there),
+                    sum(flow.busiest_bytes for flow in back) if gradient else None,
+                )
             )
-            for (source, target, gradient), boundaries in self.routes.items()
-        )
+        return tuple(found)
 
     def instructions(self, row: int) -> tuple[Action | Move, ...]:
         """What the devices of a row do in a step, up to the updates.
@@ -163,27 +246,36 @@ class Pipelined:
         waits for. So any two devices have the messages between them in the same order, which needs
         no tags; and nobody waits for ever, even if sending waited for the receiver.
         """
-        arranged = arrange(self.rows, self.wiring)
+        return self._instructions[row]
+
+    @cached_property
+    def _instructions(self) -> tuple[tuple[Action | Move, ...], ...]:
+        arranged = self.arranged()
         inside: dict[int, list[Move]] = {}
         for sender, _, route in arranged.local:
             inside.setdefault(sender, []).extend(self._moves(arranged.action(sender), route))
-        found: list[Action | Move] = []
+        found: list[list[Action | Move]] = [[] for _ in self.groups]
         for task in arranged.order:
             if task < arranged.actions:
                 action = arranged.action(task)
-                if arranged.row_of[task] == row and action.kind != "U":
-                    found += [action, *inside.get(task, ())]
+                if action.kind != "U":
+                    found[arranged.row_of[task]] += [action, *inside.get(task, ())]
             elif task < arranged.actions + arranged.transfers:
                 number = task - arranged.actions
                 route = arranged.routes[arranged.route_of[number]]
-                if row in (route.source_row, route.target_row):
-                    found += self._moves(arranged.action(arranged.sender[number]), route)
-        return tuple(found)
+                moves = self._moves(arranged.action(arranged.sender[number]), route)
+                found[route.source_row] += moves
+                found[route.target_row] += moves
+        return tuple(map(tuple, found))
 
     def updates(self, row: int) -> tuple[Action, ...]:
         """The row's updates, at the end of the step."""
-        full = arrange(self.rows, self.wiring).rows[row]
-        return tuple(action for action in full if action.kind == "U")
+        return tuple(action for action in self.arranged().rows[row] if action.kind == "U")
+
+    @cached_property
+    def parted(self) -> frozenset[int]:
+        """The stages whose backwards are ``I`` and ``W``."""
+        return frozenset(a.stage for row in self.rows for a in row if a.kind == "I")
 
     def _moves(self, sender: Action, route: Route) -> list[Move]:
         return [
@@ -193,21 +285,34 @@ class Pipelined:
 
     def messages(self, boundary: Boundary, backward: bool, together: bool) -> tuple[Message, ...]:
         """``together``: both stages are on the same devices, for this microbatch."""
-        ends = (
-            (boundary.departs, self.parts[boundary.source].mesh),
-            (boundary.arrives, self.parts[boundary.target].mesh),
-        )
-        source, target = reversed(ends) if backward else ends
-        return messages(boundary.spec.shape, source, target, together)
+        return messages(boundary.spec.shape, *self._ends(boundary, backward), together)
+
+    def flow(self, boundary: Boundary, backward: bool, together: bool = False) -> Flow:
+        ends = self._ends(boundary, backward)
+        return _flow(boundary.spec.shape, ITEM_BYTES[boundary.spec.dtype], *ends, together)
 
     def bytes(self, boundary: Boundary, backward: bool, together: bool = False) -> int:
         """What goes from device to device."""
-        item = ITEM_BYTES[boundary.spec.dtype]
-        return item * sum(
-            message.elements
-            for message in self.messages(boundary, backward, together)
-            if not (together and message.sender == message.receiver)
-        )
+        return self.flow(boundary, backward, together).total_bytes
+
+    def copied_bytes(self, boundary: Boundary) -> int:
+        """What a device puts together to send forward, beside what it has."""
+        graph, name = self.parts[boundary.source].graph, boundary.tensor
+        if graph.producer[name].op.startswith(SCATTERED_VIEWS):
+            return self.flow(boundary, backward=False).busiest_bytes
+        return self.flow(boundary, backward=False).copied_bytes
+
+    def held_bytes(self, boundary: Boundary, at_source: bool) -> int:
+        """What each device of one side has of it."""
+        departs, arrives = self._ends(boundary, False)
+        sharding, mesh = departs if at_source else arrives
+        elements = prod(local_shape(boundary.spec.shape, sharding, mesh))
+        return elements * ITEM_BYTES[boundary.spec.dtype]
+
+    def _ends(self, boundary: Boundary, backward: bool) -> tuple[End, End]:
+        departs = boundary.departs, self.parts[boundary.source].mesh
+        arrives = boundary.arrives, self.parts[boundary.target].mesh
+        return (arrives, departs) if backward else (departs, arrives)
 
 
 def pipelined(division: Division, strategy: Strategy) -> Pipelined:
@@ -224,8 +329,10 @@ def pipelined(division: Division, strategy: Strategy) -> Pipelined:
     for boundary in boundaries:
         route = boundary.source, boundary.target, boundary.gradient
         routes[route] = (*routes.get(route, ()), boundary)
-    rows = _rows(strategy, tuple(sorted({(source, target) for source, target, _ in routes})))
-    return Pipelined(strategy, parts, boundaries, routes, rows, _groups(strategy, rows))
+    feeds = tuple(sorted({(source, target) for source, target, _ in routes}))
+    shape = _shape(strategy, feeds)
+    groups = _groups(strategy, _rows(SCHEDULES[strategy.schedule or ""], shape))
+    return Pipelined(strategy, parts, boundaries, routes, shape, groups)
 
 
 @lru_cache(maxsize=None)
@@ -265,6 +372,32 @@ def messages(
     return tuple(found)
 
 
+@lru_cache(maxsize=None)
+def _flow(shape: tuple[int, ...], item: int, source: End, target: End, together: bool) -> Flow:
+    sent: Counter[tuple[bool, int]] = Counter()
+    copied: Counter[int] = Counter()
+    for message in messages(shape, source, target, together):
+        if together and message.sender == message.receiver:
+            continue
+        sent[True, message.sender] += message.elements
+        sent[False, message.receiver] += message.elements
+        if _lies_scattered(message, local_shape(shape, *source)):
+            copied[message.sender] += message.elements
+    total = sum(n for (outwards, _), n in sent.items() if outwards)
+    busiest, copies = max(sent.values(), default=0), max(copied.values(), default=0)
+    return Flow(item * total, item * busiest, item * copies)
+
+
+def _lies_scattered(message: Message, shape: tuple[int, ...]) -> bool:
+    """Whether what is taken is not one run of memory: a dim is cut below one of several."""
+    several = False
+    for (start, stop), size in zip(message.taken, shape, strict=True):
+        if several and stop - start < size:
+            return True
+        several = several or stop - start > 1
+    return False
+
+
 def _overlaps(
     have: Sequence[tuple[int, int]], want: Sequence[tuple[int, int]]
 ) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -294,7 +427,13 @@ class _Cutting:
         self.stage_of = {
             name: number for number, stage in enumerate(strategy.stages) for name in stage.operators
         }
+        self.position = {t.name: i for i, t in enumerate(self.graph.tensors)}
+        self.operators: list[list[Operator]] = [[] for _ in strategy.stages]
+        for operator in self.graph.operators:
+            self.operators[self.stage_of[operator.name]].append(operator)
         self.boundaries = list(self._boundaries())
+        self.mutations = [(self._mutated_in(*pair), pair) for pair in self.graph.mutations]
+        self.unread = {p.name for p in self.graph.parameters if not self.graph.consumers[p.name]}
 
     def _boundaries(self) -> Iterator[Boundary]:
         for operator in self.graph.operators:
@@ -340,12 +479,10 @@ class _Cutting:
 
     def part(self, number: int) -> StagePart:
         stage = self.strategy.stages[number]
-        operators = tuple(o for o in self.graph.operators if self.stage_of[o.name] == number)
+        operators = tuple(self.operators[number])
         means = tuple(o.name for o in operators if o.name in self.division.means)
         arriving = {b.tensor: b for b in self.boundaries if b.target == number}
-        mutations = tuple(
-            pair for pair in self.graph.mutations if self._mutated_in(*pair) == number
-        )
+        mutations = tuple(pair for made_in, pair in self.mutations if made_in == number)
         kept = {name for o in operators for name in (*o.inputs, *o.outputs)}
         kept |= {buffer for buffer, _ in mutations}
         if means:  # every rank counts them in the whole batch, before the first microbatch
@@ -356,15 +493,15 @@ class _Cutting:
                 if self.graph.by_name[name].role in (Role.BUFFER, Role.CONSTANT)
             }
         if number == 0:
-            kept |= {p.name for p in self.graph.parameters if not self.graph.consumers[p.name]}
+            kept |= self.unread
+        tensors = [self.graph.by_name[name] for name in sorted(kept, key=self.position.__getitem__)]
         graph = replace(
             self.graph,
             tensors=tuple(
                 replace(t, role=Role.INPUT, differentiable=arriving[t.name].gradient)
                 if t.name in arriving
                 else t
-                for t in self.graph.tensors
-                if t.name in kept
+                for t in tensors
             ),
             operators=operators,
             loss=self.graph.loss if self._made_in(self.graph.loss) == number else "",
@@ -434,11 +571,12 @@ def _check(graph: OperatorGraph, strategy: Strategy) -> None:
         )
     _check_operators(graph, strategy)
     stages_of: dict[str, list[Stage]] = {}
+    parameters = {parameter.name for parameter in graph.parameters}
     for stage in strategy.stages:
-        inside = {name for o in stage.operators for name in graph.operator[o].inputs}
-        for parameter in graph.parameters:
-            if parameter.name in inside:
-                stages_of.setdefault(parameter.name, []).append(stage)
+        inside = dict.fromkeys(name for o in stage.operators for name in graph.operator[o].inputs)
+        for name in inside:
+            if name in parameters:
+                stages_of.setdefault(name, []).append(stage)
     for name, stages in stages_of.items():
         sizes = [stage.mesh.sizes for stage in stages]
         if len(set(sizes)) > 1:
@@ -482,21 +620,35 @@ def _check_operators(graph: OperatorGraph, strategy: Strategy) -> None:
             )
 
 
-def _rows(strategy: Strategy, feeds: Feeds) -> Rows:
-    assert strategy.schedule is not None
-    schedule = SCHEDULES[strategy.schedule]
+def _shape(strategy: Strategy, feeds: Feeds) -> Shape:
+    schedule = SCHEDULES[strategy.schedule or ""]
     chunks = strategy.chunks
     if chunks is None and not schedule.copies:
         groups = len({stage.devices for stage in strategy.stages})
         chunks = len(strategy.stages) // groups
-    rows = schedule(len(strategy.stages), strategy.microbatches, chunks, feeds)
+    return Shape(
+        len(strategy.stages),
+        strategy.microbatches,
+        schedule.chunks if chunks is None else chunks,
+        feeds,
+    )
+
+
+@lru_cache(maxsize=64)
+def _rows(schedule: Schedule, shape: Shape) -> Rows:
+    rows = schedule(shape.stages, shape.microbatches, shape.chunks, shape.feeds)
     early = [str(a) for row in rows for a in row if a.kind == "U" or a.version is not None]
     if early:
         raise AutoparError(
-            f"the schedule {strategy.schedule} updates between microbatches ({early[0]}), which "
+            f"the schedule {schedule.name} updates between microbatches ({early[0]}), which "
             "cannot be run yet; take one that updates at the end of the step"
         )
     return rows
+
+
+@lru_cache(maxsize=64)
+def _arranged(schedule: Schedule, shape: Shape, wiring: Wiring) -> Arrangement:
+    return arrange(_rows(schedule, shape), wiring)
 
 
 def _groups(strategy: Strategy, rows: Rows) -> tuple[tuple[int, ...], ...]:
@@ -528,4 +680,13 @@ def _groups(strategy: Strategy, rows: Rows) -> tuple[tuple[int, ...], ...]:
     return groups
 
 
-__all__ = ["Boundary", "Message", "Move", "Pipelined", "StagePart", "messages", "pipelined"]
+__all__ = [
+    "Boundary",
+    "Flow",
+    "Message",
+    "Move",
+    "Pipelined",
+    "StagePart",
+    "messages",
+    "pipelined",
+]

@@ -329,7 +329,7 @@ class Timeline:
             )
             task += 1
         for exchange in arrangement.exchanges:
-            kind, name = "norm", "norm of all gradients"
+            kind, name = "norm", "sums over all rows"
             if exchange.synchronisation is not None:
                 stages = arrangement.wiring.synchronisations[exchange.synchronisation][0]
                 kind, name = "exchange", f"gradients of {', '.join(map(str, stages))}"

@@ -1,0 +1,362 @@
+"""Whether a plan of several stages keeps its promise: each different process is dry-run.
+
+Processes that hold alike stages, do alike actions in the same order and send and receive as much
+are one: it stands for all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from autopar.errors import AutoparError, VerificationError
+from autopar.ir.graph import ITEM_BYTES
+from autopar.ir.schedule import Action
+from autopar.ir.sharding import local_shape
+from autopar.ir.simulation import HOLDERS, WORLD, Estimate, Memory, RowEstimate
+from autopar.ir.strategy import Strategy
+from autopar.runtime.batches import Batches
+from autopar.runtime.launch import communicators_of, exchanges_of, group_of
+from autopar.runtime.lowering import LoweredProgram, PartedBackward, lower_stage
+from autopar.runtime.pipeline import PipelineStep, Trace
+from autopar.runtime.recorder import Recorder
+from autopar.runtime.step import TrainingStep
+from autopar.runtime.typecheck import typecheck as check_types
+from autopar.runtime.verify import (
+    CollectiveRow,
+    arguments_of,
+    collective_difference,
+    compared,
+    fake,
+    fake_state,
+    fake_world,
+    keep,
+    make_optimizer_states,
+    memory_difference,
+)
+from autopar.runtime.watch import MemoryWatch, Piece, Watch, device_for_dry_runs
+from autopar.simulator.microbatches import Division
+from autopar.simulator.stages import Message, Move, Pipelined, pipelined
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What a dry run of ``rank`` found, which stands for all of ``ranks``.
+
+    ``sent``: (row, row, bytes promised, bytes sent). The other fields as in ``verify.Report``.
+    """
+
+    rank: int
+    ranks: tuple[int, ...]
+    row: int
+    stages: tuple[int, ...]
+    actions: int
+    most_in_flight: int
+    collectives: tuple[CollectiveRow, ...]
+    sent: tuple[tuple[int, int, int, int], ...]
+    promised_memory: Memory
+    measured_peak_bytes: int
+    measured_peak_at: str
+    kept_bytes: int
+    at_peak: tuple[Piece, ...] = field(repr=False)
+    differences: tuple[str, ...] = ()
+
+    @property
+    def memory_error(self) -> float:
+        """(promised - measured) / measured."""
+        return self.promised_memory.total_bytes / self.measured_peak_bytes - 1
+
+
+@dataclass(frozen=True)
+class StagesReport:
+    """``differences`` are sentences; none: the promise is kept."""
+
+    world_size: int
+    ranks: tuple[RankReport, ...]
+    typechecked: bool
+    differences: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.differences
+
+    def to_json(self) -> str:
+        ranks = [
+            {**asdict(one), "at_peak": [asdict(piece) for piece in one.at_peak[:20]]}
+            for one in self.ranks
+        ]
+        return json.dumps({"ok": self.ok, **asdict(self), "ranks": ranks}, indent=1)
+
+
+def verify_stages(
+    division: Division,
+    strategy: Strategy,
+    estimate: Estimate,
+    *,
+    rank: int | None = None,
+    typecheck: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> StagesReport:
+    """``rank``: the only one that is looked at; ``None``: one of each that are alike.
+
+    Raises:
+        AutoparError: the process is part of a real process group; the dry run needs its own.
+    """
+    if estimate.pipeline is None:
+        raise AutoparError(
+            "the plan has several stages, and its estimate is not that of a pipeline; price it "
+            "again with `autopar simulate`, or plan again"
+        )
+    plan = pipelined(division, strategy)
+    if rank is not None and not 0 <= rank < plan.world_size:
+        raise AutoparError(
+            f"the plan is for the ranks 0 to {plan.world_size - 1}, not for rank {rank}"
+        )
+    groups = alike(plan) if rank is None else [(rank,)]
+    dry = _DryRuns(plan, division, typecheck)
+    found = []
+    for ranks in groups:
+        if progress is not None:
+            stands = f", which stands for {len(ranks)}" if len(ranks) > 1 else ""
+            progress(f"dry-running rank {ranks[0]} of {plan.world_size}{stands}")
+        row = estimate.pipeline.rows[row_of(plan, ranks[0])]
+        found.append(dry.report(ranks, row))
+    differences = [f"rank {one.rank}: {text}" for one in found for text in one.differences]
+    differences += _traffic_differences(plan, estimate)
+    return StagesReport(plan.world_size, tuple(found), typecheck, tuple(differences))
+
+
+def row_of(plan: Pipelined, rank: int) -> int:
+    return next(r for r, group in enumerate(plan.groups) if rank in group)
+
+
+# ---- which ranks are alike -----------------------------------------------------------------------
+
+
+def alike(plan: Pipelined) -> list[tuple[int, ...]]:
+    """All ranks, those together that do the same."""
+    found: dict[Hashable, list[int]] = {}
+    for row, group in enumerate(plan.groups):
+        does = _does(plan, row)
+        boundaries = _boundaries(plan, row)
+        for place, rank in enumerate(group):
+            moved = tuple(
+                (
+                    sum(m.elements for m in messages if m.sender == place),
+                    sum(m.elements for m in messages if m.receiver == place),
+                )
+                for messages in boundaries
+            )
+            found.setdefault((does, moved), []).append(rank)
+    return [tuple(ranks) for ranks in found.values()]
+
+
+def _does(plan: Pipelined, row: int) -> Hashable:
+    """Stages, actions and messages of a row, whatever their numbers."""
+    stages = sorted({action.stage for action in plan.rows[row]})
+    place = {stage: i for i, stage in enumerate(stages)}
+    sequence: list[Hashable] = []
+    for one in (*plan.instructions(row), *plan.updates(row)):
+        if isinstance(one, Action):
+            sequence.append((place[one.stage], one.kind))
+        else:
+            b, ways = one.boundary, (one.source_row == row, one.target_row == row)
+            ends = place.get(b.source, -1), place.get(b.target, -1)
+            sequence.append((ends, ways, one.backward, b.spec, b.departs, b.arrives, b.gradient))
+    exchanged = sorted(
+        (plan.parts[holders[0][0]].graph.spec(name).bytes, len(holders))
+        for name, holders in plan.holders.items()
+        if len(holders) > 1 and any(r == row for _, r in holders)
+    )
+    return (
+        tuple((plan.parts[stage].content, stage in plan.parted) for stage in stages),
+        tuple(sequence),
+        tuple(exchanged),
+    )
+
+
+def _boundaries(plan: Pipelined, row: int) -> list[tuple[Message, ...]]:
+    moves = (one for one in plan.instructions(row) if isinstance(one, Move))
+    kinds = dict.fromkeys(
+        (m.boundary, m.backward, m.source_row == row, m.target_row == row) for m in moves
+    )
+    found = []
+    for boundary, backward, sends, receives in kinds:
+        messages = plan.messages(boundary, backward, sends and receives)
+        found.append(
+            tuple(
+                m._replace(
+                    sender=m.sender if sends else -1, receiver=m.receiver if receives else -1
+                )
+                for m in messages
+            )
+        )
+    return found
+
+
+# ---- dry runs ------------------------------------------------------------------------------------
+
+
+class _DryRuns:
+    """Stages are lowered once for all ranks that hold them."""
+
+    def __init__(self, plan: Pipelined, division: Division, typecheck: bool) -> None:
+        self.plan, self.division, self.typecheck = plan, division, typecheck
+        self.mode, self.device = FakeTensorMode(), device_for_dry_runs()
+        self.programs: dict[int, LoweredProgram] = {}
+        self.typed: set[Hashable] = set()
+
+    def report(self, ranks: tuple[int, ...], row: RowEstimate) -> RankReport:
+        rank = ranks[0]
+        with fake_world(self.plan.world_size, rank):
+            step, watch, kept_bytes, mistyped = self._run(rank)
+        collectives = tuple(compared(row.collectives, watch.executed))
+        sent = tuple(_sent(promised_bytes(self.plan, rank), step.trace))
+        actions = self.plan.arranged().rows[step.row]
+        memory = watch.memory
+        return RankReport(
+            rank=rank,
+            ranks=ranks,
+            row=step.row,
+            stages=row.stages,
+            actions=len(step.trace.actions),
+            most_in_flight=step.trace.most_in_flight,
+            collectives=collectives,
+            sent=sent,
+            promised_memory=row.memory,
+            measured_peak_bytes=memory.peak_bytes,
+            measured_peak_at=memory.peak_at,
+            kept_bytes=kept_bytes,
+            at_peak=memory.at_peak(),
+            differences=(
+                *mistyped,
+                *map(collective_difference, (r for r in collectives if r.promised != r.executed)),
+                *(
+                    f"{promised} bytes from row {a} to row {b} promised, {executed} sent"
+                    for a, b, promised, executed in sent
+                    if promised != executed
+                ),
+                *_order_differences(actions, row.most_in_flight, step.trace),
+                *memory_difference(row.memory, memory),
+            ),
+        )
+
+    def _run(self, rank: int) -> tuple[PipelineStep, Watch, int, tuple[str, ...]]:
+        plan, graph, device = self.plan, self.division.whole, self.device
+        communicators = communicators_of(plan, rank, device.type, alone=True)
+        axes: dict[str, str | None] = {}
+        for communicator in communicators.values():
+            axes.update(communicator.recorder.axis_of_group)
+        exchanges = exchanges_of(plan, rank, alone=True)
+        world = dist.group.WORLD
+        assert world is not None
+        beside = {str(world.group_name): WORLD}
+        beside.update(dict.fromkeys(filter(None, map(group_of, exchanges.values())), HOLDERS))
+        recorder = Recorder(axes, beside_meshes=beside)
+        watch = Watch(MemoryWatch(), recorder)
+        with self.mode:
+            held = {}
+            for stage, communicator in communicators.items():
+                communicator.recorder = recorder
+                part = plan.parts[stage]
+                state = fake_state(part.graph, part.strategy, device)
+                held[stage] = TrainingStep(self._program(stage), part.strategy, state, communicator)
+                make_optimizer_states(held[stage])
+                keep(watch.memory, held[stage])
+            inputs = {name: fake(graph, name, device) for name in graph.inputs}
+            batches = Batches(self.division, plan.strategy.training, device)
+            step = PipelineStep(plan, rank, held, batches, exchanges)
+            watch.memory.ignore(inputs.values())
+            kept_bytes = watch.memory.live_bytes
+            watch.memory.restart()
+            args, kwargs = arguments_of(graph, inputs)
+            with watch:
+                step(*args, **kwargs)
+            mistyped = tuple(self._mistyped(step, inputs)) if self.typecheck else ()
+        return step, watch, kept_bytes, mistyped
+
+    def _program(self, stage: int) -> LoweredProgram:
+        if stage not in self.programs:
+            part, parted = self.plan.parts[stage], stage in self.plan.parted
+            self.programs[stage] = lower_stage(part, self.device, parted=parted)
+        return self.programs[stage]
+
+    def _mistyped(self, step: PipelineStep, inputs: Mapping[str, Tensor]) -> Iterator[str]:
+        """Stages that are alike have one type."""
+        for stage, of_stage in step.held.items():
+            part = self.plan.parts[stage]
+            if part.content in self.typed:
+                continue
+            self.typed.add(part.content)
+            given = {}
+            for name in part.graph.inputs:
+                if name in part.given:
+                    spec, sharding = part.graph.spec(name), part.given[name]
+                    shape = local_shape(spec.shape, sharding, part.mesh)
+                    tensor = torch.empty(
+                        shape, dtype=getattr(torch, spec.dtype), device=self.device
+                    )
+                    wanted = part.graph.by_name[name].differentiable
+                    given[name] = tensor.requires_grad_(wanted)
+                else:
+                    given[name] = step.batches.part(name, inputs[name], 0)
+            of_stage.execution.parted = PartedBackward() if stage in self.plan.parted else None
+            try:
+                check_types(of_stage.program, of_stage.execution, of_stage.state.buffers, given)
+            except VerificationError as error:
+                yield f"stage {stage}: {error}"
+
+
+# ---- comparing -----------------------------------------------------------------------------------
+
+
+def promised_bytes(plan: Pipelined, rank: int) -> Counter[tuple[int, int]]:
+    """What one process sends in a step, by (row, row)."""
+    row = row_of(plan, rank)
+    place, found = plan.groups[row].index(rank), Counter[tuple[int, int]]()
+    for move in plan.instructions(row):
+        if isinstance(move, Move) and move.source_row == row:
+            group, item = plan.groups[move.target_row], ITEM_BYTES[move.boundary.spec.dtype]
+            together = move.source_row == move.target_row
+            for message in plan.messages(move.boundary, move.backward, together):
+                if message.sender == place and group[message.receiver] != rank:
+                    found[row, move.target_row] += item * message.elements
+    return found
+
+
+def _sent(promised: Counter[tuple[int, int]], trace: Trace) -> Iterator[tuple[int, int, int, int]]:
+    for pair in sorted({*promised, *trace.sent_bytes}):
+        yield (*pair, promised[pair], trace.sent_bytes[pair])
+
+
+def _order_differences(actions: tuple[Action, ...], in_flight: int, trace: Trace) -> Iterable[str]:
+    if tuple(trace.actions) != actions:
+        yield f"other actions than the {len(actions)} of its row were done, or in another order"
+    if trace.most_in_flight != in_flight:
+        yield f"{in_flight} microbatches in flight promised, {trace.most_in_flight} kept"
+
+
+def _traffic_differences(plan: Pipelined, estimate: Estimate) -> Iterator[str]:
+    """Of the promise itself, between rows."""
+    assert estimate.pipeline is not None
+    promised = {(t.source_row, t.target_row): t.bytes for t in estimate.pipeline.traffic}
+    needed: Counter[tuple[int, int]] = Counter()
+    for group in plan.groups:
+        for rank in group:
+            needed += promised_bytes(plan, rank)
+    for a, b in sorted({*promised, *(pair for pair in needed if pair[0] != pair[1])}):
+        if promised.get((a, b), 0) != needed[a, b]:
+            yield (
+                f"from row {a} to row {b} {promised.get((a, b), 0)} bytes are promised, and the "
+                f"strategy needs {needed[a, b]}"
+            )
+
+
+__all__ = ["RankReport", "StagesReport", "alike", "promised_bytes", "verify_stages"]

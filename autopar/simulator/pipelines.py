@@ -1,0 +1,397 @@
+"""What a strategy of several stages costs: its stages priced, its rows played, its promise.
+
+Stages that are alike, on devices that lie alike, are priced once; so are rows arranged once. A
+search keeps one ``StagePrices`` for all that it tries.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from math import prod
+
+from autopar.ir.graph import ITEM_BYTES
+from autopar.ir.sharding import local_shape
+from autopar.ir.simulation import (
+    HOLDERS,
+    WORLD,
+    Estimate,
+    Memory,
+    PipelineEstimate,
+    PromisedCollective,
+    RowEstimate,
+    Traffic,
+)
+from autopar.ir.strategy import Strategy
+from autopar.simulator.arrangement import Arrangement
+from autopar.simulator.costs import ComputeCache, Costs, within_units
+from autopar.simulator.critical_path import critical_path
+from autopar.simulator.machine_links import MachineLinks
+from autopar.simulator.microbatches import Division
+from autopar.simulator.pipeline import Pipeline, StageCost, StageMemory, Synchronisation
+from autopar.simulator.prices import StageParts, stage_parts
+from autopar.simulator.row_memory import FeedBytes, RowStates, row_memory, row_states
+from autopar.simulator.stage_memory import StageBytes, stage_bytes
+from autopar.simulator.stages import Pipelined, StagePart, pipelined
+from autopar.simulator.timeline import Timeline, play
+from cost_models.interface import Collective, CostModel, members_in_units, units_of
+
+
+@dataclass(frozen=True, slots=True)
+class PricedStage:
+    """``part`` is one of those that are alike."""
+
+    part: StagePart
+    parts: StageParts
+    bytes: StageBytes
+
+    @property
+    def cost(self) -> StageCost:
+        p = self.parts
+        input_gradient_s = p.input_compute_s + p.input_communication_s
+        weight_gradient_s = p.weight_compute_s + p.weight_communication_s
+        return StageCost(
+            forward_s=p.forward_compute_s + p.forward_communication_s,
+            backward_s=input_gradient_s + weight_gradient_s,
+            update_s=p.optimizer_s + p.refresh_s,
+            input_gradient_s=input_gradient_s,
+            weight_gradient_s=weight_gradient_s,
+            memory=_timeline_memory(self.bytes),
+        )
+
+
+def _timeline_memory(found: StageBytes) -> StageMemory:
+    """As timelines count it: gradients all step long."""
+    parameters, _, optimizer, *_ = found.always
+    saved, gradients = sum(found.saved), sum(found.gradients)
+    moments = {kind: sum(moment.held) for kind, moment in found.moments.items()}
+    last = moments.get("B", moments.get("W", 0)) - gradients
+    return StageMemory(
+        parameters_bytes=parameters,
+        gradients_bytes=gradients,
+        optimizer_bytes=optimizer,
+        activations_bytes=saved,
+        for_weights_bytes=sum(found.for_weights),
+        forward_bytes=moments["F"] - saved,
+        backward_bytes=max(0, max(last, moments.get("I", 0), sum(found.first.held)) - saved),
+        update_bytes=max(0, max(moments["R"], moments["U"]) - gradients),
+    )
+
+
+@dataclass
+class StagePrices:
+    """Prices of stages on a machine, remembered by what the stages are and how their devices lie.
+
+    Only for parts of divisions that live as long.
+    """
+
+    cost_model: CostModel
+    compute_cache: ComputeCache = field(default_factory=dict)
+    _known: dict[Hashable, PricedStage] = field(default_factory=dict)
+    _costs: dict[Hashable, Costs] = field(default_factory=dict)
+
+    def of(self, part: StagePart, devices: tuple[int, ...], *, parted: bool = False) -> PricedStage:
+        """``parted``: its backwards are ``I`` and ``W``."""
+        place = within_units(units_of(self.cost_model), part.mesh, devices)
+        key = part.content, place, parted
+        found = self._known.get(key)
+        if found is None:
+            costs = self._costs.setdefault(
+                (part.mesh, place),
+                Costs(self.cost_model, part.mesh, self.compute_cache, devices),
+            )
+            found = self._known[key] = PricedStage(
+                part, stage_parts(part, costs, parted=parted), stage_bytes(part, parted=parted)
+            )
+        return found
+
+
+def evaluate_stages(
+    division: Division, cost_model: CostModel, strategy: Strategy, prices: StagePrices | None = None
+) -> Estimate:
+    """Price a strategy of several stages, as ``prices.evaluate`` does one of one.
+
+    Raises:
+        AutoparError: what cannot be run so, and why.
+    """
+    prices = StagePrices(cost_model) if prices is None else prices
+    return PricedPipeline(pipelined(division, strategy), prices).estimate()
+
+
+@dataclass(frozen=True)
+class PricedPipeline:
+    """Everything that is known of a step before it is run. What is not asked for is not made."""
+
+    plan: Pipelined
+    prices: StagePrices = field(repr=False)
+
+    @cached_property
+    def stages(self) -> tuple[PricedStage, ...]:
+        """Of copies, the one whose devices lie worst."""
+        plan = self.plan
+        return tuple(
+            max(
+                (
+                    self.prices.of(part, plan.groups[row], parted=number in plan.parted)
+                    for row in plan.copies[number]
+                ),
+                key=lambda priced: priced.cost.forward_s + priced.cost.backward_s,
+            )
+            for number, part in enumerate(plan.parts)
+        )
+
+    @cached_property
+    def pipeline(self) -> Pipeline:
+        plan = self.plan
+        exchanged: defaultdict[tuple[int, ...], float] = defaultdict(float)
+        for name, promised in self.exchanges.items():
+            exchanged[tuple(sorted({s for s, _ in plan.holders[name]}))] += promised.time_s
+        reductions = (
+            Synchronisation(stages, self._reduction_s(stages)) for stages in _together(plan)
+        )
+        exchanges = (Synchronisation(stages, time_s) for stages, time_s in exchanged.items())
+        return Pipeline(
+            stages=tuple(priced.cost for priced in self.stages),
+            feeds=plan.feeds,
+            network=MachineLinks(self.prices.cost_model, plan.groups),
+            synchronisations=tuple(s for s in (*reductions, *exchanges) if s.time_s > 0),
+            norm_s=sum(one.time_s for one in self.sums),
+        )
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        return play(self.plan.arranged(self.pipeline.wiring), self.pipeline)
+
+    @property
+    def step_time_s(self) -> float:
+        return float(self.timeline.step_time_s)
+
+    # ---- memory --------------------------------------------------------------------------------
+
+    @cached_property
+    def memories(self) -> tuple[Memory, ...]:
+        """At the peak of each device of each row."""
+        plan, feeds = self.plan, [self._feed_bytes(route) for route in self.plan.routes]
+        exchanged: Counter[int] = Counter()
+        for name, promised in self.exchanges.items():
+            for _, row in plan.holders[name]:  # a sum that begins with zeros, and a copy of it
+                exchanged[row] = max(exchanged[row], 2 * promised.bytes)
+        return tuple(
+            row_memory(
+                states,
+                {stage: self._bytes(stage) for stage in states.stages},
+                feeds,
+                [action.stage for action in plan.updates(row)],
+                exchanged[row],
+            )
+            for row, states in enumerate(_states(plan.arranged()))
+        )
+
+    def _bytes(self, stage: int) -> StageBytes:
+        """With what is copied to be sent, which is kept until the gradient comes back."""
+        found, plan = self.stages[stage].bytes, self.plan
+        copied = sum(
+            plan.copied_bytes(b) for b in plan.boundaries if b.source == stage and b.gradient
+        )
+        if not copied:
+            return found
+        *others, buffers = found.saved
+        return replace(found, saved=(*others, buffers + copied))
+
+    def _feed_bytes(self, route: tuple[int, int, bool]) -> FeedBytes:
+        plan, boundaries, gradient = self.plan, self.plan.routes[route], route[2]
+        arriving = sum(plan.held_bytes(b, at_source=False) for b in boundaries)
+        if not gradient:
+            copied = sum(plan.copied_bytes(b) for b in boundaries)
+            return FeedBytes(arriving, copied, 0, 0)
+        given_back = sum(
+            plan.flow(b, backward=True).copied_bytes or plan.held_bytes(b, at_source=False)
+            for b in boundaries
+        )
+        returning = sum(plan.held_bytes(b, at_source=True) for b in boundaries)
+        return FeedBytes(arriving, 0, returning, given_back)
+
+    # ---- between rows, once a step -------------------------------------------------------------
+
+    @cached_property
+    def exchanges(self) -> dict[str, PromisedCollective]:
+        """By parameter that several rows hold, the sum of its gradients."""
+        plan, found = self.plan, {}
+        wide = plan.strategy.training.precision == "mixed"
+        for name, holders in plan.holders.items():
+            part = plan.parts[holders[0][0]]
+            tensor, rows = part.graph.by_name[name], sorted({row for _, row in holders})
+            if len(rows) > 1 and tensor.differentiable:
+                kept = part.strategy.storage[name].optimizer
+                elements = prod(local_shape(tensor.spec.shape, kept, part.mesh))
+                size = elements * (4 if wide else ITEM_BYTES[tensor.spec.dtype])
+                alike = tuple(zip(*(plan.groups[row] for row in rows), strict=True))
+                found[name] = self._all_reduce(HOLDERS, size, name, alike)
+        return found
+
+    @cached_property
+    def sums(self) -> tuple[PromisedCollective, ...]:
+        """Over all processes: of the loss, and of squares if gradients are clipped by their norm;
+        all updates come after them."""
+        whole = self.plan.parts[0].division.whole
+        everyone = (tuple(device for group in self.plan.groups for device in group),)
+        sizes = {"loss": ITEM_BYTES[whole.spec(whole.loss).dtype]}
+        if self.plan.strategy.training.clip_norm is not None:
+            wide = any(p.spec.dtype == "float64" for p in whole.parameters)
+            sizes["gradient norm"] = ITEM_BYTES["float64" if wide else "float32"]
+        return tuple(self._all_reduce(WORLD, n, what, everyone) for what, n in sizes.items())
+
+    def _all_reduce(
+        self, axis: str, size: int, reason: str, groups: tuple[tuple[int, ...], ...]
+    ) -> PromisedCollective:
+        cost_model, members = self.prices.cost_model, len(groups[0])
+        time_s = 0.0
+        if members > 1:
+            stride = max(1, min(groups[0][1] - groups[0][0], cost_model.devices // members))
+            within = _members_in_units(groups, units_of(cost_model))
+            one = Collective("all_reduce", size, members, stride, within)
+            time_s = cost_model.collective_time_s(one)
+        return PromisedCollective("all_reduce", "step", axis, size, 1, reason, time_s)
+
+    def _reduction_s(self, stages: tuple[int, ...]) -> float:
+        """A row reduces the gradients of its stages one after the other, after all backwards."""
+        rows = {row for stage in stages for row in self.plan.copies[stage]}
+        return max(
+            sum(self.stages[s].parts.reduction_s for s in stages if row in self.plan.copies[s])
+            for row in rows
+        )
+
+    # ---- the estimate --------------------------------------------------------------------------
+
+    def estimate(self) -> Estimate:
+        rows = tuple(map(self._row, range(len(self.plan.groups))))
+        traffic = sorted(self.timeline.sent_bytes().items())
+        spent = self._on_critical_path()
+        return Estimate(
+            step_time_s=self.step_time_s,
+            forward_compute_s=spent["forward_compute_s"],
+            backward_compute_s=spent["backward_compute_s"],
+            forward_communication_s=spent["forward_communication_s"],
+            backward_communication_s=spent["backward_communication_s"],
+            gradient_synchronisation_s=spent["gradient_synchronisation_s"],
+            optimizer_s=spent["optimizer_s"],
+            memory=max((row.memory for row in rows), key=lambda memory: memory.total_bytes),
+            pipeline=PipelineEstimate(
+                rows,
+                tuple(Traffic(*pair, n) for pair, n in traffic if n),
+                spent["transfer_s"],
+            ),
+        )
+
+    def _row(self, row: int) -> RowEstimate:
+        timeline = self.timeline
+        forward_s, backward_s, update_s, idle_s = map(float, timeline.parts(row))
+        return RowEstimate(
+            devices=self.plan.groups[row],
+            stages=tuple(sorted({action.stage for action in self.plan.rows[row]})),
+            forward_s=forward_s,
+            backward_s=backward_s,
+            update_s=update_s,
+            idle_s=idle_s,
+            bubble_s=float(timeline.bubble_s(row)),
+            most_in_flight=timeline.most_in_flight(row),
+            memory=self.memories[row],
+            collectives=tuple(self._collectives(row)),
+        )
+
+    def _collectives(self, row: int) -> Iterator[PromisedCollective]:
+        """By the names of the stage itself, not of the one that was priced for it."""
+        plan = self.plan
+        microbatches = Counter(a.stage for a in plan.rows[row] if a.kind == "F")
+        for stage, times in sorted(microbatches.items()):
+            priced = self.stages[stage]
+            names = _renamed(priced.part, plan.parts[stage])
+            for one in priced.parts.collectives:
+                count = one.count * (1 if one.phase == "step" else times)
+                yield replace(one, count=count, reason=names.get(one.reason, one.reason))
+        for name, promised in self.exchanges.items():
+            if any(holder == row for _, holder in plan.holders[name]):
+                yield promised
+        yield from self.sums
+
+    def _on_critical_path(self) -> defaultdict[str, float]:
+        found: defaultdict[str, float] = defaultdict(float)
+        for piece in critical_path(self.timeline):
+            length_s = float(piece.end_s - piece.start_s)
+            if piece.kind == "send":
+                found["transfer_s"] += length_s
+            elif piece.kind in ("exchange", "norm"):
+                found["gradient_synchronisation_s"] += length_s
+            else:
+                stage = self.timeline.arrangement.action(piece.task).stage
+                for part, share in _shares(self.stages[stage].parts, piece.kind).items():
+                    found[part] += share * length_s
+        return found
+
+
+def _shares(parts: StageParts, kind: str) -> dict[str, float]:
+    """What an action consists of."""
+    found = {
+        "F": {
+            "forward_compute_s": parts.forward_compute_s,
+            "forward_communication_s": parts.forward_communication_s,
+        },
+        "B": {
+            "backward_compute_s": parts.backward_compute_s,
+            "backward_communication_s": parts.backward_communication_s,
+        },
+        "I": {
+            "backward_compute_s": parts.input_compute_s,
+            "backward_communication_s": parts.input_communication_s,
+        },
+        "W": {
+            "backward_compute_s": parts.weight_compute_s,
+            "backward_communication_s": parts.weight_communication_s,
+        },
+        "U": {
+            "optimizer_s": parts.optimizer_s,
+            "gradient_synchronisation_s": parts.refresh_s,
+        },
+    }[kind]
+    total = sum(found.values())
+    return {part: time_s / total for part, time_s in found.items()} if total else {}
+
+
+def _renamed(priced: StagePart, part: StagePart) -> Mapping[str, str]:
+    """Operators and tensors of a stage that is alike, by their names in the other."""
+    if priced is part:
+        return {}
+    found: dict[str, str] = {}
+    for theirs, own in zip(priced.graph.operators, part.graph.operators, strict=True):
+        found.update(zip(theirs.inputs, own.inputs, strict=True))
+        found.update(zip(theirs.outputs, own.outputs, strict=True))
+        found[theirs.name] = own.name
+    return found
+
+
+def _together(plan: Pipelined) -> tuple[tuple[int, ...], ...]:
+    """Stages that share a row, or share one with another that does."""
+    groups: list[set[int]] = []
+    for row in plan.rows:
+        stages = {action.stage for action in row}
+        met = [group for group in groups if group & stages]
+        groups = [group for group in groups if not group & stages]
+        groups.append(stages.union(*met))
+    return tuple(tuple(sorted(group)) for group in groups)
+
+
+@lru_cache(maxsize=1024)
+def _members_in_units(
+    groups: tuple[tuple[int, ...], ...], units: tuple[int, ...]
+) -> tuple[int, ...]:
+    return members_in_units(groups, units)
+
+
+@lru_cache(maxsize=64)
+def _states(arrangement: Arrangement) -> tuple[RowStates, ...]:
+    return row_states(arrangement)
+
+
+__all__ = ["PricedPipeline", "PricedStage", "StagePrices", "evaluate_stages"]

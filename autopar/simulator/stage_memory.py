@@ -1,0 +1,265 @@
+"""What a device holds for one stage of several: the walk of ``memory``, action by action.
+
+Counted beside what ``memory`` counts: what arrives and what departs is kept until the backward has
+ended; gradients that come back and those that are given back; with a backward in two parts, what
+its first part leaves for the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from autopar.ir.graph import Operator, Role
+from autopar.simulator.edges import canonical
+from autopar.simulator.folding import whole
+from autopar.simulator.memory import KINDS, Key, _Block, _Footprint, _Walk, local_bytes
+from autopar.simulator.stages import StagePart
+
+T = TypeVar("T")
+
+Kinds = tuple[int, ...]
+"""Bytes of each of ``memory.KINDS``."""
+
+NONE: Kinds = (0,) * len(KINDS)
+
+
+def plus(*kinds: Kinds) -> Kinds:
+    return tuple(map(sum, zip(*kinds, strict=True)))
+
+
+def minus(kinds: Kinds, less: Kinds) -> Kinds:
+    return tuple(a - b for a, b in zip(kinds, less, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """The worst of an action: what is held then, and which operator is at work."""
+
+    held: Kinds
+    at: str
+
+
+@dataclass(frozen=True, slots=True)
+class StageBytes:
+    """What each device of a stage holds.
+
+    ``always``: parameters, buffers and optimizer states; all else is beside it. ``saved``: for a
+    microbatch between its forward and its ``B`` or ``I``; ``for_weights``: between ``I`` and ``W``.
+    ``gradients``: from the end of the first ``B`` or ``W`` to ``R``, their reduction; ``reduced``:
+    from there to ``U``. ``moments``: by kind of action, with what its microbatch has saved; in
+    ``B``, ``W``, ``R`` and ``U`` with the gradients. ``first``: of the first ``B`` or ``W``, which
+    meets none.
+    """
+
+    always: Kinds
+    saved: Kinds
+    for_weights: Kinds
+    gradients: Kinds
+    reduced: Kinds
+    moments: dict[str, Moment]
+    first: Moment
+
+
+def stage_bytes(part: StagePart, *, parted: bool = False) -> StageBytes:
+    """``parted``: its backwards are ``I`` and ``W``."""
+    return _StageWalk(part, parted).bytes()
+
+
+@dataclass(frozen=True, slots=True)
+class _Microbatch:
+    """What was seen of one."""
+
+    saved: Kinds
+    for_weights: Kinds
+    moments: dict[str, Moment]
+
+
+class _StageWalk(_Walk):
+    """``base``: what was there before the microbatch. Blocks that are held beside those that
+    autograd holds: ``departed`` until the last backward, ``returned`` until the end of the backward
+    that reads them, ``retained`` until the end of ``W``. ``left``: by operator with parameters, the
+    gradients of its outputs, which ``I`` leaves for ``W``; ``put_off``: what it saved."""
+
+    def __init__(self, part: StagePart, parted: bool) -> None:
+        rules, strategy = part.division.rules, part.strategy
+        super().__init__(whole(part.graph), part.graph, rules, strategy, part.given, part.ends)
+        self.parted, self.doing = parted, "F"
+        self.index = {o.name: i for i, o in enumerate(self.graph.operators)}
+        self.departed: list[_Block] = []
+        self.returned: list[_Block] = []
+        self.retained: list[_Block] = []
+        self.left: dict[int, list[tuple[Key, _Block]]] = {}
+        self.put_off: dict[int, list[_Block]] = {}
+        self.always = self.base = self.reduced = NONE
+        self.reduction = Moment(NONE, "")
+
+    def bytes(self) -> StageBytes:
+        self._keep()
+        self.always = self.base = self._now()
+        first = self._microbatch()
+        gradients = minus(self._now(), self.always)
+        self.base = self._now()
+        later = self._microbatch()
+        self._restart()
+        self._update()
+        last = "W" if self.parted else "B"
+        moments = {**first.moments, last: later.moments[last]}
+        moments |= {"R": self.reduction, "U": self._moment(self.always)}
+        return StageBytes(
+            always=self.always,
+            saved=first.saved,
+            for_weights=first.for_weights,
+            gradients=gradients,
+            reduced=self.reduced,
+            moments=moments,
+            first=first.moments[last],
+        )
+
+    def _microbatch(self) -> _Microbatch:
+        moments: dict[str, Moment] = {}
+        saved = self._begin("F", self._forward)
+        self._keep_departing()
+        moments["F"] = self._moment(self.base)
+        after_forward = between = minus(self._now(), self.base)
+        if self.parted:
+            given_back = self._begin("I", lambda: self._backward(saved))
+            moments["I"] = self._moment(self.base)
+            _let_go(self, given_back.values(), self.returned)
+            between = minus(self._now(), self.base)
+            self._begin("W", self._weight_gradients)
+            moments["W"] = self._moment(self.always)
+        else:
+            given_back = self._begin("B", lambda: self._backward(saved))
+            moments["B"] = self._moment(self.always)
+            _let_go(self, given_back.values(), self.returned, self.arrivals, self.departed)
+        return _Microbatch(after_forward, between, moments)
+
+    def _begin(self, doing: str, action: Callable[[], T]) -> T:
+        self.doing = doing
+        self._restart()
+        return action()
+
+    def _restart(self) -> None:
+        self.peak, self.at_peak, self.where = self.total, self.live.copy(), "start"
+
+    def _now(self) -> Kinds:
+        return tuple(self.live[kind] for kind in KINDS)
+
+    def _moment(self, base: Kinds) -> Moment:
+        return Moment(minus(tuple(self.at_peak[kind] for kind in KINDS), base), self.where)
+
+    # ---- what goes over boundaries -------------------------------------------------------------
+
+    def _keep_departing(self) -> None:
+        for name, sharding in self.ends.items():
+            key = name, canonical(sharding, self.graph.by_name[name].differentiable)
+            self._hold(key, self.departed)
+        for key in list(self.blocks):
+            self._forget(key)
+
+    def _seeds(self) -> dict[Key, _Block]:
+        """Gradients come back for what departed, and are kept while they are read."""
+        found = {}
+        for name, sharding in self.ends.items():
+            tensor = self.graph.by_name[name]
+            if tensor.differentiable:
+                size = local_bytes(tensor.spec, sharding, self.mesh)
+                block = self.allocate(size, "temporaries" if name == self.graph.loss else "buffers")
+                if name != self.graph.loss:
+                    block.users += 1
+                    self.returned.append(block)
+                found[name, sharding] = block
+        return found
+
+    # ---- a backward in two parts ---------------------------------------------------------------
+
+    def _reads_parameters(self, operator: Operator) -> list[bool]:
+        """For each input whether it is a trained parameter."""
+        by_name = self.graph.by_name
+        return [
+            by_name[name].role is Role.PARAMETER and by_name[name].differentiable
+            for name in operator.inputs
+        ]
+
+    def _save(self, operator: Operator, footprint: _Footprint) -> list[_Block]:
+        held = super()._save(operator, footprint)
+        if self.parted and footprint.carries_gradient and any(self._reads_parameters(operator)):
+            for name, sharding in zip(operator.outputs, footprint.produced, strict=True):
+                if self.graph.by_name[name].differentiable:
+                    self._hold((name, sharding), self.retained)
+        return held
+
+    def _operator_backward(
+        self,
+        operator: Operator,
+        footprint: _Footprint,
+        gradients: dict[Key, _Block],
+        saved: list[_Block],
+    ) -> None:
+        if self.doing != "I":
+            super()._operator_backward(operator, footprint, gradients, saved)
+            return
+        parameters = self._reads_parameters(operator)
+        if any(parameters):
+            index = self.index[operator.name]
+            self.left[index] = []
+            for key in zip(operator.outputs, footprint.produced, strict=True):
+                if key in gradients:
+                    gradients[key].users += 1
+                    self.left[index].append((key, gradients[key]))
+            self.put_off[index] = saved
+            footprint = _for_inputs(footprint, [not is_one for is_one in parameters])
+            if not any(footprint.differentiable):
+                for key, _ in self.left[index]:
+                    self.release(gradients.pop(key))
+                return
+        for block in saved:
+            block.users += 1  # autograd keeps it for W
+        if not any(parameters):
+            self.retained += saved
+        super()._operator_backward(operator, footprint, gradients, list(saved))
+
+    def _weight_gradients(self) -> None:
+        """Operator by operator, in the order of the forward; then all of them to their places."""
+        _let_go(self, self.arrivals, self.departed)
+        gradients: dict[Key, _Block] = {}
+        for index in sorted(self.left):
+            operator, footprint = self.graph.operators[index], self.footprints[index]
+            for key, block in self.left[index]:
+                block.users += 1
+                gradients[key] = block
+                self.retained.append(block)
+            wanted = _for_inputs(footprint, self._reads_parameters(operator))
+            super()._operator_backward(operator, wanted, gradients, self.put_off[index])
+        for made in reversed(self.made):
+            self._move_back(made, gradients)
+        _let_go(self, self.retained)
+        self.left, self.put_off = {}, {}
+
+    # ---- the end of the step -------------------------------------------------------------------
+
+    def _reduce(self) -> dict[str, _Block]:
+        reduced = super()._reduce()
+        self.reduction = self._moment(self.always)
+        self.reduced = minus(self._now(), self.always)
+        self._restart()
+        return reduced
+
+
+def _let_go(walk: _Walk, *held: Iterable[_Block]) -> None:
+    for blocks in held:
+        for block in list(blocks):
+            walk.release(block)
+        if isinstance(blocks, list):
+            blocks.clear()
+
+
+def _for_inputs(footprint: _Footprint, wanted: Sequence[bool]) -> _Footprint:
+    """The backward into these inputs alone."""
+    both = zip(footprint.differentiable, wanted, strict=True)
+    return replace(footprint, differentiable=tuple(a and b for a, b in both))
+
+
+__all__ = ["NONE", "Kinds", "Moment", "StageBytes", "minus", "plus", "stage_bytes"]

@@ -1,0 +1,132 @@
+"""Strategies of several stages, written from where the graph is cut and strategies of one stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from autopar.errors import AutoparError
+from autopar.ir.graph import OperatorGraph
+from autopar.ir.rule import Split
+from autopar.ir.strategy import Stage, Storage, Strategy
+from autopar.schedules import SCHEDULES
+from autopar.simulator.blocks import blocks
+
+
+def staged(
+    graph: OperatorGraph,
+    stages: Sequence[Sequence[str]],
+    like: Sequence[Strategy],
+    schedule: str,
+    microbatches: int,
+    *,
+    chunks: int | None = None,
+    devices: Sequence[tuple[int, ...]] | None = None,
+) -> Strategy:
+    """``stages``: the operators of each, as ``runs`` gives them. ``like``: for each stage a
+    strategy of one stage, whose mesh, splits and storages the stage takes.
+
+    ``devices`` of each stage; the default is to fill groups of devices one after the other, stage k
+    on group k modulo their number, of which each has ``chunks`` (default: the schedule's).
+    """
+    if len(like) != len(stages):
+        raise AutoparError(
+            f"{len(stages)} stages need as many strategies to be like, not {len(like)}; give one "
+            "for each, also where they are the same"
+        )
+    if schedule not in SCHEDULES:
+        raise AutoparError(
+            f"no schedule is called {schedule!r}; there are {', '.join(sorted(SCHEDULES))}"
+        )
+    member = SCHEDULES[schedule]
+    held = 1 if member.copies else member.chunks if chunks is None else chunks
+    meshes = [strategy.mesh for strategy in like]
+    if devices is None:
+        devices = _one_after_the_other([mesh.size for mesh in meshes], held)
+    splits: dict[str, Split] = {}
+    storage: dict[str, Storage] = {}
+    for names, strategy in zip(stages, like, strict=True):
+        for name in names:
+            splits[name] = strategy.splits[name]
+            for read in graph.operator[name].inputs:
+                if read in strategy.storage:
+                    storage.setdefault(read, strategy.storage[read])
+    for parameter in graph.parameters:  # what nothing reads is kept by the first stage
+        storage.setdefault(parameter.name, like[0].storage[parameter.name])
+    return Strategy(
+        stages=tuple(
+            Stage(tuple(names), of, mesh)
+            for names, of, mesh in zip(stages, devices, meshes, strict=True)
+        ),
+        splits=splits,
+        storage=storage,
+        microbatches=microbatches,
+        schedule=schedule,
+        training=like[0].training,
+        chunks=chunks,
+    )
+
+
+def _one_after_the_other(sizes: Sequence[int], chunks: int) -> list[tuple[int, ...]]:
+    if len(sizes) % chunks:
+        raise AutoparError(
+            f"{len(sizes)} stages cannot be held {chunks} by each group of devices; give a number "
+            f"of stages that {chunks} divides"
+        )
+    groups = len(sizes) // chunks
+    starts = [sum(sizes[:group]) for group in range(groups)]
+    for stage, size in enumerate(sizes):
+        if size != sizes[stage % groups]:
+            raise AutoparError(
+                f"stages {stage % groups} and {stage} share a group of devices, and have meshes of "
+                f"{sizes[stage % groups]} and {size}; give both as many, or say on which devices "
+                "each stage is"
+            )
+    return [
+        tuple(range(starts[stage % groups], starts[stage % groups] + size))
+        for stage, size in enumerate(sizes)
+    ]
+
+
+def runs(graph: OperatorGraph, cuts: Sequence[int]) -> list[tuple[str, ...]]:
+    """The operators in runs: ``cuts`` are the positions at which the second, the third, ... begin.
+
+    Raises:
+        AutoparError: a run would be empty.
+    """
+    names = [operator.name for operator in graph.operators]
+    ends = [0, *cuts, len(names)]
+    for before, after in pairwise(ends):
+        if before >= after:
+            raise AutoparError(
+                f"the cuts {list(cuts)} leave a stage empty; they must rise from 1 to "
+                f"{len(names) - 1}"
+            )
+    return [tuple(names[a:b]) for a, b in pairwise(ends)]
+
+
+def block_starts(graph: OperatorGraph) -> tuple[int, ...]:
+    """Where each copy of the block that covers most of the graph begins: a layer, usually."""
+    most = max(blocks(graph), key=lambda block: block.period * block.copies, default=None)
+    if most is None:
+        return ()
+    return tuple(most.start + copy * most.period for copy in range(most.copies))
+
+
+def even_cuts(graph: OperatorGraph, stages: int) -> tuple[int, ...]:
+    """Cuts for so many stages with as equal numbers of copies of the block as can be; what is
+    before and after goes to the first and the last.
+
+    Raises:
+        AutoparError: there are fewer copies than stages.
+    """
+    starts = block_starts(graph)
+    if stages > max(1, len(starts)):
+        raise AutoparError(
+            f"{graph.name} has {len(starts)} equal blocks, which cannot be {stages} stages; take "
+            "fewer stages, or say where to cut"
+        )
+    return tuple(starts[round(len(starts) * k / stages)] for k in range(1, stages))
+
+
+__all__ = ["block_starts", "even_cuts", "runs", "staged"]
