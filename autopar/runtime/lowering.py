@@ -11,7 +11,7 @@ from typing import Any, Literal
 import spmd_types
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from autopar.errors import PlanMismatchError
 from autopar.ir.graph import Argument, Dtype, Input, Operator, OperatorGraph, Role
@@ -38,11 +38,11 @@ from autopar.simulator.stages import StagePart
 @dataclass
 class PartedBackward:
     """What a microbatch's forward notes so that the gradient of its inputs can come before that of
-    the parameters: for each operator that reads parameters, its outputs and the aliases of
-    parameters that only it reads."""
+    the parameters: for each operator that reads parameters, where its outputs stand in the graph of
+    autograd, and the aliases of parameters that only it reads. None of their memory is kept."""
 
-    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
-    aliases: dict[str, list[Tensor]] = field(default_factory=dict)
+    outputs: dict[str, list[GradientEdge]] = field(default_factory=dict)
+    aliases: dict[str, list[GradientEdge]] = field(default_factory=dict)
 
 
 @dataclass
@@ -627,13 +627,13 @@ def alias_parameter(parameter: Tensor, execution: Execution, operator: str) -> T
     for by itself."""
     assert execution.parted is not None
     alias = parameter.view_as(parameter)
-    execution.parted.aliases.setdefault(operator, []).append(alias)
+    execution.parted.aliases.setdefault(operator, []).append(get_gradient_edge(alias))
     return alias
 
 
 def note_output(made: Tensor, execution: Execution, operator: str) -> Tensor:
     assert execution.parted is not None
-    execution.parted.outputs.setdefault(operator, []).append(made)
+    execution.parted.outputs.setdefault(operator, []).append(get_gradient_edge(made))
     return made
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from autopar.ir.schedule import Action
 from autopar.ir.sharding import local_shape
@@ -189,6 +191,9 @@ class _Kept:
     parted: PartedBackward | None
 
 
+_Product = tuple[list[GradientEdge], list[Tensor], list[GradientEdge]]
+"""Outputs of an operator with their gradients, and its parameters."""
+
 _Key = tuple[Boundary, int]
 """What goes over a boundary for a microbatch."""
 
@@ -218,7 +223,7 @@ class _Stage:
         self.execution.seed = seed + step.steps_done
         self.execution.divisors = divisors(step.program, step.state.buffers, inputs)
         self.kept: dict[int, _Kept] = {}
-        self.weights: dict[int, list[tuple[list[Tensor], list[Tensor], list[Tensor]]]] = {}
+        self.weights: dict[int, list[_Product]] = {}
         self.made: dict[_Key, Tensor] = {}
         self.gradients: dict[_Key, Tensor] = {}
         self.arriving: dict[_Key, Callable[[], Tensor]] = {}
@@ -272,7 +277,7 @@ class _Stage:
         roots, gradients = self._roots(kept, microbatch)
         leaves = {b: leaf for b, leaf in kept.leaves.items() if b.gradient}
         outputs = [made for of in kept.parted.outputs.values() for made in of]
-        wanted = [*leaves.values(), *outputs]
+        wanted: list[Any] = [*leaves.values(), *outputs]
         with self.step.communicator.recorder.during("backward"):
             found = (
                 torch.autograd.grad(roots, wanted, gradients, retain_graph=True, allow_unused=True)
@@ -281,17 +286,17 @@ class _Stage:
             )
         self._give_back(microbatch, dict(zip(leaves, found, strict=False)), kept)
         arrived = iter(found[len(leaves) :])
-        work = []
+        work: list[_Product] = []
         for operator, made in kept.parted.outputs.items():
-            pairs = [(tensor, g) for tensor in made if (g := next(arrived)) is not None]
+            pairs = [(edge, g) for edge in made if (g := next(arrived)) is not None]
             if pairs:
-                of_operator, its_gradients = map(list, zip(*pairs, strict=True))
-                work.append((of_operator, its_gradients, kept.parted.aliases[operator]))
+                edges, its_gradients = [edge for edge, _ in pairs], [g for _, g in pairs]
+                work.append((edges, its_gradients, kept.parted.aliases[operator]))
         self.weights[microbatch] = work
 
     def weight_gradient(self, microbatch: int) -> None:
         del self.kept[microbatch]
-        uses: list[Tensor] = []
+        uses: list[GradientEdge] = []
         gradients: list[Tensor] = []
         with self.step.communicator.recorder.during("backward"):
             for made, given, aliases in self.weights.pop(microbatch):

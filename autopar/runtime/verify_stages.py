@@ -244,9 +244,14 @@ class _DryRuns:
                     if promised != executed
                 ),
                 *_order_differences(actions, row.most_in_flight, step.trace),
-                *memory_difference(row.memory, memory),
+                *(memory_difference(row.memory, memory) if self._counts(ranks, row, memory) else ()),
             ),
         )
+
+    def _counts(self, ranks: tuple[int, ...], row: RowEstimate, memory: MemoryWatch) -> bool:
+        """What is promised is for the devices of the row that need most: others may need less."""
+        everyone = set(row.devices) <= set(ranks)
+        return everyone or memory.peak_bytes > row.memory.total_bytes
 
     def _run(self, rank: int) -> tuple[PipelineStep, Watch, int, tuple[str, ...]]:
         plan, graph, device = self.plan, self.division.whole, self.device

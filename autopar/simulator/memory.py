@@ -303,7 +303,7 @@ class _Walk:
         for key in list(self.blocks):
             self._forget(key)  # what the last microbatch returned
         for name, sharding in self.given.items():
-            size = local_bytes(self.graph.spec(name), sharding, self.mesh)
+            size = self._given_bytes(name, sharding)
             block = self.blocks[name, sharding] = self.allocate(size, "activations")
             block.users += 1  # who gave it keeps it for the backward
             self.arrivals.append(block)
@@ -335,6 +335,9 @@ class _Walk:
         for key in self.made[-1]:
             self._make(key, "end of the forward", reads)
         return saved
+
+    def _given_bytes(self, name: str, sharding: Sharding) -> int:
+        return local_bytes(self.graph.spec(name), sharding, self.mesh)
 
     def _make(self, key: Key, operator: str, reads: Counter[Key]) -> None:
         """Have a version: a part of an input, a gathered parameter, a redistributed activation."""

@@ -92,10 +92,17 @@ class StagePrices:
     _known: dict[Hashable, PricedStage] = field(default_factory=dict)
     _costs: dict[Hashable, Costs] = field(default_factory=dict)
 
-    def of(self, part: StagePart, devices: tuple[int, ...], *, parted: bool = False) -> PricedStage:
-        """``parted``: its backwards are ``I`` and ``W``."""
+    def of(
+        self,
+        part: StagePart,
+        devices: tuple[int, ...],
+        *,
+        parted: bool = False,
+        handed_on: frozenset[str] = frozenset(),
+    ) -> PricedStage:
+        """``parted`` and ``handed_on`` as for ``stage_bytes``."""
         place = within_units(units_of(self.cost_model), part.mesh, devices)
-        key = part.content, place, parted
+        key = part.content, place, parted, tuple(name in handed_on for name in part.given)
         found = self._known.get(key)
         if found is None:
             costs = self._costs.setdefault(
@@ -103,7 +110,9 @@ class StagePrices:
                 Costs(self.cost_model, part.mesh, self.compute_cache, devices),
             )
             found = self._known[key] = PricedStage(
-                part, stage_parts(part, costs, parted=parted), stage_bytes(part, parted=parted)
+                part,
+                stage_parts(part, costs, parted=parted),
+                stage_bytes(part, parted=parted, handed_on=handed_on),
             )
         return found
 
@@ -134,7 +143,12 @@ class PricedPipeline:
         return tuple(
             max(
                 (
-                    self.prices.of(part, plan.groups[row], parted=number in plan.parted)
+                    self.prices.of(
+                        part,
+                        plan.groups[row],
+                        parted=number in plan.parted,
+                        handed_on=plan.handed_on.get(number, frozenset()),
+                    )
                     for row in plan.copies[number]
                 ),
                 key=lambda priced: priced.cost.forward_s + priced.cost.backward_s,

@@ -7,11 +7,12 @@ its first part leaves for the second.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from autopar.ir.graph import Operator, Role
+from autopar.ir.sharding import Sharding
 from autopar.simulator.edges import canonical
 from autopar.simulator.folding import whole
 from autopar.simulator.memory import KINDS, Key, _Block, _Footprint, _Walk, local_bytes
@@ -62,9 +63,12 @@ class StageBytes:
     first: Moment
 
 
-def stage_bytes(part: StagePart, *, parted: bool = False) -> StageBytes:
-    """``parted``: its backwards are ``I`` and ``W``."""
-    return _StageWalk(part, parted).bytes()
+def stage_bytes(
+    part: StagePart, *, parted: bool = False, handed_on: Collection[str] = ()
+) -> StageBytes:
+    """``parted``: its backwards are ``I`` and ``W``. ``handed_on``: what arrives in the memory of a
+    stage of the same row, which keeps it for longer."""
+    return _StageWalk(part, parted, frozenset(handed_on)).bytes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +86,10 @@ class _StageWalk(_Walk):
     that reads them, ``retained`` until the end of ``W``. ``left``: by operator with parameters, the
     gradients of its outputs, which ``I`` leaves for ``W``; ``put_off``: what it saved."""
 
-    def __init__(self, part: StagePart, parted: bool) -> None:
+    def __init__(self, part: StagePart, parted: bool, handed_on: frozenset[str]) -> None:
         rules, strategy = part.division.rules, part.strategy
         super().__init__(whole(part.graph), part.graph, rules, strategy, part.given, part.ends)
-        self.parted, self.doing = parted, "F"
+        self.parted, self.handed_on, self.doing = parted, handed_on, "F"
         self.index = {o.name: i for i, o in enumerate(self.graph.operators)}
         self.departed: list[_Block] = []
         self.returned: list[_Block] = []
@@ -152,6 +156,9 @@ class _StageWalk(_Walk):
 
     # ---- what goes over boundaries -------------------------------------------------------------
 
+    def _given_bytes(self, name: str, sharding: Sharding) -> int:
+        return 0 if name in self.handed_on else super()._given_bytes(name, sharding)
+
     def _keep_departing(self) -> None:
         for name, sharding in self.ends.items():
             key = name, canonical(sharding, self.graph.by_name[name].differentiable)
@@ -182,14 +189,6 @@ class _StageWalk(_Walk):
             by_name[name].role is Role.PARAMETER and by_name[name].differentiable
             for name in operator.inputs
         ]
-
-    def _save(self, operator: Operator, footprint: _Footprint) -> list[_Block]:
-        held = super()._save(operator, footprint)
-        if self.parted and footprint.carries_gradient and any(self._reads_parameters(operator)):
-            for name, sharding in zip(operator.outputs, footprint.produced, strict=True):
-                if self.graph.by_name[name].differentiable:
-                    self._hold((name, sharding), self.retained)
-        return held
 
     def _operator_backward(
         self,

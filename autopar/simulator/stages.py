@@ -273,6 +273,19 @@ class Pipelined:
         return tuple(action for action in self.arranged().rows[row] if action.kind == "U")
 
     @cached_property
+    def handed_on(self) -> dict[int, frozenset[str]]:
+        """By stage, what another stage of the same row hands on to it in place, always."""
+        arranged, feeds = self.arranged(), list(self.routes.values())
+        crossing = {route.feed for route in arranged.routes}
+        found: dict[int, set[str]] = {}
+        for feed in {route.feed for _, _, route in arranged.local} - crossing:
+            for b in feeds[feed]:
+                sizes = {self.held_bytes(b, at_source=True), self.held_bytes(b, at_source=False)}
+                if len(sizes) == 1 and not self.bytes(b, backward=False, together=True):
+                    found.setdefault(b.target, set()).add(b.tensor)
+        return {stage: frozenset(names) for stage, names in found.items()}
+
+    @cached_property
     def parted(self) -> frozenset[int]:
         """The stages whose backwards are ``I`` and ``W``."""
         return frozenset(a.stage for row in self.rows for a in row if a.kind == "I")
