@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from autopar.runtime.pipeline import PipelineStep
     from autopar.runtime.step import TrainingStep
     from autopar.runtime.verify import Report
+    from autopar.runtime.verify_stages import StagesReport
     from autopar.simulator.edges import Rules
     from autopar.simulator.microbatches import Division
     from autopar.simulator.timeline import Timeline
@@ -382,6 +383,7 @@ def simulate(
     Raises:
         PlanMismatchError: the other machine has fewer or more devices than the plan.
     """
+    from autopar.simulator.pipelines import evaluate_stages
     from autopar.simulator.prices import evaluate
 
     if topology is None:
@@ -397,6 +399,8 @@ def simulate(
             "simulate it on as many, or plan again"
         )
     divided = division_of(plan)
+    if len(plan.strategy.stages) > 1:
+        return evaluate_stages(divided, cost_model, plan.strategy)
     return evaluate(divided.graph, divided.rules, cost_model, plan.strategy)
 
 
@@ -468,15 +472,24 @@ def division_of(plan: Plan) -> Division:
     return divided
 
 
-def verify(plan: Plan, *, rank: int = 0, progress: Progress | None = None) -> Report:
+def verify(
+    plan: Plan, *, rank: int | None = None, progress: Progress | None = None
+) -> Report | StagesReport:
     """Dry-run one training step as one rank, in this process and without devices, and compare its
-    collectives and its memory with what the plan promised (``report.ok``)."""
+    collectives and its memory with what the plan promised (``report.ok``).
+
+    ``rank``: by default 0, as all are alike; of a plan of several stages one of each that differ.
+    """
+    divided = division_of(plan)  # says what is wrong with a split, if anything
+    _know_ops(plan.graph, plan.model, plan.batch, plan.sequence)
+    if len(plan.strategy.stages) > 1:
+        from autopar.runtime.verify_stages import verify_stages
+
+        return verify_stages(divided, plan.strategy, plan.estimate, rank=rank, progress=progress)
     from autopar.runtime import verify as dry_run
 
-    _tell(progress, f"dry-running rank {rank} of {plan.world_size}")
-    division_of(plan)  # says what is wrong with a split, if anything
-    _know_ops(plan.graph, plan.model, plan.batch, plan.sequence)
-    return dry_run.verify(plan, rank=rank)
+    _tell(progress, f"dry-running rank {rank or 0} of {plan.world_size}")
+    return dry_run.verify(plan, rank=rank or 0)
 
 
 def run(

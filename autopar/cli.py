@@ -359,17 +359,15 @@ def explain_command(plan: Path, views: bool, as_json: bool) -> None:
 @click.option(
     "--rank",
     type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Which process to be.",
+    help="Which process to be.  [default: 0; of several stages one of each that differ]",
 )
 @_json_option
-def verify_command(plan: Path, model: str | None, rank: int, as_json: bool) -> int:
-    """Dry-run one step of PLAN as one rank, and compare with what it promised.
+def verify_command(plan: Path, model: str | None, rank: int | None, as_json: bool) -> int:
+    """Dry-run one step of PLAN, and compare with what it promised.
 
-    Works without devices for any number of processes. Exit code 1 if collectives, bytes or peak
-    memory differ, or a tensor's type is not what spmd_types derives. With MODEL, also check that
-    the plan was made for it.
+    Works without devices for any number of processes. Exit code 1 if collectives, bytes, the order
+    of actions or peak memory differ, or a tensor's type is not what spmd_types derives. With MODEL,
+    also check that the plan was made for it.
     """
     from autopar import api
     from autopar.exporters import text
@@ -378,8 +376,15 @@ def verify_command(plan: Path, model: str | None, rank: int, as_json: bool) -> i
     with progress() as tell:
         if model is not None:
             api.check_model(loaded, model, tell)
+        from autopar.runtime.verify_stages import StagesReport
+
         report = api.verify(loaded, rank=rank, progress=tell)
-    click.echo(report.to_json() if as_json else text.verification(report))
+    if as_json:
+        click.echo(report.to_json())
+    elif isinstance(report, StagesReport):
+        click.echo(text.verification_of_stages(report))
+    else:
+        click.echo(text.verification(report))
     return 0 if report.ok else 1
 
 
@@ -630,23 +635,33 @@ def draw_command(
 ) -> None:
     """What each group of devices does when under SCHEDULE.
 
-    Stages are equal and communication takes no time. See `autopar list schedules`.
+    Stages are equal and communication takes no time. See `autopar list schedules`. Or give a plan
+    file (.json) instead: its own rows, as its machine takes them.
     """
     from autopar import api
-    from autopar.exporters import drawing, perfetto
+    from autopar.exporters import drawing, perfetto, played
     from autopar.ir.plan import write_atomically
 
-    found = api.timeline_of(schedule, devices, microbatches, chunks, _times(times))
+    time_text, names = drawing.number_text, None
+    if schedule.endswith(".json"):
+        plan = api.load_plan(schedule)
+        found, names = played.timeline(plan), played.row_names(plan)
+        microbatches, schedule = plan.strategy.microbatches, f"{plan.graph.name}, {schedule}"
+        time_text = drawing.seconds_text
+    else:
+        found = api.timeline_of(schedule, devices, microbatches, chunks, _times(times))
     if output is not None:
         title = f"{schedule}, {microbatches} microbatches"
         draw = {
-            ".html": lambda: drawing.html(found, title),
-            ".svg": lambda: drawing.svg(found),
-            ".json": lambda: perfetto.trace(found),
+            ".html": lambda: drawing.html(found, title, time_text),
+            ".svg": lambda: drawing.svg(found, time_text),
+            ".json": lambda: perfetto.trace(found, names),
         }
         write_atomically(output, api.pick(draw, output.suffix, "kind of drawing")())
     columns = shutil.get_terminal_size((120, 24)).columns
-    click.echo(json.dumps(drawing.summary(found)) if as_json else drawing.text(found, columns))
+    click.echo(
+        json.dumps(drawing.summary(found)) if as_json else drawing.text(found, columns, time_text)
+    )
 
 
 def _times(text: str) -> tuple[Fraction, Fraction, Fraction]:

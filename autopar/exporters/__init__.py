@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from autopar.exporters import html, json, text
+from autopar.exporters import html, json, perfetto, text
 from autopar.ir.plan import Plan
 from autopar.simulator.edges import Rules
 
@@ -14,5 +14,6 @@ Exporter = Callable[[Plan, Rules], str]
 EXPORTERS: dict[str, Exporter] = {
     "html": html.export,
     "json": json.export,
+    "perfetto": perfetto.export,
     "text": text.export,
 }

@@ -9,6 +9,7 @@ from math import gcd, lcm
 from typing import Any
 
 from autopar.exporters.html import STYLE
+from autopar.exporters.units import time_text as seconds_as_text
 from autopar.simulator.critical_path import shares_of_step
 from autopar.simulator.pipeline import Time
 from autopar.simulator.timeline import Event, Timeline
@@ -22,6 +23,14 @@ def number_text(time: Time) -> str:
     ('3', '0.5')
     """
     return f"{float(time):.6g}"
+
+
+def seconds_text(time: Time) -> str:
+    """
+    >>> seconds_text(Fraction(1, 500))
+    '2.00 ms'
+    """
+    return seconds_as_text(float(time))
 
 
 def text(timeline: Timeline, columns: int = 120, time_text: TimeText = number_text) -> str:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal, TypeVar
 
-from autopar.ir.graph import ITEM_BYTES
+from autopar.ir.graph import ITEM_BYTES, OperatorGraph
 from autopar.ir.plan import Plan
 from autopar.ir.rule import BoundRule
-from autopar.ir.sharding import Parts, Sharding, local_shape
+from autopar.ir.sharding import Mesh, Parts, Sharding, local_shape
+from autopar.ir.simulation import PromisedCollective
+from autopar.ir.strategy import Strategy
 from autopar.simulator.costs import inner_transfers
 from autopar.simulator.edges import OUTPUT, Rules, carries_gradient, edges, parameter_edges
-from autopar.simulator.microbatches import divide
+from autopar.simulator.microbatches import divide, division
 from autopar.simulator.redistribution import Transfer
+from autopar.simulator.stages import pipelined
 
 Phase = Literal["forward", "backward", "step"]
 
@@ -133,6 +136,8 @@ class Explanation:
         return sum(b.communication_s for b in self.blocks) + sum(c.time_s for c in self.unplaced)
 
 
+END = "the end of the step"
+
 REST = "(model)"
 """The block of what is in no numbered module."""
 
@@ -153,16 +158,108 @@ def block_of(name: str) -> tuple[str, str, str]:
 
 
 def explanation(plan: Plan, rules: Rules) -> Explanation:
-    """``rules``: the bound rule of each operator, for the graph of one microbatch."""
-    plan = replace(plan, graph=divide(plan.graph, plan.strategy.microbatches, plan.proposed))
-    operators = _merged(_operators(plan, rules))
-    redistributions = _merged(_redistributions(plan, rules))
-    parameters = _merged(_parameters(plan, rules))
+    """Of a plan of one stage. ``rules``: the bound rule of each operator, for the graph of one
+    microbatch."""
+    graph = divide(plan.graph, plan.strategy.microbatches, plan.proposed)
+    collectives = plan.estimate.collectives
+    seen = _Seen(graph, rules, plan.strategy, collectives, plan.strategy.microbatches)
+    return _explained(seen)
+
+
+@dataclass(frozen=True)
+class StageExplanation:
+    """Stages that are alike; ``what`` is of one of them, as its row does it.
+
+    ``numbers``: which they are. ``operators``: for each of them, the blocks and their copies that
+    it has, ``model.layers.0-11``.
+    """
+
+    numbers: tuple[int, ...]
+    mesh: Mesh
+    operators: tuple[tuple[str, ...], ...]
+    what: Explanation
+
+
+def stages_of(of: Plan) -> tuple[StageExplanation, ...]:
+    """Of a plan of several stages, equal ones once, in the order of their first."""
+    assert of.estimate.pipeline is not None
+    estimate, microbatches = of.estimate.pipeline, of.strategy.microbatches
+    plan = pipelined(division(of.graph, microbatches, of.proposed), of.strategy)
+    alike: dict[Hashable, list[int]] = {}
+    for number, part in enumerate(plan.parts):
+        alike.setdefault(part.content, []).append(number)
+    found = []
+    for numbers in alike.values():
+        part, row = plan.parts[numbers[0]], plan.copies[numbers[0]][0]
+        own = {name for names in (part.graph.operator, part.graph.by_name) for name in names}
+        times = sum(a.stage == numbers[0] and a.kind == "F" for a in plan.rows[row])
+        seen = _Seen(
+            part.graph,
+            part.division.rules,
+            part.strategy,
+            tuple(c for c in estimate.rows[row].collectives if c.reason in own),
+            times,
+            part.ends,
+            part.given,
+        )
+        operators = tuple(tuple(_copies(plan.parts[n].graph)) for n in numbers)
+        found.append(StageExplanation(tuple(numbers), part.mesh, operators, _explained(seen)))
+    return tuple(found)
+
+
+def _copies(graph: OperatorGraph) -> Iterator[str]:
+    """``layers.0-11`` for the copies of a block that are here, names for what is in none."""
+    numbers: dict[str, list[int]] = {}
+    for operator in graph.operators:
+        path, number, name = block_of(operator.name)
+        if path == REST:
+            numbers.setdefault(name, [])
+        elif (copy := int(number)) not in (of_path := numbers.setdefault(path, [])):
+            of_path.append(copy)
+    for path, copies in numbers.items():
+        yield path[:-1] + ranges_text(copies) if copies else path
+
+
+def ranges_text(numbers: Iterable[int]) -> str:
+    """
+    >>> ranges_text([0, 1, 2, 5]), ranges_text([3])
+    ('0-2, 5', '3')
+    """
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What is explained: the graph of one microbatch, of which a step does ``times``."""
+
+    graph: OperatorGraph
+    rules: Rules
+    strategy: Strategy
+    promised: tuple[PromisedCollective, ...]
+    times: int
+    ends: Mapping[str, Sharding] | None = None
+    given: Mapping[str, Sharding] = field(default_factory=dict)
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.strategy.mesh
+
+
+def _explained(seen: _Seen) -> Explanation:
+    operators = _merged(_operators(seen))
+    redistributions = _merged(_redistributions(seen))
+    parameters = _merged(_parameters(seen))
     numbers: dict[str, set[str]] = defaultdict(set)
-    for operator in plan.graph.operators:
+    for operator in seen.graph.operators:
         path, number, _ = block_of(operator.name)
         numbers[path].add(number)
-    refusals = _refusals(plan, rules)
+    refusals = _refusals(seen)
     paths = dict.fromkeys((*numbers, *redistributions, *parameters))
     blocks = tuple(
         Block(
@@ -175,12 +272,12 @@ def explanation(plan: Plan, rules: Rules) -> Explanation:
         )
         for path in paths
     )
-    placed = {name for rows in (plan.graph.operator, plan.graph.by_name) for name in rows}
+    placed = {name for rows in (seen.graph.operator, seen.graph.by_name) for name in rows}
     return Explanation(
         blocks,
         tuple(
             CollectiveRow(c.kind, c.phase, c.axis, c.bytes, c.count, c.count * c.time_s)
-            for c in plan.estimate.collectives
+            for c in seen.promised
             if c.reason not in placed
         ),
     )
@@ -189,13 +286,13 @@ def explanation(plan: Plan, rules: Rules) -> Explanation:
 # Rows, each with the full name that says which block it belongs to
 
 
-def _operators(plan: Plan, rules: Rules) -> Iterator[tuple[str, OperatorRow]]:
-    prices = _prices(plan)
-    for operator in plan.graph.operators:
-        bound, split = rules[operator.name], plan.strategy.splits[operator.name]
-        moved = [("forward", t) for t in inner_transfers(bound, split, plan.mesh, "forward")]
-        if carries_gradient(plan.graph, operator):
-            moved += [("backward", t) for t in inner_transfers(bound, split, plan.mesh, "backward")]
+def _operators(seen: _Seen) -> Iterator[tuple[str, OperatorRow]]:
+    prices = _prices(seen)
+    for operator in seen.graph.operators:
+        bound, split = seen.rules[operator.name], seen.strategy.splits[operator.name]
+        moved = [("forward", t) for t in inner_transfers(bound, split, seen.mesh, "forward")]
+        if carries_gradient(seen.graph, operator):
+            moved += [("backward", t) for t in inner_transfers(bound, split, seen.mesh, "backward")]
         yield (
             operator.name,
             OperatorRow(
@@ -204,73 +301,73 @@ def _operators(plan: Plan, rules: Rules) -> Iterator[tuple[str, OperatorRow]]:
                 bound.rule.kind == "view",
                 tuple(
                     Divided(axis, choice, bound.sizes.get(choice), bound.parts(choice))
-                    for axis, choice in zip(plan.mesh.names, split, strict=True)
+                    for axis, choice in zip(seen.mesh.names, split, strict=True)
                 ),
-                _collectives(plan, prices, moved),
+                _collectives(seen, prices, moved),
             ),
         )
 
 
-def _redistributions(plan: Plan, rules: Rules) -> Iterator[tuple[str, RedistributionRow]]:
-    prices = _prices(plan)
-    for edge in edges(plan.graph, rules, plan.strategy):
-        forward, backward = edge.transfers(plan.mesh)
+def _redistributions(seen: _Seen) -> Iterator[tuple[str, RedistributionRow]]:
+    prices = _prices(seen)
+    for edge in edges(seen.graph, seen.rules, seen.strategy, seen.ends, seen.given):
+        forward, backward = edge.transfers(seen.mesh)
         moved = [("forward", t) for t in forward] + [("backward", t) for t in backward]
-        collectives = _collectives(plan, prices, moved)
+        collectives = _collectives(seen, prices, moved)
         if collectives:
-            producer = plan.graph.producer[edge.tensor].name
+            producer = seen.graph.producer.get(edge.tensor)
+            name = edge.tensor if producer is None else producer.name
+            departs = seen.ends is not None and edge.tensor != seen.graph.loss
             yield (
-                producer,
+                name,
                 RedistributionRow(
                     block_of(edge.tensor)[2],
                     edge.source,
                     edge.target,
-                    _readers(producer, edge.consumers),
+                    _readers(name, edge.consumers, "other stages" if departs else END),
                     collectives,
                 ),
             )
 
 
-def _readers(producer: str, consumers: Iterable[str]) -> tuple[str, ...]:
+def _readers(producer: str, consumers: Iterable[str], end: str) -> tuple[str, ...]:
     """Names within the producer's block; those of another one with the block before them."""
     here = block_of(producer)[:2]
     found = []
     for name in consumers:
         path, number, rest = block_of(name)
         inside = (path, number) == here or path == REST
-        found.append(
-            "the end of the step" if name == OUTPUT else rest if inside else f"{path}.{rest}"
-        )
+        found.append(end if name == OUTPUT else rest if inside else f"{path}.{rest}")
     return tuple(dict.fromkeys(found))
 
 
-def _parameters(plan: Plan, rules: Rules) -> Iterator[tuple[str, ParameterRow]]:
+def _parameters(seen: _Seen) -> Iterator[tuple[str, ParameterRow]]:
     uses: dict[str, set[Sharding]] = defaultdict(set)
-    for edge in parameter_edges(plan.graph, rules, plan.strategy):
+    for edge in parameter_edges(seen.graph, seen.rules, seen.strategy):
         uses[edge.parameter].add(edge.target)
     promised: dict[str, list[CollectiveRow]] = defaultdict(list)
-    for c in plan.estimate.collectives:
+    for c in seen.promised:
         promised[c.reason].append(
             CollectiveRow(c.kind, c.phase, c.axis, c.bytes, c.count, c.count * c.time_s)
         )
-    for tensor in plan.graph.parameters:
-        kept = plan.strategy.storage[tensor.name].parameter
-        local = prod(local_shape(tensor.spec.shape, kept, plan.mesh))
+    for tensor in seen.graph.parameters:
+        kept = seen.strategy.storage[tensor.name].parameter
+        local = prod(local_shape(tensor.spec.shape, kept, seen.mesh))
         yield (
             tensor.name,
             ParameterRow(
                 block_of(tensor.name)[2],
                 tensor.spec.shape,
-                _storage(plan, tensor.name, uses[tensor.name]),
+                _storage(seen, tensor.name, uses[tensor.name]),
                 local * ITEM_BYTES[tensor.spec.dtype],
                 tuple(promised[tensor.name]),
             ),
         )
 
 
-def _storage(plan: Plan, parameter: str, uses: set[Sharding]) -> tuple[str, ...]:
+def _storage(seen: _Seen, parameter: str, uses: set[Sharding]) -> tuple[str, ...]:
     """For each axis, in the usual names, what of the parameter is cut there."""
-    storage = plan.strategy.storage[parameter]
+    storage = seen.strategy.storage[parameter]
     phrases = []
     for axis, (kept, gradient, optimizer) in enumerate(
         zip(storage.parameter, storage.gradient, storage.optimizer, strict=True)
@@ -291,18 +388,18 @@ Prices = dict[tuple[str, str, int], float]
 """Seconds of one collective by kind, axis and bytes, as the plan's promise has them."""
 
 
-def _prices(plan: Plan) -> Prices:
-    return {(c.kind, c.axis, c.bytes): c.time_s for c in plan.estimate.collectives}
+def _prices(seen: _Seen) -> Prices:
+    return {(c.kind, c.axis, c.bytes): c.time_s for c in seen.promised}
 
 
 def _collectives(
-    plan: Plan, prices: Prices, moved: list[tuple[str, Transfer]]
+    seen: _Seen, prices: Prices, moved: list[tuple[str, Transfer]]
 ) -> tuple[CollectiveRow, ...]:
     """An axis of one rank communicates nothing."""
-    times = plan.strategy.microbatches
+    times = seen.times
     rows = []
     for phase, transfer in moved:
-        axis, size = plan.mesh.axes[transfer.axis]
+        axis, size = seen.mesh.axes[transfer.axis]
         if size == 1:
             continue
         time_s = prices[transfer.kind, axis, transfer.bytes]
@@ -312,13 +409,13 @@ def _collectives(
     return tuple(rows)
 
 
-def _refusals(plan: Plan, rules: Rules) -> dict[str, tuple[Refusal, ...]]:
-    sizes = dict(plan.mesh.axes)
+def _refusals(seen: _Seen) -> dict[str, tuple[Refusal, ...]]:
+    sizes = dict(seen.mesh.axes)
     found: dict[str, dict[tuple[str, int], dict[tuple[str, str], None]]] = {}
-    for operator in plan.graph.operators:
-        bound: BoundRule = rules[operator.name]
+    for operator in seen.graph.operators:
+        bound: BoundRule = seen.rules[operator.name]
         path, _, name = block_of(operator.name)
-        for axis, factor in bound.refused(plan.mesh):
+        for axis, factor in bound.refused(seen.mesh):
             by_size = found.setdefault(path, {})
             by_size.setdefault((axis, bound.limits[factor]), {})[name, factor] = None
     return {

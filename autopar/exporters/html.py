@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 
-from autopar.exporters.explanation import Block, CollectiveRow, explanation
-from autopar.exporters.text import change_text, divided_text, kinds_of_memory, parts, summary
+from autopar.exporters.explanation import Block, CollectiveRow, explanation, stages_of
+from autopar.exporters.text import (
+    ROW_COLUMNS,
+    change_text,
+    divided_text,
+    kinds_of_memory,
+    parts,
+    row_cells,
+    stages_text,
+    summary,
+)
 from autopar.exporters.units import bytes_text, time_text
 from autopar.ir.plan import Plan
 from autopar.ir.sharding import Mesh
@@ -31,11 +40,10 @@ details { margin: .4rem 0 } summary { cursor: pointer }
 """
 
 # Paul Tol's "bright" palette, which colour-blind readers can tell apart
-COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377")
+COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#bbbbbb")
 
 
 def export(plan: Plan, rules: Rules) -> str:
-    found = explanation(plan, rules)
     title = f"{plan.graph.name} on {plan.topology.get('name')}"
     body = [
         f"<h1>{escape(title)}</h1>",
@@ -44,7 +52,7 @@ def export(plan: Plan, rules: Rules) -> str:
         _bar(parts(plan.estimate), time_text),
         "<h2>Where the memory goes</h2>",
         _bar(kinds_of_memory(plan.estimate.memory), bytes_text),
-        *(_block(block, plan.mesh) for block in found.blocks),
+        *_blocks(plan, rules),
         "<h2>Every collective of a step</h2>",
         _promise(plan),
         f"<p>Written by autopar {escape(plan.autopar)} at {escape(plan.created)}.</p>",
@@ -58,10 +66,23 @@ def export(plan: Plan, rules: Rules) -> str:
     )
 
 
+def _blocks(plan: Plan, rules: Rules) -> Iterator[str]:
+    if plan.estimate.pipeline is None:
+        for block in explanation(plan, rules).blocks:
+            yield _block(block, plan.mesh)
+        return
+    yield "<h2>Rows</h2>"
+    yield _table(ROW_COLUMNS, row_cells(plan.estimate))
+    for stages in stages_of(plan):
+        yield f"<h2>{escape(stages_text(stages))}</h2>"
+        for block in stages.what.blocks:
+            yield _block(block, stages.mesh)
+
+
 def _bar(shares: Sequence[tuple[str, float]], text: Callable[[float], str]) -> str:
     total = sum(size for _, size in shares) or 1.0
     spans, keys = [], []
-    for (name, size), colour in zip(shares, COLOURS, strict=True):
+    for (name, size), colour in zip(shares, COLOURS, strict=False):
         if size > 0:
             share = 100 * size / total
             label = f"{name}: {text(size)} ({share:.0f}%)"
@@ -147,7 +168,8 @@ def _costs(rows: Iterable[CollectiveRow]) -> str:
 
 def _promise(plan: Plan) -> str:
     totals: dict[tuple[str, str, str, int], tuple[int, float]] = {}
-    for c in plan.estimate.collectives:
+    rows = plan.estimate.pipeline.rows if plan.estimate.pipeline is not None else ()
+    for c in (*plan.estimate.collectives, *(c for row in rows for c in row.collectives)):
         key = (c.phase, c.kind, c.axis, c.bytes)
         count, time_s = totals.get(key, (0, 0.0))
         totals[key] = (count + c.count, time_s + c.count * c.time_s)

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from autopar.exporters.explanation import explanation
+from autopar.exporters.explanation import explanation, stages_of
 from autopar.ir.plan import Plan, plan_to_json
 from autopar.simulator.edges import Rules
 
@@ -21,15 +21,48 @@ def summary(plan: Plan) -> dict[str, Any]:
     return {
         **{key: data[key] for key in ("autopar", "format", "created", "model", "fingerprint")},
         "topology": data["topology"],
-        "mesh": [list(axis) for axis in plan.mesh.axes],
+        **_where(plan),
         "world_size": plan.world_size,
         "peak_memory_bytes": plan.estimate.peak_memory_bytes,
-        "estimate": {k: v for k, v in data["estimate"].items() if k != "collectives"},
+        "estimate": _without_collectives(data["estimate"]),
         "training": data["strategy"]["training"],
         "search": data["search"],
         "proposed": data["proposed"],
     }
 
 
+def _where(plan: Plan) -> dict[str, Any]:
+    """The mesh; or the stages, each with its mesh and how many operators it has."""
+    stages = plan.strategy.stages
+    if len(stages) == 1:
+        return {"mesh": [list(axis) for axis in plan.mesh.axes]}
+    return {
+        "schedule": plan.strategy.schedule,
+        "microbatches": plan.strategy.microbatches,
+        "stages": [
+            {
+                "devices": list(stage.devices),
+                "mesh": [list(axis) for axis in stage.mesh.axes],
+                "operators": len(stage.operators),
+            }
+            for stage in stages
+        ],
+    }
+
+
+def _without_collectives(estimate: dict[str, Any]) -> dict[str, Any]:
+    found = {k: v for k, v in estimate.items() if k != "collectives"}
+    if "pipeline" in found:
+        rows = [
+            {k: v for k, v in row.items() if k != "collectives"}
+            for row in found["pipeline"]["rows"]
+        ]
+        found["pipeline"] = {**found["pipeline"], "rows": rows}
+    return found
+
+
 def explained(plan: Plan, rules: Rules) -> dict[str, Any]:
-    return {**summary(plan), **asdict(explanation(plan, rules))}
+    if plan.estimate.pipeline is None:
+        return {**summary(plan), **asdict(explanation(plan, rules))}
+    alike = [asdict(one) for one in stages_of(plan)]
+    return {**summary(plan), "stages_alike": alike}

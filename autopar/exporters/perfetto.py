@@ -7,9 +7,13 @@ are rows, however many devices.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import floor, log10
+from types import MappingProxyType
 
+from autopar.exporters import played
+from autopar.ir.plan import Plan
+from autopar.simulator.edges import Rules
 from autopar.simulator.pipeline import Time
 from autopar.simulator.timeline import Event, Timeline
 
@@ -18,13 +22,24 @@ LIMIT_BYTES = 5_000_000
 COMPUTE, COMMUNICATION, SENDS = 0, 1, 2  # threads; further ones for sends at the same time
 
 
+def export(plan: Plan, rules: Rules) -> str:
+    """The plan's own rows on its own machine."""
+    del rules
+    about = {"model": plan.graph.name, "machine": str(plan.topology.get("name"))}
+    return trace(played.timeline(plan), played.row_names(plan), about=about)
+
+
 def trace(
-    timeline: Timeline, names: Sequence[str] | None = None, limit_bytes: int = LIMIT_BYTES
+    timeline: Timeline,
+    names: Sequence[str] | None = None,
+    limit_bytes: int = LIMIT_BYTES,
+    about: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """``names``: of the rows, for example which devices they are; the default is their number.
 
     What does not fit in ``limit_bytes`` is left out, transfers first; then the middle of each row
-    is drawn as one bar. ``otherData`` in the trace says how much was left out.
+    is drawn as one bar. ``otherData`` in the trace says ``about`` what it is, and how much was left
+    out.
     """
     rows = len(timeline.rows)
     names = [f"row {r}" for r in range(rows)] if names is None else names
@@ -38,17 +53,17 @@ def trace(
     whole = [_slice(event, _THREAD[event.stream], digits) for event in (*compute, *exchanges)]
     drawn_sends, lanes = _in_lanes(sends, digits)
     if _size(whole) + _size(drawn_sends) + _size(_heads(names, lanes)) <= limit_bytes - 1000:
-        return _document([*_heads(names, lanes), *whole, *drawn_sends], {})
+        return _document([*_heads(names, lanes), *whole, *drawn_sends], about)
     heads = _heads(names, 0)
-    left_out = {"transfers left out": len(sends)}
+    left_out = {"transfers left out": str(len(sends))}
     room = limit_bytes - 1000 - _size(heads)
     if _size(whole) > room:
         fixed = [_slice(event, COMMUNICATION, digits) for event in exchanges]
         size = max(len(one) + 2 for one in whole)
         keep = max(1, (room - _size(fixed)) // (size * rows * 2) - 1)
         whole = [*fixed, *_shortened(compute, rows, keep, digits)]
-        left_out["actions drawn at each end of a row"] = keep
-    return _document([*heads, *whole], left_out)
+        left_out["actions drawn at each end of a row"] = str(keep)
+    return _document([*heads, *whole], {**about, **left_out})
 
 
 _THREAD = {"compute": COMPUTE, "communication": COMMUNICATION}
@@ -133,7 +148,7 @@ def _size(entries: Sequence[str]) -> int:
     return sum(len(entry) + 2 for entry in entries)
 
 
-def _document(entries: Sequence[str], left_out: dict[str, int]) -> str:
-    other = json.dumps({key: str(value) for key, value in left_out.items()})
+def _document(entries: Sequence[str], about: Mapping[str, str]) -> str:
+    other = json.dumps(dict(about))
     body = ",\n".join(entries)
     return f'{{"displayTimeUnit":"ms","otherData":{other},"traceEvents":[\n{body}\n]}}\n'

@@ -16,13 +16,16 @@ from autopar.exporters.explanation import (
     Block,
     CollectiveRow,
     Divided,
+    StageExplanation,
     block_of,
     explanation,
+    ranges_text,
+    stages_of,
 )
 from autopar.exporters.units import bytes_text, count_text, share_text, time_text
 from autopar.ir.graph import OperatorGraph
 from autopar.ir.measurement import Measurement
-from autopar.ir.plan import Change, Plan, PlanDiff, mesh_text
+from autopar.ir.plan import Change, Plan, PlanDiff, bound_by, mesh_text, meshes_text
 from autopar.ir.rule import NOTHING, REPLICATED, SUMMED
 from autopar.ir.search import SearchSummary, TrialSummary
 from autopar.ir.sharding import Mesh, Sharding
@@ -32,6 +35,7 @@ from autopar.simulator.edges import Rules
 
 if TYPE_CHECKING:
     from autopar.runtime.verify import Report
+    from autopar.runtime.verify_stages import StagesReport
 
 WIDTH = 120
 
@@ -52,6 +56,7 @@ def summary(plan: Plan, top: int = 5) -> str:
             "",
             *_best(plan, top),
             *_recipes(plan),
+            *rows(plan.estimate),
             *memory(plan.estimate),
             *_proposed(plan),
         ]
@@ -67,7 +72,7 @@ def _heading(plan: Plan) -> list[str]:
         f"{len(plan.graph.operators)} operators, {training.optimizer}, "
         f"{training.precision} precision" + (f", {batches} microbatches" if batches > 1 else ""),
         f"on {plan.topology.get('name')}: {plan.world_size} device{'s' * (plan.world_size > 1)}, "
-        f"mesh {mesh_text(plan.mesh)}",
+        f"{_shape(plan.strategy)}",
         f"step {time_text(step_s)}: "
         + ", ".join(f"{name} {share_text(t, step_s)}" for name, t in parts(found) if t > 0),
         f"peak memory {bytes_text(found.peak_memory_bytes)} of "
@@ -77,6 +82,7 @@ def _heading(plan: Plan) -> list[str]:
 
 
 def parts(found: Estimate) -> list[tuple[str, float]]:
+    """Of the step; in several stages, of its critical path."""
     return [
         ("forward", found.forward_compute_s),
         ("backward", found.backward_compute_s),
@@ -84,6 +90,7 @@ def parts(found: Estimate) -> list[tuple[str, float]]:
         ("backward communication", found.backward_communication_s),
         ("gradients and parameters", found.gradient_synchronisation_s),
         ("optimizer", found.optimizer_s),
+        *([("transfers", found.pipeline.transfer_s)] if found.pipeline is not None else []),
     ]
 
 
@@ -205,6 +212,52 @@ def kinds_of_memory(found: Memory) -> list[tuple[str, int]]:
     ]
 
 
+ROW_COLUMNS = (
+    "row",
+    "devices",
+    "stages",
+    "forward",
+    "backward",
+    "update",
+    "bubble",
+    "in flight",
+    "peak memory",
+    "reached at",
+)
+
+
+def row_cells(found: Estimate) -> list[list[str]]:
+    assert found.pipeline is not None
+    return [
+        [
+            str(number),
+            ranges_text(row.devices),
+            ranges_text(row.stages),
+            time_text(row.forward_s),
+            time_text(row.backward_s),
+            time_text(row.update_s),
+            f"{time_text(row.bubble_s)} ({share_text(row.bubble_s, found.step_time_s)})",
+            str(row.most_in_flight),
+            bytes_text(row.memory.total_bytes),
+            row.memory.at,
+        ]
+        for number, row in enumerate(found.pipeline.rows)
+    ]
+
+
+def rows(found: Estimate) -> list[str]:
+    """What each group of devices does in a step, and what goes between them."""
+    if found.pipeline is None:
+        return []
+    sent = sum(one.bytes for one in found.pipeline.traffic)
+    return [
+        "each row, on each of its devices:",
+        table(list(ROW_COLUMNS), row_cells(found), right=(3, 4, 5, 6, 7, 8)),
+        f"  sent from row to row in a step: {bytes_text(sent)} in all",
+        "",
+    ]
+
+
 def memory(found: Estimate) -> list[str]:
     total, kinds = found.peak_memory_bytes, kinds_of_memory(found.memory)
     where = f", reached at {found.memory.at}" if found.memory.at else ""
@@ -254,9 +307,11 @@ def search(found: SearchSummary) -> str:
 
 def estimate(found: Estimate, machine: str) -> str:
     """The parts of a predicted step."""
-    rows = [[name, time_text(t), share_text(t, found.step_time_s)] for name, t in parts(found)]
-    rows += [["step", time_text(found.step_time_s), ""]]
-    return "\n".join([f"on {machine}", table(["", "", ""], rows, right=(1, 2)), *memory(found)])
+    shown = [[name, time_text(t), share_text(t, found.step_time_s)] for name, t in parts(found)]
+    shown += [["step", time_text(found.step_time_s), ""]]
+    path = [] if found.pipeline is None else ["on its critical path:"]
+    lines = [table(["", "", ""], shown, right=(1, 2)), *rows(found), *memory(found)]
+    return "\n".join([f"on {machine}", *path, *lines])
 
 
 def graph(found: OperatorGraph) -> str:
@@ -287,6 +342,8 @@ def explain(plan: Plan, rules: Rules, *, views: bool = False) -> str:
 
     ``views``: list the operators that cost nothing, too.
     """
+    if plan.estimate.pipeline is not None:
+        return _explain_stages(plan, views)
     found = explanation(plan, rules)
     lines = [
         *_heading(plan)[:-1],
@@ -299,6 +356,31 @@ def explain(plan: Plan, rules: Rules, *, views: bool = False) -> str:
         lines += ["gradient norm", *_indented([_collective_text(c) for c in found.unplaced]), ""]
     lines += memory(plan.estimate)
     return "\n".join(lines) + "\n"
+
+
+def _explain_stages(plan: Plan, views: bool) -> str:
+    """The rows, and equal stages once."""
+    bound = bound_by(plan.estimate, plan.search.memory_limit_bytes)
+    lines = [*_heading(plan)[:-1], f"bound by {bound}", "", *rows(plan.estimate)]
+    for stages in stages_of(plan):
+        lines += [stages_text(stages), ""]
+        for block in stages.what.blocks:
+            lines += _block(block, stages.mesh, views)
+    lines += memory(plan.estimate)
+    return "\n".join(lines) + "\n"
+
+
+def stages_text(stages: StageExplanation) -> str:
+    """Which they are, their mesh, and which operators each has."""
+    numbers = ranges_text(stages.numbers)
+    what = f"stage {numbers}" if len(stages.numbers) == 1 else f"stages {numbers}, which are alike"
+    has = "; ".join(_some(operators) for operators in stages.operators[:MOST_STAGES])
+    more = "; ..." if len(stages.operators) > MOST_STAGES else ""
+    return f"{what}: mesh {mesh_text(stages.mesh)}: {has}{more}"
+
+
+MOST_STAGES = 3
+"""Of stages that are alike, how many are listed."""
 
 
 def _block(block: Block, mesh: Mesh, views: bool) -> list[str]:
@@ -491,7 +573,7 @@ def measurement(
 def _shape(strategy: Strategy) -> str:
     if len(strategy.stages) == 1:
         return f"mesh {mesh_text(strategy.mesh)}"
-    return f"{len(strategy.stages)} stages by {strategy.schedule}"
+    return f"{len(strategy.stages)} stages by {strategy.schedule}, mesh {meshes_text(strategy)}"
 
 
 def _relative(found: float, expected: float) -> float:
@@ -531,6 +613,35 @@ def verification(report: Report) -> str:
         "the plan keeps its promise" if report.ok else "the plan does not keep its promise",
     ]
     return "\n".join(lines)
+
+
+def verification_of_stages(report: StagesReport) -> str:
+    """A line for each process that was dry-run, and what differs."""
+    shown = [
+        [
+            str(one.rank),
+            ranges_text(one.ranks),
+            ranges_text(one.stages),
+            str(one.actions),
+            str(sum(c.executed for c in one.collectives)),
+            bytes_text(sum(executed for *_, executed in one.sent)),
+            bytes_text(one.promised_memory.total_bytes),
+            bytes_text(one.measured_peak_bytes),
+            f"{one.memory_error:+.1%}",
+        ]
+        for one in report.ranks
+    ]
+    columns = ["rank", "stands for", "stages", "actions", "collectives", "sent"]
+    columns += ["peak promised", "measured", ""]
+    return "\n".join(
+        [
+            f"dry run of one step, {len(report.ranks)} of {report.world_size} processes",
+            table(columns, shown, right=(3, 4, 5, 6, 7, 8)),
+            *(["types of all tensors checked by spmd_types"] if report.typechecked else []),
+            *(f"DIFFERENT {difference}" for difference in report.differences),
+            "the plan keeps its promise" if report.ok else "the plan does not keep its promise",
+        ]
+    )
 
 
 # Profile: what `autopar profile` prints

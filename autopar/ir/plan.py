@@ -18,7 +18,14 @@ from autopar.ir.plan_schema import FORMAT, fault, plan_schema
 from autopar.ir.rule import Inner, OpRule, Product, Saved, Split
 from autopar.ir.search import SearchResult, SearchSummary, TrialSummary
 from autopar.ir.sharding import Mesh
-from autopar.ir.simulation import Estimate, Memory, PromisedCollective
+from autopar.ir.simulation import (
+    Estimate,
+    Memory,
+    PipelineEstimate,
+    PromisedCollective,
+    RowEstimate,
+    Traffic,
+)
 from autopar.ir.strategy import Strategy, strategy_from_json, strategy_to_json
 
 
@@ -65,6 +72,8 @@ def bound_by(estimate: Estimate, memory_limit_bytes: int) -> str:
         "compute": estimate.forward_compute_s + estimate.backward_compute_s,
         "optimizer": estimate.optimizer_s,
     }
+    if estimate.pipeline is not None:
+        parts = _parts_of_busiest(estimate.pipeline)
     for collective in estimate.collectives:
         name = f"{collective.kind} on {collective.axis}"
         parts[name] = parts.get(name, 0.0) + collective.time_s * collective.count
@@ -73,6 +82,22 @@ def bound_by(estimate: Estimate, memory_limit_bytes: int) -> str:
     share = f" {parts[largest] / total:.0%}" if total else ""
     full = estimate.peak_memory_bytes / memory_limit_bytes if memory_limit_bytes else 0.0
     return f"{largest}{share}" + (f", memory {full:.0%}" if full >= 0.9 else "")
+
+
+def _parts_of_busiest(pipeline: PipelineEstimate) -> dict[str, float]:
+    """What the row does that idles least, and how long it idles for the others."""
+    row = min(pipeline.rows, key=lambda row: row.idle_s)
+    parts = {
+        "bubble": row.bubble_s,
+        "compute": row.forward_s + row.backward_s,
+        "update": row.update_s + row.idle_s - row.bubble_s,
+    }
+    for collective in row.collectives:
+        if collective.phase != "step":
+            name, time_s = f"{collective.kind} on {collective.axis}", collective.time_s
+            parts[name] = parts.get(name, 0.0) + time_s * collective.count
+            parts["compute"] -= time_s * collective.count
+    return parts
 
 
 def summarise(result: SearchResult, memory_limit_bytes: int, dimensions: str) -> SearchSummary:
@@ -281,7 +306,10 @@ def _lines(value: Any, depth: int, indent: str = "") -> str:
 
 
 def _estimate_to_json(estimate: Estimate) -> dict[str, Any]:
-    return asdict(estimate)
+    data = asdict(estimate)
+    if estimate.pipeline is None:
+        del data["pipeline"]
+    return data
 
 
 def _estimate_from_json(data: dict[str, Any]) -> Estimate:
@@ -290,7 +318,27 @@ def _estimate_from_json(data: dict[str, Any]) -> Estimate:
             **data,
             "memory": Memory(**data["memory"]),
             "collectives": tuple(PromisedCollective(**c) for c in data["collectives"]),
+            "pipeline": _pipeline_from_json(data["pipeline"]) if data.get("pipeline") else None,
         }
+    )
+
+
+def _pipeline_from_json(data: dict[str, Any]) -> PipelineEstimate:
+    return PipelineEstimate(
+        rows=tuple(
+            RowEstimate(
+                **{
+                    **row,
+                    "devices": tuple(row["devices"]),
+                    "stages": tuple(row["stages"]),
+                    "memory": Memory(**row["memory"]),
+                    "collectives": tuple(PromisedCollective(**c) for c in row["collectives"]),
+                }
+            )
+            for row in data["rows"]
+        ),
+        traffic=tuple(Traffic(**one) for one in data["traffic"]),
+        transfer_s=data["transfer_s"],
     )
 
 
@@ -406,7 +454,8 @@ def diff(a: Plan, b: Plan) -> PlanDiff:
         Change(what, "", before, after)
         for what, before, after in (
             ("topology", str(a.topology.get("name")), str(b.topology.get("name"))),
-            ("mesh", mesh_text(a.mesh), mesh_text(b.mesh)),
+            ("mesh", meshes_text(a.strategy), meshes_text(b.strategy)),
+            ("stages", _stages_text(a.strategy), _stages_text(b.strategy)),
             ("microbatches", str(a.strategy.microbatches), str(b.strategy.microbatches)),
             ("training", _training_text(a), _training_text(b)),
         )
@@ -414,10 +463,11 @@ def diff(a: Plan, b: Plan) -> PlanDiff:
     ]
     for name, split in a.strategy.splits.items():
         if name in b.strategy.splits:
-            before = split_text(split, a.mesh)
-            after = split_text(b.strategy.splits[name], b.mesh)
+            before = split_text(split, a.strategy.mesh_of[name])
+            after = split_text(b.strategy.splits[name], b.strategy.mesh_of[name])
             if before != after:
                 changes.append(Change("split", name, before, after))
+    changes += _moved(a.strategy, b.strategy)
     for name in a.strategy.storage:
         if name in b.strategy.storage:
             before, after = _storage_text(a, name), _storage_text(b, name)
@@ -433,6 +483,46 @@ def diff(a: Plan, b: Plan) -> PlanDiff:
     )
 
 
+def meshes_text(strategy: Strategy) -> str:
+    """Of several stages, what is the same in consecutive ones once: ``a 2 in stages 0-2, a 4 in
+    stage 3``."""
+    if len({stage.mesh for stage in strategy.stages}) == 1:
+        return mesh_text(strategy.stages[0].mesh)
+    runs: list[tuple[Mesh, list[int]]] = []
+    for number, stage in enumerate(strategy.stages):
+        if runs and runs[-1][0] == stage.mesh:
+            runs[-1][1].append(number)
+        else:
+            runs.append((stage.mesh, [number]))
+    return ", ".join(
+        f"{mesh_text(mesh)} in stage{'s' if len(numbers) > 1 else ''} "
+        + (f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}")
+        for mesh, numbers in runs
+    )
+
+
+def _stages_text(strategy: Strategy) -> str:
+    if len(strategy.stages) == 1:
+        return "1"
+    chunks = f", {strategy.chunks} on each group" if strategy.chunks else ""
+    return f"{len(strategy.stages)} by {strategy.schedule}{chunks}"
+
+
+def _moved(a: Strategy, b: Strategy) -> list[Change]:
+    """Operators that are in another stage."""
+    if len(a.stages) == len(b.stages) == 1:
+        return []
+    before, after = (
+        {name: str(n) for n, stage in enumerate(of.stages) for name in stage.operators}
+        for of in (a, b)
+    )
+    return [
+        Change("stage", name, number, after[name])
+        for name, number in before.items()
+        if name in after and number != after[name]
+    ]
+
+
 def _training_text(plan: Plan) -> str:
     training = plan.strategy.training
     clip = "" if training.clip_norm is None else f", clip {training.clip_norm:g}"
@@ -442,9 +532,12 @@ def _training_text(plan: Plan) -> str:
 def _storage_text(plan: Plan, parameter: str) -> str:
     """For each axis, what of the parameter, its gradient and its optimizer state is cut there."""
     storage = plan.strategy.storage[parameter]
+    readers = plan.graph.consumers.get(parameter, ())
+    stages = plan.strategy.stages
+    mesh = plan.strategy.mesh_of[readers[0][0].name] if readers else stages[0].mesh
     return ", ".join(
         f"{axis}: {p}/{g}/{o}"
         for axis, p, g, o in zip(
-            plan.mesh.names, storage.parameter, storage.gradient, storage.optimizer, strict=True
+            mesh.names, storage.parameter, storage.gradient, storage.optimizer, strict=True
         )
     )

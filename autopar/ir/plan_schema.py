@@ -10,7 +10,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from autopar.ir.graph import ITEM_BYTES, Role
 from autopar.ir.rule import Inner, OpRule, Product, Saved
 from autopar.ir.search import SearchSummary, TrialSummary
-from autopar.ir.simulation import Estimate, Memory, PromisedCollective
+from autopar.ir.simulation import (
+    Estimate,
+    Memory,
+    PipelineEstimate,
+    PromisedCollective,
+    RowEstimate,
+    Traffic,
+)
 from autopar.ir.strategy import Training
 from cost_models.topology import Device, Tier, Topology
 
@@ -206,8 +213,15 @@ def _topology() -> Schema:
 
 
 def _estimate() -> Schema:
-    collectives = many(of_dataclass(PromisedCollective))
-    return of_dataclass(Estimate, memory=of_dataclass(Memory), collectives=collectives)
+    memory, collectives = of_dataclass(Memory), many(of_dataclass(PromisedCollective))
+    numbers = many(WHOLE)
+    row = of_dataclass(
+        RowEstimate, devices=numbers, stages=numbers, memory=memory, collectives=collectives
+    )
+    pipeline = of_dataclass(PipelineEstimate, rows=many(row), traffic=many(of_dataclass(Traffic)))
+    schema = of_dataclass(Estimate, memory=memory, collectives=collectives, pipeline=pipeline)
+    schema["required"].remove("pipeline")  # left out where there is one stage
+    return schema
 
 
 def _mesh() -> Schema:

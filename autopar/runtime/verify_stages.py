@@ -244,7 +244,11 @@ class _DryRuns:
                     if promised != executed
                 ),
                 *_order_differences(actions, row.most_in_flight, step.trace),
-                *(memory_difference(row.memory, memory) if self._counts(ranks, row, memory) else ()),
+                *(
+                    memory_difference(row.memory, memory)
+                    if self._counts(ranks, row, memory)
+                    else ()
+                ),
             ),
         )
 

@@ -299,17 +299,21 @@ class PricedPipeline:
             ),
         )
 
+    @cached_property
+    def _passes_s(self) -> float:
+        return float(self.timeline.passes_s)
+
     def _row(self, row: int) -> RowEstimate:
         timeline = self.timeline
         forward_s, backward_s, update_s, idle_s = map(float, timeline.parts(row))
         return RowEstimate(
             devices=self.plan.groups[row],
-            stages=tuple(sorted({action.stage for action in self.plan.rows[row]})),
+            stages=tuple(stage for stage, of in enumerate(self.plan.copies) if row in of),
             forward_s=forward_s,
             backward_s=backward_s,
             update_s=update_s,
             idle_s=idle_s,
-            bubble_s=float(timeline.bubble_s(row)),
+            bubble_s=self._passes_s - forward_s - backward_s,
             most_in_flight=timeline.most_in_flight(row),
             memory=self.memories[row],
             collectives=tuple(self._collectives(row)),
@@ -388,8 +392,8 @@ def _renamed(priced: StagePart, part: StagePart) -> Mapping[str, str]:
 def _together(plan: Pipelined) -> tuple[tuple[int, ...], ...]:
     """Stages that share a row, or share one with another that does."""
     groups: list[set[int]] = []
-    for row in plan.rows:
-        stages = {action.stage for action in row}
+    for row in range(len(plan.groups)):
+        stages = {stage for stage, rows in enumerate(plan.copies) if row in rows}
         met = [group for group in groups if group & stages]
         groups = [group for group in groups if not group & stages]
         groups.append(stages.union(*met))

@@ -191,21 +191,10 @@ class Pipelined:
     def wiring(self) -> Wiring:
         return Wiring(len(self.parts), tuple(self.routes))
 
-    @cached_property
+    @property
     def copies(self) -> tuple[tuple[int, ...], ...]:
         """For each stage, the rows that have it, its home first."""
-        first = homes(self.rows)
-        return tuple(
-            (
-                first[stage],
-                *(
-                    r
-                    for r, row in enumerate(self.rows)
-                    if r != first[stage] and any(action.stage == stage for action in row)
-                ),
-            )
-            for stage in range(len(self.parts))
-        )
+        return _copies(self.schedule, self.shape)
 
     @cached_property
     def holders(self) -> dict[str, tuple[tuple[int, int], ...]]:
@@ -285,10 +274,10 @@ class Pipelined:
                     found.setdefault(b.target, set()).add(b.tensor)
         return {stage: frozenset(names) for stage, names in found.items()}
 
-    @cached_property
+    @property
     def parted(self) -> frozenset[int]:
         """The stages whose backwards are ``I`` and ``W``."""
-        return frozenset(a.stage for row in self.rows for a in row if a.kind == "I")
+        return _parted(self.schedule, self.shape)
 
     def _moves(self, sender: Action, route: Route) -> list[Move]:
         return [
@@ -657,6 +646,22 @@ def _rows(schedule: Schedule, shape: Shape) -> Rows:
             "cannot be run yet; take one that updates at the end of the step"
         )
     return rows
+
+
+@lru_cache(maxsize=64)
+def _copies(schedule: Schedule, shape: Shape) -> tuple[tuple[int, ...], ...]:
+    rows = _rows(schedule, shape)
+    found = [[home] for home in homes(rows)]
+    for r, row in enumerate(rows):
+        for stage in sorted({action.stage for action in row}):
+            if r != found[stage][0]:
+                found[stage].append(r)
+    return tuple(map(tuple, found))
+
+
+@lru_cache(maxsize=64)
+def _parted(schedule: Schedule, shape: Shape) -> frozenset[int]:
+    return frozenset(a.stage for row in _rows(schedule, shape) for a in row if a.kind == "I")
 
 
 @lru_cache(maxsize=64)
