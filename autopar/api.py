@@ -485,6 +485,7 @@ def verify(
     if len(plan.strategy.stages) > 1:
         from autopar.runtime.verify_stages import verify_stages
 
+        assert plan.pipeline is not None  # or it says so
         return verify_stages(divided, plan.strategy, plan.estimate, rank=rank, progress=progress)
     from autopar.runtime import verify as dry_run
 

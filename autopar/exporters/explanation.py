@@ -182,8 +182,8 @@ class StageExplanation:
 
 def stages_of(of: Plan) -> tuple[StageExplanation, ...]:
     """Of a plan of several stages, equal ones once, in the order of their first."""
-    assert of.estimate.pipeline is not None
-    estimate, microbatches = of.estimate.pipeline, of.strategy.microbatches
+    estimate, microbatches = of.pipeline, of.strategy.microbatches
+    assert estimate is not None
     plan = pipelined(division(of.graph, microbatches, of.proposed), of.strategy)
     alike: dict[Hashable, list[int]] = {}
     for number, part in enumerate(plan.parts):

@@ -67,7 +67,7 @@ def export(plan: Plan, rules: Rules) -> str:
 
 
 def _blocks(plan: Plan, rules: Rules) -> Iterator[str]:
-    if plan.estimate.pipeline is None:
+    if plan.pipeline is None:
         for block in explanation(plan, rules).blocks:
             yield _block(block, plan.mesh)
         return
@@ -168,7 +168,7 @@ def _costs(rows: Iterable[CollectiveRow]) -> str:
 
 def _promise(plan: Plan) -> str:
     totals: dict[tuple[str, str, str, int], tuple[int, float]] = {}
-    rows = plan.estimate.pipeline.rows if plan.estimate.pipeline is not None else ()
+    rows = () if plan.pipeline is None else plan.pipeline.rows
     for c in (*plan.estimate.collectives, *(c for row in rows for c in row.collectives)):
         key = (c.phase, c.kind, c.axis, c.bytes)
         count, time_s = totals.get(key, (0, 0.0))

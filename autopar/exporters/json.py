@@ -62,7 +62,7 @@ def _without_collectives(estimate: dict[str, Any]) -> dict[str, Any]:
 
 
 def explained(plan: Plan, rules: Rules) -> dict[str, Any]:
-    if plan.estimate.pipeline is None:
+    if plan.pipeline is None:
         return {**summary(plan), **asdict(explanation(plan, rules))}
     alike = [asdict(one) for one in stages_of(plan)]
     return {**summary(plan), "stages_alike": alike}

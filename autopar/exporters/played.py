@@ -38,12 +38,12 @@ def timeline(plan: Plan) -> Timeline:
 
 
 def row_names(plan: Plan) -> list[str]:
-    if plan.estimate.pipeline is None:
+    if plan.pipeline is None:
         return [f"devices {ranges_text(range(plan.world_size))}"]
     return [
         f"row {number}: devices {ranges_text(row.devices)}, "
         f"stage{'s' if len(row.stages) > 1 else ''} {ranges_text(row.stages)}"
-        for number, row in enumerate(plan.estimate.pipeline.rows)
+        for number, row in enumerate(plan.pipeline.rows)
     ]
 
 

@@ -342,7 +342,7 @@ def explain(plan: Plan, rules: Rules, *, views: bool = False) -> str:
 
     ``views``: list the operators that cost nothing, too.
     """
-    if plan.estimate.pipeline is not None:
+    if plan.pipeline is not None:
         return _explain_stages(plan, views)
     found = explanation(plan, rules)
     lines = [

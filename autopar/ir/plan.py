@@ -62,6 +62,22 @@ class Plan:
         """Processes that run it, one for each device."""
         return self.strategy.devices
 
+    @property
+    def pipeline(self) -> PipelineEstimate | None:
+        """What is promised of several stages; ``None`` where there is one.
+
+        Raises:
+            AutoparError: there are several, and the estimate is not of them.
+        """
+        if len(self.strategy.stages) == 1:
+            return None
+        if self.estimate.pipeline is None:
+            raise AutoparError(
+                "the plan has several stages, and its estimate is not that of a pipeline; give it "
+                "the one of `autopar.simulate(plan)`"
+            )
+        return self.estimate.pipeline
+
 
 def bound_by(estimate: Estimate, memory_limit_bytes: int) -> str:
     """What takes the largest part of the step, and whether memory is nearly full.

@@ -78,8 +78,8 @@ class Strategy:
         """The mesh of the only stage."""
         if len(self.stages) != 1:
             raise AutoparError(
-                f"this can be done with strategies of one stage, and this one has "
-                f"{len(self.stages)}; those of several can be run, and drawn by their schedule"
+                f"this is for strategies of one stage, and this one has {len(self.stages)}; each "
+                "of them has a mesh of its own"
             )
         return self.stages[0].mesh
 

@@ -109,11 +109,7 @@ def verify_stages(
     Raises:
         AutoparError: the process is part of a real process group; the dry run needs its own.
     """
-    if estimate.pipeline is None:
-        raise AutoparError(
-            "the plan has several stages, and its estimate is not that of a pipeline; price it "
-            "again with `autopar simulate`, or plan again"
-        )
+    assert estimate.pipeline is not None
     plan = pipelined(division, strategy)
     if rank is not None and not 0 <= rank < plan.world_size:
         raise AutoparError(
@@ -260,28 +256,20 @@ class _DryRuns:
     def _run(self, rank: int) -> tuple[PipelineStep, Watch, int, tuple[str, ...]]:
         plan, graph, device = self.plan, self.division.whole, self.device
         communicators = communicators_of(plan, rank, device.type, alone=True)
-        axes: dict[str, str | None] = {}
-        for communicator in communicators.values():
-            axes.update(communicator.recorder.axis_of_group)
         exchanges = exchanges_of(plan, rank, alone=True)
-        world = dist.group.WORLD
-        assert world is not None
-        beside = {str(world.group_name): WORLD}
-        beside.update(dict.fromkeys(filter(None, map(group_of, exchanges.values())), HOLDERS))
-        recorder = Recorder(axes, beside_meshes=beside)
-        watch = Watch(MemoryWatch(), recorder)
+        memory = MemoryWatch()
         with self.mode:
             held = {}
             for stage, communicator in communicators.items():
-                communicator.recorder = recorder
                 part = plan.parts[stage]
                 state = fake_state(part.graph, part.strategy, device)
                 held[stage] = TrainingStep(self._program(stage), part.strategy, state, communicator)
                 make_optimizer_states(held[stage])
-                keep(watch.memory, held[stage])
+                keep(memory, held[stage])
             inputs = {name: fake(graph, name, device) for name in graph.inputs}
             batches = Batches(self.division, plan.strategy.training, device)
             step = PipelineStep(plan, rank, held, batches, exchanges)
+            watch = Watch(memory, one_recorder(step))
             watch.memory.ignore(inputs.values())
             kept_bytes = watch.memory.live_bytes
             watch.memory.restart()
@@ -321,6 +309,21 @@ class _DryRuns:
                 check_types(of_stage.program, of_stage.execution, of_stage.state.buffers, given)
             except VerificationError as error:
                 yield f"stage {stage}: {error}"
+
+
+def one_recorder(step: PipelineStep) -> Recorder:
+    """For all that a process communicates: the meshes of its stages, and what is beside them."""
+    axes: dict[str, str | None] = {}
+    for of_stage in step.held.values():
+        axes.update(of_stage.communicator.recorder.axis_of_group)
+    world = dist.group.WORLD
+    assert world is not None
+    beside = {str(world.group_name): WORLD}
+    beside.update(dict.fromkeys(filter(None, map(group_of, step.exchange.values())), HOLDERS))
+    recorder = Recorder(axes, beside_meshes=beside)
+    for of_stage in step.held.values():
+        of_stage.communicator.recorder = recorder
+    return recorder
 
 
 # ---- comparing -----------------------------------------------------------------------------------
@@ -368,4 +371,4 @@ def _traffic_differences(plan: Pipelined, estimate: Estimate) -> Iterator[str]:
             )
 
 
-__all__ = ["RankReport", "StagesReport", "alike", "promised_bytes", "verify_stages"]
+__all__ = ["RankReport", "StagesReport", "alike", "one_recorder", "promised_bytes", "verify_stages"]

@@ -18,10 +18,13 @@ from autopar.ir.graph import Operator
 from autopar.ir.plan import Plan, plan_from_json, plan_to_json
 from autopar.ir.schedule import Action, Rows, most_in_flight
 from autopar.ir.sharding import Mesh
+from autopar.ir.simulation import RowEstimate
 from autopar.ir.strategy import Strategy, Training
 from autopar.runtime import pipeline
 from autopar.runtime.launch import run_stages
+from autopar.runtime.recorder import Executed
 from autopar.simulator.pipeline import Instant, Pipeline, StageCost
+from autopar.simulator.pipelines import evaluate_stages
 from autopar.simulator.stages import Pipelined, pipelined
 from autopar.simulator.timeline import simulate
 from tests.helpers import fake_plans
@@ -59,8 +62,13 @@ CLIPPED = Training("momentum", clip_norm=0.5)
 
 
 def check(of: Case, strategy: Strategy) -> list[Found]:
-    """Loss, gradients and parameters are those of one process; rows and bytes those planned."""
-    plan = pipelined(divided(of.graph, strategy.microbatches), strategy)
+    """Loss, gradients and parameters are those of one process; actions and their order, collectives
+    and bytes those that the estimate promises."""
+    division = divided(of.graph, strategy.microbatches)
+    plan = pipelined(division, strategy)
+    prices = FakePrices(devices=plan.world_size)
+    promise = evaluate_stages(division, prices, strategy).pipeline
+    assert promise is not None
     found: list[Found] = pool().run(plan.world_size, pipeline_outcome, of, strategy)
     outcome = found[0].outcome
     assert outcome is not None
@@ -72,9 +80,20 @@ def check(of: Case, strategy: Strategy) -> list[Found]:
     for one in found:
         assert tuple(one.trace.actions) == rows[one.row]
         assert one.trace.most_in_flight == most_in_flight(rows[one.row])
+        assert one.trace.most_in_flight == promise.rows[one.row].most_in_flight
+        assert one.executed == promised(promise.rows[one.row])
         executed += one.trace.sent_bytes
-    assert {rows: n for rows, n in executed.items() if rows[0] != rows[1]} == sent
+    between = {rows: n for rows, n in executed.items() if rows[0] != rows[1]}
+    assert between == {(t.source_row, t.target_row): t.bytes for t in promise.traffic}
+    assert between == sent
     return found
+
+
+def promised(row: RowEstimate) -> dict[Executed, int]:
+    found: Counter[Executed] = Counter()
+    for one in row.collectives:
+        found[Executed(one.kind, one.phase, one.axis, one.bytes)] += one.count
+    return dict(found)
 
 
 def simulated(plan: Pipelined) -> tuple[Rows, dict[tuple[int, int], int]]:
@@ -249,8 +268,9 @@ def test_a_plan_of_several_stages_is_run_as_any_other() -> None:
     assert pool().run(2, trained_by, plan) == [True, True]
     with pytest.raises(AssertionError, match="is for 2 processes"):
         pool().run(3, trained_by, plan)
-    with pytest.raises(AutoparError, match="strategies of one stage, and this one has 2"):
-        api.verify(plan)
+    for verb in (api.verify, api.explain):
+        with pytest.raises(AutoparError, match="its estimate is not that of a pipeline"):
+            verb(plan)
 
 
 def trained_by(plan: Plan) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from random import Random
@@ -16,6 +16,8 @@ from autopar.ir.sharding import Mesh, shard
 from autopar.ir.strategy import Stage, Storage, Strategy, Training
 from autopar.runtime.launch import run_stages
 from autopar.runtime.pipeline import Trace
+from autopar.runtime.recorder import Executed
+from autopar.runtime.verify_stages import one_recorder
 from autopar.simulator.microbatches import Division, division
 from tests.helpers.cases import STEPS, Case, Outcome, Run, call, compare, one_process
 from tests.helpers.strategies import random_split, random_storage, uses_of
@@ -125,6 +127,7 @@ class Found:
 
     row: int
     trace: Trace
+    executed: dict[Executed, int]
     outcome: Outcome | None = None
 
 
@@ -132,16 +135,17 @@ def pipeline_outcome(of: Case, strategy: Strategy) -> Found:
     """On every rank: three steps; on rank 0, compared with one process."""
     model, inputs = zoo(of.name, dropout=of.dropout)
     step = run_stages(divided(of.graph, strategy.microbatches), strategy, model)
-    loss = call(step, inputs)
+    with one_recorder(step).recording() as executed:
+        loss = call(step, inputs)
     trace = step.trace
     gradients = step.full_gradients()
     for _ in range(STEPS - 1):
         call(step, inputs)
     parameters = step.full_parameters()
-    found = Found(step.row, trace)
+    found = Found(step.row, trace, dict(executed))
     if dist.get_rank() != 0:
         return found
     training = strategy.training
     expected = one_process(of.name, training.optimizer, training.clip_norm)
     outcome = compare(Run(loss, gradients, parameters, {}), expected, {})
-    return Found(step.row, trace, outcome)
+    return replace(found, outcome=outcome)
