@@ -24,10 +24,10 @@ from autopar.errors import (
 from autopar.ir.graph import OperatorGraph
 from autopar.ir.plan import Plan, PlanDiff, load_plan, save_plan, summarise
 from autopar.ir.plan import diff as diff_plans
-from autopar.ir.search import Budget, Problem, SearchResult
+from autopar.ir.search import Budget, Problem, SearchResult, SearchSummary
 from autopar.ir.sharding import Mesh
 from autopar.ir.simulation import Estimate
-from autopar.ir.strategy import Training
+from autopar.ir.strategy import Strategy, Training
 from cost_models.interface import CostModel
 
 if TYPE_CHECKING:
@@ -329,6 +329,47 @@ def plan_of(problem: Problem, result: SearchResult) -> Plan:
     )
 
 
+def plan_by_hand(
+    graph: OperatorGraph,
+    strategy: Strategy,
+    topology: str | Path | CostModel = LOCAL,
+    *,
+    model: str = "",
+    proposals: Proposals = (),
+) -> Plan:
+    """The plan of a strategy that was written, not searched: its price and its promise.
+
+    Of one stage or several; ``autopar.simulator.staged`` helps to write these. ``model``: the name
+    that ``graph`` was extracted from, for the commands that need it.
+    """
+    from autopar.simulator.microbatches import division
+    from cost_models.saved import cost_model_to_json
+
+    cost_model = machine(topology, strategy.devices if topology == LOCAL else None)
+    divided = division(graph, strategy.microbatches, proposals)
+    nobody = SearchSummary("by hand", "", 0.0, 1.0, 0.0, cost_model.memory_bytes, "SOAP", trials=())
+    return Plan(
+        graph=graph,
+        topology=cost_model_to_json(cost_model),
+        strategy=strategy,
+        estimate=_priced(divided, cost_model, strategy),
+        search=nobody,
+        model=model,
+        proposed=proposals,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        autopar=__version__,
+    )
+
+
+def _priced(divided: Division, cost_model: CostModel, strategy: Strategy) -> Estimate:
+    from autopar.simulator.pipelines import evaluate_stages
+    from autopar.simulator.prices import evaluate
+
+    if len(strategy.stages) > 1:
+        return evaluate_stages(divided, cost_model, strategy)
+    return evaluate(divided.graph, divided.rules, cost_model, strategy)
+
+
 def _nothing_found(problem: Problem, result: SearchResult) -> AutoparError:
     from autopar.exporters.units import bytes_text
 
@@ -383,9 +424,6 @@ def simulate(
     Raises:
         PlanMismatchError: the other machine has fewer or more devices than the plan.
     """
-    from autopar.simulator.pipelines import evaluate_stages
-    from autopar.simulator.prices import evaluate
-
     if topology is None:
         from cost_models.saved import cost_model_from_json
 
@@ -398,10 +436,7 @@ def simulate(
             f"the plan is for {plan.world_size} devices, {topology} has {cost_model.devices}; "
             "simulate it on as many, or plan again"
         )
-    divided = division_of(plan)
-    if len(plan.strategy.stages) > 1:
-        return evaluate_stages(divided, cost_model, plan.strategy)
-    return evaluate(divided.graph, divided.rules, cost_model, plan.strategy)
+    return _priced(division_of(plan), cost_model, plan.strategy)
 
 
 def timeline_of(

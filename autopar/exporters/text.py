@@ -100,6 +100,8 @@ EXACT = 5e-5
 
 def _quality(plan: Plan) -> str:
     search = plan.search
+    if not search.trials:
+        return "written by hand, not searched"
     if not 0 < search.lower_bound_s < math.inf:
         proof = "without a lower bound"
     elif search.stop_reason == "optimal" and search.gap < EXACT:
