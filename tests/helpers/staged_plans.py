@@ -1,0 +1,61 @@
+"""Plans of several stages of small models, made from strategies of one stage."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+from autopar import api
+from autopar.ir.graph import OperatorGraph
+from autopar.ir.plan import Plan
+from autopar.ir.sharding import Mesh
+from autopar.ir.strategy import Strategy, Training
+from autopar.simulator.staged import even_cuts, runs, staged
+from tests.helpers import fake_plans
+from tests.helpers.cases import case
+from tests.helpers.fake_prices import FakePrices
+from tests.helpers.strategies import replicate
+
+CLIPPED = Training("adamw", clip_norm=1.0)
+ALONE = Mesh((("a", 1),))
+
+
+@lru_cache(maxsize=None)
+def by_recipe(name: str, recipe: str, microbatches: int = 4) -> Strategy:
+    """The recipe's strategy of a zoo model on two devices, in a world where its layout pays."""
+    kinds = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+    prices = FakePrices(devices=2, collectives=dict.fromkeys(kinds, 1e-15))
+    graph = case(name).graph
+    tried = api.search(graph, topology=prices, mesh=(2,), microbatches=microbatches).trials
+    (found,) = (t.strategy for t in tried if t.name == recipe and t.strategy is not None)
+    return replace(found, training=CLIPPED)
+
+
+@lru_cache(maxsize=None)
+def in_two(name: str, recipe: str, schedule: str) -> Strategy:
+    """A zoo model of two blocks in two stages of two devices, four for interleaving schedules."""
+    graph, like = case(name).graph, by_recipe(name, recipe)
+    return staged(graph, runs(graph, even_cuts(graph, 2)), [like] * 2, schedule, 4)
+
+
+@lru_cache(maxsize=None)
+def blocks(layers: int = 9) -> OperatorGraph:
+    """Layers, all but the first of which are alike."""
+    return fake_plans.two_blocks(layers=layers, batch=32)
+
+
+def chain(
+    stages: int,
+    schedule: str = "1f1b",
+    microbatches: int = 8,
+    chunks: int | None = None,
+) -> Strategy:
+    """``blocks`` in stages of one device each."""
+    graph = blocks()
+    like = replicate(graph, ALONE)
+    cut = runs(graph, even_cuts(graph, stages))
+    return staged(graph, cut, [like] * stages, schedule, microbatches, chunks=chunks)
+
+
+def plan_of(stages: int, topology: str = "1x8xh100-sxm", **shape: object) -> Plan:
+    return api.plan_by_hand(blocks(), chain(stages, **shape), topology)  # type: ignore[arg-type]

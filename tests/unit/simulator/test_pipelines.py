@@ -1,0 +1,301 @@
+"""What several stages cost is what their parts cost, played on their rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from autopar.api import machine
+from autopar.errors import AutoparError
+from autopar.ir.schedule import Action
+from autopar.ir.sharding import Mesh
+from autopar.ir.strategy import Stage, Strategy
+from autopar.schedules import SCHEDULES
+from autopar.simulator.microbatches import division
+from autopar.simulator.pipelines import PricedPipeline, StagePrices, evaluate_stages
+from autopar.simulator.prices import evaluate
+from autopar.simulator.row_memory import MOST_UNDER_WAY
+from autopar.simulator.stage_memory import StageBytes
+from autopar.simulator.staged import block_starts, even_cuts, runs, staged
+from autopar.simulator.stages import Move, pipelined
+from tests.helpers.cases import case
+from tests.helpers.fake_prices import FakePrices
+from tests.helpers.staged_plans import ALONE, blocks, chain
+from tests.helpers.stages import PAIR, divided, in_order, looped, strategy_of
+from tests.helpers.strategies import one_stage, replicate
+
+PRICES = FakePrices(devices=8)
+
+
+def priced(strategy: Strategy) -> PricedPipeline:
+    of = division(blocks(), strategy.microbatches)
+    return PricedPipeline(pipelined(of, strategy), StagePrices(PRICES))
+
+
+# ---- time ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble_h1"])
+@pytest.mark.parametrize("name", ["gpt", "unet", "dlrm"])
+def test_stages_compute_together_what_one_stage_does(name: str, schedule: str) -> None:
+    graph = case(name).graph
+    of, alone = divided(graph, 4), replace(replicate(graph, ALONE), microbatches=4)
+    whole = evaluate(of.graph, of.rules, PRICES, alone)
+    cuts = sorted(Random(name).sample(range(1, len(graph.operators)), 3))
+    strategy = staged(graph, runs(graph, cuts), [alone] * 4, schedule, 4)
+    found = PricedPipeline(pipelined(of, strategy), StagePrices(PRICES)).stages
+    for kind in ("forward_compute_s", "backward_compute_s"):
+        parts = sum(getattr(stage.parts, kind) for stage in found)
+        assert 4 * parts == pytest.approx(getattr(whole, kind))
+    assert sum(stage.parts.optimizer_s for stage in found) == pytest.approx(whole.optimizer_s)
+
+
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+def test_the_parts_of_the_critical_path_are_the_step(schedule: str) -> None:
+    found = priced(chain(4, schedule)).estimate()
+    assert found.pipeline is not None
+    assert found.step_time_s == pytest.approx(
+        found.forward_compute_s
+        + found.backward_compute_s
+        + found.forward_communication_s
+        + found.backward_communication_s
+        + found.gradient_synchronisation_s
+        + found.optimizer_s
+        + found.pipeline.transfer_s
+    )
+    for row in found.pipeline.rows:
+        assert row.forward_s + row.backward_s + row.update_s + row.idle_s == pytest.approx(
+            found.step_time_s
+        )
+        assert 0 <= row.bubble_s <= row.idle_s * (1 + 1e-9)
+
+
+def test_a_backward_is_the_gradients_of_inputs_and_those_of_parameters() -> None:
+    for stage in priced(chain(4, "zero_bubble_h1")).stages:
+        cost = stage.cost
+        assert cost.input_gradient_s is not None and cost.weight_gradient_s is not None
+        assert cost.backward_s == pytest.approx(cost.input_gradient_s + cost.weight_gradient_s)
+        assert min(cost.input_gradient_s, cost.weight_gradient_s) >= 0
+    _, middle, *_ = priced(chain(4, "zero_bubble_h1")).stages
+    # a product gives both in the same time; what lies between two has no parameters
+    assert middle.parts.weight_compute_s < middle.parts.input_compute_s
+
+
+def test_stages_that_are_alike_are_priced_once() -> None:
+    prices = StagePrices(PRICES)
+    of = division(blocks(), 8)
+    PricedPipeline(pipelined(of, chain(8)), prices).estimate()
+    assert len(prices._known) == 3  # the first, those between, the last
+    PricedPipeline(pipelined(of, chain(8, "gpipe")), prices).estimate()
+    assert len(prices._known) == 3
+
+
+def test_promised_collectives_have_the_names_of_their_own_stage() -> None:
+    strategy = looped_pair("1f1b", 4)
+    found = evaluate_stages(divided(case("gpt").graph, 4), FakePrices(devices=8), strategy)
+    assert found.pipeline is not None
+    graph = case("gpt").graph
+    for row in found.pipeline.rows:
+        own = {name for n in row.stages for name in strategy.stages[n].operators}
+        own |= {name for o in graph.operators if o.name in own for name in (*o.inputs, *o.outputs)}
+        reasons = {c.reason for c in row.collectives} - {"loss", "gradient norm"}
+        assert reasons and reasons <= own
+
+
+def looped_pair(schedule: str, groups: int) -> Strategy:
+    of = divided(case("gpt").graph, 4)
+    return strategy_of(of, in_order(of.graph, groups), looped(groups, PAIR), schedule)
+
+
+def test_a_group_is_priced_by_where_its_devices_are() -> None:
+    """Two stages of two devices each on two hosts of two: each in a host, or across."""
+    cost_model = machine("2x2xh100-sxm")
+    graph = blocks()
+    of = division(graph, 4)
+    like = replicate(graph, PAIR)
+    splits = {o.name: (of.choices[o.name],) for o in graph.operators}
+    near = staged(
+        graph, runs(graph, even_cuts(graph, 2)), [replace(like, splits=splits)] * 2, "1f1b", 4
+    )
+    across = replace(
+        near,
+        stages=tuple(
+            replace(stage, devices=devices)
+            for stage, devices in zip(near.stages, ((0, 2), (1, 3)), strict=True)
+        ),
+    )
+    costs = [
+        PricedPipeline(pipelined(of, s), StagePrices(cost_model)).stages for s in (near, across)
+    ]
+    for inside, outside in zip(*costs, strict=True):
+        assert outside.parts.reduction_s > inside.parts.reduction_s > 0
+        assert outside.parts.forward_compute_s == inside.parts.forward_compute_s
+
+
+def test_slow_links_between_stages_make_the_step_longer() -> None:
+    of, strategy = division(blocks(), 8), chain(4)
+    times = []
+    for seconds_a_byte in (0.0, 1e-9, 1e-8):
+        kinds = dict.fromkeys(("all_reduce", "all_gather", "reduce_scatter", "all_to_all"), 1e-15)
+        prices = FakePrices(devices=8, collectives={**kinds, "send": seconds_a_byte})
+        times.append(evaluate_stages(of, prices, strategy).step_time_s)
+    assert times[0] < times[1] < times[2]
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+@pytest.mark.parametrize("name", ["gpt_tied", "unet", "dlrm"])
+def test_peaks_are_those_of_a_plain_walk_over_the_instructions(name: str, schedule: str) -> None:
+    chunks = 2 if schedule in ("interleaved_1f1b", "looped_bfs") else 1
+    of = divided(case(name).graph, 4)
+    operators = in_order(of.graph, 2 * chunks)
+    strategy = strategy_of(of, operators, looped(2, PAIR, chunks), schedule, Random(5))
+    found = PricedPipeline(pipelined(of, strategy), StagePrices(FakePrices()))
+    for row, memory in enumerate(found.memories):
+        assert memory.total_bytes == walked(found, row)
+
+
+def walked(found: PricedPipeline, row: int) -> int:
+    """The most that a row's devices hold, instruction by instruction; in total bytes."""
+    plan = found.plan
+    stages = {a.stage: found._bytes(a.stage) for a in plan.rows[row]}
+    always = sum(sum(of.always) for of in stages.values())
+    saved: Counter[tuple[int, int]] = Counter()
+    between: Counter[tuple[int, int]] = Counter()
+    waiting: Counter[tuple[object, int, bool]] = Counter()
+    under_way: dict[tuple[object, bool], list[int]] = {}
+    have_gradients: set[int] = set()
+    most = 0
+
+    def other() -> int:
+        return (
+            sum(saved.values())
+            + sum(between.values())
+            + sum(waiting.values())
+            + sum(size for sent in under_way.values() for size in sent[-MOST_UNDER_WAY:])
+            + sum(sum(stages[s].gradients) for s in have_gradients)
+        )
+
+    for one in plan.instructions(row):
+        if isinstance(one, Move):
+            move_along(found, one, row, waiting, under_way)
+            continue
+        assert isinstance(one, Action)
+        of: StageBytes = stages[one.stage]
+        place = one.stage, one.microbatch
+        for b in plan.boundaries:
+            there = b.target if one.kind == "F" else b.source
+            if there == one.stage and one.kind != "W":
+                waiting.pop((b, one.microbatch, one.kind != "F"), None)
+        saved.pop(place, None)
+        if one.kind == "W":
+            between.pop(place)
+        last = one.kind in ("B", "W")
+        first = last and one.stage not in have_gradients
+        moment = of.first if first else of.moments[one.kind]
+        with_gradients = sum(of.gradients) if last and not first else 0
+        most = max(most, other() + sum(moment.held) - with_gradients)
+        if one.kind == "F":
+            saved[place] = sum(of.saved)
+        elif one.kind == "I":
+            between[place] = sum(of.for_weights)
+        else:
+            have_gradients.add(one.stage)
+    left = sum(size for sent in under_way.values() for size in sent[-MOST_UNDER_WAY:])
+    return always + max(most, *at_the_end(found, row, stages, left))
+
+
+def move_along(
+    found: PricedPipeline,
+    move: Move,
+    row: int,
+    waiting: Counter[tuple[object, int, bool]],
+    under_way: dict[tuple[object, bool], list[int]],
+) -> None:
+    plan, b = found.plan, move.boundary
+    inside = move.source_row == move.target_row
+    if move.target_row == row and (move.backward or not inside):
+        size = plan.held_bytes(b, at_source=move.backward)
+        waiting[b, move.microbatch, move.backward] = size
+    if move.source_row == row and not inside:
+        if move.backward:
+            copied = plan.flow(b, backward=True).copied_bytes
+            size = copied or plan.held_bytes(b, at_source=False)
+        else:
+            size = 0 if b.gradient else plan.copied_bytes(b)
+        under_way.setdefault((b, move.backward), []).append(size)
+
+
+def at_the_end(
+    found: PricedPipeline, row: int, stages: dict[int, StageBytes], left: int
+) -> list[int]:
+    totals = []
+    numbers = sorted(stages)
+    for i, stage in enumerate(numbers):
+        done = sum(sum(stages[s].reduced) for s in numbers[:i])
+        to_do = sum(sum(stages[s].gradients) for s in numbers[i + 1 :])
+        totals.append(left + done + to_do + sum(stages[stage].moments["R"].held))
+    reduced = sum(sum(of.reduced) for of in stages.values())
+    exchanged = [
+        2 * promised.bytes
+        for name, promised in found.exchanges.items()
+        if any(r == row for _, r in found.plan.holders[name])
+    ]
+    totals.append(left + reduced + max(exchanged, default=0))
+    for stage in numbers:
+        others = reduced - sum(stages[stage].reduced)
+        totals.append(others + sum(stages[stage].moments["U"].held))
+    return totals
+
+
+def test_a_stage_keeps_as_many_microbatches_as_its_row_has_in_flight() -> None:
+    rows = priced(chain(4, "1f1b")).estimate().pipeline.rows  # type: ignore[union-attr]
+    assert [row.most_in_flight for row in rows] == [4, 3, 2, 1]
+    kept = [row.memory.activations_bytes for row in rows[1:3]]
+    assert kept[0] > kept[1]
+    all_at_once = priced(chain(4, "gpipe")).estimate()
+    assert all_at_once.peak_memory_bytes > priced(chain(4, "1f1b")).estimate().peak_memory_bytes
+
+
+# ---- writing strategies --------------------------------------------------------------------------
+
+
+def test_cuts_are_where_blocks_begin() -> None:
+    graph = blocks()
+    starts = block_starts(graph)
+    assert len(starts) == 8  # the first layer, which has no gradient to give back, is another
+    assert set(even_cuts(graph, 4)) <= set(starts)
+    lengths = [len(run) for run in runs(graph, even_cuts(graph, 4))]
+    assert sum(lengths) == len(graph.operators)
+    assert lengths == [9, 6, 6, 7]  # the first layer, and the loss
+
+
+def test_groups_of_devices_are_filled_one_after_the_other() -> None:
+    strategy = chain(4, "interleaved_1f1b", 8, chunks=2)
+    assert [stage.devices for stage in strategy.stages] == [(0,), (1,), (0,), (1,)]
+    assert isinstance(strategy.stages[0], Stage)
+    assert chain(4, "chimera").stages[3].devices == (3,)
+
+
+def test_what_cannot_be_stages_is_refused_with_what_would_do() -> None:
+    graph = blocks()
+    like = replicate(graph, ALONE)
+    with pytest.raises(AutoparError, match="8 equal blocks, which cannot be 9 stages"):
+        even_cuts(graph, 9)
+    with pytest.raises(AutoparError, match="leave a stage empty"):
+        runs(graph, (3, 3))
+    with pytest.raises(AutoparError, match="need as many strategies to be like, not 1"):
+        staged(graph, runs(graph, (3,)), [like], "1f1b", 2)
+    with pytest.raises(AutoparError, match="no schedule is called '2f2b'"):
+        staged(graph, runs(graph, (3,)), [like] * 2, "2f2b", 2)
+    with pytest.raises(AutoparError, match="a number of stages that 2 divides"):
+        staged(graph, runs(graph, (3, 6)), [like] * 3, "looped_bfs", 2)
+    wide = replicate(graph, Mesh((("a", 2),)))
+    with pytest.raises(AutoparError, match="share a group of devices, and have meshes of 1 and 2"):
+        staged(graph, runs(graph, (3,)), [like, wide], "looped_bfs", 2)
+    assert one_stage(graph, ALONE, {}, {}).mesh == ALONE
