@@ -29,6 +29,7 @@ from autopar.simulator.arrangement import Arrangement
 from autopar.simulator.costs import ComputeCache, Costs, within_units
 from autopar.simulator.critical_path import critical_path
 from autopar.simulator.machine_links import MachineLinks
+from autopar.simulator.memory import local_bytes
 from autopar.simulator.microbatches import Division
 from autopar.simulator.pipeline import Pipeline, StageCost, StageMemory, Synchronisation
 from autopar.simulator.prices import StageParts, stage_parts
@@ -189,9 +190,18 @@ class PricedPipeline:
         """At the peak of each device of each row."""
         plan, feeds = self.plan, [self._feed_bytes(route) for route in self.plan.routes]
         exchanged: Counter[int] = Counter()
+        widened: Counter[int] = Counter()
         for name, promised in self.exchanges.items():
-            for _, row in plan.holders[name]:  # a sum that begins with zeros, and a copy of it
+            part = plan.parts[plan.holders[name][0][0]]
+            kept = part.strategy.storage[name].optimizer
+            before = local_bytes(part.graph.spec(name), kept, part.mesh)
+            for stage, row in plan.holders[name]:
+                # a sum that begins with zeros, and a copy of it, which stays in mixed precision
                 exchanged[row] = max(exchanged[row], 2 * promised.bytes)
+                first = min(s for s, r in plan.holders[name] if r == row)
+                widened[row] += promised.bytes * (stage == first) - before
+        if plan.strategy.training.precision != "mixed":
+            widened.clear()
         return tuple(
             row_memory(
                 states,
@@ -199,6 +209,7 @@ class PricedPipeline:
                 feeds,
                 [action.stage for action in plan.updates(row)],
                 exchanged[row],
+                widened[row],
             )
             for row, states in enumerate(_states(plan.arranged()))
         )

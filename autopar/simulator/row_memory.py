@@ -22,9 +22,6 @@ from autopar.simulator.arrangement import Arrangement
 from autopar.simulator.memory import KINDS
 from autopar.simulator.stage_memory import NONE, Kinds, Moment, StageBytes, minus, plus
 
-BUFFERS = KINDS.index("buffers")
-TEMPORARIES = KINDS.index("temporaries")
-
 MOST_UNDER_WAY = 2
 """Of messages whose arrival nothing tells (gradients, and what has none), how many of a boundary a
 process has under way before it waits for the first: more would keep their buffers for longer."""
@@ -169,11 +166,13 @@ def row_memory(
     feeds: Sequence[FeedBytes],
     updates: Sequence[int],
     exchange_bytes: int = 0,
+    widened_bytes: int = 0,
 ) -> Memory:
     """The worst moment of a row, on each of its devices.
 
     ``updates``: the row's stages in the order of their updates. ``exchange_bytes``: what the
-    exchange of gradients with other rows needs beside these.
+    exchange of gradients with other rows needs beside these; ``widened_bytes``: by how much it
+    makes them larger.
     """
     weights = [
         kinds
@@ -191,7 +190,7 @@ def row_memory(
     held = [tuple(int(count) * size for size in kinds) for count, kinds in counted]
     found = [
         (plus(moments[worst].held, *held), f"{states.names[worst]}, {moments[worst].at}"),
-        *_end(states, stages, feeds, updates, exchange_bytes),
+        *_end(states, stages, feeds, updates, (exchange_bytes, widened_bytes)),
     ]
     most, where = max(found, key=lambda pair: sum(pair[0]))
     kinds = {f"{kind}_bytes": n for kind, n in zip(KINDS, plus(always, most), strict=True)}
@@ -214,7 +213,7 @@ def _end(
     stages: Mapping[int, StageBytes],
     feeds: Sequence[FeedBytes],
     updates: Sequence[int],
-    exchange_bytes: int,
+    exchange: tuple[int, int],
 ) -> list[tuple[Kinds, str]]:
     """Gradients are reduced stage by stage, exchanged, and used stage by stage."""
     sent = zip(states.under_way, states.ways, strict=True)
@@ -226,12 +225,12 @@ def _end(
         moment = stages[stage].moments["R"]
         found.append((plus(left, moment.held, *before, *after), moment.at))
     reduced = plus(*(stages[stage].reduced for stage in states.stages), NONE)
-    exchange = tuple(exchange_bytes if i == TEMPORARIES else 0 for i in range(len(KINDS)))
-    found.append((plus(left, reduced, exchange), "exchange of gradients"))
+    beside, widened = _of_kind("temporaries", exchange[0]), _of_kind("gradients", exchange[1])
+    found.append((plus(left, reduced, widened, beside), "exchange of gradients"))
     for stage in updates:
         moment = stages[stage].moments["U"]
         others = minus(reduced, stages[stage].reduced)
-        found.append((plus(moment.held, others), moment.at))
+        found.append((plus(moment.held, others, widened), moment.at))
     return found
 
 
@@ -243,8 +242,12 @@ def _sent(feeds: Sequence[FeedBytes], way: Way) -> int:
     return feeds[way.feed].given_back if way.backward else feeds[way.feed].sent
 
 
+def _of_kind(kind: str, size_bytes: int) -> Kinds:
+    return tuple(size_bytes if each == kind else 0 for each in KINDS)
+
+
 def _buffers(size_bytes: int) -> Kinds:
-    return tuple(size_bytes if i == BUFFERS else 0 for i in range(len(KINDS)))
+    return _of_kind("buffers", size_bytes)
 
 
 __all__ = ["FeedBytes", "RowStates", "row_memory", "row_states"]

@@ -57,5 +57,17 @@ def chain(
     return staged(graph, cut, [like] * stages, schedule, microbatches, chunks=chunks)
 
 
-def plan_of(stages: int, topology: str = "1x8xh100-sxm", **shape: object) -> Plan:
-    return api.plan_by_hand(blocks(), chain(stages, **shape), topology)  # type: ignore[arg-type]
+def plan_of(
+    stages: int, schedule: str = "1f1b", microbatches: int = 8, chunks: int | None = None
+) -> Plan:
+    strategy = chain(stages, schedule, microbatches, chunks)
+    return api.plan_by_hand(blocks(), strategy, f"1x{strategy.devices}xh100-sxm")
+
+
+def large_plan(stages: int = 64, devices: int = 1024, microbatches: int = 128) -> Plan:
+    """Every stage does the same work on all of its devices."""
+    graph = fake_plans.two_blocks(layers=stages + 1, batch=microbatches)
+    like = replicate(graph, Mesh((("a", devices // stages),)))
+    cut = runs(graph, even_cuts(graph, stages))
+    strategy = staged(graph, cut, [like] * stages, "1f1b", microbatches)
+    return api.plan_by_hand(graph, strategy, f"{devices // 8}x8xh100-sxm")

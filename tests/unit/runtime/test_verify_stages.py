@@ -1,4 +1,4 @@
-"""A dry run of each different process of a pipeline does what was promised, and differences show."""
+"""A dry run of each different process of a pipeline does what was promised; differences show."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from dataclasses import replace
 from random import Random
 
 import pytest
+import torch
 
 from autopar.errors import AutoparError
+from autopar.extractor import extract
 from autopar.ir.simulation import Estimate, RowEstimate
-from autopar.ir.strategy import Strategy
+from autopar.ir.strategy import Strategy, Training
 from autopar.runtime.pipeline import _Post
 from autopar.runtime.verify_stages import StagesReport, alike, verify_stages
 from autopar.schedules import SCHEDULES
@@ -22,7 +24,7 @@ from tests.helpers.cases import case
 from tests.helpers.fake_prices import FakePrices
 from tests.helpers.staged_plans import CLIPPED, blocks, chain, in_two
 from tests.helpers.stages import ALONE, PAIR, divided, in_order, looped, strategy_of
-
+from tests.helpers.zoo import zoo
 
 SLOW = pytest.mark.slow
 
@@ -73,6 +75,18 @@ def test_other_models_keep_their_promise_divided_at_random(name: str) -> None:
     strategy = strategy_of(of, in_order(of.graph, 2), looped(2, PAIR), "1f1b", Random(7))
     report = report_of(name, strategy)
     assert not [text for text in report.differences if "peak memory" not in text]
+
+
+def test_gradients_that_copies_exchange_in_mixed_precision_are_counted_as_wide() -> None:
+    model, inputs = zoo("gpt_tied", dtype=torch.float32)
+    graph = extract(model, inputs, name="gpt_tied", precision="mixed")
+    of, training = divided(graph, 4), Training("adamw", "mixed", clip_norm=1.0)
+    layout = looped(2, PAIR)
+    strategy = strategy_of(of, in_order(graph, 2), layout, "chimera", zero=3, training=training)
+    estimate = evaluate_stages(of, FakePrices(devices=4), strategy)
+    report = verify_stages(of, strategy, estimate)
+    assert report.ok, report.differences
+    assert max(abs(one.memory_error) for one in report.ranks) < 0.001
 
 
 def test_a_process_that_does_the_same_as_another_is_not_run() -> None:
