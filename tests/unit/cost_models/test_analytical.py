@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cost_models import Analytical, Collective, CollectiveKind, Work, topology, topology_names
 from cost_models.analytical import COLLECTIVES, matmul_waste, members_in_unit, spans
+from cost_models.interface import members_in_units, units_of
 from cost_models.topology import Topology
 
 KINDS: tuple[CollectiveKind, ...] = (
@@ -331,3 +332,34 @@ def test_passes_over_memory_take_bytes_and_a_launch() -> None:
     assert empty == found.device.launch_s
     full = costs.compute_time_s(Work("memory", "int64", 0.0, 3.35e9))
     assert full - empty == pytest.approx(1e-3 / 0.85)
+
+
+def test_a_group_whose_devices_are_known_costs_what_its_tiers_do() -> None:
+    costs = Analytical(topology("4x8xh100-sxm"))
+    units = units_of(costs)
+    assert units == (8, 32)
+    mesh_groups = {
+        (8, 1): [tuple(range(8))],
+        (4, 8): [(0, 8, 16, 24)],
+        (16, 2): [tuple(range(0, 32, 2))],
+    }
+    for (size, stride), groups in mesh_groups.items():
+        within = members_in_units(groups, units)
+        for kind in KINDS:
+            known = costs.collective_coefficients(kind, size, stride, within)
+            assert known == costs.collective_coefficients(kind, size, stride)
+    # six neighbours on one host, where groups of six all over the machine would cross hosts
+    one_host = members_in_units([tuple(range(6))], units)
+    everywhere = costs.collective_time_s(Collective("all_reduce", 10**8, 6, 1))
+    assert costs.collective_time_s(Collective("all_reduce", 10**8, 6, 1, one_host)) < everywhere
+    # neighbours in the numbering of a mesh that are on two hosts
+    apart = members_in_units([(0, 8)], units)
+    near = costs.collective_time_s(Collective("all_reduce", 10**8, 2, 1))
+    assert costs.collective_time_s(Collective("all_reduce", 10**8, 2, 1, apart)) > near
+
+
+def test_a_cost_model_without_tiers_has_two_units() -> None:
+    class Plain:
+        devices, memory_bytes, scale_up_devices = 16, 1, 4
+
+    assert units_of(Plain()) == (4, 16)  # type: ignore[arg-type]

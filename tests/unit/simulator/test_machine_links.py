@@ -119,3 +119,21 @@ def test_every_machine_on_the_shelf_prices_a_pipeline() -> None:
         assert simulate(ROWS, replace(pipeline, network=network)).step_time_s > free
         there, back = (network.passage(feeds[0], backward, 0, 1) for backward in (False, True))
         assert back.busy_s > there.busy_s
+
+
+def test_the_device_that_sends_or_receives_most_decides_where_it_is_known() -> None:
+    known = Feed(0, 1, 10**9, busiest_bytes=10**8, busiest_backward_bytes=2 * 10**8)
+    links = MachineLinks(Analytical(MACHINE), groups_of(8))
+    forward, back = links.passage(known, False, 0, 1), links.passage(known, True, 1, 0)
+    assert float(back.busy_s) == pytest.approx(2 * float(forward.busy_s))
+    plain = links.passage(Feed(0, 1, 10**8), False, 0, 1)
+    assert forward.busy_s == plain.busy_s
+
+
+def test_a_transfer_is_priced_by_the_farthest_of_all_tiers() -> None:
+    """Two racks of 72 with hosts of 4: within a rack, and between racks."""
+    machine = Analytical(topology("2x72xgb200-nvl72"))
+    feed = Feed(0, 1, 10**8)
+    near = MachineLinks(machine, ((0,), (71,))).passage(feed, False, 0, 1)
+    far = MachineLinks(machine, ((0,), (72,))).passage(feed, False, 0, 1)
+    assert far.busy_s > near.busy_s and far.latency_s > near.latency_s
