@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from autopar import cli
 from autopar.errors import AutoparError
+from autopar.ir.plan import load_plan
 from autopar.ir.schedule import rows_from_text
 from autopar.schedules import SCHEDULES
 from autopar.simulator.arrangement import arrange
 from autopar.simulator.pipeline import Wiring
 
-PAGE = (Path(__file__).parents[3] / "docs" / "schedules.md").read_text()
+ROOT = Path(__file__).parents[3]
+PAGE = (ROOT / "docs" / "schedules.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
@@ -24,6 +27,20 @@ def blocks(language: str) -> list[str]:
 
 def test_the_example_runs() -> None:
     exec(compile(blocks("python")[0], "schedules.md", "exec"), {})
+
+
+def test_a_plan_of_several_stages_is_written_and_priced_as_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    written, priced = blocks("python")[1:3]
+    names: dict[str, Any] = {}
+    exec(
+        compile(written.replace("plan.json", str(tmp_path / "plan.json")), "written", "exec"), names
+    )
+    exec(compile(priced, "priced", "exec"), names)
+    plan = load_plan(tmp_path / "plan.json")
+    assert plan.estimate.step_time_s == names["priced"].step_time_s
 
 
 def test_commands_run_and_draw_what_is_shown(
