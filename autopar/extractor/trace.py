@@ -50,23 +50,38 @@ def extract(
     inputs = _on_device(checked(inputs), _device(model))
     if precision == "mixed":
         model, inputs = in_bfloat16(model), _cast(inputs)
-    try:
-        program, problems = _seen(model, inputs, loss)
-    except UnsupportedModelError as error:
-        if _MET not in str(error):
-            raise
-        # forward makes tensors without saying where: on the CPU, where the model is not
+    seen = _seen_where_it_is(model, inputs, loss)
+    if seen is None:
         with FakeTensorMode(allow_non_fake_inputs=True):
             model, inputs = _on_hollow_cpu(model), _on_device(inputs, torch.device("cpu"))
-            program, problems = _seen(model, inputs, loss)
+            seen = _seen(model, inputs, loss)
+    program, problems = seen
     return convert(program, model, _names(model, inputs), name, problems)
 
 
 _MET = "found at least two devices, meta"
 """What torch says when a tensor of a model on the meta device meets another."""
 
+_LIFTED = "lifted_tensor"
+"""In the names of constants that the trace has met in forward, and not in the module."""
 
-def _seen(model: nn.Module, inputs: Inputs, loss: Loss | None) -> tuple[ExportedProgram, list[str]]:
+Seen = tuple[ExportedProgram, list[str]]
+
+
+def _seen_where_it_is(model: nn.Module, inputs: Inputs, loss: Loss | None) -> Seen | None:
+    """``None``: forward makes tensors without saying where, on the CPU, where the model is not; or
+    numbers become tensors on the meta device, which has no values."""
+    try:
+        program, problems = _seen(model, inputs, loss)
+    except UnsupportedModelError as error:
+        if _MET not in str(error):
+            raise
+        return None
+    made = [c for name, c in program.constants.items() if _LIFTED in name]
+    return None if any(c.is_meta and c.numel() for c in made) else (program, problems)
+
+
+def _seen(model: nn.Module, inputs: Inputs, loss: Loss | None) -> Seen:
     with _unseen(model) as problems:
         return _trace(_Step(model, loss), inputs), problems
 

@@ -382,6 +382,25 @@ def test_forward_may_make_tensors_without_saying_where() -> None:
     assert extract(hollow, (ids,), precision="mixed").spec("tokens.weight").dtype == "bfloat16"
 
 
+class _MakesATensorOfANumber(nn.Module):
+    """As GPT-Neo's masks: on the device of what it is for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        least = torch.tensor(-3.0, dtype=x.dtype, device=x.device)
+        return (torch.where(x > 0, x, least) * self.scale).sum()
+
+
+def test_numbers_may_become_tensors_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        hollow = extract(_MakesATensorOfANumber(), (torch.empty(4, 2),))
+    x = torch.tensor([[-1.0, 2.0]] * 4)
+    assert execute(hollow, {"scale": torch.ones(2)}, (x,)).item() == 4 * (2.0 - 3.0)
+
+
 class _Unsupported(nn.Module):
     def __init__(self) -> None:
         super().__init__()
