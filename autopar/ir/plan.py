@@ -261,6 +261,12 @@ def _check(plan: Plan, fingerprint: str, source: str) -> None:
     meshes = plan.strategy.mesh_of
     if lost := sorted(set(plan.graph.operator) ^ set(meshes)):
         refuse(f"operators and stages differ in {lost[:3]}")
+    if plan.estimate.pipeline is not None:
+        groups = [row.devices for row in plan.estimate.pipeline.rows]
+        if {d for group in groups for d in group} != set(range(plan.world_size)) or not (
+            set(groups) <= {stage.devices for stage in plan.strategy.stages}
+        ):
+            refuse("the rows of its estimate are on other devices than its stages")
     for name, split in plan.strategy.splits.items():
         if len(split) != (axes := len(meshes[name].axes)):
             refuse(f"the split of {name} does not have one choice for each of {axes} mesh axes")

@@ -15,9 +15,11 @@ import pytest
 from autopar import api
 from autopar.ir.plan import Plan, save_plan
 from autopar.ir.search import SearchResult, Trial
+from autopar.ir.sharding import Mesh
 from autopar.ops import bound_rules
 from autopar.simulator.prices import evaluate
-from tests.helpers.strategies import random_strategy
+from autopar.simulator.staged import runs, staged
+from tests.helpers.strategies import random_strategy, replicate
 
 MODEL = """
 import torch
@@ -71,6 +73,22 @@ def autopar(*arguments: object, processes: int = 0) -> subprocess.CompletedProce
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_a_plan_of_two_stages_trains_beside_its_prediction(tmp_path: Path) -> None:
+    model = tmp_path / "model.py"
+    model.write_text(MODEL.format(extra=""))
+    graph = api.extract(str(model))
+    like = replicate(graph, Mesh((("a", 1),)))
+    strategy = staged(graph, runs(graph, (2,)), [like] * 2, "1f1b", 4)
+    plan = api.plan_by_hand(graph, strategy, "1x2xh100-sxm", model=str(model))
+    save_plan(plan, tmp_path / "plan.json")
+    done = autopar("run", tmp_path / "plan.json", "--steps", 2, "--compare", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["losses"] == pytest.approx(found["single_process_losses"], rel=1e-5)
+    assert found["predicted_step_time_s"] == plan.estimate.step_time_s
+    assert found["peak_memory_bytes"] == pytest.approx(plan.estimate.peak_memory_bytes, rel=0.2)
 
 
 @pytest.mark.parametrize("precision", ["full", "mixed"])

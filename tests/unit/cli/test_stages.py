@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from autopar import api, cli
+from autopar.errors import PlanMismatchError
 from autopar.exporters import EXPORTERS, text
 from autopar.exporters.perfetto import LIMIT_BYTES
 from autopar.ir.measurement import Measurement
@@ -38,6 +39,16 @@ def test_the_file_keeps_the_estimate(schedule: str) -> None:
     plan = plan_of(4, schedule)
     assert plan_from_json(json.loads(json.dumps(plan_to_json(plan)))) == plan
     assert api.simulate(plan) == plan.estimate
+
+
+def test_a_file_whose_rows_are_not_on_the_devices_of_its_stages_is_refused() -> None:
+    data = json.loads(json.dumps(plan_to_json(plan_of(4))))
+    data["estimate"]["pipeline"]["rows"].pop()
+    with pytest.raises(PlanMismatchError, match="on other devices than its stages"):
+        plan_from_json(data)
+    data["estimate"]["pipeline"]["rows"][0]["memory"]["at"] = 3
+    with pytest.raises(PlanMismatchError, match=r"pipeline.rows\[0\].memory.at is 3, not a string"):
+        plan_from_json(data)
 
 
 def test_explain_says_what_rows_do_and_equal_stages_once(plan_file: Path) -> None:
