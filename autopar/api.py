@@ -68,6 +68,9 @@ class Wanted(TypedDict, total=False):
     - ``optimizer``, ``precision``, ``clip_norm``: what is trained with.
     - ``microbatches``: in how many the batch is worked on, one after the other; the result is the
       same (default, ``None``: those with which it is fastest).
+    - ``recompute``: of the repeated blocks, what is not kept for the backward but made again:
+      ``"none"`` (the default), in all copies ``"selective"`` (what is cheap) or ``"full"`` (all but
+      what the next copy reads), or ``"auto"``, what is fastest within memory.
     - ``dimensions``: which of Sample, Operator, Attribute and Parameter may be split.
     - ``propose``: find rules by trying for ops that have none.
     - ``loss``: ``loss(outputs, inputs)`` when the model does not return its own.
@@ -82,6 +85,7 @@ class Wanted(TypedDict, total=False):
     precision: Precision
     clip_norm: float | None
     microbatches: int | None
+    recompute: str
     dimensions: str
     propose: bool
     loss: Loss | None
@@ -212,6 +216,7 @@ def problem_of(
         microbatches=wanted.get("microbatches"),
         dimensions=_dimensions(wanted.get("dimensions", "SOAP")),
         proposals=proposals,
+        recompute=_recompute(wanted.get("recompute", "none")),
     )
 
 
@@ -219,6 +224,12 @@ def _know_ops(graph: OperatorGraph, model: str, batch: int | None, sequence: int
     from autopar.extractor import know_ops
 
     know_ops(graph, model, batch, sequence)
+
+
+def _recompute(kind: str) -> str:
+    from autopar.searchers.recompute import RECOMPUTE
+
+    return pick({name: name for name in RECOMPUTE}, kind, "way to recompute")
 
 
 def proposals_for(graph: OperatorGraph, progress: Progress | None = None) -> Proposals:

@@ -170,6 +170,15 @@ _search_options = (
         help="Work on the batch in so many parts, one after the other, with the same result; auto: "
         "those of 1, 2, 4, ... with which meshes of two axes are fastest.",
     ),
+    click.option(
+        "--recompute",
+        type=click.Choice(["none", "selective", "full", "auto"]),
+        default="none",
+        show_default=True,
+        help="Of repeated blocks, what is not kept for the backward but made again: in all of them "
+        "what is cheap (selective) or all but their result (full); auto: what is fastest within "
+        "memory.",
+    ),
     click.option("--searcher", default="ilp", show_default=True, help="`autopar list searchers`."),
     click.option(
         "--time-limit",
@@ -212,6 +221,7 @@ def _wanted(options: dict[str, Any]) -> dict[str, Any]:
             "precision",
             "clip_norm",
             "searcher",
+            "recompute",
             "dimensions",
             "propose",
             "batch",

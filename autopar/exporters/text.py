@@ -31,6 +31,7 @@ from autopar.ir.search import SearchSummary, TrialSummary
 from autopar.ir.sharding import Mesh, Sharding
 from autopar.ir.simulation import Estimate, Memory
 from autopar.ir.strategy import Strategy
+from autopar.simulator.blocks import blocks
 from autopar.simulator.edges import Rules
 
 if TYPE_CHECKING:
@@ -73,12 +74,35 @@ def _heading(plan: Plan) -> list[str]:
         f"{training.precision} precision" + (f", {batches} microbatches" if batches > 1 else ""),
         f"on {plan.topology.get('name')}: {plan.world_size} device{'s' * (plan.world_size > 1)}, "
         f"{_shape(plan.strategy)}",
+        *_recomputed(plan),
         f"step {time_text(step_s)}: "
         + ", ".join(f"{name} {share_text(t, step_s)}" for name, t in parts(found) if t > 0),
         f"peak memory {bytes_text(found.peak_memory_bytes)} of "
         f"{bytes_text(plan.search.memory_limit_bytes)} on each device",
         _quality(plan),
     ]
+
+
+def _recomputed(plan: Plan) -> list[str]:
+    """In how many copies of repeated blocks how many operators are recomputed."""
+    left = set(plan.strategy.recompute)
+    if not left:
+        return []
+    found = []
+    for block in blocks(plan.graph):
+        copies: Counter[int] = Counter()
+        for start in range(block.start, block.stop, block.period):
+            inside = {o.name for o in plan.graph.operators[start : start + block.period]}
+            copies[len(inside & left)] += 1
+            left -= inside
+        found += [
+            f"{copies[count]} of {block.copies} blocks ({count} of {block.period} operators)"
+            for count in sorted(copies, reverse=True)
+            if count
+        ]
+    if left:
+        found.append(f"{len(left)} operators{' outside of blocks' if found else ''}")
+    return [f"recomputed for the backward: {', '.join(found)}"]
 
 
 def parts(found: Estimate) -> list[tuple[str, float]]:

@@ -479,6 +479,11 @@ def diff(a: Plan, b: Plan) -> PlanDiff:
             ("mesh", meshes_text(a.strategy), meshes_text(b.strategy)),
             ("stages", _stages_text(a.strategy), _stages_text(b.strategy)),
             ("microbatches", str(a.strategy.microbatches), str(b.strategy.microbatches)),
+            (
+                "recomputed operators",
+                str(len(a.strategy.recompute)),
+                str(len(b.strategy.recompute)),
+            ),
             ("training", _training_text(a), _training_text(b)),
         )
         if before != after

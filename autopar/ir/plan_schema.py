@@ -251,11 +251,13 @@ def _strategy() -> Schema:
             "by parameter: shardings of the parameter, its gradient, its optimizer state",
         ),
         microbatches={"type": "integer", "minimum": 1},
-        recompute=many(TEXT),
+        recompute=described(many(TEXT), "operators of which nothing is kept for the backward"),
         schedule={"type": ["string", "null"]},
         training=of_dataclass(Training, clip_norm={"type": ["number", "null"]}),
     )
-    schema["properties"]["chunks"] = {"type": "integer", "minimum": 1}  # left out where it follows
+    # left out where they follow, or are none
+    schema["properties"]["chunks"] = {"type": "integer", "minimum": 1}
+    schema["properties"]["repeat_collectives"] = many(TEXT)
     return schema
 
 

@@ -21,6 +21,8 @@ class Problem:
     ``dimensions``: letters of SOAP that may be split. ``proposals``: (call, rule) pairs for
     operators that have no rule of their own. ``memory_limit_bytes``: on each device.
     ``microbatches`` of the global batch that ``graph`` is for; ``None``: the fastest.
+    ``recompute``: what of repeated blocks: ``none``, ``selective`` or ``full`` in all copies, or
+    ``auto``, what is fastest within memory.
     """
 
     graph: OperatorGraph
@@ -31,6 +33,7 @@ class Problem:
     microbatches: int | None = 1
     dimensions: str = "SOAP"
     proposals: tuple[tuple[str, OpRule], ...] = ()
+    recompute: str = "none"
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,8 +60,20 @@ class Strategy:
 
     Several stages need a ``schedule``, a name of the schedules shelf; ``chunks``: how many of them
     (for chimera: copies of them) a group of devices holds, ``None`` for as many as it follows from
-    the devices (for chimera: 2). ``recompute`` (operators whose activations are recomputed) has its
-    place here; this release leaves it empty.
+    the devices (for chimera: 2).
+
+    ``recompute``: names of operators of which nothing is kept for the backward, neither what they
+    make nor what they save beside, whoever needs it. Those that follow one another (in the order of
+    the graph, in one stage) are a *segment*: before the first backward that misses something of it,
+    what made that is run again, from its inputs, which are kept. A segment's inputs are made by
+    operators that are not recomputed, or are kept all the same; so operators left out between two
+    runs decide what is kept.
+
+    Collectives are not repeated: what a redistribution of such a tensor brought is kept, unless the
+    tensor is in ``repeat_collectives``; then it is not, and the redistribution is done again (as
+    are the collectives inside the operator that makes it). Gathered parameters (ZeRO-3) are never
+    kept: an operator that is run again gathers its own, and uses them for its backward as well.
+    Dropout masks are the same again. New values of buffers are those of the first time.
     """
 
     stages: tuple[Stage, ...]
@@ -72,6 +84,7 @@ class Strategy:
     schedule: str | None = None
     training: Training = Training()
     chunks: int | None = None
+    repeat_collectives: tuple[str, ...] = ()
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -113,6 +126,11 @@ def strategy_to_json(strategy: Strategy) -> dict[str, Any]:
         "recompute": list(strategy.recompute),
         "schedule": strategy.schedule,
         **({} if strategy.chunks is None else {"chunks": strategy.chunks}),
+        **(
+            {"repeat_collectives": list(strategy.repeat_collectives)}
+            if strategy.repeat_collectives
+            else {}
+        ),
         "training": {
             "optimizer": strategy.training.optimizer,
             "precision": strategy.training.precision,
@@ -141,4 +159,5 @@ def strategy_from_json(data: dict[str, Any]) -> Strategy:
         schedule=data["schedule"],
         training=Training(**data["training"]),
         chunks=data.get("chunks"),
+        repeat_collectives=tuple(data.get("repeat_collectives", ())),
     )

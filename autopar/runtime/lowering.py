@@ -11,7 +11,8 @@ from typing import Any, Literal
 import spmd_types
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_leaves
 
 from autopar.errors import PlanMismatchError
 from autopar.ir.graph import Argument, Dtype, Input, Operator, OperatorGraph, Role
@@ -19,6 +20,15 @@ from autopar.ir.plan import mesh_text
 from autopar.ir.rule import RESERVED, BoundRule, Split
 from autopar.ir.sharding import Mesh, Sharding, gradient, local_shape
 from autopar.ir.strategy import Strategy
+from autopar.runtime.again import (
+    Reads,
+    SegmentProgram,
+    SegmentRun,
+    begin_segment,
+    gathered_again,
+    recomputing,
+    regathering,
+)
 from autopar.runtime.collectives import Communicator, method_of
 from autopar.runtime.local_ops import LOCAL_OPS, mean_divisor, needs_local_op
 from autopar.simulator.edges import (
@@ -31,6 +41,7 @@ from autopar.simulator.edges import (
     parameter_edges,
 )
 from autopar.simulator.microbatches import Division, undivided
+from autopar.simulator.recomputation import check_recompute, recomputation
 from autopar.simulator.redistribution import Step, steps
 from autopar.simulator.stages import StagePart
 
@@ -54,6 +65,7 @@ class Execution:
     mean over all microbatches divides by, where that is counted. ``gradients``: what the backward
     has summed for each parameter edge, as ``gradient(edge.target)`` where it travels once a step,
     else as ``edge.destination``. ``parted``: what the forward notes for a backward in two parts.
+    ``recomputed`` and ``segments``: of the program, by operator and in order.
     """
 
     communicator: Communicator
@@ -65,6 +77,8 @@ class Execution:
     divisors: dict[str, Tensor] = field(default_factory=dict)
     parted: PartedBackward | None = None
     gradients: dict[tuple[str, Sharding], Tensor] = field(default_factory=dict)
+    recomputed: Mapping[str, Reads] = field(default_factory=dict)
+    segments: tuple[SegmentProgram, ...] = ()
 
     def accumulate(self, edge: ParameterEdge, addend: Tensor) -> None:
         key = edge.parameter, edge.target
@@ -80,8 +94,9 @@ class LoweredProgram:
     loss; of a stage, what departs from it), in these shardings, and the new values of ``mutated``
     buffers; ``spmd`` is the execution's communicator. Parameters are shards as stored, inputs are
     the whole (micro)batch, from which each rank takes its part (or what arrives in a stage).
-    ``graph`` is that of one microbatch, ``division`` says of what. ``print(program)`` shows it,
-    with every collective, and the sharding of each tensor.
+    ``graph`` is that of one microbatch, ``division`` says of what. ``segments`` are what the
+    backward runs again. ``print(program)`` shows all of it, with every collective, and the sharding
+    of each tensor.
     """
 
     graph_module: fx.GraphModule
@@ -94,6 +109,8 @@ class LoweredProgram:
     edges: tuple[ParameterEdge, ...]
     regathered: dict[str, tuple[ParameterEdge, ...]]
     ends: dict[str, Sharding]
+    recomputed: dict[str, Reads] = field(default_factory=dict)
+    segments: tuple[SegmentProgram, ...] = ()
 
     @property
     def graph(self) -> OperatorGraph:
@@ -114,7 +131,14 @@ class LoweredProgram:
                 "own mesh, `connect(strategy.mesh, ...)`, or lower a strategy for theirs"
             )
         by_use = {(edge.parameter, edge.target): edge for edge in self.edges}
-        return Execution(communicator, by_use, self.regathered, parameters)
+        return Execution(
+            communicator,
+            by_use,
+            self.regathered,
+            parameters,
+            recomputed=self.recomputed,
+            segments=self.segments,
+        )
 
     def __call__(
         self, execution: Execution, buffers: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
@@ -141,7 +165,9 @@ class LoweredProgram:
         )
 
     def __str__(self) -> str:
-        return str(self.graph_module.code).replace("autopar_runtime_lowering_", "").strip()
+        again = (segment for segment in self.segments if segment.made)
+        code = "\n\n".join(map(str, (self.graph_module.code, *again)))
+        return re.sub(r"autopar_runtime_(lowering|again)_", "", code).strip()
 
 
 def lower(
@@ -232,7 +258,9 @@ class _Lowering:
         }
         whole = ("I",) * len(self.mesh.axes)
         self.ends = {graph.loss: whole} if ends is None else dict(ends)
-        self.parameter_edges = tuple(parameter_edges(graph, rules, strategy))
+        check_recompute(graph, strategy)
+        self.again = recomputation(graph, rules, strategy)
+        self.parameter_edges = tuple(parameter_edges(graph, rules, strategy, self.again.again))
         self.saved_again = {
             (consumer, edge.parameter, edge.target): edge
             for edge in self.parameter_edges
@@ -244,6 +272,8 @@ class _Lowering:
         self.fx = fx.Graph()
         self.made: dict[str, fx.Node] = {}
         self.moved: dict[tuple[str, Sharding], fx.Node] = {}
+        self.begun: dict[int, fx.Node] = {}
+        self.readers: dict[str, list[fx.Node]] = {}
 
     def program(self) -> LoweredProgram:
         self.execution, self.spmd = map(self.fx.placeholder, ("execution", "spmd"))
@@ -264,7 +294,10 @@ class _Lowering:
         whole = ("I",) * len(self.mesh.axes)
         wanted = (*self.ends.items(), *((tensor, whole) for _, tensor in self.graph.mutations))
         self.fx.output(tuple(self._as(name, sharding) for name, sharding in wanted))
-        self.fx.on_generate_code(lambda _: self._commented)
+        self.fx.on_generate_code(lambda _: _commented(self.fx))
+        segments = tuple(
+            _SegmentLowering(self, number).program() for number in range(len(self.again.segments))
+        )
         return LoweredProgram(
             fx.GraphModule(self.root, self.fx, "Lowered"),
             self.division,
@@ -276,6 +309,8 @@ class _Lowering:
             self.parameter_edges,
             self.regathered,
             self.ends,
+            {name: self._reads(name, segments) for name in self.readers},
+            segments,
         )
 
     def _named(
@@ -327,6 +362,7 @@ class _Lowering:
             node = self._step(name, node, step)
             current[step.axis] = step.target
             self._describe(node, name, tuple(current))
+            node.meta["version"] = name, target
         if role is Role.PARAMETER:
             args = (node, self.made[name], self.execution, name, target)
             node = self._named("call_function", use_parameter, f"{name}_used", args)
@@ -378,15 +414,18 @@ class _Lowering:
         if _returns_one(operator.op):
             (name,), (sharding,) = operator.outputs, shardings
             self._describe(node, name, sharding)
+            node.meta["version"] = name, sharding
             self.made[name] = self._noted(operator, name, node)
             self._describe(self.made[name], name, sharding)
             return
         for index, (name, sharding) in enumerate(zip(operator.outputs, shardings, strict=True)):
             taken = self._named("call_function", _getitem, name, (node, index))
+            taken.meta["version"] = name, sharding
             if index in _NEW_STATISTICS.get(operator.op, ()):
                 dtype = _dtype(self.graph.spec(name).dtype)
                 taken = self._named("call_method", "to", name, (taken, dtype))
             self._describe(taken, name, sharding)
+            taken.meta["version"] = name, sharding
             self.made[name] = self._noted(operator, name, taken)
             self._describe(self.made[name], name, sharding)
 
@@ -394,6 +433,7 @@ class _Lowering:
         """For operators off the loss's way, lest they keep what no backward will ask for."""
         op = torch.ops.aten.detach.default
         detached = self._named("call_function", op, f"{node.name}_detached", (node,))
+        detached.meta["for_one"] = True
         self._describe(detached, name, canonical(sharding, False))
         return detached
 
@@ -401,6 +441,7 @@ class _Lowering:
         """Of what every microbatch has and one of them would be enough to add."""
         op, count = torch.ops.aten.div.Scalar, self.division.count
         share = self._named("call_function", op, f"{node.name}_share", (node, count))
+        share.meta["for_one"] = True
         produced = canonical(sharding, self.graph.by_name[name].differentiable)
         self._describe(share, name, produced)
         share.meta["given"], share.meta["wanted"] = [node], (sharding,)
@@ -418,7 +459,7 @@ class _Lowering:
                 args = (inputs[i], self.execution, operator.name)
                 alias = f"{inputs[i].name}_in_{operator.name}"
                 called[i] = self._named("call_function", alias_parameter, alias, args)
-                called[i].meta.update(inputs[i].meta)
+                called[i].meta.update({**inputs[i].meta, "same_as": inputs[i]})
         return called
 
     def _noted(self, operator: Operator, name: str, node: fx.Node) -> fx.Node:
@@ -431,7 +472,9 @@ class _Lowering:
         if not (self.parted and reads and self.graph.by_name[name].differentiable):
             return node
         args = (node, self.execution, operator.name)
-        return self._named("call_function", note_output, f"{name}_noted", args)
+        noted = self._named("call_function", note_output, f"{name}_noted", args)
+        noted.meta["same_as"] = node
+        return noted
 
     def _gathered(self, operator: Operator, wanted: Sequence[Sharding]) -> tuple[fx.Node, ...]:
         """Inputs that the operator's backward gathers again; noted in ``regathered``."""
@@ -490,26 +533,202 @@ class _Lowering:
             called = LocalOperator(local, bound, split, self.mesh)
         else:
             called = None
+        segments = self._segments(operator, bound, split)
+        if segments:
+            leaves = tree_leaves((args, kwargs))
+            self.readers[operator.name] = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
+        plain: tuple[Any, ...]
+        target: Any
         if called is not None:
             target = _identifier(operator.name)
             self.root.add_module(target, called)
-            args, kwargs = (self.execution, gathered, args, kwargs), {}
-            return self._named("call_module", target, result, args, kwargs)
-        if gathered:
-            args = (self.execution, operator.name, gathered, op, *args)
-            return self._named("call_function", regathering, result, args, kwargs)
-        return self._named("call_function", op, result, args, kwargs)
+            plain = "call_module", target, (self.execution, (), args, kwargs, ()), {}
+            args, kwargs = (self.execution, gathered, args, kwargs, segments), {}
+            node = self._named("call_module", target, result, args, kwargs)
+        else:
+            plain = "call_function", op, args, kwargs
+            target = op
+            if segments:
+                args = (segments, self.execution, operator.name, gathered, op, *args)
+                target = recomputing
+            elif gathered:
+                args = (self.execution, operator.name, gathered, op, *args)
+                target = regathering
+            node = self._named("call_function", target, result, args, kwargs)
+        node.meta["plain"], node.meta["gathered"] = plain, gathered
+        return node
 
-    def _commented(self, lines: list[str]) -> list[str]:
-        comments = {
-            node.name: node.meta["comment"] for node in self.fx.nodes if "comment" in node.meta
-        }
-        return [_with_comment(line, comments) for line in "".join(lines).splitlines(True)]
+    # ---- recomputation -------------------------------------------------------------------------
+
+    def _segments(self, operator: Operator, bound: BoundRule, split: Split) -> tuple[fx.Node, ...]:
+        """Those that make again what the operator reads, or the operator itself."""
+        own = self.again.again.get(operator.name)
+        wanted, _ = bound.shardings(split)
+        found = {} if own is None else {own: None}
+        for name, sharding in zip(operator.inputs, wanted, strict=True):
+            version = name, canonical(sharding, self.graph.by_name[name].differentiable)
+            number = self.again.segment_of.get(version)
+            if number is not None and self.again.segments[number].again:
+                found[number] = None
+        return tuple(map(self._begun, sorted(found)))
+
+    def _begun(self, number: int) -> fx.Node:
+        if number not in self.begun:
+            args = self.execution, number
+            name = f"segment_{number}"
+            self.begun[number] = self._named("call_function", begin_segment, name, args)
+        return self.begun[number]
+
+    def _reads(self, operator: str, segments: Sequence[SegmentProgram]) -> Reads:
+        given = []
+        for node in self.readers[operator]:
+            source, number = _source(node), self.segment_of(node)
+            if number is not None and source.name not in segments[number].made:
+                number = None  # nobody was known to save it
+            given.append((source.name, number))
+        return Reads(tuple(given), self.again.again.get(operator))
+
+    def segment_of(self, node: fx.Node) -> int | None:
+        """The segment that makes a tensor again."""
+        source = _source(node)
+        if source.meta.get("for_one"):
+            return self.segment_of(source.all_input_nodes[0])
+        return self.again.segment_of.get(source.meta.get("version", ("", ())))
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """The node whose very value this one passes on."""
+    while "same_as" in node.meta:
+        node = node.meta["same_as"]
+    return node
+
+
+class _SegmentLowering:
+    """The part of the lowered program that makes a segment again."""
+
+    def __init__(self, whole: _Lowering, number: int) -> None:
+        self.whole, self.number = whole, number
+        self.again = set(whole.again.segments[number].again)
+        self.fx = fx.Graph()
+        self.made: dict[fx.Node, fx.Node] = {}
+        self.kept: dict[fx.Node, fx.Node] = {}
+
+    def program(self) -> SegmentProgram:
+        wanted = self._wanted()
+        self.segment, self.execution, self.spmd = map(
+            self.fx.placeholder, ("segment", "execution", "spmd")
+        )
+        for placeholder in (self.segment, self.execution, self.spmd):
+            placeholder.meta["name"] = placeholder.name
+        for node in wanted:
+            for read in self._read(node):
+                if not self._is_made(read) and read not in self.kept:
+                    self.kept[read] = kept = self.fx.placeholder(read.name)
+                    kept.meta.update(name=read.name, comment=read.meta["comment"])
+        for node in wanted:
+            self.made[node] = self._copied(node)
+        self.fx.output(())
+        self.fx.on_generate_code(lambda _: _commented(self.fx))
+        return SegmentProgram(
+            self.number,
+            self.fx,
+            tuple(node.name for node in self.kept),
+            frozenset(node.name for node in self.made),
+            self.whole.root,
+        )
+
+    def _is_made(self, node: fx.Node) -> bool:
+        several = node.meta.get("operator") in self.again and "version" not in node.meta
+        return several or self.whole.segment_of(node) == self.number
+
+    def _wanted(self) -> list[fx.Node]:
+        """In order: the operators, and what their operands and those who save tensors read."""
+        found: set[fx.Node] = set()
+        open_ = [node for node in self.whole.fx.nodes if node.meta.get("operator") in self.again]
+        remade = {version for version, _ in self.whole.again.segments[self.number].remade}
+        for key, node in self.whole.moved.items():
+            if key in remade:
+                open_.append(_source(node))
+        for name in self.again:
+            for output in self.whole.graph.operator[name].outputs:
+                made = _source(self.whole.made[output])
+                if self._is_made(made):
+                    open_.append(made)
+        for nodes in self.whole.readers.values():
+            open_ += [
+                source
+                for node in nodes
+                if (source := _source(node)).meta.get("for_one") and self._is_made(source)
+            ]
+        while open_:
+            node = open_.pop()
+            if node not in found:
+                found.add(node)
+                open_ += [read for read in self._read(node) if self._is_made(read)]
+        return [node for node in self.whole.fx.nodes if node in found]
+
+    def _read(self, node: fx.Node) -> list[fx.Node]:
+        """The tensors that a node of the whole program reads; gathered parameters are not among
+        them."""
+        if "plain" not in node.meta:
+            reads = node.all_input_nodes
+        else:
+            _, _, args, kwargs = node.meta["plain"]
+            leaves = tree_leaves((args, kwargs))
+            gathered = set(map(_source, node.meta["gathered"]))
+            reads = [n for n in leaves if isinstance(n, fx.Node) and _source(n) not in gathered]
+        return [_source(n) for n in reads if n not in (self.whole.execution, self.whole.spmd)]
+
+    def _copied(self, node: fx.Node) -> fx.Node:
+        kind, target, args, kwargs = node.meta.get(
+            "plain", (node.op, node.target, node.args, node.kwargs)
+        )
+        operator = node.meta.get("operator")
+        gathered = {}
+        for index, parameter in enumerate(node.meta.get("gathered", ())):
+            given = self.segment, operator, index
+            name = f"{_source(parameter).name}_again"
+            gathered[_source(parameter)] = self.fx.create_node(
+                "call_function", gathered_again, given, {}, name
+            )
+            gathered[_source(parameter)].meta["name"] = name
+
+        def copy_of(read: fx.Node) -> fx.Node:
+            if read is self.whole.execution:
+                return self.execution
+            if read is self.whole.spmd:
+                return self.spmd
+            source = _source(read)
+            return gathered.get(source) or self.made.get(source) or self.kept[source]
+
+        copied = self.fx.create_node(
+            kind,
+            target,
+            fx.node.map_arg(args, copy_of),
+            fx.node.map_arg(kwargs, copy_of),
+            node.name,
+        )
+        copied.meta.update({k: node.meta[k] for k in ("comment", "operator") if k in node.meta})
+        copied.meta["name"] = node.name
+        return copied
 
 
 _NEW_STATISTICS = {"aten._native_batch_norm_legit_functional.default": (3, 4)}
 """Results that are of the buffers' dtype on every device, but not so under fake tensors, where
 those of bfloat16 are float32: a dry run would gather twice the bytes."""
+
+
+def _commented(graph: fx.Graph) -> Callable[[list[str]], list[str]]:
+    """Writes beside each tensor of the code what it is."""
+
+    def with_comments(lines: list[str]) -> list[str]:
+        comments = {
+            node.name: node.meta["comment"] for node in graph.nodes if "comment" in node.meta
+        }
+        return [_with_comment(line, comments) for line in "".join(lines).splitlines(True)]
+
+    return with_comments
+
 
 _ASSIGNMENT = re.compile(r"\s*(\w+) = ")
 
@@ -618,10 +837,6 @@ class _UseParameter(torch.autograd.Function):
         return None, None, None, None
 
 
-def gathered_parameter(shard: Tensor, communicator: Communicator, edge: ParameterEdge) -> Tensor:
-    return communicator.walk(shard, steps(edge.storage.parameter, edge.target))
-
-
 def alias_parameter(parameter: Tensor, execution: Execution, operator: str) -> Tensor:
     """The parameter for one operator alone, noted: in a backward in two parts its gradient is asked
     for by itself."""
@@ -632,75 +847,10 @@ def alias_parameter(parameter: Tensor, execution: Execution, operator: str) -> T
 
 
 def note_output(made: Tensor, execution: Execution, operator: str) -> Tensor:
+    """Not the tensor, which need not be kept."""
     assert execution.parted is not None
     execution.parted.outputs.setdefault(operator, []).append(get_gradient_edge(made))
     return made
-
-
-def regathering(
-    execution: Execution,
-    operator: str,
-    gathered: tuple[Tensor, ...],
-    op: Callable[..., Any],
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """Call ``op``; of ``gathered`` parameters it saves nothing but how to gather them again.
-
-    In the backward of this operator each of them is gathered once, when it is first needed, and
-    dropped after its last use; so an operator that saves a gathered parameter (in its rule's
-    ``saves``) repeats the forward's collectives exactly once.
-    """
-    group = _Again(execution, execution.regathered[operator], gathered)
-    with saved_tensors_hooks(group.pack, group.unpack):
-        result = op(*args, **kwargs)
-    group.gathered = ()  # autograd holds on to both hooks until the backward
-    return result
-
-
-@dataclass(frozen=True)
-class _View:
-    """A saved tensor that is a view of a gathered parameter."""
-
-    parameter: int
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int | torch.SymInt
-
-
-class _Again:
-    """The gathered parameters that one call of an operator has saved."""
-
-    def __init__(
-        self,
-        execution: Execution,
-        edges: tuple[ParameterEdge, ...],
-        gathered: tuple[Tensor, ...],
-    ) -> None:
-        self.execution, self.edges, self.gathered = execution, edges, gathered
-        self.wanted = [0] * len(edges)
-        self.whole: list[Tensor | None] = [None] * len(edges)
-
-    def pack(self, tensor: Tensor) -> Tensor | _View:
-        storage = tensor.untyped_storage()._cdata
-        for i, whole in enumerate(self.gathered):
-            if whole.untyped_storage()._cdata == storage:
-                self.wanted[i] += 1
-                return _View(i, tensor.size(), tensor.stride(), tensor.storage_offset())
-        return tensor
-
-    def unpack(self, packed: Tensor | _View) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        i = packed.parameter
-        whole = self.whole[i]
-        if whole is None:
-            edge = self.edges[i]
-            shard = self.execution.parameters[edge.parameter].detach()
-            whole = gathered_parameter(shard, self.execution.communicator, edge)
-        self.wanted[i] -= 1
-        self.whole[i] = whole if self.wanted[i] else None
-        return whole.as_strided(packed.size, packed.stride, packed.offset)
 
 
 class LocalOperator(nn.Module):
@@ -731,9 +881,13 @@ class LocalOperator(nn.Module):
         gathered: tuple[Tensor, ...],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        segments: tuple[SegmentRun, ...],
     ) -> Any:
         context = _OperatorContext(self, execution)
         call = (context, self.operator, args, kwargs)
+        if segments:
+            name = self.operator.name
+            return recomputing(segments, execution, name, gathered, self.implementation, *call)
         if gathered:
             name = self.operator.name
             return regathering(execution, name, gathered, self.implementation, *call)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Protocol
@@ -18,11 +18,13 @@ from autopar.ir.strategy import Strategy
 from autopar.recipes import RECIPES, Recipe
 from autopar.searchers.approach import Wanted, Weights
 from autopar.searchers.optimum import Optimum, optimum
+from autopar.searchers.recompute import AUTO, Known, Recomputing
 from autopar.searchers.within_peak import OverBytes
 from autopar.simulator.costs import ComputeCache
 from autopar.simulator.listing import Allowed, Listing, Structure
 from autopar.simulator.price_list import PriceList, Selection
 from autopar.simulator.prices import evaluate
+from autopar.simulator.recompute_choices import BlockChoices
 
 
 class Solver(Protocol):
@@ -44,6 +46,11 @@ class Solver(Protocol):
 QUICK_AXES = 2
 """Meshes with more axes come last: they have many more strategies, most of which the best of the
 others excludes before they are priced."""
+
+SHARES = (0.5,)
+"""Of what is saved for the backward, how much is counted where strategies are looked for that
+recompute the rest. With none of it counted the bound holds whatever is recomputed; those found so
+may recompute more than pays."""
 
 PROOF_SHARE = 0.5
 """Of the time it took to look at every mesh, how much proofs may take at least."""
@@ -90,6 +97,7 @@ class MeshSearch:
     _listings: dict[Mesh, Listing] = field(default_factory=dict)
     _open: dict[Mesh, _Open] = field(default_factory=dict)
     _weights: Weights | None = None
+    _recomputed: Known = field(default_factory=dict)
 
     # ---- the search ----------------------------------------------------------------------------
 
@@ -168,6 +176,7 @@ class MeshSearch:
             problem.microbatches or 1,
             self.compute_cache,
             (Allowed(problem.dimensions),) * len(mesh.axes) if allowed is None else allowed,
+            saved_share=1.0 if problem.recompute == "none" else 0.0,
         )
         if allowed is None:
             self._listings[mesh] = made
@@ -191,8 +200,20 @@ class MeshSearch:
             return
         opened = _Open(listing.below(self.best_s), Optimum(None, listing.least_s), {})
         self._solve(opened, self.deadline, None)
+        if self.problem.recompute == AUTO:
+            self._look_for_less_recomputation(mesh)
         if self._is_open(self.trials[mesh]):
             self._open[mesh] = opened
+
+    def _look_for_less_recomputation(self, mesh: Mesh) -> None:
+        """Where the fastest that was found recomputes: what does so less, or not at all."""
+        for share in SHARES:
+            found = self.trials[mesh].strategy
+            if found is not None and not found.recompute:
+                return
+            self._in_time()
+            listing = self.listing(mesh).below(self.best_s, share)
+            self._solve(_Open(listing, Optimum(None, 0.0), {}), self.deadline, None)
 
     def _prove(self) -> None:
         """Close what gap is left, the mesh with the lowest bound first; as long as nothing fits,
@@ -216,8 +237,7 @@ class MeshSearch:
         wanted = Wanted(cutoff_s, deadline, self.budget.gap, hint=self._weights)
 
         def over_bytes(selection: Selection) -> int:
-            strategy = listing.strategy(selection)
-            estimate = self._evaluate(listing, selection, strategy)
+            strategy, estimate = self._with_recomputation(listing, selection)
             over = estimate.peak_memory_bytes - self.problem.memory_limit_bytes
             if over <= 0:
                 opened.fitting[selection] = strategy, estimate
@@ -229,17 +249,36 @@ class MeshSearch:
         if found.weights is not None and found.weights.any():
             self._weights = found.weights
         trial = self.trials[listing.mesh]
+        if listing.saved_share == self.listing(listing.mesh).saved_share:
+            trial = self._bounded(trial, found, cutoff_s)
+        fastest = self._fastest(opened, found)
+        if fastest is not None and self._is_faster(fastest[1], trial):
+            trial = replace(trial, strategy=fastest[0], estimate=fastest[1])
+        self.trials[listing.mesh] = trial
+        if self._offer(trial):
+            recomputes = trial.strategy is not None and bool(trial.strategy.recompute)
+            binds = found.weights is None or bool(found.weights.any())
+            self.memory_binds = binds or recomputes
+
+    @staticmethod
+    def _bounded(trial: Trial, found: Optimum, cutoff_s: float) -> Trial:
         nothing_faster = found.infeasible and math.isfinite(cutoff_s)
         bound_s = cutoff_s if nothing_faster else found.bound_s
         trial = replace(trial, lower_bound_s=max(trial.lower_bound_s, bound_s))
         if found.infeasible and not nothing_faster:
             trial = replace(trial, outcome="infeasible")
-        if found.selection is not None:
-            strategy, estimate = opened.fitting[found.selection]
-            trial = replace(trial, strategy=strategy, estimate=estimate)
-        self.trials[listing.mesh] = trial
-        if self._offer(trial):
-            self.memory_binds = found.weights is None or bool(found.weights.any())
+        return trial
+
+    def _fastest(self, opened: _Open, found: Optimum) -> tuple[Strategy, Estimate] | None:
+        """The solver's choice; where recomputation, which it does not know of, takes time as well,
+        the fastest of all that were met and fit."""
+        if self.problem.recompute == "none":
+            return None if found.selection is None else opened.fitting[found.selection]
+        return min(opened.fitting.values(), key=lambda one: one[1].step_time_s, default=None)
+
+    @staticmethod
+    def _is_faster(estimate: Estimate, trial: Trial) -> bool:
+        return trial.estimate is None or estimate.step_time_s < trial.estimate.step_time_s
 
     def _is_open(self, trial: Trial) -> bool:
         """Whether something faster than the best may exist there."""
@@ -263,7 +302,38 @@ class MeshSearch:
         peak = estimate.peak_memory_bytes
         self.nearest_miss_bytes = peak if least is None else min(least, peak)
 
-    def _evaluate(self, listing: Listing, selection: Selection, strategy: Strategy) -> Estimate:
+    def _with_recomputation(
+        self, listing: Listing, selection: Selection
+    ) -> tuple[Strategy, Estimate]:
+        """As much as is asked for, or needed to fit."""
+        strategy, structure, kind = (
+            listing.strategy(selection),
+            self.structure,
+            self.problem.recompute,
+        )
+        if kind == "none":
+            return strategy, self._evaluate(listing, selection, strategy)
+        structure = listing.structure
+        blocks = [
+            BlockChoices(structure.graph, structure.rules, strategy, listing.costs, block)
+            for block in structure.blocks
+        ]
+
+        def estimate(of: Strategy, ends: Sequence[frozenset[int]]) -> Estimate:
+            return self._evaluate(listing, selection, of, ends)
+
+        ways = Recomputing(blocks, estimate, self._recomputed)
+        if kind == AUTO:
+            return ways.within(strategy, self.problem.memory_limit_bytes)
+        return ways.everywhere(strategy, kind)
+
+    def _evaluate(
+        self,
+        listing: Listing,
+        selection: Selection,
+        strategy: Strategy,
+        ends: Sequence[frozenset[int]] = (),
+    ) -> Estimate:
         structure = listing.structure
         return evaluate(
             structure.graph,
@@ -271,7 +341,7 @@ class MeshSearch:
             self.problem.cost_model,
             strategy,
             compute_cache=self.compute_cache,
-            folded=listing.folded(selection),
+            folded=listing.folded(selection, ends),
         )
 
     # ---- recipes -------------------------------------------------------------------------------
@@ -287,10 +357,9 @@ class MeshSearch:
             unlimited = replace(listing.price_list, limit_bytes=np.full(2, np.inf))
             found = optimum(unlimited, wanted)
             if found.selection is not None:
-                strategy = listing.strategy(found.selection)
+                strategy, estimate = self._with_recomputation(listing, found.selection)
                 if not _divides_work(strategy, layout.allowed):
                     continue  # the mesh divides nothing that the recipe would divide
-                estimate = self._evaluate(listing, found.selection, strategy)
                 trials.append(
                     Trial(recipe.name, layout.mesh, strategy, estimate, found.bound_s, "recipe")
                 )

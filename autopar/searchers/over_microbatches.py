@@ -8,6 +8,7 @@ from time import monotonic
 
 from autopar.ir.search import Budget, Problem, SearchResult
 from autopar.searchers.over_meshes import QUICK_AXES, LateError, MeshSearch, Progress, Solver
+from autopar.searchers.recompute import AUTO
 from autopar.simulator.listing import Structure
 from autopar.simulator.microbatches import Division, division, divisions
 
@@ -26,9 +27,42 @@ def search_all(
     At first every mesh gets a bound and something that fits; then, where that leaves a gap, proofs
     are attempted in the order of the bounds. An open number of microbatches becomes the one of 1,
     2, 4, ... with which meshes of few axes do best: more are faster only as long as memory binds,
-    since they save no work.
+    since they save no work. Where recomputation is a choice, what is fastest without is found
+    first, and has to be beaten.
     """
-    return _Run(name, problem, budget, solver, progress).result()
+    if problem.recompute != AUTO:
+        return _Run(name, problem, budget, solver, progress).result()
+    plain, half = replace(problem, recompute="none"), replace(budget, time_s=budget.time_s / 2)
+    without = _Run(name, plain, half, solver, progress).result()
+    if without.stop_reason == "interrupted":
+        return without
+    found, best_s, count = without.best, math.inf, None
+    if found is not None and found.strategy is not None and found.estimate is not None:
+        best_s, count = found.estimate.step_time_s, found.strategy.microbatches
+    rest = replace(budget, time_s=budget.time_s - without.search_time_s)
+    progress("recomputing where that is faster")
+    run = _Run(name, problem, rest, solver, progress, best_s, count)
+    return _faster(without, run.result())
+
+
+def _faster(without: SearchResult, recomputing: SearchResult) -> SearchResult:
+    """The bound is that of all strategies, recomputing or not."""
+    if recomputing.best is not None or without.best is None:
+        time_s = without.search_time_s + recomputing.search_time_s
+        return replace(recomputing, search_time_s=time_s)
+    bounds = {trial.mesh: trial.lower_bound_s for trial in recomputing.trials}
+    assert without.best.estimate is not None
+    reason = recomputing.stop_reason
+    return replace(
+        without,
+        trials=tuple(
+            replace(t, lower_bound_s=min(t.lower_bound_s, bounds.get(t.mesh, 0.0)))
+            for t in without.trials
+        ),
+        lower_bound_s=min(recomputing.lower_bound_s, without.best.estimate.step_time_s),
+        stop_reason={"infeasible": "optimal", "unknown": "gap"}.get(reason, reason),
+        search_time_s=without.search_time_s + recomputing.search_time_s,
+    )
 
 
 @dataclass
@@ -38,6 +72,8 @@ class _Run:
     budget: Budget
     solver: Solver
     progress: Progress
+    cutoff_s: float = math.inf  # what is to be beaten,
+    count: int | None = None  # which has so many microbatches
     started: float = field(default_factory=lambda: monotonic())
     searches: list[MeshSearch] = field(default_factory=list)
     best: MeshSearch | None = None
@@ -61,9 +97,10 @@ class _Run:
             found = division(problem.graph, problem.microbatches, problem.proposals)
             self._add(found, self.budget.time_s)
         reasons = []
-        for search in [self.best] if self.best is not None else self.searches:
+        alike = [s for s in self.searches if s.problem.microbatches == self.count]
+        for search in [self.best] if self.best is not None else alike or self.searches:
             search.deadline = self.started + self.budget.time_s
-            search.cutoff_s = math.inf
+            search.cutoff_s = self.cutoff_s
             reasons.append(search.run())
             if search.best is not None or reasons[-1] == "time":
                 return search, reasons[-1]
@@ -83,7 +120,7 @@ class _Run:
                 late = True
             if search.best is not None:
                 self.best, worse = search, 0
-            elif self.best is not None:
+            elif self.best is not None or found.count >= (self.count or math.inf):
                 worse += 1
             if late or worse == WORSE or (search.best is not None and not search.memory_binds):
                 break
@@ -96,7 +133,7 @@ class _Run:
             self.solver,
             self.progress,
             self.started + time_s,
-            math.inf if self.best is None else self.best.best_s,
+            self.cutoff_s if self.best is None else self.best.best_s,
             started=self.started,
         )
         self.searches.append(search)

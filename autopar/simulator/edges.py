@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -48,8 +48,9 @@ class ParameterEdge:
     """A parameter kept as ``storage`` and used as ``target`` by ``consumers``.
 
     The forward goes from ``storage.parameter`` to ``target``. ``regathered``: the consumers that
-    need the parameter again in their backward, for each of which the forward's collectives are
-    repeated (nothing gathered is kept from forward to backward). ``per_step``: the gradient is
+    need the parameter again in their backward, or to be run again for it; for each of them the
+    forward's collectives are repeated (nothing gathered is kept from forward to backward).
+    ``per_step``: the gradient is
     summed over microbatches first and travels once a step, from ``gradient(target)`` straight to
     the optimizer's shard (ZeRO-1 is a reduce-scatter); else it travels with every microbatch, to
     ``storage.gradient``.
@@ -177,15 +178,18 @@ def edges(
 
 
 def parameter_edges(
-    graph: OperatorGraph, rules: Rules, strategy: Strategy
+    graph: OperatorGraph, rules: Rules, strategy: Strategy, again: Container[str] = ()
 ) -> Iterator[ParameterEdge]:
-    """Every (parameter, use sharding) with its consumers."""
+    """Every (parameter, use sharding) with its consumers. ``again``: operators that are run again
+    for the backward (``Recomputation.again``)."""
     for tensor in graph.of_role(Role.PARAMETER):
         storage = strategy.storage[tensor.name]
         wanted = consumers_by_sharding(graph, rules, strategy, tensor.name)
         for target, readers in wanted.items():
             saving = (
-                o.name for o, position in readers if saves_input(graph, o, rules[o.name], position)
+                o.name
+                for o, position in readers
+                if o.name in again or saves_input(graph, o, rules[o.name], position)
             )
             yield ParameterEdge(
                 tensor.name,

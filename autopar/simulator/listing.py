@@ -234,10 +234,12 @@ class Listing:
     compute_cache: ComputeCache = field(default_factory=dict)
     allowed: tuple[Allowed, ...] = ()  # for each axis; empty: everything on all
     cutoff_s: float = math.inf  # alternatives with which no strategy is faster are left out
+    saved_share: float = 1.0  # of what is saved for the backward, how much the memory rows count
 
-    def below(self, cutoff_s: float) -> Listing:
+    def below(self, cutoff_s: float, saved_share: float | None = None) -> Listing:
         """The same prices for what is faster than ``cutoff_s``; compute is not priced again."""
-        found = replace(self, cutoff_s=cutoff_s)
+        share = self.saved_share if saved_share is None else saved_share
+        found = replace(self, cutoff_s=cutoff_s, saved_share=share)
         found.__dict__["_work"] = self._work
         return found
 
@@ -382,7 +384,8 @@ class Listing:
         _, every_s, copies = self._work[number]
         time_s = every_s[self._left[number]]
         memory = np.zeros((2, len(candidates.option)))
-        memory[AT_LOSS] = sum(self._own_saved_bytes(candidates, m) for m in cluster.members)
+        own = sum(self._own_saved_bytes(candidates, m) for m in cluster.members)
+        memory[AT_LOSS] = self.saved_share * own
         menus = tuple(
             self._menu(use)
             for use in self.structure.uses
@@ -654,7 +657,7 @@ class Listing:
                 for (node, _, _), a, b in zip(holders, starts, starts[1:], strict=False)
             )
             memory = np.zeros((2, len(sizes)))
-            memory[AT_LOSS] = sizes
+            memory[AT_LOSS] = self.saved_share * sizes
             yield Kept(root, versions, memory, min(count for _, _, count in holders))
 
     def _savers(self, link: Link) -> Iterator[tuple[int, str, int]]:
@@ -694,7 +697,7 @@ class Listing:
     @cached_property
     def least_bytes(self) -> float:
         """What a device holds at least when all are alike: parameters, optimizer states and what is
-        saved for the backward, each split perfectly over all devices."""
+        saved for the backward (as far as it is counted), each split perfectly over all devices."""
         saved: dict[str, float] = {}
         for link in self.structure.links:
             if any(self._savers(link)):
@@ -713,12 +716,13 @@ class Listing:
             kept += tensor.spec.bytes
             if tensor.differentiable:
                 kept += tensor.spec.numel * optimizer_bytes_per_element(tensor.spec, self.training)
-        return (sum(saved.values()) + own + kept) / self.mesh.size
+        return (self.saved_share * (sum(saved.values()) + own) + kept) / self.mesh.size
 
     # ---- back to a strategy --------------------------------------------------------------------
 
-    def folded(self, selection: Selection) -> Folded:
-        """The graph with runs of copies that are kept alike folded (all are split alike)."""
+    def folded(self, selection: Selection, more: Sequence[frozenset[int]] = ()) -> Folded:
+        """The graph with runs of copies that are kept alike folded (all are split alike). ``more``:
+        by block, after which copies else they differ."""
         counts_of = self._storage_counts(selection)
         ends: dict[int, set[int]] = {}
         for use in self.structure.uses:
@@ -728,10 +732,13 @@ class Listing:
                 if len(use.parameters) != self.structure.copies[reader]:
                     return whole(self.graph)  # which copies read which is not known here
                 ends.setdefault(reader, set()).update(accumulate(counts))
+        others = more or (frozenset[int](),) * len(self.structure.blocks)
         return self.structure.folded_in_runs(
             tuple(
-                frozenset().union(*(ends.get(member, ()) for member in self._members(block)))
-                for block in self.structure.blocks
+                frozenset(end for end in other if end).union(
+                    *(ends.get(member, ()) for member in self._members(block))
+                )
+                for block, other in zip(self.structure.blocks, others, strict=True)
             )
         )
 

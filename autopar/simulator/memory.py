@@ -1,7 +1,8 @@
 """Peak memory of one device: the step is walked as the runtime executes it, operator by operator.
 
 Counted: parameters, gradients and optimizer states as they are stored; what autograd saves, until
-the operator that saved it has had its backward; tensors that are passed on; gradients of
+the operator that saved it has had its backward; what recomputed segments keep, and make when they
+are run again; tensors that are passed on; gradients of
 activations; what redistributions allocate; the workspace of operators and of the optimizer. Views
 share their base's memory. Left out: the caller's batch, the allocator's rounding and fragmentation,
 the framework's and the communication library's own memory.
@@ -9,8 +10,8 @@ the framework's and the communication library's own memory.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -33,6 +34,7 @@ from autopar.ir.simulation import Memory
 from autopar.ir.strategy import Storage, Strategy, Training
 from autopar.simulator.edges import Rules, canonical, parameter_edges, stored_alike
 from autopar.simulator.folding import Folded, whole
+from autopar.simulator.recomputation import Segment, recomputation
 from autopar.simulator.redistribution import Step, forward_collective, reverse, steps
 from autopar.simulator.workspace import passes_gradient_on, update_groups, workspace_bytes
 
@@ -66,6 +68,13 @@ def peak_memory(
     ``folded``: as for ``prices.evaluate``.
     """
     return _Walk(whole(graph) if folded is None else folded, graph, rules, strategy).memory()
+
+
+def saved_bytes(
+    graph: OperatorGraph, rules: Rules, strategy: Strategy, folded: Folded | None = None
+) -> int:
+    """What one microbatch keeps on a device from its forward for its backward."""
+    return _Walk(whole(graph) if folded is None else folded, graph, rules, strategy).saved_bytes()
 
 
 STAYING = ("activations", "gradients")
@@ -166,7 +175,15 @@ class _Walk:
         self._footprints: dict[object, _Footprint] = {}
         self._moves: dict[object, _Move] = {}
         self.footprints = [self._footprint(operator) for operator in graph.operators]
-        self.edges = {(e.parameter, e.target): e for e in parameter_edges(graph, rules, strategy)}
+        self.again = recomputation(graph, rules, strategy)
+        self.edges = {
+            (e.parameter, e.target): e
+            for e in parameter_edges(graph, rules, strategy, self.again.again)
+        }
+        self.kept: list[dict[Key, _Block]] = []
+        self.gathered_again: dict[str, list[_Block]] = {}
+        self.indices = {o.name: i for i, o in enumerate(graph.operators)}
+        self.savers = self._savers()
         self.arrived: dict[Key, _Block] = {}
         self.arrivals: list[_Block] = []
         self.home: dict[str, Sharding] = {}
@@ -182,6 +199,10 @@ class _Walk:
         self._update()
         kinds = {f"{kind}_bytes": size for kind, size in self.at_peak.items()}
         return Memory(**kinds, at=self.where)
+
+    def saved_bytes(self) -> int:
+        self._forward()
+        return self.live["activations"]
 
     # ---- blocks --------------------------------------------------------------------------------
 
@@ -300,6 +321,7 @@ class _Walk:
     def _forward(self) -> list[list[_Block]]:
         """What each operator saved."""
         saved = []
+        self.kept = [{} for _ in self.again.segments]
         for key in list(self.blocks):
             self._forget(key)  # what the last microbatch returned
         for name, sharding in self.given.items():
@@ -325,7 +347,8 @@ class _Walk:
                     base.users += 1
                     blocks[name, home] = base
             saved.append(self._save(operator, footprint))
-            self.mark(f"{operator.name} forward", footprint.forward_bytes)
+            dropped = footprint.own_bytes if operator.name in self.again.recomputed else 0
+            self.mark(f"{operator.name} forward", footprint.forward_bytes + dropped)
             for key in dict.fromkeys(versions):
                 self._read(key, reads)
             for key in zip(operator.outputs, footprint.produced, strict=True):
@@ -365,26 +388,48 @@ class _Walk:
             self.blocks[key] = self.moved(None, move, kind, where)
 
     def _save(self, operator: Operator, footprint: _Footprint) -> list[_Block]:
-        """Hold what autograd keeps; gathered parameters are not kept but gathered again."""
-        held = []
-        if footprint.own_bytes:
+        """Hold what autograd keeps, and what segments are run again from. Gathered parameters are
+        not kept but gathered again, recomputed tensors made again."""
+        held: list[_Block] = []
+        recomputed = operator.name in self.again.recomputed
+        if footprint.own_bytes and not recomputed:
             held.append(self.allocate(footprint.own_bytes, "activations"))
         for index in footprint.saved_inputs:
             key = operator.inputs[index], footprint.wanted[index]
             edge = self.edges.get(key)
-            if edge is None or not edge.gathers:
+            if key not in self.again.segment_of and (edge is None or not edge.gathers):
                 self._hold(key, held)
         for index in footprint.saved_outputs:
-            self._hold((operator.outputs[index], footprint.produced[index]), held)
+            if not recomputed:
+                self._hold((operator.outputs[index], footprint.produced[index]), held)
+        number = self.again.again.get(operator.name)
+        if number is not None:
+            for key in dict.fromkeys(zip(operator.inputs, footprint.wanted, strict=True)):
+                if key in self.again.segments[number].kept and key not in self.kept[number]:
+                    self.kept[number].update((key, block) for block in self._held(key))
         return held
 
     def _hold(self, key: Key, held: list[_Block]) -> None:
+        held += self._held(key)
+
+    def _held(self, key: Key) -> Iterator[_Block]:
+        """The block of a version, kept by one more; none where it is stored anyway."""
         block = self.blocks.get(key)
         if block is not None:
             if block.kind != "activations":
                 self.relabel(block, "activations")
             block.users += 1
-            held.append(block)
+            yield block
+
+    def _savers(self) -> dict[Key, list[int]]:
+        """By version that is made again, the operators that save it."""
+        found: defaultdict[Key, list[int]] = defaultdict(list)
+        for index, footprint in enumerate(self.footprints):
+            inputs = self.graph.operators[index].inputs
+            for key in {(inputs[i], footprint.wanted[i]) for i in footprint.saved_inputs}:
+                if key in self.again.segment_of:
+                    found[key].append(index)
+        return dict(found)
 
     def _read(self, key: Key, reads: Counter[Key]) -> None:
         reads[key] -= 1
@@ -407,6 +452,8 @@ class _Walk:
             operator, footprint = self.graph.operators[index], self.footprints[index]
             self.copies = self.weights[index]
             if footprint.carries_gradient:
+                for number in self.again.before.get(operator.name, ()):
+                    self._run_again(number, saved)
                 self._operator_backward(operator, footprint, gradients, saved[index])
             self._move_back(self.made[index], gradients)
         self.copies = 1
@@ -431,7 +478,8 @@ class _Walk:
             if (block := gradients.pop(key, None)) is not None
         ]
         where = f"{operator.name} backward"
-        saved += self._regathered(operator, footprint, where)
+        gathered = self.gathered_again.pop(operator.name, None)
+        saved += self._regathered(operator, footprint, where) if gathered is None else gathered
         outgoing: list[tuple[Key, _Block]] = []
         by_name = self.graph.by_name
         for key, size, differentiable, passes in zip(
@@ -459,15 +507,128 @@ class _Walk:
 
     def _regathered(self, operator: Operator, footprint: _Footprint, where: str) -> list[_Block]:
         """Parameters that this backward gathers again."""
-        found = []
-        for key in dict.fromkeys(
-            (operator.inputs[i], footprint.wanted[i]) for i in footprint.saved_inputs
-        ):
+        keys = ((operator.inputs[i], footprint.wanted[i]) for i in footprint.saved_inputs)
+        return list(self._gathered(dict.fromkeys(keys), where).values())
+
+    def _gathered(self, keys: Iterable[Key], where: str) -> dict[Key, _Block]:
+        found = {}
+        for key in keys:
             edge = self.edges.get(key)
             if edge is not None and edge.gathers:
                 move = self._move(edge.spec, edge.storage.parameter, edge.target, False)
-                found.append(self.moved(None, move, "buffers", where))
+                found[key] = self.moved(None, move, "buffers", where)
         return found
+
+    # ---- recomputation -------------------------------------------------------------------------
+
+    def _run_again(self, number: int, saved: list[list[_Block]]) -> None:
+        """Make again what a segment did not keep. It stays for those that save it until their
+        backward; the rest goes when it was read, and what was kept for this goes in the end."""
+        segment = self.again.segments[number]
+        remade, run_again = dict(segment.remade), set(segment.again)
+        made: dict[Key, _Block] = dict(self.kept[number])
+        reads = self._reads_of(segment)
+        for index in self._steps_of(segment):
+            for key in self.made[index]:
+                if key in remade:
+                    self._redistribute_again(key, (key[0], remade[key]), made, reads, saved)
+            if self.graph.operators[index].name in run_again:
+                self._operator_again(index, made, reads, saved)
+        for block in self.kept[number].values():
+            self.release(block)
+        self.kept[number] = {}
+
+    def _steps_of(self, segment: Segment) -> list[int]:
+        """The operators that are run again, or first want a version that is made again."""
+        remade = {version for version, _ in segment.remade}
+        run_again = {self.indices[name] for name in segment.again}
+        wanting = {i for i, made in enumerate(self.made[:-1]) if not remade.isdisjoint(made)}
+        return sorted(run_again | wanting)
+
+    def _reads_of(self, segment: Segment) -> Counter[Key]:
+        """How often what a segment makes is read while it is run again."""
+        reads: Counter[Key] = Counter((name, home) for (name, _), home in segment.remade)
+        for name in segment.again:
+            index = self.indices[name]
+            inputs = self.graph.operators[index].inputs
+            reads.update(set(zip(inputs, self.footprints[index].wanted, strict=True)))
+        return reads
+
+    def _redistribute_again(
+        self,
+        key: Key,
+        source: Key,
+        made: dict[Key, _Block],
+        reads: Counter[Key],
+        saved: list[list[_Block]],
+    ) -> None:
+        move = self._move(self.graph.spec(key[0]), source[1], key[1], False)
+        block = made.get(source)
+        if block is not None:
+            block.users += 1
+        self._read_again(source, made, reads)
+        if block is not None or not move.in_place:
+            block = self.moved(block, move, "temporaries", f"{key[0]} again")
+            self._remade(key, block, made, reads, saved)
+
+    def _operator_again(
+        self,
+        index: int,
+        made: dict[Key, _Block],
+        reads: Counter[Key],
+        saved: list[list[_Block]],
+    ) -> None:
+        operator, footprint = self.graph.operators[index], self.footprints[index]
+        where = f"{operator.name} again"
+        versions = dict.fromkeys(zip(operator.inputs, footprint.wanted, strict=True))
+        gathered = self._gathered(versions, where)
+        base = made.get(next(iter(versions), ("", ()))) if footprint.aliases else None
+        outputs = list(zip(operator.outputs, footprint.produced, strict=True))
+        new: list[tuple[Key, _Block]] = []
+        for key, size in zip(outputs, footprint.produced_bytes, strict=True):
+            if not footprint.aliases:
+                new.append((key, self.allocate(size, "temporaries")))
+            elif base is not None:
+                base.users += 1
+                new.append((key, base))
+        if footprint.own_bytes:
+            saved[index].append(self.allocate(footprint.own_bytes, "temporaries"))
+        self.mark(where, footprint.forward_bytes)
+        of_outputs = {outputs[i] for i in footprint.saved_outputs}
+        for key, block in new:
+            if key in of_outputs:
+                block.users += 1
+                saved[index].append(block)
+            self._remade(key, block, made, reads, saved)
+        wanted = {(operator.inputs[i], footprint.wanted[i]) for i in footprint.saved_inputs}
+        self.gathered_again[operator.name] = [gathered[key] for key in gathered if key in wanted]
+        for key, block in gathered.items():
+            if key not in wanted:
+                self.release(block)
+        for key in versions:
+            self._read_again(key, made, reads)
+
+    def _remade(
+        self,
+        key: Key,
+        block: _Block,
+        made: dict[Key, _Block],
+        reads: Counter[Key],
+        saved: list[list[_Block]],
+    ) -> None:
+        """A version is there again: for those that save it, and while it is read."""
+        for index in self.savers.get(key, ()):
+            block.users += 1
+            saved[index].append(block)
+        if reads[key] and key in self.again.segment_of:
+            made[key] = block
+        else:
+            self.release(block)
+
+    def _read_again(self, key: Key, made: dict[Key, _Block], reads: Counter[Key]) -> None:
+        reads[key] -= 1
+        if not reads[key] and key in made and key in self.again.segment_of:
+            self.release(made.pop(key))
 
     def _add(self, gradients: dict[_K, _Block], key: _K, block: _Block, where: str) -> None:
         """Gradients of one version are summed as they arrive."""

@@ -23,6 +23,7 @@ from autopar.simulator.edges import (
 )
 from autopar.simulator.folding import Folded, whole
 from autopar.simulator.memory import optimizer_bytes_per_element, peak_memory
+from autopar.simulator.recomputation import Recomputation, check_recompute, recomputation
 from autopar.simulator.redistribution import Transfer, transfers
 from autopar.simulator.stages import StagePart
 from cost_models.interface import CostModel
@@ -42,11 +43,13 @@ def evaluate(
     Times are summed: nothing overlaps. ``folded``: the same graph with equal blocks left out, for
     strategies that treat the copies alike; the answer is the same, sooner.
     """
+    check_recompute(graph, strategy)
     seen = whole(graph) if folded is None else folded
+    again = recomputation(seen.graph, rules, strategy)
     costs = Costs(cost_model, strategy.mesh, {} if compute_cache is None else compute_cache)
-    needed = _needed(seen, rules, strategy)
+    needed = _needed(seen, rules, strategy, again)
     promised = tuple(_priced(_promise(graph, seen, rules, strategy, needed), costs))
-    forward_s, backward_s = _operators_s(seen, rules, strategy, costs)
+    forward_s, backward_s = _operators_s(seen, rules, strategy, costs, again)
     moved_forward_s, moved_backward_s = _local_moves_s(needed, strategy, costs)
     times = strategy.microbatches
     forward_s = (forward_s + moved_forward_s) * times
@@ -109,13 +112,13 @@ def stage_parts(part: StagePart, costs: Costs, *, parted: bool = False) -> Stage
     graph, rules = part.graph, part.division.rules
     training = replace(part.strategy.training, clip_norm=None)
     strategy = replace(part.strategy, microbatches=1, training=training)
-    seen = whole(graph)
-    needed = _needed(seen, rules, strategy, part.ends, part.given)
+    seen, recomputed = whole(graph), recomputation(graph, rules, strategy)
+    needed = _needed(seen, rules, strategy, recomputed, part.ends, part.given)
     once = tuple(_priced(_promise(graph, seen, rules, strategy, needed), costs))
-    again = tuple(_priced(_done_in_both_parts(part, needed), costs)) if parted else ()
-    forward_s, backward_s = _operators_s(seen, rules, strategy, costs)
+    again = tuple(_priced(_done_in_both_parts(part), costs)) if parted else ()
+    forward_s, backward_s = _operators_s(seen, rules, strategy, costs, recomputed)
     moved_s, moved_back_s = _local_moves_s(replace(needed, parameters=()), strategy, costs)
-    input_s = _input_gradients_s(part, costs)
+    input_s = _input_gradients_s(part, costs) + _again_s(part, recomputed, costs)
     weight_s = backward_s - input_s
     weight_communication_s, reduction_s = _total_s(again, "backward"), 0.0
     for edge, count in needed.parameters:
@@ -171,7 +174,16 @@ def _input_gradients_s(part: StagePart, costs: Costs) -> float:
     return total
 
 
-def _done_in_both_parts(part: StagePart, needed: Needed) -> Iterator[PromisedCollective]:
+def _again_s(part: StagePart, recomputed: Recomputation, costs: Costs) -> float:
+    """What is run again, for the gradients of inputs."""
+    graph, rules = part.graph, part.division.rules
+    return sum(
+        _operator_s(graph, rules, part.strategy, costs, graph.operator[name])[0]
+        for name in recomputed.again
+    )
+
+
+def _done_in_both_parts(part: StagePart) -> Iterator[PromisedCollective]:
     """What a backward in two parts does once more: an operator that gives gradients of inputs and
     of parameters communicates in both, and gathers parameters again in both."""
     graph, mesh = part.graph, part.mesh
@@ -183,8 +195,9 @@ def _done_in_both_parts(part: StagePart, needed: Needed) -> Iterator[PromisedCol
             part.division.rules[name], part.strategy.splits[name], mesh, "backward"
         )
     ]
-    for edge, count in needed.parameters:
-        times = len(set(twice).intersection(edge.regathered)) * count
+    # those that are gathered only to run an operator again are not needed for its parameters
+    for edge in parameter_edges(graph, part.division.rules, part.strategy):
+        times = len(set(twice).intersection(edge.regathered))
         for transfer in edge.forward_transfers(mesh) if times else ():
             found.append(_promised(transfer, "backward", mesh, times, edge.parameter))
     yield from _communicating(found, mesh)
@@ -199,54 +212,69 @@ def _has_both_gradients(graph: OperatorGraph, operator: Operator) -> bool:
 
 
 def _operators_s(
-    seen: Folded, rules: Rules, strategy: Strategy, costs: Costs
+    seen: Folded, rules: Rules, strategy: Strategy, costs: Costs, again: Recomputation
 ) -> tuple[float, float]:
-    """Compute of all operators, forward and backward."""
+    """Compute of all operators, forward and backward; what is run again is a part of the
+    backward."""
     forward_s = backward_s = 0.0
-    graph = seen.graph
-    for operator in graph.operators:
-        differentiable = tuple(graph.by_name[name].differentiable for name in operator.inputs)
-        if not carries_gradient(graph, operator):
-            differentiable = (False,) * len(differentiable)
-        forward, backward = costs.operator_s(
-            rules[operator.name], strategy.splits[operator.name], differentiable
-        )
+    for operator in seen.graph.operators:
+        forward, backward = _operator_s(seen.graph, rules, strategy, costs, operator)
+        if operator.name in again.again:
+            backward += forward
         forward_s += forward * seen.weight[operator.name]
         backward_s += backward * seen.weight[operator.name]
     return forward_s, backward_s
 
 
+def _operator_s(
+    graph: OperatorGraph, rules: Rules, strategy: Strategy, costs: Costs, operator: Operator
+) -> tuple[float, float]:
+    differentiable = tuple(graph.by_name[name].differentiable for name in operator.inputs)
+    if not carries_gradient(graph, operator):
+        differentiable = (False,) * len(differentiable)
+    return costs.operator_s(rules[operator.name], strategy.splits[operator.name], differentiable)
+
+
 @dataclass(frozen=True, slots=True)
 class Needed:
-    """The redistributions of a strategy, each with how many there are."""
+    """The redistributions of a strategy, each with how many there are. ``again``: those that are
+    repeated when their tensor is made again, and the operators that are."""
 
     activations: tuple[tuple[Edge, int], ...]
     parameters: tuple[tuple[ParameterEdge, int], ...]
+    again: tuple[tuple[Edge, int], ...]
+    operators: frozenset[str]
 
 
 def _needed(
     seen: Folded,
     rules: Rules,
     strategy: Strategy,
+    again: Recomputation,
     ends: Mapping[str, Sharding] | None = None,
     given: Mapping[str, Sharding] = MappingProxyType({}),
 ) -> Needed:
     made = {name: seen.weight[o.name] for o in seen.graph.operators for name in o.outputs}
     made.update(dict.fromkeys(given, 1))
     found = edges(seen.graph, rules, strategy, ends, given)
+    activations = tuple((edge, made[edge.tensor]) for edge in found)
+    remade = {version for segment in again.segments for version, _ in segment.remade}
     return Needed(
-        tuple((edge, made[edge.tensor]) for edge in found),
+        activations,
         tuple(
             (edge, min(seen.weight[name] for name in edge.consumers))
-            for edge in parameter_edges(seen.graph, rules, strategy)
+            for edge in parameter_edges(seen.graph, rules, strategy, again.again)
         ),
+        tuple(pair for pair in activations if (pair[0].tensor, pair[0].target) in remade),
+        frozenset(again.again),
     )
 
 
 def promise(graph: OperatorGraph, rules: Rules, strategy: Strategy) -> Iterator[PromisedCollective]:
     """Every collective that a step executes, unpriced (``time_s`` is 0)."""
-    seen = whole(graph)
-    return _promise(graph, seen, rules, strategy, _needed(seen, rules, strategy))
+    check_recompute(graph, strategy)
+    seen, again = whole(graph), recomputation(graph, rules, strategy)
+    return _promise(graph, seen, rules, strategy, _needed(seen, rules, strategy, again))
 
 
 def _promise(
@@ -273,6 +301,8 @@ def _promise_on_all_axes(
         times = microbatches * seen.weight[operator.name]
         for transfer in inner_transfers(bound, split, mesh, "forward"):
             yield _promised(transfer, "forward", mesh, times, operator.name)
+            if operator.name in needed.operators:
+                yield _promised(transfer, "backward", mesh, times, operator.name)
         if carries_gradient(seen.graph, operator):
             for transfer in inner_transfers(bound, split, mesh, "backward"):
                 yield _promised(transfer, "backward", mesh, times, operator.name)
@@ -281,6 +311,9 @@ def _promise_on_all_axes(
         for transfer in forward:
             yield _promised(transfer, "forward", mesh, microbatches * count, edge.tensor)
         for transfer in backward:
+            yield _promised(transfer, "backward", mesh, microbatches * count, edge.tensor)
+    for edge, count in needed.again:
+        for transfer in edge.transfers(mesh)[0]:
             yield _promised(transfer, "backward", mesh, microbatches * count, edge.tensor)
     for parameter_edge, count in needed.parameters:
         for one in _parameter_promise(parameter_edge, mesh, microbatches):
@@ -357,7 +390,11 @@ def _priced(promised: Iterator[PromisedCollective], costs: Costs) -> Iterator[Pr
 
 def _local_moves_s(needed: Needed, strategy: Strategy, costs: Costs) -> tuple[float, float]:
     """Slices, masks and pads of all redistributions, forward and backward."""
-    forward = backward = 0.0
+    forward = 0.0
+    backward = sum(
+        costs.moves_s(edge.spec, edge.source, edge.target, backward=False) * count
+        for edge, count in needed.again
+    )
     for edge, count in needed.activations:
         sides = (edge.spec, edge.source, edge.target)
         forward += costs.moves_s(*sides, backward=False) * count

@@ -33,6 +33,7 @@ from autopar.simulator.arrangement import Arrangement, Route, arrange
 from autopar.simulator.edges import canonical, carries_gradient
 from autopar.simulator.microbatches import Division
 from autopar.simulator.pipeline import Feed, Wiring
+from autopar.simulator.recomputation import check_recompute
 
 
 @dataclass(frozen=True, slots=True)
@@ -433,6 +434,7 @@ class _Cutting:
         self.operators: list[list[Operator]] = [[] for _ in strategy.stages]
         for operator in self.graph.operators:
             self.operators[self.stage_of[operator.name]].append(operator)
+        self.recomputed = set(strategy.recompute)
         self.boundaries = list(self._boundaries())
         self.mutations = [(self._mutated_in(*pair), pair) for pair in self.graph.mutations]
         self.unread = {p.name for p in self.graph.parameters if not self.graph.consumers[p.name]}
@@ -520,6 +522,13 @@ class _Cutting:
             storage={p.name: self.strategy.storage[p.name] for p in graph.parameters},
             schedule=None,
             chunks=None,
+            recompute=tuple(o.name for o in operators if o.name in self.recomputed),
+            repeat_collectives=tuple(
+                name
+                for o in operators
+                for name in o.outputs
+                if name in self.strategy.repeat_collectives
+            ),
         )
         names = strategy.splits.keys()
         division = replace(
@@ -566,12 +575,8 @@ def _check(graph: OperatorGraph, strategy: Strategy) -> None:
             f"a strategy of {len(strategy.stages)} stages needs a schedule, and it has "
             f"{strategy.schedule or 'none'}; there are {', '.join(SCHEDULES)}"
         )
-    if strategy.recompute:
-        raise AutoparError(
-            f"recomputation ({len(strategy.recompute)} operators) cannot be run in stages yet; "
-            "leave it out"
-        )
     _check_operators(graph, strategy)
+    check_recompute(graph, strategy)
     stages_of: dict[str, list[Stage]] = {}
     parameters = {parameter.name for parameter in graph.parameters}
     for stage in strategy.stages:

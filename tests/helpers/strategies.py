@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 from autopar.ir.graph import OperatorGraph
 from autopar.ir.rule import NOTHING, BoundRule, Split
 from autopar.ir.sharding import Mesh, Sharding, shard, sharded_dim, sharded_parts, shards_of
 from autopar.ir.strategy import Stage, Storage, Strategy, Training
+from autopar.simulator.costs import inner_transfers
 from autopar.simulator.edges import Rules
 from autopar.simulator.redistribution import steps
 
@@ -147,4 +149,25 @@ def _divides(shape: tuple[int, ...], sharding: Sharding, mesh: Mesh) -> bool:
         units[dim or 0] //= sum(weights or (1,))
     return len({dim for dim, _ in parts}) == len(parts) and all(
         unit % shards_of(sharding, dim, mesh) == 0 for dim, unit in enumerate(units)
+    )
+
+
+def recomputing(
+    graph: OperatorGraph, rules: Rules, strategy: Strategy, rng: Random, share: float = 0.8
+) -> Strategy:
+    """Random runs of operators recomputed, and some of their collectives repeated."""
+    chosen = [o for o in graph.operators if rng.random() < share]
+    repeated = {name for o in chosen for name in o.outputs if rng.random() < 0.3}
+    mesh = strategy.mesh_of
+    allowed = [
+        o
+        for o in chosen
+        if not repeated.isdisjoint(o.outputs)
+        or not inner_transfers(rules[o.name], strategy.splits[o.name], mesh[o.name], "forward")
+    ]
+    made = {name for o in allowed for name in o.outputs}
+    return replace(
+        strategy,
+        recompute=tuple(o.name for o in allowed),
+        repeat_collectives=tuple(sorted(repeated & made)),
     )

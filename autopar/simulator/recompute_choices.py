@@ -1,0 +1,189 @@
+"""What is worth recomputing of a graph's repeated blocks: nothing, all, or what is cheap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph
+from autopar.ir.sharding import local_shape
+from autopar.ir.strategy import Strategy
+from autopar.simulator.blocks import Block
+from autopar.simulator.costs import Costs, inner_transfers
+from autopar.simulator.edges import Rules, carries_gradient
+from autopar.simulator.folding import Folded, fold
+from autopar.simulator.memory import saved_bytes
+from autopar.simulator.recomputation import recomputation
+
+
+@dataclass(frozen=True)
+class BlockChoices:
+    """What may be recomputed of the copies of one block under a strategy.
+
+    All answers are the same for every copy. ``costs``: on the mesh of the strategy, which has one
+    stage; ``graph`` is that of one microbatch.
+    """
+
+    graph: OperatorGraph
+    rules: Rules
+    strategy: Strategy
+    costs: Costs
+    block: Block
+
+    def operators(self, kind: str, copies: int) -> tuple[str, ...]:
+        """Those to recompute in the first ``copies`` copies, the first since theirs are kept
+        longest: when they are run again, what the others kept is gone."""
+        offsets = KINDS[kind](self)
+        return tuple(self.names(offsets, range(copies)))
+
+    def freed_bytes(self, kind: str) -> float:
+        """What a copy keeps less on a device."""
+        return self._freed_bytes(KINDS[kind](self))
+
+    def again_s(self, kind: str) -> float:
+        """Seconds of running again what a copy did not keep, in one microbatch."""
+        return self._again_s(KINDS[kind](self))
+
+    @cached_property
+    def full(self) -> tuple[int, ...]:
+        """All operators but those that make what is read outside of the copy, which is what the
+        next one is run again from, and those that need the other ranks for their result."""
+        return tuple(
+            offset
+            for offset in range(self.block.period)
+            if not any(self._is_read_outside(offset, copy) for copy in range(self.block.copies))
+            and not self._communicates_inside(offset)
+        )
+
+    @cached_property
+    def selective(self) -> tuple[int, ...]:
+        """What keeps much for little work: runs of operators of which each makes a byte in fewer
+        seconds, and which are run again in fewer seconds for a byte that is no longer kept, than
+        the block does on average."""
+        freed_bytes, again_s = self._freed_bytes(self.full), self._again_s(self.full)
+        if freed_bytes <= 0:
+            return ()
+        price = again_s / freed_bytes
+        cheap = [
+            offset
+            for offset in self.full
+            if self._forward_s(self._operator(offset)) <= price * self._made_bytes(offset)
+        ]
+        found: list[int] = []
+        for run in _runs(cheap):
+            shortest = self._shortest(run)
+            freed = self._freed_bytes(shortest)
+            if freed > 0 and self._again_s(shortest) < price * freed:
+                found += shortest
+        return tuple(found)
+
+    # ---- runs of operators ---------------------------------------------------------------------
+
+    def _shortest(self, run: tuple[int, ...]) -> tuple[int, ...]:
+        """Without what frees nothing at its beginning: its result may as well be kept."""
+        freed = self._freed_bytes(run)
+        while len(run) > 1 and (of_rest := self._freed_bytes(run[1:])) >= freed:
+            run, freed = run[1:], of_rest
+        return run
+
+    def _freed_bytes(self, offsets: tuple[int, ...]) -> float:
+        less = self._saved_bytes(()) - self._saved_bytes(offsets)
+        return less / self.block.copies
+
+    def _again_s(self, offsets: tuple[int, ...]) -> float:
+        copy = range(1, 2) if self.block.copies > 1 else range(1)
+        names = set(self.names(offsets, copy))
+        again = recomputation(self._folded.graph, self.rules, self._with(offsets)).again
+        return sum(self._forward_s(self.graph.operator[n]) for n in again if n in names)
+
+    def _saved_bytes(self, offsets: tuple[int, ...]) -> int:
+        return saved_bytes(self.graph, self.rules, self._with(offsets), self._folded)
+
+    def _with(self, offsets: tuple[int, ...]) -> Strategy:
+        names = self.names(offsets, range(self.block.copies))
+        return replace(self.strategy, recompute=tuple(names), repeat_collectives=())
+
+    @cached_property
+    def _folded(self) -> Folded:
+        return fold(self.graph, (self.block,))
+
+    def names(self, offsets: Sequence[int], copies: Sequence[int]) -> Iterator[str]:
+        """The operators at these places of these copies."""
+        for copy in copies:
+            start = self.block.start + copy * self.block.period
+            yield from (self.graph.operators[start + offset].name for offset in offsets)
+
+    # ---- one operator --------------------------------------------------------------------------
+
+    def _operator(self, offset: int) -> Operator:
+        return self.graph.operators[self.block.start + offset]
+
+    def _is_read_outside(self, offset: int, copy: int) -> bool:
+        start = self.block.start + copy * self.block.period
+        inside = range(start, start + self.block.period)
+        made = self.graph.operators[start + offset].outputs
+        ends = {self.graph.loss, *(tensor for _, tensor in self.graph.mutations)}
+        return not ends.isdisjoint(made) or any(
+            self._number[reader.name] not in inside
+            for name in made
+            for reader, _ in self.graph.consumers[name]
+        )
+
+    @cached_property
+    def _number(self) -> dict[str, int]:
+        return {operator.name: i for i, operator in enumerate(self.graph.operators)}
+
+    def _communicates_inside(self, offset: int) -> bool:
+        operator = self._operator(offset)
+        split, mesh = self.strategy.splits[operator.name], self.strategy.mesh
+        inner = inner_transfers(self.rules[operator.name], split, mesh, "forward")
+        return any(mesh.sizes[transfer.axis] > 1 for transfer in inner)
+
+    def _forward_s(self, operator: Operator) -> float:
+        differentiable = tuple(
+            carries_gradient(self.graph, operator) and self.graph.by_name[name].differentiable
+            for name in operator.inputs
+        )
+        split = self.strategy.splits[operator.name]
+        return self.costs.operator_s(self.rules[operator.name], split, differentiable)[0]
+
+    def _made_bytes(self, offset: int) -> int:
+        """Of all its results, on one rank."""
+        operator = self._operator(offset)
+        bound, mesh = self.rules[operator.name], self.strategy.mesh
+        _, produced = bound.shardings(self.strategy.splits[operator.name])
+        total = 0
+        for spec, sharding in zip(bound.output_specs, produced, strict=True):
+            size = ITEM_BYTES[spec.dtype]
+            for n in local_shape(spec.shape, sharding, mesh):
+                size *= n
+            total += size
+        return total
+
+
+KINDS: dict[str, Callable[[BlockChoices], tuple[int, ...]]] = {
+    "none": lambda of: (),
+    "selective": lambda of: of.selective,
+    "full": lambda of: of.full,
+}
+"""By the name that ``--recompute`` takes: which operators of a copy, counted from its first."""
+
+
+def _runs(offsets: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Neighbours together.
+
+    >>> list(_runs([1, 2, 5]))
+    [(1, 2), (5,)]
+    """
+    run: tuple[int, ...] = ()
+    for offset in offsets:
+        if run and offset != run[-1] + 1:
+            yield run
+            run = ()
+        run = (*run, offset)
+    if run:
+        yield run
+
+
+__all__ = ["KINDS", "BlockChoices"]
