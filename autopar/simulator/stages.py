@@ -78,16 +78,18 @@ class StagePart:
 
     @cached_property
     def content(self) -> Hashable:
-        """The same for stages that are alike: operators, splits, storages and what flows between
-        them, whatever their names are."""
+        """The same for stages that are alike: operators, splits, storages, what is recomputed and
+        what flows between them, whatever their names are."""
         numbers: dict[str, int] = {}
         by_name, rules, strategy = self.graph.by_name, self.division.rules, self.strategy
+        recomputed, repeated = set(strategy.recompute), set(strategy.repeat_collectives)
         operators = []
         for o in self.graph.operators:
             ins = tuple([numbers.setdefault(name, len(numbers)) for name in o.inputs])
             outs = tuple([numbers.setdefault(name, len(numbers)) for name in o.outputs])
             called = (id(rules[o.name]), o.op, o.arguments, o.keywords)
-            operators.append((*called, strategy.splits[o.name], ins, outs))
+            again = o.name in recomputed, repeated.isdisjoint(o.outputs)
+            operators.append((*called, strategy.splits[o.name], again, ins, outs))
         tensors = []
         for name, number in numbers.items():
             tensor = by_name[name]

@@ -15,16 +15,15 @@ from autopar.runtime.recorder import Executed
 from autopar.simulator.microbatches import Division
 from autopar.simulator.prices import promise
 from autopar.simulator.recomputation import recomputation
+from tests.distributed.test_pipelines import check as check_stages
 from tests.helpers.cases import Case, call, case, outcome, run, training_step
 from tests.helpers.pool import pool
 from tests.helpers.stages import (
     ALONE,
     PAIR,
-    Found,
     divided,
     in_order,
     looped,
-    pipeline_outcome,
     strategy_of,
 )
 from tests.helpers.strategies import kept, random_strategy, recomputing, replicate
@@ -137,12 +136,7 @@ def test_in_stages(name: str, schedule: str) -> None:
     strategy = strategy_of(part, in_order(part.graph, 2), layout, schedule, rng)
     strategy = recomputing(part.graph, part.rules, strategy, rng)
     assert strategy.recompute
-    found: list[Found] = pool().run(4, pipeline_outcome, of, strategy)
-    result = found[0].outcome
-    assert result is not None
-    assert result.loss < 1e-9
-    assert result.gradient < 1e-9, result.worst_gradient
-    assert result.parameter < 1e-8
+    check_stages(of, strategy)
 
 
 def test_masks_in_stages_are_those_of_their_microbatch() -> None:
