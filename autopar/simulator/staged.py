@@ -24,7 +24,7 @@ def staged(
     devices: Sequence[tuple[int, ...]] | None = None,
 ) -> Strategy:
     """``stages``: the operators of each, as ``runs`` gives them. ``like``: for each stage a
-    strategy of one stage, whose mesh, splits and storages the stage takes.
+    strategy of one stage, whose mesh, splits and storages the stage takes, and what it recomputes.
 
     ``devices`` of each stage; the default is to fill groups of devices one after the other, stage k
     on group k modulo their number, of which each has ``chunks`` (default: the schedule's).
@@ -45,7 +45,17 @@ def staged(
         devices = _one_after_the_other([mesh.size for mesh in meshes], held)
     splits: dict[str, Split] = {}
     storage: dict[str, Storage] = {}
+    recompute: list[str] = []
+    repeated: list[str] = []
     for names, strategy in zip(stages, like, strict=True):
+        recomputed = set(strategy.recompute)
+        recompute += [name for name in names if name in recomputed]
+        repeated += [
+            made
+            for name in names
+            for made in graph.operator[name].outputs
+            if made in strategy.repeat_collectives
+        ]
         for name in names:
             splits[name] = strategy.splits[name]
             for read in graph.operator[name].inputs:
@@ -64,6 +74,8 @@ def staged(
         schedule=schedule,
         training=like[0].training,
         chunks=chunks,
+        recompute=tuple(recompute),
+        repeat_collectives=tuple(repeated),
     )
 
 

@@ -12,15 +12,18 @@ from autopar.ir.strategy import Strategy
 from autopar.ops import bound_rules
 from autopar.runtime.lowering import lower
 from autopar.runtime.verify import Report, verify_division
+from autopar.runtime.verify_stages import verify_stages
 from autopar.simulator.blocks import blocks
 from autopar.simulator.costs import Costs
 from autopar.simulator.meshes import mesh
 from autopar.simulator.microbatches import Division, division
+from autopar.simulator.pipelines import evaluate_stages
 from autopar.simulator.prices import evaluate
 from autopar.simulator.recomputation import recomputation
 from autopar.simulator.recompute_choices import BlockChoices
 from tests.helpers.cases import case
 from tests.helpers.fake_prices import FakePrices
+from tests.helpers.stages import PAIR, in_order, looped, strategy_of
 from tests.helpers.strategies import random_strategy, recomputing, replicate
 
 
@@ -91,3 +94,16 @@ def test_the_printed_program_shows_what_is_run_again() -> None:
     ]
     assert all("# float64[8, 16, " in line for line in lines)
     assert "segment" not in str(lower(graph, replace(strategy, recompute=()), rules))
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_stages_that_recompute_keep_their_promise(zero: int) -> None:
+    part = divided("gpt_tied", 0.0, 4)
+    strategy = strategy_of(part, in_order(part.graph, 2), looped(2, PAIR), "1f1b", zero=zero)
+    strategy = recomputing(part.graph, part.rules, strategy, Random(2))
+    estimate = evaluate_stages(part, FakePrices(devices=4), strategy)
+    report = verify_stages(part, strategy, estimate)
+    assert report.ok, report.differences
+    kept = replace(strategy, recompute=(), repeat_collectives=())
+    plain = evaluate_stages(part, FakePrices(devices=4), kept)
+    assert estimate.step_time_s > plain.step_time_s
