@@ -279,7 +279,9 @@ class _Call:
         same = [given for given in self.given if _share_memory(given[0], tensor)]
         for _, name, segment in sorted(same, key=lambda given: given[2] is not None):
             return tensor if segment is None else segment.without(name, view=_View.of(tensor))
-        return tensor if self.own is None else self.own.without(self.operator, place)
+        if self.own is not None:
+            return self.own.without(self.operator, place)
+        return tensor.detach()  # a result would keep alive what made it, which keeps this
 
     def unpack(self, packed: Tensor | _OfParameter | _Missing) -> Tensor:
         if isinstance(packed, _Missing):

@@ -96,10 +96,11 @@ def test_the_printed_program_shows_what_is_run_again() -> None:
     assert "segment" not in str(lower(graph, replace(strategy, recompute=()), rules))
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble_h1"])
 @pytest.mark.parametrize("zero", [0, 3])
-def test_stages_that_recompute_keep_their_promise(zero: int) -> None:
-    part = divided("gpt_tied", 0.0, 4)
-    strategy = strategy_of(part, in_order(part.graph, 2), looped(2, PAIR), "1f1b", zero=zero)
+def test_stages_that_recompute_keep_their_promise(zero: int, schedule: str) -> None:
+    part = divided("llama", 0.0, 4)
+    strategy = strategy_of(part, in_order(part.graph, 2), looped(2, PAIR), schedule, zero=zero)
     strategy = recomputing(part.graph, part.rules, strategy, Random(2))
     estimate = evaluate_stages(part, FakePrices(devices=4), strategy)
     report = verify_stages(part, strategy, estimate)
