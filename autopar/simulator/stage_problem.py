@@ -78,6 +78,8 @@ class Alternative:
 
     def __post_init__(self) -> None:
         assert self.cost.memory is not None, self
+        halves = (self.cost.input_gradient_s, self.cost.weight_gradient_s)
+        assert halves.count(None) != 1, self
 
 
 @dataclass(frozen=True, slots=True)
