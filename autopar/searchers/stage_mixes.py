@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.simulator.pipeline import StageCost, Time
-from autopar.simulator.stage_problem import Alternative, Layout, Unit, sum_of
+from autopar.simulator.stage_problem import Alternative, Layout, Unit, kinds_of, sum_of
 
 Kinds = tuple[tuple[int, int], ...]
 """(kind, how many units of it), ascending; units of a kind have the same alternatives."""
@@ -43,14 +43,45 @@ class Mix:
         return cost.forward_s + cost.input_gradient_s + cost.weight_gradient_s
 
 
+class Front:
+    """All mixes of a stage's units on a layout, none of which beats another one in every time and
+    every memory; the fastest first. ``mix`` makes one of them."""
+
+    def __init__(self, parts: Sequence[_Part], kinds: Sequence[tuple[Alternative, ...]]) -> None:
+        self._parts = sorted(parts, key=lambda part: float(part.vector[0] + part.vector[1]))
+        self._kinds = kinds
+        self._made: dict[int, Mix] = {}
+        self._vectors = np.array([part.vector for part in self._parts]).reshape(-1, _Part.SIZE)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def fitting(self, free_bytes: Sequence[tuple[int, int]], split: bool) -> list[int]:
+        """Those that have room: for each (bytes, microbatches in flight), parameters and the like
+        and so many activations are not more. With ``split``, backwards must have two halves."""
+        v = self._vectors
+        fits = v[:, 12] == 0 if split else np.ones(len(v), dtype=bool)
+        for free, in_flight in free_bytes:
+            fits &= v[:, 6] + v[:, 7] * in_flight <= free
+        return [int(i) for i in np.nonzero(fits)[0]]
+
+    def mix(self, number: int) -> Mix:
+        found = self._made.get(number)
+        if found is None:
+            counts = self._parts[number].counts
+            cost, synchronisation_s = sum_of(
+                [self._kinds[kind][place] for kind, place, n in counts for _ in range(n)]
+            )
+            found = self._made[number] = Mix(counts, cost, synchronisation_s)
+        return found
+
+
 class Mixes:
     """Of the units for one number of microbatches. Worked out once for each content of a stage."""
 
     def __init__(self, units: Sequence[Unit]) -> None:
-        numbers: dict[tuple[Alternative, ...], int] = {}
-        self.kind_of = [numbers.setdefault(unit.alternatives, len(numbers)) for unit in units]
-        self.kinds = list(numbers)
-        self._found: dict[tuple[Kinds, Layout], tuple[Mix, ...]] = {}
+        self.kind_of, self.kinds = kinds_of(units)
+        self._found: dict[tuple[Kinds, Layout], Front] = {}
         self._several: dict[tuple[int, int, Layout], list[_Part]] = {}
         self.layouts_of = [{a.layout: None for a in kind} for kind in self.kinds]
 
@@ -62,16 +93,13 @@ class Mixes:
         first, *others = (self.layouts_of[kind] for kind, _ in kinds)
         return [layout for layout in first if all(layout in other for other in others)]
 
-    def of(self, kinds: Kinds, layout: Layout) -> tuple[Mix, ...]:
-        """The fastest first; none that another one beats in every time and every memory."""
+    def of(self, kinds: Kinds, layout: Layout) -> Front:
         found = self._found.get((kinds, layout))
         if found is None:
             parts = [_Part((), np.zeros(_Part.SIZE))]
             for kind, count in kinds:
                 parts = _joined(parts, self._of_one_kind(kind, count, layout))
-            mixes = [self._mix(part) for part in parts]
-            found = tuple(sorted(mixes, key=lambda mix: mix.cost.forward_s + mix.cost.backward_s))
-            self._found[kinds, layout] = found
+            found = self._found[kinds, layout] = Front(parts, self.kinds)
         return found
 
     def alternatives(self, mix: Mix, part: Sequence[int]) -> tuple[int, ...]:
@@ -101,12 +129,6 @@ class Mixes:
                 )
             self._several[kind, count, layout] = found
         return found
-
-    def _mix(self, part: _Part) -> Mix:
-        cost, synchronisation_s = sum_of(
-            [self.kinds[kind][place] for kind, place, n in part.counts for _ in range(n)]
-        )
-        return Mix(part.counts, cost, synchronisation_s)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

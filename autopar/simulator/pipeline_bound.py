@@ -33,8 +33,9 @@ def least_step_s(pipeline: Pipeline, shares: Shares, *, split: bool = False) -> 
         step >= h + w + u   and   step >= h + w - (all W) + t
 
     where t ends with the last part of a gradient exchange and an update. And for each of its
-    stages, step >= h + its own work + the last part of its gradient exchange + its update. For a chain of equal stages without communication that is the step of ``1f1b``.
-    Linear in stages, feeds and rows: no rows are made or played.
+    stages, step >= h + its own work + the last part of its gradient exchange + its update. For a
+    chain of equal stages without communication that is the step of ``1f1b``. Linear in stages,
+    feeds and rows: no rows are made or played.
     """
     ways = _Ways(pipeline, shares, split)
     there, back = ways.there(), ways.back()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from heapq import heapify, heappop, heappush
 from itertools import accumulate
@@ -181,6 +181,25 @@ def in_order(parts: Iterable[tuple[int, ...]], units: Sequence[Unit]) -> list[tu
     return found
 
 
+def reading_each_other(parts: Sequence[tuple[int, ...]], units: Sequence[Unit]) -> Feeds:
+    """As schedules take them."""
+    stage_of = {unit: s for s, part in enumerate(parts) for unit in part}
+    pairs = {
+        (stage_of[read], s) for s, part in enumerate(parts) for u in part for read in units[u].reads
+    }
+    return tuple(sorted((a, b) for a, b in pairs if a != b))
+
+
+def kinds_of(units: Sequence[Unit]) -> tuple[list[int], list[tuple[Alternative, ...]]]:
+    """For each unit its kind; and of each kind the alternatives."""
+    numbers: dict[tuple[Alternative, ...], int] = {}
+    seen: dict[int, int] = {}  # comparing long tuples takes long; most are the same object
+    for unit in units:
+        if id(unit.alternatives) not in seen:
+            seen[id(unit.alternatives)] = numbers.setdefault(unit.alternatives, len(numbers))
+    return [seen[id(unit.alternatives)] for unit in units], list(numbers)
+
+
 def sum_of(alternatives: Sequence[Alternative]) -> tuple[StageCost, Time]:
     """A stage of several units, one after the other, and the exchange of its gradients."""
     costs = [alternative.cost for alternative in alternatives]
@@ -238,39 +257,58 @@ def stages_of_rows(rows: Rows) -> list[tuple[int, ...]]:
     return [tuple(sorted({action.stage for action in row})) for row in rows]
 
 
-class _Laid(NamedTuple):
-    """Rows, and what they say without times."""
+class Facts(NamedTuple):
+    """What the rows of a shape say without times. ``held``: the stages of each row;
+    ``in_flight``: for each row, of each of its stages, the most microbatches; ``split``: whether
+    backwards are ``I`` and ``W``."""
 
-    rows: Rows
-    stages: list[tuple[int, ...]]  # of each row
-    split: bool  # whether backwards are I and W
-    in_flight: list[int]  # of each stage, the most in any row
+    held: tuple[tuple[int, ...], ...]
+    in_flight: tuple[dict[int, int], ...]
+    split: bool
 
 
-@lru_cache(maxsize=64)
-def rows_of(
+def facts_of_rows(rows: Rows) -> Facts:
+    held = tuple(tuple(sorted({action.stage for action in row})) for row in rows)
+    return Facts(
+        held,
+        tuple(
+            {s: most_in_flight(row, s) for s in of_row}
+            for row, of_row in zip(rows, held, strict=True)
+        ),
+        any(action.kind == "I" for action in rows[0]),
+    )
+
+
+@lru_cache(maxsize=None)
+def facts_of(
     schedule: Schedule, stages: int, microbatches: int, chunks: int, feeds: Feeds
-) -> _Laid | None:
-    """``None``: it refuses this shape."""
+) -> Facts | None:
+    """``None``: the schedule refuses this shape.
+
+    Where a few microbatches for each stage keep no more in flight than half as many, all do; so
+    rows are made for those only.
+    """
     shape = Shape(stages, microbatches, chunks, feeds)
     if schedule.refuses(shape):
         return None
-    rows = schedule.order(shape)
-    held = [tuple(sorted({action.stage for action in row})) for row in rows]
-    in_flight = [0] * stages
-    for row, of_row in zip(rows, held, strict=True):
-        for s in of_row:
-            in_flight[s] = max(in_flight[s], most_in_flight(row, s))
-    return _Laid(rows, held, any(action.kind == "I" for action in rows[0]), in_flight)
+    few = [replace(shape, microbatches=count * stages) for count in (2, 4)]
+    if microbatches > 4 * stages and not schedule.copies and not any(map(schedule.refuses, few)):
+        half, full = (facts_of_rows(schedule.order(of_few)) for of_few in few)
+        if half.in_flight == full.in_flight:
+            return full
+    return facts_of_rows(schedule.order(shape))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
+def rows_of(schedule: Schedule, stages: int, microbatches: int, chunks: int, feeds: Feeds) -> Rows:
+    return schedule.order(Shape(stages, microbatches, chunks, feeds))
+
+
+@lru_cache(maxsize=8)
 def _arranged(
     schedule: Schedule, stages: int, microbatches: int, chunks: int, feeds: Feeds, wiring: Wiring
 ) -> Arrangement:
-    laid = rows_of(schedule, stages, microbatches, chunks, feeds)
-    assert laid is not None
-    return arrange(laid.rows, wiring)
+    return arrange(rows_of(schedule, stages, microbatches, chunks, feeds), wiring)
 
 
 def groups_of(problem: StageProblem, layouts: Sequence[Layout]) -> Groups | None:
@@ -294,11 +332,11 @@ def groups_of(problem: StageProblem, layouts: Sequence[Layout]) -> Groups | None
 
 
 class Made(NamedTuple):
-    """A staging that can be played."""
+    """A staging that can be played. ``limits_bytes``: on a device of each row."""
 
-    laid: _Laid
+    facts: Facts
     pipeline: Pipeline
-    limits_bytes: list[int]  # on a device of each row
+    limits_bytes: list[int]
 
 
 def pipeline_of(problem: StageProblem, staging: Staging, units: Sequence[Unit]) -> Made | None:
@@ -306,23 +344,23 @@ def pipeline_of(problem: StageProblem, staging: Staging, units: Sequence[Unit]) 
     devices want different numbers of them."""
     stages = staging.stages
     feeds = feeds_of(stages, units)
-    laid = rows_of(*_key(staging, feeds))
-    if laid is None:
+    facts = facts_of(*_key(staging, feeds))
+    if facts is None:
         return None
-    for of_row in laid.stages:
+    for of_row in facts.held:
         if len({(stages[s].layout.devices, stages[s].layout.kind) for s in of_row}) > 1:
             return None
-    layouts = [stages[of_row[0]].layout for of_row in laid.stages]
+    layouts = [stages[of_row[0]].layout for of_row in facts.held]
     groups = groups_of(problem, layouts)
     if groups is None:
         return None
-    copies = Counter(s for of_row in laid.stages for s in of_row)
+    copies = Counter(s for of_row in facts.held for s in of_row)
     costs, synchronisations = [], []
     for s, stage in enumerate(stages):
         cost, time_s = sum_of(
             [units[u].alternatives[a] for u, a in zip(stage.units, stage.alternatives, strict=True)]
         )
-        if laid.split and cost.input_gradient_s is None:
+        if facts.split and cost.input_gradient_s is None:
             return None
         costs.append(cost)
         if copies[s] > 1:
@@ -333,7 +371,7 @@ def pipeline_of(problem: StageProblem, staging: Staging, units: Sequence[Unit]) 
     pipeline = Pipeline(
         tuple(costs), feeds, problem.network(groups), tuple(synchronisations), problem.norm_s
     )
-    return Made(laid, pipeline, [problem.limit_bytes[layout.kind] for layout in layouts])
+    return Made(facts, pipeline, [problem.limit_bytes[layout.kind] for layout in layouts])
 
 
 def _key(
@@ -352,15 +390,16 @@ def value_of(problem: StageProblem, staging: Staging, units: Sequence[Unit]) -> 
 
 def value_of_made(problem: StageProblem, staging: Staging, made: Made) -> Value | None:
     """``value_of`` where the pipeline is there already."""
-    laid, pipeline, limits_bytes = made
+    _, pipeline, limits_bytes = made
+    key = _key(staging, pipeline.feeds)
+    rows = rows_of(*key)
     kept = [c.memory for c in pipeline.stages if c.memory is not None]
     # rows alone say less than the timeline, but sooner
-    least = [least_peak_bytes(row, kept) for row in laid.rows]
+    least = [least_peak_bytes(row, kept) for row in rows]
     if any(size > limit for size, limit in zip(least, limits_bytes, strict=True)):
         return None
-    key = _key(staging, pipeline.feeds)
     timeline = play(_arranged(*key, pipeline.wiring), pipeline)
-    under_way = _most_under_way_bytes(laid, pipeline, staging.microbatches)
+    under_way = _most_under_way_bytes(facts_of_rows(rows), pipeline, staging.microbatches)
     for row, (size, limit) in enumerate(zip(least, limits_bytes, strict=True)):
         if size + under_way[row] > limit and timeline.memory(row).total_bytes > limit:
             return None
@@ -368,16 +407,19 @@ def value_of_made(problem: StageProblem, staging: Staging, made: Made) -> Value 
     return Value(time_s, timeline)
 
 
-def _most_under_way_bytes(laid: _Laid, pipeline: Pipeline, microbatches: int) -> list[int]:
+def _most_under_way_bytes(facts: Facts, pipeline: Pipeline, microbatches: int) -> list[int]:
     """For each row, no less than what it keeps at once of what it sends and receives: a microbatch
     whose gradient is to come back is in flight on the stage that sent it."""
-    found = [0] * len(laid.rows)
-    for row, of_row in enumerate(laid.stages):
+    in_flight: Counter[int] = Counter()
+    for of_row in facts.in_flight:
+        in_flight.update(of_row)  # copies of a stage keep different microbatches
+    found = [0] * len(facts.held)
+    for row, of_stages in enumerate(facts.held):
         for feed in pipeline.feeds:
-            times = laid.in_flight[feed.source] if feed.gradient else microbatches
-            if feed.source in of_row:
+            times = in_flight[feed.source] if feed.gradient else microbatches
+            if feed.source in of_stages:
                 found[row] += 2 * times * feed.kept_bytes(at_source=True)
-            if feed.target in of_row:
+            if feed.target in of_stages:
                 found[row] += 2 * times * feed.kept_bytes(at_source=False)
     return found
 

@@ -10,7 +10,14 @@ from itertools import product
 from random import Random
 
 from autopar.ir.schedule import Shape
-from autopar.simulator.pipeline import Instant, Network, PairLinks, PortLinks, StageCost, StageMemory
+from autopar.simulator.pipeline import (
+    Instant,
+    Network,
+    PairLinks,
+    PortLinks,
+    StageCost,
+    StageMemory,
+)
 from autopar.simulator.stage_problem import (
     Alternative,
     Groups,
@@ -64,9 +71,7 @@ def ways(part: tuple[int, ...], units: Sequence[Unit]) -> list[StageChoice]:
             [i for i, a in enumerate(units[u].alternatives) if a.layout == layout] for u in part
         ]
         for chosen in product(*places):
-            counted = Counter(
-                (units[u].alternatives, i) for u, i in zip(part, chosen, strict=True)
-            )
+            counted = Counter((units[u].alternatives, i) for u, i in zip(part, chosen, strict=True))
             key = (layout, frozenset(counted.items()))
             found.setdefault(key, StageChoice(part, layout, chosen))
     return list(found.values())
