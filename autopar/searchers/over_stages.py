@@ -15,7 +15,14 @@ from autopar.ir.schedule import Schedule
 from autopar.ir.search import Budget
 from autopar.searchers.stage_depth import Depth, EnoughError
 from autopar.searchers.stage_proposals import cuts
-from autopar.searchers.stage_shapes import Incumbent, LateError, Shape, World, shapes_of
+from autopar.searchers.stage_shapes import (
+    ROUNDING,
+    Incumbent,
+    LateError,
+    Shape,
+    World,
+    shapes_of,
+)
 from autopar.searchers.stage_tables import Tables
 from autopar.simulator.stage_problem import (
     Layout,
@@ -28,10 +35,13 @@ from autopar.simulator.stage_problem import (
 
 Progress = Callable[[str], None]
 
-MOST_PROPOSALS = 400
+MOST_PROPOSALS = 60
 """Of equal stages on one layout, those with the best prospects, before anything is proved."""
 
-PER_SHAPE = 3
+MOST_GUESSES = 3000
+"""Of how much longer such stages take because all has to fit."""
+
+PER_SHAPE = 8
 """Layouts of a shape that are proposed."""
 
 NODES = 300
@@ -147,21 +157,33 @@ class _Search:
     # Something good
 
     def _propose(self) -> None:
-        """Equal stages on one layout, those first that would be fastest if they fitted."""
-        likely = []
+        """Equal stages on one layout, those first that are likely to be fast.
+
+        First without a thought of memory, which is quick for all; then those that come up with it.
+        """
+        line: list[tuple[float, bool, int, int]] = []
         for number, shape in enumerate(self._shapes):
-            found_s, sums = shape.likely_s()
+            found_s, _ = shape.likely_s()
             for place in np.argsort(found_s)[:PER_SHAPE]:
                 if math.isfinite(found_s[place]):
-                    likely.append((float(found_s[place]), number, int(place)))
+                    line.append((float(found_s[place]), False, number, int(place)))
             if number % 1024 == 0:
                 self._incumbent.check_time()
-        likely.sort()
-        for likely_s, number, place in likely[:MOST_PROPOSALS]:
+        heapq.heapify(line)
+        guesses, tries = MOST_GUESSES, MOST_PROPOSALS
+        while line and guesses and tries:
+            likely_s, fits, number, place = heapq.heappop(line)
             if likely_s >= self._incumbent.best_s:
-                break
+                return
             shape = self._shapes[number]
             sums = shape.world.layout_sums(shape.split)
+            if not fits:
+                guesses -= 1
+                likely_s *= shape.likely_slowdown(sums.layouts[place])
+                if math.isfinite(likely_s):
+                    heapq.heappush(line, (likely_s, True, number, place))
+                continue
+            tries -= 1
             parts = cuts(sums.weights[place], shape.stages)
             self._try(shape, parts, [sums.layouts[place]] * shape.stages)
 
@@ -213,6 +235,12 @@ class _Search:
                     f"bounds of {shape.stages} stages, {shape.microbatches} microbatches"
                 )
                 self._bound(shape, tables)
+                heapq.heappush(line, (shape.bound_s, number))
+                continue
+            if tables is None and number not in bounded:
+                bounded.add(number)
+                found_s = shape.rates().bound_s(shape.rows, shape.at_least_in_flight(), True)
+                shape.bound_s = max(shape.bound_s, found_s * ROUNDING)
                 heapq.heappush(line, (shape.bound_s, number))
                 continue
             if tables is None and _stagings(shape) > MOST_STAGINGS:
@@ -276,7 +304,7 @@ def first_in_flight(schedule: Schedule, stages: int, microbatches: int) -> int:
     """Of the first of so many stages in a chain: as many as it has in any longer one, where it is
     as far from the end, or fewer."""
     chain = tuple((i, i + 1) for i in range(stages - 1))
-    facts = facts_of(schedule, stages, microbatches, 1, chain)
+    facts = facts_of(schedule, stages, min(stages, microbatches), 1, chain)
     return 1 if facts is None else facts.in_flight[0][0]
 
 

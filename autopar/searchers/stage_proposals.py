@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -74,6 +76,7 @@ class Filling:
     ) -> None:
         self._problem, self._split = problem, split
         self._kind_of, self._kinds = kinds_of(units)
+        self._counts = sorted(Counter(self._kind_of).items())
         self._microbatches = microbatches
         self._hulls: dict[tuple[int, Layout, int], list[_Way]] = {}
 
@@ -104,6 +107,27 @@ class Filling:
             StageChoice(part, layout, tuple(chosen[s][u] for u in part))
             for s, (part, layout) in enumerate(zip(parts, layouts, strict=True))
         )
+
+    def likely_slowdown(self, layout: Layout, in_flight: int, room_bytes: float) -> float:
+        """How much longer all units take on one layout when together they are to fit, than in
+        their fastest way; infinite if they cannot."""
+        hulls = [(count, self._hull(kind, layout, in_flight)) for kind, count in self._counts]
+        if not all(hull for _, hull in hulls):
+            return math.inf
+        kept: float = sum(count * hull[-1].kept_bytes for count, hull in hulls)
+        fastest_s = cost_s = sum(count * hull[-1].cost_s for count, hull in hulls)
+        steps = sorted(
+            (_rate(hull[k], hull[k - 1]), count * (hull[k].kept_bytes - hull[k - 1].kept_bytes))
+            for count, hull in hulls
+            for k in range(len(hull) - 1, 0, -1)
+        )
+        for rate, size in steps:
+            if kept <= room_bytes:
+                break
+            part = min(size, kept - room_bytes)
+            kept -= part
+            cost_s += rate * part
+        return cost_s / fastest_s if kept <= room_bytes * (1 + 1e-9) else math.inf
 
     def _in_copies(self, facts: Facts) -> bool:
         return sum(map(len, facts.held)) > 1 + max(max(of_row) for of_row in facts.held)

@@ -15,10 +15,11 @@ from autopar.ir.schedule import Schedule
 from autopar.ir.schedule import Shape as Asked
 from autopar.searchers.stage_mixes import Kinds, Mixes
 from autopar.searchers.stage_proposals import Filling
+from autopar.searchers.stage_rates import Rates
 from autopar.searchers.stage_tables import halves
 from autopar.simulator.pipeline_bound import Shares, least_step_s, shares_of
 from autopar.simulator.stage_problem import (
-    Alternative,
+    Facts,
     Layout,
     StageProblem,
     Staging,
@@ -31,6 +32,9 @@ from autopar.simulator.stage_problem import (
 
 ROUNDING = 1 - 1e-12
 """Bounds are computed in floats, in another order than what they bound."""
+
+MOST_ACTIONS = 1500
+"""Forwards of rows that are made only to see how many microbatches they keep in flight."""
 
 MOST_IDEALS = 5000
 """A graph with more sets of units that could come first is cut along one order of its units only:
@@ -61,8 +65,9 @@ class World:
         self.is_chain = in_line and all(unit.gradient for unit in self.units[:-1])
         self._parts: dict[tuple[int, int], tuple[tuple[int, ...], Kinds]] = {}
         self._fillings: dict[bool, Filling] = {}
-        self._device_s: dict[tuple[bool, bool | None], list[float]] = {}
+        self._device_s: dict[bool, list[float]] = {}
         self._layout_sums: dict[bool, LayoutSums] = {}
+        self._rates: dict[tuple[bool, bool, int], Rates] = {}
 
     def part(self, before: int, after: int) -> tuple[tuple[int, ...], Kinds]:
         """Units between two ideals, and their kinds."""
@@ -81,20 +86,11 @@ class World:
     def least_device_s(self, split: bool) -> list[float]:
         """For each unit, device-seconds that a microbatch takes at least; infinite if it cannot be
         done."""
-        return [of_step / self.microbatches for of_step in self._steps(split, None)]
-
-    def step_device_s(self, split: bool, waits: bool) -> float:
-        """Device-seconds that a step takes at least. ``waits``: while gradients are exchanged, too,
-        as where a row has one stage."""
-        return sum(self._steps(split, waits))
-
-    def _steps(self, split: bool, waits: bool | None) -> list[float]:
-        key = (split, waits)
-        if key not in self._device_s:
+        if split not in self._device_s:
             of_kinds = [
                 min(
                     (
-                        a.layout.devices * self._unit_s(a, split, waits)
+                        a.layout.devices * sum(halves(a.cost, split))
                         for a in kind
                         if not split or a.cost.input_gradient_s is not None
                     ),
@@ -102,17 +98,19 @@ class World:
                 )
                 for kind in self.mixes.kinds
             ]
-            self._device_s[key] = [of_kinds[kind] for kind in self.mixes.kind_of]
-        return self._device_s[key]
+            self._device_s[split] = [of_kinds[kind] for kind in self.mixes.kind_of]
+        return self._device_s[split]
 
-    def _unit_s(self, alternative: Alternative, split: bool, waits: bool | None) -> float:
-        time_s = self.microbatches * sum(halves(alternative.cost, split))
-        if waits is not None:
-            time_s += float(alternative.cost.update_s)
-        if waits:
-            time_s += float(alternative.synchronisation_s)
-        return time_s
+    def rates(self, split: bool, waits: bool, copies: int) -> Rates:
+        """``waits``: while gradients are exchanged, too, as where a row has one stage."""
+        key = (split, waits, copies)
+        if key not in self._rates:
+            self._rates[key] = Rates(
+                self.problem, self.mixes, self.microbatches, split, waits, copies
+            )
+        return self._rates[key]
 
+    @lru_cache(maxsize=None)  # noqa: B019
     def slowest_unit_s(self, split: bool, copies: int) -> float:
         """What the row with some unit takes at least."""
         return max(
@@ -227,6 +225,42 @@ class Shape:
         """Whether every row has one stage, and nobody else has it."""
         return self.chunks == 1 and not self.schedule.copies
 
+    def rates(self) -> Rates:
+        waits = self.one_each and self.world.problem.objective == "step"
+        return self.world.rates(self.split, waits, self.chunks if self.schedule.copies else 1)
+
+    def at_least_in_flight(self) -> int:
+        """On every stage, whatever reads what; 1 where it would take long to know more."""
+        if not self.world.is_chain or self.stages * self.rows > MOST_ACTIONS:
+            return 1
+        return min(n for of_row in self.first_facts().in_flight for n in of_row.values())
+
+    def likely_in_flight(self) -> int:
+        """On a stage in the middle."""
+        if self.stages * self.rows > MOST_ACTIONS:
+            few = self.rows
+        else:
+            counts = [n for row in self.first_facts().in_flight for n in row.values()]
+            few = max(1, round(sum(counts) / len(counts)))
+        return few * max(1, self.microbatches // self.rows) if keeps_all(self.schedule) else few
+
+    def likely_slowdown(self, layout: Layout) -> float:
+        """Because all has to fit."""
+        room = self.rows * self.world.problem.limit_bytes[layout.kind]
+        copies = self.chunks if self.schedule.copies else 1
+        filling = self.world.filling(self.split)
+        return filling.likely_slowdown(layout, self.likely_in_flight(), room / copies)
+
+    def first_facts(self) -> Facts:
+        """With a microbatch for each row, or as few as can be: more do not keep less in flight."""
+        chain = tuple((i, i + 1) for i in range(self.stages - 1))
+        for microbatches in (self.rows, self.microbatches):
+            if microbatches <= self.microbatches:
+                facts = facts_of(self.schedule, self.stages, microbatches, self.chunks, chain)
+                if facts is not None:
+                    return facts
+        raise AssertionError(self)
+
     def shares(self) -> Shares:
         """As in ``pipeline_bound``."""
         chain = tuple((i, i + 1) for i in range(self.stages - 1))
@@ -255,10 +289,9 @@ def shapes_of(world: World) -> Iterator[Shape]:
     problem, m = world.problem, world.microbatches
     room = sum(pool.devices * pool.memory_limit_bytes for pool in problem.pools)
     least = min(layout.devices for kind in world.mixes.layouts_of for layout in kind)
-    bounds: dict[tuple[bool, bool, int], float] = {}
     for schedule in problem.schedules:
         split = splits(schedule)
-        for stages in range(1, min(len(world.units), problem.devices * 64) + 1):
+        for stages in range(1, len(world.units) + 1):
             for chunks in range(1, stages + 1):
                 if not schedule.copies and stages % chunks:
                     continue
@@ -268,14 +301,26 @@ def shapes_of(world: World) -> Iterator[Shape]:
                     continue
                 if schedule.refuses(Asked(stages, m, chunks)):
                     continue
-                key = (split, chunks == 1, copies)
-                if key not in bounds:
-                    waits = problem.objective == "step" and chunks == 1
-                    together_s = world.step_device_s(split, waits) / problem.devices
-                    alone_s = world.slowest_unit_s(split, copies)
-                    bounds[key] = max(together_s, alone_s) * ROUNDING
-                if math.isfinite(bounds[key]):
-                    yield Shape(world, schedule, stages, chunks, split, rows, bounds[key])
+                shape = Shape(world, schedule, stages, chunks, split, rows, 0.0)
+                alone_s = world.slowest_unit_s(split, copies)
+                together_s = shape.rates().bound_s(rows, 1, priced=False)
+                shape.bound_s = max(alone_s, together_s) * ROUNDING
+                if math.isfinite(shape.bound_s):
+                    yield shape
+
+
+@lru_cache(maxsize=None)
+def keeps_all(schedule: Schedule) -> bool:
+    """Whether the more microbatches, the more are in flight."""
+    for stages in range(2, 9):
+        for chunks in range(1, stages + 1):
+            chain = tuple((i, i + 1) for i in range(stages - 1))
+            few, many = (
+                facts_of(schedule, stages, count * stages, chunks, chain) for count in (2, 4)
+            )
+            if few is not None and many is not None:
+                return few.in_flight != many.in_flight
+    return False
 
 
 @lru_cache(maxsize=None)
