@@ -184,6 +184,13 @@ _search_options = (
         help="What may be split: Sample, Operator, Attribute, Parameter.",
     ),
     click.option("--propose", is_flag=True, help="Find rules by trying for ops that have none."),
+    click.option(
+        "--objective",
+        type=click.Choice(["step", "throughput"]),
+        default="step",
+        show_default=True,
+        help="Of a profiled graph: the time of a step, or the busiest device or link in one.",
+    ),
 )
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -216,6 +223,7 @@ def _wanted(options: dict[str, Any]) -> dict[str, Any]:
             "propose",
             "batch",
             "sequence",
+            "objective",
         )
     }
     return {
@@ -286,14 +294,16 @@ def extract_command(
 def plan_command(model: str, output: Path | None, top: int, as_json: bool, **options: Any) -> int:
     """Find the fastest strategy for MODEL that fits in memory.
 
-    MODEL: a path to model.py, package.module:callable, or hf:NAME_OR_PATH.
+    MODEL: a path to model.py, package.module:callable, or hf:NAME_OR_PATH; or GRAPH.json, operators
+    with measured times, which are planned in stages (docs/profiled_graphs.md).
 
     Ctrl-C ends the search: the best so far is printed and written, with exit code 130.
     """
     from autopar import api
     from autopar.exporters import json as json_exporter
-    from autopar.exporters import text
+    from autopar.exporters import stages, text
     from autopar.ir.plan import check_writable
+    from autopar.ir.profiled_graph import is_profiled
 
     if output is not None:
         check_writable(output)
@@ -301,10 +311,12 @@ def plan_command(model: str, output: Path | None, top: int, as_json: bool, **opt
         found = api.plan(model, progress=tell, **_wanted(options))
     if output is not None:
         api.save_plan(found, output)
+    profiled = is_profiled(found.graph)
     if as_json:
-        click.echo(json.dumps(json_exporter.summary(found)))
+        summary = stages.summarised(found) if profiled else json_exporter.summary(found)
+        click.echo(json.dumps(summary))
         return _code(found.search.stop_reason)
-    click.echo(text.summary(found, top))
+    click.echo(stages.summary(found) if profiled else text.summary(found, top))
     if output is not None:
         click.echo(f"\nwritten to {output}; `autopar explain {output}` says what it does and why")
     return _code(found.search.stop_reason)
@@ -343,9 +355,16 @@ def explain_command(plan: Path, views: bool, as_json: bool) -> None:
     """What PLAN splits how, what each redistribution costs, and where the memory goes."""
     from autopar import api
     from autopar.exporters import json as json_exporter
-    from autopar.exporters import text
+    from autopar.exporters import stages, text
+    from autopar.ir.profiled_graph import is_profiled
 
     loaded = api.load_plan(plan)
+    if is_profiled(loaded.graph):
+        if as_json:
+            click.echo(json.dumps(stages.explained(loaded, api.timeline_of_plan(loaded))))
+        else:
+            click.echo(api.explain(loaded), nl=False)
+        return
     rules = api.rules_of(loaded)
     if as_json:
         click.echo(json.dumps(json_exporter.explained(loaded, rules)))
@@ -373,6 +392,7 @@ def verify_command(plan: Path, model: str | None, rank: int | None, as_json: boo
     from autopar.exporters import text
 
     loaded = api.load_plan(plan)
+    api.refuse_profiled(loaded, "verified")
     with progress() as tell:
         if model is not None:
             api.check_model(loaded, model, tell)
@@ -415,6 +435,7 @@ def run_command(
     from autopar import api
 
     loaded = api.load_plan(plan)
+    api.refuse_profiled(loaded, "run")
     name = api.named(loaded, model)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _run_here(loaded, name, steps, seed, result, as_json)

@@ -112,9 +112,11 @@ def alternatives(
     return found
 
 
-def measure(blocks: int, devices: int, batch: int, microbatches: tuple[int, ...]) -> str:
+def measure(
+    blocks: int, devices: int, batch: int, microbatches: tuple[int, ...], proof_s: float = 2.0
+) -> str:
     start = process_time()
-    result = search(problem(blocks, devices, batch, microbatches), Budget(60.0, 1e-3))
+    result = search(problem(blocks, devices, batch, microbatches), Budget(60.0, 1e-3, proof_s))
     cpu_s = process_time() - start
     best = "nothing found"
     if result.best is not None:

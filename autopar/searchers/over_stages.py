@@ -12,10 +12,12 @@ from time import monotonic
 import numpy as np
 
 from autopar.ir.schedule import Schedule
-from autopar.ir.search import Budget
+from autopar.ir.search import Budget, SearchSummary, TrialSummary
+from autopar.ir.sharding import Mesh
 from autopar.searchers.stage_depth import Depth, EnoughError
 from autopar.searchers.stage_proposals import cuts
 from autopar.searchers.stage_shapes import (
+    MOST_ACTIONS,
     ROUNDING,
     Incumbent,
     LateError,
@@ -65,6 +67,17 @@ class StageTrial:
     time_s: float | None
     outcome: str
 
+    @property
+    def name(self) -> str:
+        """
+        >>> StageTrial(8, "1f1b", 1, 4, 1.0, None, "bounded").name
+        '4 stages, 1f1b, 8 microbatches'
+        """
+        chunks = f" x {self.chunks}" if self.chunks > 1 else ""
+        stages = f"{self.stages} stage{'s' * (self.stages > 1)}"
+        microbatches = f"{self.microbatches} microbatch{'es' * (self.microbatches > 1)}"
+        return f"{stages}, {self.schedule}{chunks}, {microbatches}"
+
 
 @dataclass(frozen=True)
 class StageResult:
@@ -97,6 +110,38 @@ def search(
     At Ctrl-C or the end of the time it is the best so far.
     """
     return _Search(problem, budget, progress).result()
+
+
+MOST_TRIALS = 50
+"""That a summary lists: those with the best bounds."""
+
+
+def summarise(result: StageResult, searcher: str, memory_limit_bytes: int) -> SearchSummary:
+    """As a plan file has it."""
+    trials = sorted(
+        result.trials, key=lambda trial: (trial.time_s or math.inf, trial.lower_bound_s)
+    )
+    return SearchSummary(
+        searcher=searcher,
+        stop_reason=result.stop_reason,
+        lower_bound_s=result.lower_bound_s,
+        gap=result.gap,
+        search_time_s=result.search_time_s,
+        memory_limit_bytes=memory_limit_bytes,
+        dimensions="SOAP",
+        trials=tuple(
+            TrialSummary(
+                name=trial.name,
+                mesh=Mesh(()),
+                outcome=trial.outcome,
+                lower_bound_s=trial.lower_bound_s,
+                step_time_s=trial.time_s,
+                peak_memory_bytes=None,
+                bound_by="",
+            )
+            for trial in trials[:MOST_TRIALS]
+        ),
+    )
 
 
 class _Search:
@@ -302,7 +347,8 @@ class _Search:
 @lru_cache(maxsize=None)
 def first_in_flight(schedule: Schedule, stages: int, microbatches: int) -> int:
     """Of the first of so many stages in a chain: as many as it has in any longer one, where it is
-    as far from the end, or fewer."""
+    as far from the end, or fewer. Long ones are not made: they keep no less."""
+    stages = min(stages, math.isqrt(MOST_ACTIONS))
     chain = tuple((i, i + 1) for i in range(stages - 1))
     facts = facts_of(schedule, stages, min(stages, microbatches), 1, chain)
     return 1 if facts is None else facts.in_flight[0][0]

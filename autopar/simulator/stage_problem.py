@@ -14,7 +14,7 @@ from heapq import heapify, heappop, heappush
 from itertools import accumulate
 from typing import Literal, NamedTuple
 
-from autopar.ir.schedule import Feeds, Row, Rows, Schedule, Shape, most_in_flight
+from autopar.ir.schedule import Feeds, Row, Rows, Schedule, Shape, homes, most_in_flight
 from autopar.schedules import SCHEDULES
 from autopar.simulator.arrangement import Arrangement, arrange
 from autopar.simulator.pipeline import (
@@ -331,6 +331,17 @@ def groups_of(problem: StageProblem, layouts: Sequence[Layout]) -> Groups | None
     return tuple(groups)
 
 
+def groups_of_staging(
+    problem: StageProblem, staging: Staging, units: Sequence[Unit]
+) -> list[tuple[int, ...]]:
+    """The devices of each stage: of several copies, those that have microbatch 0."""
+    rows = rows_of(*_key(staging, feeds_of(staging.stages, units)))
+    layouts = [staging.stages[row[0].stage].layout for row in rows]
+    groups = groups_of(problem, layouts)
+    assert groups is not None, staging
+    return [groups[row] for row in homes(rows)]
+
+
 class Made(NamedTuple):
     """A staging that can be played. ``limits_bytes``: on a device of each row."""
 
@@ -386,6 +397,14 @@ def value_of(problem: StageProblem, staging: Staging, units: Sequence[Unit]) -> 
     """``None``: it cannot be done, or does not fit; by the timeline of its rows."""
     made = pipeline_of(problem, staging, units)
     return None if made is None else value_of_made(problem, staging, made)
+
+
+def played(problem: StageProblem, staging: Staging, units: Sequence[Unit]) -> Timeline | None:
+    """Whether it fits or not; ``None``: it cannot be done."""
+    made = pipeline_of(problem, staging, units)
+    if made is None:
+        return None
+    return play(_arranged(*_key(staging, made.pipeline.feeds), made.pipeline.wiring), made.pipeline)
 
 
 def value_of_made(problem: StageProblem, staging: Staging, made: Made) -> Value | None:
