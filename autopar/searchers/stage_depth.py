@@ -221,8 +221,9 @@ class Depth:
             device_s,
             node.left_device_s - sum(self.least_device_s[unit] for unit in placed.part),
         )
-        f, b, _ = halves(cost, self.shape.split)
-        child.next_there_s, child.next_back_s = there_s + f, b + back_s
+        if self.step:
+            f, b, _ = halves(cost, self.shape.split)
+            child.next_there_s, child.next_back_s = there_s + f, b + back_s
         tail_s = float(cost.update_s) + float(placed.mix.synchronisation_s) * self.step
         own_s = there_s + max(self.shares[r][number] for r in self.rows_of_stage[number]) * work_s
         child.bound_s = max(node.bound_s, (own_s + tail_s) * ROUNDING, self._bound_s(child))

@@ -33,6 +33,9 @@ from autopar.simulator.stage_problem import (
 ROUNDING = 1 - 1e-12
 """Bounds are computed in floats, in another order than what they bound."""
 
+LEAST_GAP = 1e-9
+"""Bounds of what is equally good are smaller by rounding; it need not be looked at."""
+
 MOST_ACTIONS = 1500
 """Forwards of rows that are made only to see how many microbatches they keep in flight."""
 
@@ -349,7 +352,7 @@ class Incumbent:
 
     @property
     def good_enough_s(self) -> float:
-        return self.best_s * (1 - self.gap)
+        return self.best_s * (1 - max(self.gap, LEAST_GAP))
 
     def check_time(self) -> None:
         if monotonic() > self.late_s:
