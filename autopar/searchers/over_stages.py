@@ -49,6 +49,9 @@ PER_SHAPE = 8
 NODES = 300
 """That are visited in a shape before the others have their turn; each time eight times as many."""
 
+MOST_LEVELS = 64
+"""Stages for which tables are made; longer pipelines have one bound together."""
+
 MOST_STAGINGS = 1e6
 """Of a shape without tables that is looked through; in a larger one only proposals are played."""
 
@@ -264,6 +267,7 @@ class _Search:
 
     def _round(self, shapes: list[Shape], nodes: int) -> Iterator[Shape]:
         """Gives the shapes that are not finished."""
+        shapes = sorted(shapes, key=lambda shape: shape.stages)  # of equal bounds, these first
         line = [(shape.bound_s, number) for number, shape in enumerate(shapes)]
         heapq.heapify(line)
         bounded: set[int] = set()
@@ -305,7 +309,7 @@ class _Search:
             shape.outcome = "infeasible" if math.isinf(shape.bound_s) else "optimal"
 
     def _tables_for(self, shape: Shape) -> Tables | None:
-        if not (shape.world.is_chain and shape.one_each):
+        if not (shape.world.is_chain and shape.one_each and shape.stages <= MOST_LEVELS):
             return None
         key = (shape.microbatches, shape.split)
         if key not in self._tables:
@@ -322,14 +326,15 @@ class _Search:
                 shape.split,
                 lambda stages: min(first_in_flight(schedule, stages, m) for schedule in alike),
                 self._incumbent.good_enough_s,
+                self._incumbent.check_time,
             )
         return self._tables[key]
 
     def _bound(self, shape: Shape, tables: Tables) -> None:
-        """Its own, and where that of all longer ones is as good, theirs."""
+        """Its own; and that of all longer ones, where it excludes them or no table is made."""
         shape.bound_s = max(shape.bound_s, tables.least_s(shape.stages))
         longer_s = tables.longer_s(shape.stages)
-        if longer_s >= self._incumbent.good_enough_s:
+        if longer_s >= self._incumbent.good_enough_s or shape.stages == MOST_LEVELS:
             for other in self._shapes:
                 alike = other.world is shape.world and other.split == shape.split
                 if alike and other.one_each and other.stages > shape.stages:

@@ -48,7 +48,7 @@ def halves(cost: StageCost, split: bool) -> tuple[float, float, float]:
 
 class Tables:
     """``in_flight``: microbatches that the first of the last s stages keeps at least. ``under_s``:
-    what takes longer need not be known."""
+    what takes longer need not be known. ``check_time``: called now and then, raises to end."""
 
     def __init__(
         self,
@@ -58,8 +58,10 @@ class Tables:
         split: bool,
         in_flight: Callable[[int], int],
         under_s: float,
+        check_time: Callable[[], None] = lambda: None,
     ) -> None:
         self._in_flight, self.under_s = in_flight, under_s
+        self._check_time = check_time
         self._devices = problem.devices
         self.per_bucket = -(-problem.devices // BUCKETS)
         self._buckets = problem.devices // self.per_bucket
@@ -152,6 +154,7 @@ class Tables:
 
     def _level(self, stages: int) -> tuple[Array, Array]:
         while len(self._levels) <= stages:
+            self._check_time()
             self._levels.append(self._next(*self._levels[-1], len(self._levels)))
         return self._levels[stages]
 
