@@ -43,6 +43,9 @@ MOST_PROPOSALS = 60
 MOST_GUESSES = 3000
 """Of how much longer such stages take because all has to fit."""
 
+MOST_MOVES = 200
+"""Of a unit to another stage, or of a stage to another layout, tried on the best staging."""
+
 PER_SHAPE = 8
 """Layouts of a shape that are proposed."""
 
@@ -166,6 +169,8 @@ class _Search:
             self._all_shapes = True
             self._progress("trying equal stages")
             self._propose()
+            self._progress("moving units between stages")
+            self._improve()
             proof_s = max(self._budget.proof_s, (monotonic() - self._start_s) / 2)
             end_s = self._incumbent.late_s
             if self._incumbent.best is not None:
@@ -235,11 +240,34 @@ class _Search:
             parts = cuts(sums.weights[place], shape.stages)
             self._try(shape, parts, [sums.layouts[place]] * shape.stages)
 
+    def _improve(self) -> None:
+        """Moves a unit of the best staging to another stage, or gives it another layout, as long as
+        that makes it better."""
+        tries = MOST_MOVES
+        improved = True
+        while improved:
+            improved = False
+            best, shape = self._incumbent.best, self._incumbent.shape
+            if best is None or shape is None:
+                return
+            for parts, layouts in _neighbours(best, shape.world):
+                if not tries:
+                    return
+                tries -= 1
+                before_s = self._incumbent.best_s
+                self._try(shape, parts, layouts)
+                if self._incumbent.best_s < before_s:
+                    improved = True
+                    break
+
     def _try(self, shape: Shape, parts: list[tuple[int, ...]], layouts: list[Layout]) -> None:
         self._incumbent.check_time()
         units = shape.world.units
         layout_of = dict(zip(parts, layouts, strict=True))
-        parts = in_order(parts, units)
+        try:
+            parts = in_order(parts, units)
+        except ValueError:
+            return
         layouts = [layout_of[part] for part in parts]
         feeds = reading_each_other(parts, units)
         facts = facts_of(shape.schedule, shape.stages, shape.microbatches, shape.chunks, feeds)
@@ -357,6 +385,28 @@ def first_in_flight(schedule: Schedule, stages: int, microbatches: int) -> int:
     chain = tuple((i, i + 1) for i in range(stages - 1))
     facts = facts_of(schedule, stages, min(stages, microbatches), 1, chain)
     return 1 if facts is None else facts.in_flight[0][0]
+
+
+def _neighbours(
+    staging: Staging, world: World
+) -> Iterator[tuple[list[tuple[int, ...]], list[Layout]]]:
+    """With one unit in another stage, which it reads or is read by; with another layout for one."""
+    parts = [stage.units for stage in staging.stages]
+    layouts = [stage.layout for stage in staging.stages]
+    for source, target in reading_each_other(parts, world.units):
+        inside, outside = set(parts[source]), set(parts[target])
+        leaving = {r for u in parts[target] for r in world.units[u].reads if r in inside}
+        coming = {u for u in parts[target] if inside & set(world.units[u].reads)}
+        for unit in sorted(leaving | coming):
+            first, second = inside ^ {unit}, outside ^ {unit}
+            if first and second:
+                moved = list(parts)
+                moved[source], moved[target] = tuple(sorted(first)), tuple(sorted(second))
+                yield moved, layouts
+    for s, part in enumerate(parts):
+        for layout in world.mixes.layouts(world.mixes.kinds_in(part)):
+            if layout != layouts[s]:
+                yield parts, [*layouts[:s], layout, *layouts[s + 1 :]]
 
 
 def _stagings(shape: Shape) -> float:

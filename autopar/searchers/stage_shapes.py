@@ -340,13 +340,14 @@ def splits(schedule: Schedule) -> bool:
 
 @dataclass(eq=False)
 class Incumbent:
-    """The best staging so far. ``gap``: what is not better by this share is not looked at.
-    ``late_s``: by ``time.monotonic``, when to end."""
+    """The best staging so far, and of which shape. ``gap``: what is not better by this share is not
+    looked at. ``late_s``: by ``time.monotonic``, when to end."""
 
     problem: StageProblem
     gap: float
     late_s: float
     best: Staging | None = None
+    shape: Shape | None = None
     best_s: float = math.inf
     played: int = 0
 
@@ -375,5 +376,5 @@ class Incumbent:
             time_s = float(value.time_s)
             shape.best_s = min(shape.best_s, time_s)
             if time_s < self.best_s:
-                self.best, self.best_s = staging, time_s
+                self.best, self.best_s, self.shape = staging, time_s, shape
         return None

@@ -7,7 +7,7 @@ come from; whoever searches it does not.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from heapq import heapify, heappop, heappush
@@ -103,7 +103,8 @@ class StageProblem:
     """``units``: with m microbatches a step, asked for each m at most once; the same units reading
     the same ones for every m. ``microbatches``: those to try. ``network``: of rows on these
     devices. ``exchange_s``: of gradients (bytes on a device) between so many copies of a stage, for
-    schedules that keep copies. ``norm_s``: as in ``Pipeline``."""
+    schedules that keep copies, and for parameters that stages share: ``shared`` has units and the
+    bytes of what they have in common. ``norm_s``: as in ``Pipeline``."""
 
     units: Callable[[int], tuple[Unit, ...]]
     microbatches: tuple[int, ...]
@@ -113,6 +114,7 @@ class StageProblem:
     schedules: tuple[Schedule, ...] = tuple(SCHEDULES.values())
     objective: Objective = "step"
     norm_s: Time | None = None
+    shared: tuple[tuple[tuple[int, ...], int], ...] = ()
 
     @property
     def devices(self) -> int:
@@ -379,10 +381,22 @@ def pipeline_of(problem: StageProblem, staging: Staging, units: Sequence[Unit]) 
             time_s += problem.exchange_s(cost.memory.gradients_bytes, copies[s])
         if time_s:
             synchronisations.append(Synchronisation((s,), time_s))
+    synchronisations += _of_shared(problem, stages)
     pipeline = Pipeline(
         tuple(costs), feeds, problem.network(groups), tuple(synchronisations), problem.norm_s
     )
     return Made(facts, pipeline, [problem.limit_bytes[layout.kind] for layout in layouts])
+
+
+def _of_shared(problem: StageProblem, stages: Sequence[StageChoice]) -> Iterator[Synchronisation]:
+    """Of parameters that are in several stages; replicas have exchanged theirs before."""
+    stage_of = {unit: s for s, stage in enumerate(stages) for unit in stage.units}
+    for units, size in problem.shared:
+        sharing = tuple(sorted({stage_of[unit] for unit in units}))
+        if len(sharing) > 1:
+            layouts = [stages[s].layout for s in sharing]
+            on_device = max(-(-size * layout.parts // layout.devices) for layout in layouts)
+            yield Synchronisation(sharing, problem.exchange_s(on_device, len(sharing)))
 
 
 def _key(

@@ -124,6 +124,7 @@ class RandomStages:
             network=network,
             exchange_s=lambda size, copies: size * copies // 4,
             norm_s=random.choice([None, None, 7]),
+            shared=(((0, count - 1), random.randint(1, 60)),) if random.random() < 0.2 else (),
         )
 
     def _reads(self, unit: int) -> tuple[int, ...]:
