@@ -169,22 +169,28 @@ class _Search:
             self._all_shapes = True
             self._progress("trying equal stages")
             self._propose()
-            self._progress("moving units between stages")
-            self._improve()
             proof_s = max(self._budget.proof_s, (monotonic() - self._start_s) / 2)
-            end_s = self._incumbent.late_s
-            if self._incumbent.best is not None:
-                self._incumbent.late_s = min(end_s, monotonic() + proof_s)
-            try:
-                self._prove()
-            except LateError:
-                if monotonic() > end_s:
-                    raise
+            self._progress("moving units between stages")
+            self._for_at_most(proof_s / 2, self._improve)
+            self._for_at_most(proof_s, self._prove)
         except LateError:
             reason = "time"
         except KeyboardInterrupt:
             reason = "interrupted"
         return self._result(reason)
+
+    def _for_at_most(self, time_s: float, what: Callable[[], None]) -> None:
+        """Once there is something; before, for all the time that is left."""
+        end_s = self._incumbent.late_s
+        if self._incumbent.best is not None:
+            self._incumbent.late_s = min(end_s, monotonic() + time_s)
+        try:
+            what()
+        except LateError:
+            if monotonic() > end_s:
+                raise
+        finally:
+            self._incumbent.late_s = end_s
 
     def _result(self, reason: str) -> StageResult:
         best_s = self._incumbent.best_s

@@ -196,6 +196,19 @@ def test_parallel_branches_run_at_the_same_time_on_devices_of_their_own() -> Non
     assert result.time_s == 4 + 4 + 8 + 8
 
 
+def test_many_equal_units_are_planned_within_a_bound() -> None:
+    """Memory binds: 40 units of 4 + 120 bytes, or 4 + 1, on 8 devices of 500."""
+    problem = chain_problem([(1, 1)] * 40, devices=8, batch=16, limit=500)
+    result = search(problem, Budget(60.0, 1e-3, proof_s=1.0))
+    assert result.best is not None
+    value = value_of(problem, result.best, problem.units(result.best.microbatches))
+    assert value is not None
+    assert all(memory.total_bytes <= 500 for memory in value.timeline.memories())
+    assert result.lower_bound_s <= float(value.time_s)
+    assert result.lower_bound_s >= 40 * 3 / 8 * (1 - 1e-9)  # all devices always busy
+    assert len(result.trials) > 100
+
+
 # What the search leans on
 
 
