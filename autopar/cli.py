@@ -662,11 +662,15 @@ def draw_command(
     from autopar import api
     from autopar.exporters import drawing, perfetto, played
     from autopar.ir.plan import write_atomically
+    from autopar.ir.profiled_graph import is_profiled
 
     time_text, names = drawing.number_text, None
     if schedule.endswith(".json"):
         plan = api.load_plan(schedule)
-        found, names = played.timeline(plan), played.row_names(plan)
+        if is_profiled(plan.graph):
+            found = api.timeline_of_plan(plan)
+        else:
+            found, names = played.timeline(plan), played.row_names(plan)
         microbatches, schedule = plan.strategy.microbatches, f"{plan.graph.name}, {schedule}"
         time_text = drawing.seconds_text
     else:

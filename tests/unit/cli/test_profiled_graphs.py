@@ -53,6 +53,8 @@ def test_its_plan_is_explained_and_simulated(
     assert json.loads(shown)["stages"] if as_json else "row 0" in shown
     assert run("simulate", plan, *more) == 0
     assert run("export", plan, "perfetto") == 0
+    assert run("draw", plan, *more) == 0
+    assert run("diff", plan, plan, *more) == 0
 
 
 def test_its_plan_is_not_run(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
