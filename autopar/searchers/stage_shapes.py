@@ -70,6 +70,7 @@ class World:
         self._fillings: dict[bool, Filling] = {}
         self._device_s: dict[bool, list[float]] = {}
         self._layout_sums: dict[bool, LayoutSums] = {}
+        self._slowest_s: dict[tuple[bool, int], float] = {}
         self._rates: dict[tuple[bool, bool, int], Rates] = {}
 
     def part(self, before: int, after: int) -> tuple[tuple[int, ...], Kinds]:
@@ -113,21 +114,23 @@ class World:
             )
         return self._rates[key]
 
-    @lru_cache(maxsize=None)  # noqa: B019
     def slowest_unit_s(self, split: bool, copies: int) -> float:
         """What the row with some unit takes at least."""
-        return max(
-            min(
-                (
-                    self.microbatches // copies * sum(halves(a.cost, split))
-                    + float(a.cost.update_s)
-                    for a in kind
-                    if not split or a.cost.input_gradient_s is not None
-                ),
-                default=math.inf,
+        key = (split, copies)
+        if key not in self._slowest_s:
+            share = self.microbatches // copies
+            self._slowest_s[key] = max(
+                min(
+                    (
+                        share * sum(halves(a.cost, split)) + float(a.cost.update_s)
+                        for a in kind
+                        if not split or a.cost.input_gradient_s is not None
+                    ),
+                    default=math.inf,
+                )
+                for kind in self.mixes.kinds
             )
-            for kind in self.mixes.kinds
-        )
+        return self._slowest_s[key]
 
     @cached_property
     def least_bytes(self) -> int:

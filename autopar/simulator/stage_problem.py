@@ -281,7 +281,7 @@ def facts_of_rows(rows: Rows) -> Facts:
     )
 
 
-@lru_cache(maxsize=None)
+@lru_cache(maxsize=4096)
 def facts_of(
     schedule: Schedule, stages: int, microbatches: int, chunks: int, feeds: Feeds
 ) -> Facts | None:

@@ -73,6 +73,47 @@ def test_the_search_finds_the_best_throughput(branching: bool) -> None:
         check(replace(RandomStages(seed, branching).problem, objective="throughput"))
 
 
+def test_the_search_finds_the_best_on_two_kinds_of_devices() -> None:
+    kinds: Counter[str] = Counter()
+    for seed in range(25):
+        result = check(on_two_kinds(RandomStages(seed, seed % 2 == 0, most_units=3).problem))
+        if result.best is not None:
+            kinds.update({stage.layout.kind for stage in result.best.stages})
+    assert kinds["fast"] and kinds["slow"]
+
+
+def on_two_kinds(problem: StageProblem) -> StageProblem:
+    """Of each unit also alternatives on devices that take half as long again and have more room."""
+
+    def slow(alternative: Alternative) -> Alternative:
+        cost = alternative.cost
+        times = (cost.forward_s, cost.backward_s, cost.update_s)
+        halves = (cost.input_gradient_s, cost.weight_gradient_s)
+        return replace(
+            alternative,
+            layout=replace(alternative.layout, kind="slow"),
+            cost=StageCost(
+                *(Fraction(3, 2) * t for t in times),
+                *(None if t is None else Fraction(3, 2) * t for t in halves),
+                cost.memory,
+            ),
+        )
+
+    def both(unit: Unit) -> Unit:
+        ways = [replace(a, layout=replace(a.layout, kind="fast")) for a in unit.alternatives]
+        return replace(unit, alternatives=(*ways, *map(slow, unit.alternatives)))
+
+    (pool,) = problem.pools
+    return replace(
+        problem,
+        units=lru_cache(maxsize=None)(lambda m: tuple(map(both, problem.units(m)))),
+        pools=(
+            Pool(2, pool.memory_limit_bytes, "fast"),
+            Pool(pool.devices - 2, 2 * pool.memory_limit_bytes, "slow"),
+        ),
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("branching", [False, True])
 def test_the_search_finds_the_best_of_larger_problems(branching: bool) -> None:
