@@ -181,7 +181,7 @@ pipeline._Stage.do = do
 """
 
 
-def staged(folder: Path, deed: str) -> None:
+def three_stages(folder: Path, deed: str) -> None:
     """A plan of three stages, of which the last does ``deed`` at 2F1 of its second step."""
     one = planned(folder)
     (folder / "model.py").write_text(MODEL.format(extra="") + BAD.format(deed=deed))
@@ -203,7 +203,7 @@ DEEDS = {
 )
 def test_a_run_that_fails_says_what_went_wrong_first(tmp_path: Path, deed: str) -> None:
     """And no more than one traceback, of an error that is none of autopar's."""
-    staged(tmp_path, deed)
+    three_stages(tmp_path, deed)
     done = autopar("run", tmp_path / "plan.json", "--steps", 3, "--timeout", 4)
     assert done.returncode == 1
     assert DEEDS[deed] in done.stderr
@@ -214,7 +214,7 @@ def test_a_run_that_fails_says_what_went_wrong_first(tmp_path: Path, deed: str) 
 @pytest.mark.slow
 @pytest.mark.parametrize("deed", DEEDS)
 def test_under_torchrun_a_failed_run_ends_with_its_exit_code(tmp_path: Path, deed: str) -> None:
-    staged(tmp_path, deed)
+    three_stages(tmp_path, deed)
     arguments = ("run", tmp_path / "plan.json", "--steps", 3, "--timeout", 4)
     done = autopar(*arguments, processes=3)
     assert done.returncode != 0
