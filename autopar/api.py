@@ -719,14 +719,33 @@ def division_of(plan: Plan) -> Division:
     divided = division(plan.graph, plan.strategy.microbatches, plan.proposed)
     rules = divided.rules
     for name, split in plan.strategy.splits.items():
-        mesh = plan.strategy.mesh_of[name]
-        if set(split) - set(rules[name].choices) or not rules[name].divides(split, mesh):
+        mesh, offered = plan.strategy.mesh_of[name], rules[name].choices
+        single = {factor for factor, size in rules[name].sizes.items() if size == 1}
+        unknown = set(split) - set(offered) - single
+        if not unknown and (set(split) & single or not rules[name].divides(split, mesh)):
+            raise PlanMismatchError(
+                f"the plan splits {name} by {', '.join(split)} over a mesh of "
+                f"{' x '.join(map(str, mesh.sizes))} devices, and in {plan.strategy.microbatches} "
+                f"microbatches it has {_sizes_text(rules[name].limits, split)} of these to divide; "
+                "give it fewer devices, fewer microbatches or a larger batch"
+            )
+        if unknown:
             raise PlanMismatchError(
                 f"the plan splits {name} by {', '.join(split)}, which the rule of "
                 f"{plan.graph.operator[name].op} does not offer (it has "
                 f"{', '.join(rules[name].choices)}): the plan or autopar has changed; plan again"
             )
     return divided
+
+
+def _sizes_text(sizes: Mapping[str, int], split: Iterable[str]) -> str:
+    """
+    >>> _sizes_text({"batch": 2, "out": 32}, ("batch", "nothing", "batch"))
+    'batch 2'
+    """
+    return ", ".join(
+        f"{factor} {sizes[factor]}" for factor in dict.fromkeys(split) if factor in sizes
+    )
 
 
 def verify(
@@ -756,6 +775,7 @@ def run(
     model: str | Path | nn.Module | Callable[[], nn.Module] | None = None,
     *,
     seed: int = 0,
+    timeout_s: float | None = None,
     **hyperparameters: Any,
 ) -> TrainingStep | PipelineStep:
     """The plan's training step on this process, one of those that torchrun started.
@@ -763,36 +783,51 @@ def run(
     ``loss = step(batch)`` trains on one *global* batch, which every process passes whole, as the
     model's ``forward`` takes it. ``model``: a name (default: that of the plan), a function that
     makes it, or the module itself, at the price of a whole copy in every process.
-    ``hyperparameters`` go to torch's optimizer (``lr=...``).
+    ``timeout_s``: how long to wait for another process (default: 300, or as your own process group
+    says). ``hyperparameters`` go to torch's optimizer (``lr=...``).
 
     Raises:
         PlanMismatchError: another number of processes, or another model, than the plan's.
+        InfeasibleError: a device has less memory than the plan needs.
+        PeerError: another process has ended, or did not answer in time; from the step, too.
     """
     from autopar.runtime.launch import run as join
+    from autopar.runtime.room import check_promise
 
     refuse_profiled(plan, "run")
     division_of(plan)  # says what is wrong with a split, if anything
+    check_promise(plan.estimate.peak_memory_bytes)
     if model is not None and not isinstance(model, str | Path):
-        return join(plan, model, seed=seed, **hyperparameters)
+        return join(plan, model, seed=seed, timeout_s=timeout_s, **hyperparameters)
     build = source_of(plan, model)
-    return join(plan, lambda: build()[0], seed=seed, **hyperparameters)
+    return join(plan, lambda: build()[0], seed=seed, timeout_s=timeout_s, **hyperparameters)
 
 
 def check_processes(plan: Plan) -> None:
-    """Raises ``PlanMismatchError`` unless this machine can be all devices of the plan."""
-    from autopar.runtime import launch
+    """Raises ``PlanMismatchError`` unless this machine can be all devices of the plan, and
+    ``InfeasibleError`` if it has not the memory."""
+    from autopar.runtime import launch, room
 
     measured = "profiled" in plan.topology
     launch.check_processes(plan.world_size, str(plan.topology.get("name")), measured_here=measured)
+    room.check_promise(plan.estimate.peak_memory_bytes, plan.world_size)
 
 
 def rehearse(
-    plan: Plan, plan_path: str | Path, model: str, steps: int = 10, seed: int = 0
+    plan: Plan,
+    plan_path: str | Path,
+    model: str,
+    steps: int = 10,
+    seed: int = 0,
+    *,
+    timeout_s: float | None = None,
 ) -> Measurement:
     """Train for a few steps in as many processes of this machine as the plan has devices."""
     from autopar.runtime import rehearsal
 
     arguments = ["run", str(plan_path), model, "--steps", str(steps), "--seed", str(seed)]
+    if timeout_s is not None:
+        arguments += ["--timeout", str(timeout_s)]
     return rehearsal.start(plan, arguments)
 
 

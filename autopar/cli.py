@@ -37,9 +37,9 @@ READER_GONE = 141
 or 1: what `verify` found, for one, was not told."""
 
 EXIT_CODES = """\b
-Exit codes: 0 ok, 1 internal error or failed verification, 2 usage,
-3 no plan fits, 4 model not supported, 5 out of time, 130 interrupted,
-141 nobody reads the output.
+Exit codes: 0 ok, 1 internal error, failed verification, or a run of which a
+process ended or did not answer, 2 usage, 3 no plan fits, 4 model not
+supported, 5 out of time, 130 interrupted, 141 nobody reads the output.
 """
 
 
@@ -416,6 +416,11 @@ def verify_command(plan: Path, model: str | None, rank: int | None, as_json: boo
 @click.option(
     "--compare", is_flag=True, help="Train the same in one process, too, and compare the losses."
 )
+@click.option(
+    "--timeout",
+    type=ABOVE_0,
+    help="Seconds to wait for another process that does not answer.  [default: 300]",
+)
 @click.option("--result", type=Path, hidden=True)
 @_json_option
 def run_command(
@@ -424,6 +429,7 @@ def run_command(
     steps: int,
     seed: int,
     compare: bool,
+    timeout: float | None,
     result: Path | None,
     as_json: bool,
 ) -> None:
@@ -438,7 +444,7 @@ def run_command(
     api.refuse_profiled(loaded, "run")
     name = api.named(loaded, model)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _run_here(loaded, name, steps, seed, result, as_json)
+        _run_here(loaded, name, steps, seed, timeout, result, as_json)
         return
     from autopar.exporters import text
 
@@ -446,7 +452,7 @@ def run_command(
         api.check_processes(loaded)
         api.check_model(loaded, name, tell)
         tell(f"training {steps} steps, processes: {loaded.world_size}")
-        found = api.rehearse(loaded, plan, name, steps, seed)
+        found = api.rehearse(loaded, plan, name, steps, seed, timeout_s=timeout)
         if compare:
             tell(f"training {steps} steps in one process")
         alone = api.single_process(loaded, name, steps, seed) if compare else None
@@ -458,22 +464,32 @@ def run_command(
 
 
 def _run_here(
-    plan: Plan, name: str, steps: int, seed: int, result: Path | None, as_json: bool
+    plan: Plan,
+    name: str,
+    steps: int,
+    seed: int,
+    timeout_s: float | None,
+    result: Path | None,
+    as_json: bool,
 ) -> None:
-    """As one of the processes that torchrun started: the first one prints, or writes ``result``."""
+    """As one of the processes that torchrun started: the first one prints, or leaves its results in
+    the folder ``result``, where all leave what goes wrong."""
     from autopar import api
     from autopar.exporters import text
-    from autopar.runtime import rehearsal
+    from autopar.runtime import first_cause, rehearsal
+    from autopar.runtime.peers import tell_nobody
 
-    first = os.environ["RANK"] == "0"
+    rank = int(os.environ["RANK"])
+    diary = tell_nobody if result is None else first_cause.Diary(result, rank)
     try:
         api.division_of(plan)  # says what is wrong with a split, if anything
-        found = rehearsal.rehearse(plan, api.source_of(plan, name), steps, seed)
-    except AutoparError as error:
+        build = api.source_of(plan, name)
+        found = rehearsal.rehearse(plan, build, steps, seed, timeout_s, diary)
+    except Exception as error:
         if result is not None:
-            rehearsal.leave(result, error)
+            first_cause.leave(result, rank, error)
         raise
-    if not first:
+    if rank != 0:
         return
     if result is not None:
         rehearsal.leave(result, found)
