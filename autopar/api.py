@@ -24,6 +24,7 @@ from autopar.errors import (
 from autopar.ir.graph import OperatorGraph
 from autopar.ir.plan import Plan, PlanDiff, load_plan, save_plan, summarise
 from autopar.ir.plan import diff as diff_plans
+from autopar.ir.profiled_graph import is_profiled, is_profiled_file, load_profiled_graph
 from autopar.ir.search import Budget, Problem, SearchResult, SearchSummary
 from autopar.ir.sharding import Mesh
 from autopar.ir.simulation import Estimate
@@ -40,13 +41,16 @@ if TYPE_CHECKING:
     from autopar.runtime.step import TrainingStep
     from autopar.runtime.verify import Report
     from autopar.runtime.verify_stages import StagesReport
+    from autopar.searchers.over_stages import StageResult
     from autopar.simulator.edges import Rules
     from autopar.simulator.microbatches import Division
+    from autopar.simulator.stage_problem import StageProblem
     from autopar.simulator.timeline import Timeline
 
 Progress = Callable[[str], None]
 """Is told what is done, at the start of everything that may take over a second."""
 
+Objective = Literal["step", "throughput"]
 Precision = Literal["full", "mixed"]
 Optimizer = Literal["sgd", "momentum", "adam", "adamw"]
 Searcher = Callable[..., SearchResult]
@@ -75,6 +79,8 @@ class Wanted(TypedDict, total=False):
     - ``propose``: find rules by trying for ops that have none.
     - ``loss``: ``loss(outputs, inputs)`` when the model does not return its own.
     - ``batch``, ``sequence``: sizes of the batch of an ``hf:`` model.
+    - ``objective``: of a profiled graph, the time of a ``step``, or ``throughput``: the busiest
+      device or link when steps follow each other without a gap.
     """
 
     topology: str | Path | CostModel
@@ -91,6 +97,7 @@ class Wanted(TypedDict, total=False):
     loss: Loss | None
     batch: int | None
     sequence: int | None
+    objective: Objective
 
 
 def extract(
@@ -110,6 +117,8 @@ def extract(
     """
     if isinstance(model, OperatorGraph):
         return model
+    if isinstance(model, str | Path) and is_profiled_file(model):
+        return load_profiled_graph(model)
     _tell(progress, "extracting the operators")
     if isinstance(model, str | Path):
         from autopar.extractor import cached_extract
@@ -154,7 +163,8 @@ def plan(
 ) -> Plan:
     """The fastest strategy that fits, with its price, its proof and its promise.
 
-    See ``Wanted`` for the other arguments.
+    See ``Wanted`` for the other arguments. A graph of measured operators, or the path of one
+    (docs/profiled_graphs.md), is planned in stages.
 
     Raises:
         InfeasibleError: nothing fits in memory; the message has the nearest miss.
@@ -162,6 +172,12 @@ def plan(
         InterruptedSearchError: Ctrl-C did; later, it ends the search with the best so far.
         UnsupportedModelError: the model cannot be traced, or has operators without a rule.
     """
+    profiled = _profiled(model)
+    if profiled is not None:
+        name = str(model) if isinstance(model, str | Path) else ""
+        return plan_profiled(
+            profiled, name, searcher, time_limit_s=time_limit_s, progress=progress, **wanted
+        )
     problem = problem_of(model, inputs, progress=progress, **wanted)
     result = run_search(problem, searcher, time_limit_s, progress)
     found = plan_of(problem, result)
@@ -169,6 +185,145 @@ def plan(
         return found
     return replace(
         found, model=str(model), batch=wanted.get("batch"), sequence=wanted.get("sequence")
+    )
+
+
+def _profiled(model: object) -> OperatorGraph | None:
+    """The graph, where it is one of measured operators."""
+    if isinstance(model, str | Path) and is_profiled_file(model):
+        return load_profiled_graph(model)
+    if isinstance(model, OperatorGraph) and is_profiled(model):
+        return model
+    return None
+
+
+STAGES = "stages"
+"""The searcher of profiled graphs."""
+
+
+def plan_profiled(
+    graph: OperatorGraph,
+    name: str = "",
+    searcher: str | Searcher = "ilp",
+    *,
+    time_limit_s: float | None = None,
+    progress: Progress | None = None,
+    **wanted: Unpack[Wanted],
+) -> Plan:
+    """``plan`` of measured operators; ``name``: their file.
+
+    Raises:
+        InfeasibleError, OutOfTimeError, InterruptedSearchError: as ``plan``.
+    """
+    from autopar.searchers import over_stages
+    from autopar.simulator import profiled_stages
+    from autopar.simulator.stage_problem import value_of
+    from cost_models.saved import cost_model_to_json
+
+    _check_names(wanted)
+    _only_of_models(searcher, wanted)
+    cost_model = machine(wanted.get("topology", LOCAL), wanted.get("devices"), progress)
+    topology = cost_model_to_json(cost_model)
+    limit = wanted.get("memory_limit_bytes")
+    limit = cost_model.memory_bytes if limit is None else limit
+    training = Training(wanted.get("optimizer", "adamw"))
+    objective = wanted.get("objective", "step")
+    problem = profiled_stages.stage_problem(
+        graph,
+        cost_model,
+        device_kind(topology),
+        limit,
+        training,
+        objective,
+        _microbatches_of(graph, wanted.get("microbatches")),
+    )
+    budget = USUAL if time_limit_s is None else Budget(time_limit_s, USUAL.gap)
+    _check_measured(problem, device_kind(topology))
+    result = over_stages.search(problem, budget, progress or _silent)
+    if result.best is None:
+        raise _no_stages(graph, result, limit)
+    units = problem.units(result.best.microbatches)
+    value = value_of(problem, result.best, units)
+    assert value is not None
+    return Plan(
+        graph=graph,
+        topology=topology,
+        strategy=profiled_stages.strategy_of(graph, problem, result.best, training),
+        estimate=profiled_stages.estimate_of(value.timeline, objective),
+        search=over_stages.summarise(result, STAGES, limit),
+        model=name,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        autopar=__version__,
+        objective=objective,
+    )
+
+
+def _check_names(wanted: Wanted) -> None:
+    for name in wanted.keys() - Wanted.__annotations__.keys():
+        raise AutoparError(unknown(name, Wanted.__annotations__, "argument"))
+
+
+def device_kind(topology: Mapping[str, Any]) -> str:
+    """The name of a machine's device, "" if it has none."""
+    found = topology.get("analytical", {}).get("device", {}).get("name", "")
+    return str(found)
+
+
+def _only_of_models(searcher: str | Searcher, wanted: Wanted) -> None:
+    given: dict[str, Any] = {"searcher": None if searcher == "ilp" else searcher}
+    for key in ("mesh", "clip_norm", "loss", "batch", "sequence"):
+        given[key] = wanted.get(key)
+    given["propose"] = wanted.get("propose") or None
+    given["precision"] = None if wanted.get("precision", "full") == "full" else "mixed"
+    given["dimensions"] = None if wanted.get("dimensions", "SOAP") == "SOAP" else "some"
+    for key, value in given.items():
+        if value is not None:
+            raise AutoparError(
+                f"{key} is for models that are traced, and this is a profiled graph, which is "
+                "planned from its measurements; leave it out"
+            )
+
+
+def _microbatches_of(graph: OperatorGraph, wanted: int | None) -> int | None:
+    from autopar.ir.profiled_graph import global_batch
+
+    batch = global_batch(graph)
+    if wanted is not None and batch % wanted:
+        near = max(m for m in range(1, wanted) if batch % m == 0)
+        raise AutoparError(
+            f"a global batch of {batch} samples cannot be worked on in {wanted} equal "
+            f"microbatches; {near} would work"
+        )
+    return wanted
+
+
+def _check_measured(problem: StageProblem, device: str) -> None:
+    for unit in problem.units(problem.microbatches[0]):
+        if not unit.alternatives:
+            raise AutoparError(
+                f"{unit.name} has no measurement for {problem.devices} "
+                f"device{'s' * (problem.devices > 1)} of kind {device!r}; measure it there, or "
+                "plan for another machine"
+            )
+
+
+def _no_stages(graph: OperatorGraph, result: StageResult, limit_bytes: int) -> AutoparError:
+    from autopar.exporters.units import bytes_text
+
+    limit = bytes_text(limit_bytes)
+    if result.stop_reason == "interrupted":
+        return InterruptedSearchError("interrupted before any strategy was found")
+    if result.stop_reason == "time":
+        return OutOfTimeError(
+            f"the search ended after {result.search_time_s:.1f} s, before it found any "
+            "strategy; allow more time, or give the number of microbatches"
+        )
+    proved = result.stop_reason == "infeasible"
+    what = "nothing fits" if proved else "nothing was found that fits, nor proved that nothing does"
+    return InfeasibleError(
+        f"{what}: for {graph.name} the limit is {limit} on a device; allow more devices, measure "
+        'with tensor parallelism, allow recomputation ("recompute": true), or take another '
+        "optimizer"
     )
 
 
@@ -182,8 +337,16 @@ def problem_of(
     """What ``search`` and ``plan`` search: the model's graph, the machine and what is fixed."""
     from autopar.simulator import meshes
 
-    for name in wanted.keys() - Wanted.__annotations__.keys():
-        raise AutoparError(unknown(name, Wanted.__annotations__, "argument"))
+    _check_names(wanted)
+    if _profiled(model) is not None:
+        raise AutoparError(
+            "a profiled graph is searched in stages, not mesh by mesh: plan it (autopar plan)"
+        )
+    if wanted.get("objective", "step") != "step":
+        raise AutoparError(
+            "the objective throughput is for profiled graphs so far; models that are traced are "
+            "planned for the time of a step"
+        )
     precision = wanted.get("precision", "full")
     cost_model = machine(wanted.get("topology", LOCAL), wanted.get("devices"), progress)
     mesh = wanted.get("mesh")
@@ -435,6 +598,8 @@ def simulate(
     Raises:
         PlanMismatchError: the other machine has fewer or more devices than the plan.
     """
+    if is_profiled(plan.graph):
+        return _estimate_profiled(plan, topology, devices)
     if topology is None:
         from cost_models.saved import cost_model_from_json
 
@@ -448,6 +613,56 @@ def simulate(
             "simulate it on as many, or plan again"
         )
     return _priced(division_of(plan), cost_model, plan.strategy)
+
+
+def timeline_of_plan(
+    plan: Plan, topology: str | Path | CostModel | None = None, devices: int | None = None
+) -> Timeline:
+    """A plan of a profiled graph, played: on its machine, or on another one."""
+    from autopar.simulator import profiled_stages
+    from autopar.simulator.stage_problem import played
+    from cost_models.saved import cost_model_from_json, cost_model_to_json
+
+    if topology is None:
+        with _as_user_errors():
+            cost_model = cost_model_from_json(plan.topology)
+    else:
+        cost_model = machine(topology, devices)
+    problem = profiled_stages.stage_problem(
+        plan.graph,
+        cost_model,
+        device_kind(cost_model_to_json(cost_model)),
+        plan.search.memory_limit_bytes,
+        plan.strategy.training,
+        plan.objective,
+        plan.strategy.microbatches,
+    )
+    units = problem.units(plan.strategy.microbatches)
+    staging = profiled_stages.staging_of(plan.strategy, units)
+    timeline = played(problem, staging, units)
+    if timeline is None:
+        raise PlanMismatchError(
+            f"the plan needs {plan.world_size} devices, and this machine has {cost_model.devices}; "
+            "simulate it on as many, or plan again"
+        )
+    return timeline
+
+
+def _estimate_profiled(
+    plan: Plan, topology: str | Path | CostModel | None, devices: int | None
+) -> Estimate:
+    from autopar.simulator import profiled_stages
+
+    return profiled_stages.estimate_of(timeline_of_plan(plan, topology, devices), plan.objective)
+
+
+def refuse_profiled(plan: Plan, what: str) -> None:
+    """Raises ``AutoparError`` where ``what`` needs a model, and the plan has only measurements."""
+    if is_profiled(plan.graph):
+        raise AutoparError(
+            f"this plan cannot be {what}: it was made from a profiled graph, which has "
+            "measurements and no code; autopar explain, simulate and export show it"
+        )
 
 
 def timeline_of(
@@ -474,8 +689,10 @@ def timeline_of(
 
 def explain(plan: Plan) -> str:
     """Block by block, what is split how, what each redistribution costs, and the memory."""
-    from autopar.exporters import text
+    from autopar.exporters import stages, text
 
+    if is_profiled(plan.graph):
+        return stages.explain(plan, timeline_of_plan(plan))
     return text.explain(plan, rules_of(plan))
 
 
@@ -486,8 +703,13 @@ def diff(a: Plan, b: Plan) -> PlanDiff:
 
 def export(plan: Plan, exporter: str | Exporter) -> str:
     """The plan in another form; the names are those of ``autopar list exporters``."""
-    from autopar.exporters import EXPORTERS
+    from autopar.exporters import EXPORTERS, STAGE_EXPORTERS
 
+    if is_profiled(plan.graph):
+        if not isinstance(exporter, str):
+            raise AutoparError("an exporter of your own needs a plan of a model that was traced")
+        drawn = pick(STAGE_EXPORTERS, exporter, "exporter of plans of profiled graphs")
+        return drawn(plan, timeline_of_plan(plan))
     found = pick(EXPORTERS, exporter, "exporter") if isinstance(exporter, str) else exporter
     return found(plan, rules_of(plan))
 
@@ -508,14 +730,33 @@ def division_of(plan: Plan) -> Division:
     divided = division(plan.graph, plan.strategy.microbatches, plan.proposed)
     rules = divided.rules
     for name, split in plan.strategy.splits.items():
-        mesh = plan.strategy.mesh_of[name]
-        if set(split) - set(rules[name].choices) or not rules[name].divides(split, mesh):
+        mesh, offered = plan.strategy.mesh_of[name], rules[name].choices
+        single = {factor for factor, size in rules[name].sizes.items() if size == 1}
+        unknown = set(split) - set(offered) - single
+        if not unknown and (set(split) & single or not rules[name].divides(split, mesh)):
+            raise PlanMismatchError(
+                f"the plan splits {name} by {', '.join(split)} over a mesh of "
+                f"{' x '.join(map(str, mesh.sizes))} devices, and in {plan.strategy.microbatches} "
+                f"microbatches it has {_sizes_text(rules[name].limits, split)} of these to divide; "
+                "give it fewer devices, fewer microbatches or a larger batch"
+            )
+        if unknown:
             raise PlanMismatchError(
                 f"the plan splits {name} by {', '.join(split)}, which the rule of "
                 f"{plan.graph.operator[name].op} does not offer (it has "
                 f"{', '.join(rules[name].choices)}): the plan or autopar has changed; plan again"
             )
     return divided
+
+
+def _sizes_text(sizes: Mapping[str, int], split: Iterable[str]) -> str:
+    """
+    >>> _sizes_text({"batch": 2, "out": 32}, ("batch", "nothing", "batch"))
+    'batch 2'
+    """
+    return ", ".join(
+        f"{factor} {sizes[factor]}" for factor in dict.fromkeys(split) if factor in sizes
+    )
 
 
 def verify(
@@ -526,6 +767,7 @@ def verify(
 
     ``rank``: by default 0, as all are alike; of a plan of several stages one of each that differ.
     """
+    refuse_profiled(plan, "verified")
     divided = division_of(plan)  # says what is wrong with a split, if anything
     _know_ops(plan.graph, plan.model, plan.batch, plan.sequence)
     if len(plan.strategy.stages) > 1:
@@ -544,6 +786,7 @@ def run(
     model: str | Path | nn.Module | Callable[[], nn.Module] | None = None,
     *,
     seed: int = 0,
+    timeout_s: float | None = None,
     **hyperparameters: Any,
 ) -> TrainingStep | PipelineStep:
     """The plan's training step on this process, one of those that torchrun started.
@@ -551,35 +794,51 @@ def run(
     ``loss = step(batch)`` trains on one *global* batch, which every process passes whole, as the
     model's ``forward`` takes it. ``model``: a name (default: that of the plan), a function that
     makes it, or the module itself, at the price of a whole copy in every process.
-    ``hyperparameters`` go to torch's optimizer (``lr=...``).
+    ``timeout_s``: how long to wait for another process (default: 300, or as your own process group
+    says). ``hyperparameters`` go to torch's optimizer (``lr=...``).
 
     Raises:
         PlanMismatchError: another number of processes, or another model, than the plan's.
+        InfeasibleError: a device has less memory than the plan needs.
+        PeerError: another process has ended, or did not answer in time; from the step, too.
     """
     from autopar.runtime.launch import run as join
+    from autopar.runtime.room import check_promise
 
+    refuse_profiled(plan, "run")
     division_of(plan)  # says what is wrong with a split, if anything
+    check_promise(plan.estimate.peak_memory_bytes)
     if model is not None and not isinstance(model, str | Path):
-        return join(plan, model, seed=seed, **hyperparameters)
+        return join(plan, model, seed=seed, timeout_s=timeout_s, **hyperparameters)
     build = source_of(plan, model)
-    return join(plan, lambda: build()[0], seed=seed, **hyperparameters)
+    return join(plan, lambda: build()[0], seed=seed, timeout_s=timeout_s, **hyperparameters)
 
 
 def check_processes(plan: Plan) -> None:
-    """Raises ``PlanMismatchError`` unless this machine can be all devices of the plan."""
-    from autopar.runtime import launch
+    """Raises ``PlanMismatchError`` unless this machine can be all devices of the plan, and
+    ``InfeasibleError`` if it has not the memory."""
+    from autopar.runtime import launch, room
 
     measured = "profiled" in plan.topology
     launch.check_processes(plan.world_size, str(plan.topology.get("name")), measured_here=measured)
+    room.check_promise(plan.estimate.peak_memory_bytes, plan.world_size)
 
 
 def rehearse(
-    plan: Plan, plan_path: str | Path, model: str, steps: int = 10, seed: int = 0
+    plan: Plan,
+    plan_path: str | Path,
+    model: str,
+    steps: int = 10,
+    seed: int = 0,
+    *,
+    timeout_s: float | None = None,
 ) -> Measurement:
     """Train for a few steps in as many processes of this machine as the plan has devices."""
     from autopar.runtime import rehearsal
 
     arguments = ["run", str(plan_path), model, "--steps", str(steps), "--seed", str(seed)]
+    if timeout_s is not None:
+        arguments += ["--timeout", str(timeout_s)]
     return rehearsal.start(plan, arguments)
 
 

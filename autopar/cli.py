@@ -37,9 +37,9 @@ READER_GONE = 141
 or 1: what `verify` found, for one, was not told."""
 
 EXIT_CODES = """\b
-Exit codes: 0 ok, 1 internal error or failed verification, 2 usage,
-3 no plan fits, 4 model not supported, 5 out of time, 130 interrupted,
-141 nobody reads the output.
+Exit codes: 0 ok, 1 internal error, failed verification, or a run of which a
+process ended or did not answer, 2 usage, 3 no plan fits, 4 model not
+supported, 5 out of time, 130 interrupted, 141 nobody reads the output.
 """
 
 
@@ -193,6 +193,13 @@ _search_options = (
         help="What may be split: Sample, Operator, Attribute, Parameter.",
     ),
     click.option("--propose", is_flag=True, help="Find rules by trying for ops that have none."),
+    click.option(
+        "--objective",
+        type=click.Choice(["step", "throughput"]),
+        default="step",
+        show_default=True,
+        help="Of a profiled graph: the time of a step, or the busiest device or link in one.",
+    ),
 )
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -226,6 +233,7 @@ def _wanted(options: dict[str, Any]) -> dict[str, Any]:
             "propose",
             "batch",
             "sequence",
+            "objective",
         )
     }
     return {
@@ -296,14 +304,16 @@ def extract_command(
 def plan_command(model: str, output: Path | None, top: int, as_json: bool, **options: Any) -> int:
     """Find the fastest strategy for MODEL that fits in memory.
 
-    MODEL: a path to model.py, package.module:callable, or hf:NAME_OR_PATH.
+    MODEL: a path to model.py, package.module:callable, or hf:NAME_OR_PATH; or GRAPH.json, operators
+    with measured times, which are planned in stages (docs/profiled_graphs.md).
 
     Ctrl-C ends the search: the best so far is printed and written, with exit code 130.
     """
     from autopar import api
     from autopar.exporters import json as json_exporter
-    from autopar.exporters import text
+    from autopar.exporters import stages, text
     from autopar.ir.plan import check_writable
+    from autopar.ir.profiled_graph import is_profiled
 
     if output is not None:
         check_writable(output)
@@ -311,10 +321,12 @@ def plan_command(model: str, output: Path | None, top: int, as_json: bool, **opt
         found = api.plan(model, progress=tell, **_wanted(options))
     if output is not None:
         api.save_plan(found, output)
+    profiled = is_profiled(found.graph)
     if as_json:
-        click.echo(json.dumps(json_exporter.summary(found)))
+        summary = stages.summarised(found) if profiled else json_exporter.summary(found)
+        click.echo(json.dumps(summary))
         return _code(found.search.stop_reason)
-    click.echo(text.summary(found, top))
+    click.echo(stages.summary(found) if profiled else text.summary(found, top))
     if output is not None:
         click.echo(f"\nwritten to {output}; `autopar explain {output}` says what it does and why")
     return _code(found.search.stop_reason)
@@ -353,9 +365,16 @@ def explain_command(plan: Path, views: bool, as_json: bool) -> None:
     """What PLAN splits how, what each redistribution costs, and where the memory goes."""
     from autopar import api
     from autopar.exporters import json as json_exporter
-    from autopar.exporters import text
+    from autopar.exporters import stages, text
+    from autopar.ir.profiled_graph import is_profiled
 
     loaded = api.load_plan(plan)
+    if is_profiled(loaded.graph):
+        if as_json:
+            click.echo(json.dumps(stages.explained(loaded, api.timeline_of_plan(loaded))))
+        else:
+            click.echo(api.explain(loaded), nl=False)
+        return
     rules = api.rules_of(loaded)
     if as_json:
         click.echo(json.dumps(json_exporter.explained(loaded, rules)))
@@ -383,6 +402,7 @@ def verify_command(plan: Path, model: str | None, rank: int | None, as_json: boo
     from autopar.exporters import text
 
     loaded = api.load_plan(plan)
+    api.refuse_profiled(loaded, "verified")
     with progress() as tell:
         if model is not None:
             api.check_model(loaded, model, tell)
@@ -406,6 +426,11 @@ def verify_command(plan: Path, model: str | None, rank: int | None, as_json: boo
 @click.option(
     "--compare", is_flag=True, help="Train the same in one process, too, and compare the losses."
 )
+@click.option(
+    "--timeout",
+    type=ABOVE_0,
+    help="Seconds to wait for another process that does not answer.  [default: 300]",
+)
 @click.option("--result", type=Path, hidden=True)
 @_json_option
 def run_command(
@@ -414,6 +439,7 @@ def run_command(
     steps: int,
     seed: int,
     compare: bool,
+    timeout: float | None,
     result: Path | None,
     as_json: bool,
 ) -> None:
@@ -425,9 +451,10 @@ def run_command(
     from autopar import api
 
     loaded = api.load_plan(plan)
+    api.refuse_profiled(loaded, "run")
     name = api.named(loaded, model)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _run_here(loaded, name, steps, seed, result, as_json)
+        _run_here(loaded, name, steps, seed, timeout, result, as_json)
         return
     from autopar.exporters import text
 
@@ -435,7 +462,7 @@ def run_command(
         api.check_processes(loaded)
         api.check_model(loaded, name, tell)
         tell(f"training {steps} steps, processes: {loaded.world_size}")
-        found = api.rehearse(loaded, plan, name, steps, seed)
+        found = api.rehearse(loaded, plan, name, steps, seed, timeout_s=timeout)
         if compare:
             tell(f"training {steps} steps in one process")
         alone = api.single_process(loaded, name, steps, seed) if compare else None
@@ -447,22 +474,32 @@ def run_command(
 
 
 def _run_here(
-    plan: Plan, name: str, steps: int, seed: int, result: Path | None, as_json: bool
+    plan: Plan,
+    name: str,
+    steps: int,
+    seed: int,
+    timeout_s: float | None,
+    result: Path | None,
+    as_json: bool,
 ) -> None:
-    """As one of the processes that torchrun started: the first one prints, or writes ``result``."""
+    """As one of the processes that torchrun started: the first one prints, or leaves its results in
+    the folder ``result``, where all leave what goes wrong."""
     from autopar import api
     from autopar.exporters import text
-    from autopar.runtime import rehearsal
+    from autopar.runtime import first_cause, rehearsal
+    from autopar.runtime.peers import tell_nobody
 
-    first = os.environ["RANK"] == "0"
+    rank = int(os.environ["RANK"])
+    diary = tell_nobody if result is None else first_cause.Diary(result, rank)
     try:
         api.division_of(plan)  # says what is wrong with a split, if anything
-        found = rehearsal.rehearse(plan, api.source_of(plan, name), steps, seed)
-    except AutoparError as error:
+        build = api.source_of(plan, name)
+        found = rehearsal.rehearse(plan, build, steps, seed, timeout_s, diary)
+    except Exception as error:
         if result is not None:
-            rehearsal.leave(result, error)
+            first_cause.leave(result, rank, error)
         raise
-    if not first:
+    if rank != 0:
         return
     if result is not None:
         rehearsal.leave(result, found)
@@ -651,11 +688,15 @@ def draw_command(
     from autopar import api
     from autopar.exporters import drawing, perfetto, played
     from autopar.ir.plan import write_atomically
+    from autopar.ir.profiled_graph import is_profiled
 
     time_text, names = drawing.number_text, None
     if schedule.endswith(".json"):
         plan = api.load_plan(schedule)
-        found, names = played.timeline(plan), played.row_names(plan)
+        if is_profiled(plan.graph):
+            found = api.timeline_of_plan(plan)
+        else:
+            found, names = played.timeline(plan), played.row_names(plan)
         microbatches, schedule = plan.strategy.microbatches, f"{plan.graph.name}, {schedule}"
         time_text = drawing.seconds_text
     else:

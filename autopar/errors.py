@@ -39,3 +39,9 @@ class VerificationError(AutoparError):
     """What was executed differs from what the plan promised."""
 
     exit_code = 1
+
+
+class PeerError(AutoparError):
+    """Another process of the run ended, or did not answer in time; this one cannot go on."""
+
+    exit_code = 1

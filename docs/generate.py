@@ -1,4 +1,4 @@
-"""Writes the pages that are made from code: the plan's schema, the CLI reference, the pictures.
+"""Writes the pages that are made from code: schemas, the CLI reference, the pictures.
 
 ``python docs/generate.py`` writes them; the tests fail when one of them is stale.
 """
@@ -19,6 +19,12 @@ def schema() -> str:
     from autopar.ir.plan_schema import plan_schema
 
     return json.dumps(plan_schema(), indent=1) + "\n"
+
+
+def profiled_schema() -> str:
+    from autopar.ir.profiled_graph import profiled_graph_schema
+
+    return json.dumps(profiled_graph_schema(), indent=1) + "\n"
 
 
 def cli_reference() -> str:
@@ -52,6 +58,7 @@ def picture() -> str:
 
 GENERATED: dict[str, Callable[[], str]] = {
     "plan.schema.json": schema,
+    "profiled_graph.schema.json": profiled_schema,
     "cli.md": cli_reference,
     "overview.svg": picture,
 }

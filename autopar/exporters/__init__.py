@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from autopar.exporters import html, json, perfetto, text
+from autopar.exporters import html, json, perfetto, stages, text
 from autopar.ir.plan import Plan
 from autopar.simulator.edges import Rules
 
@@ -17,3 +17,6 @@ EXPORTERS: dict[str, Exporter] = {
     "perfetto": perfetto.export,
     "text": text.export,
 }
+
+STAGE_EXPORTERS = stages.EXPORTERS
+"""For plans of profiled graphs, which have a timeline and no rules."""

@@ -79,7 +79,7 @@ def _heading(plan: Plan) -> list[str]:
         + ", ".join(f"{name} {share_text(t, step_s)}" for name, t in parts(found) if t > 0),
         f"peak memory {bytes_text(found.peak_memory_bytes)} of "
         f"{bytes_text(plan.search.memory_limit_bytes)} on each device",
-        _quality(plan),
+        quality(plan),
     ]
 
 
@@ -122,7 +122,8 @@ EXACT = 5e-5
 """Gaps below this print as 0.00%."""
 
 
-def _quality(plan: Plan) -> str:
+def quality(plan: Plan) -> str:
+    """How good it is known to be, and who found it."""
     search = plan.search
     if not search.trials:
         return "written by hand, not searched"

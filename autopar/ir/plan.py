@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from autopar.errors import AutoparError, PlanMismatchError
 from autopar.ir.graph import OperatorGraph, graph_from_json, graph_to_json
@@ -37,7 +37,8 @@ class Plan:
     the keys. ``model`` is what the user gave (``model.py``, ``package.module:callable``,
     ``hf:NAME``), ``""`` for an object; ``batch`` and ``sequence`` are the sizes given with an
     ``hf:`` one. ``proposed`` are (op, rule) pairs that were found by trying
-    rather than written by a person. ``created`` is UTC, ISO 8601.
+    rather than written by a person. ``created`` is UTC, ISO 8601. ``objective``: what is short,
+    ``step`` or ``throughput`` (then ``estimate.step_time_s`` is of steps without a gap between).
     """
 
     graph: OperatorGraph
@@ -51,6 +52,7 @@ class Plan:
     proposed: tuple[tuple[str, OpRule], ...] = ()
     created: str = ""
     autopar: str = ""
+    objective: Literal["step", "throughput"] = "step"
     format: int = FORMAT
 
     @property
@@ -285,6 +287,7 @@ def _read(data: dict[str, Any]) -> Plan:
         proposed=tuple((op, rule_from_json(rule)) for op, rule in data["proposed"]),
         created=data["created"],
         autopar=data["autopar"],
+        objective=data.get("objective", "step"),
         format=data["format"],
     )
 
@@ -298,6 +301,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "batch": plan.batch,
         "sequence": plan.sequence,
         "fingerprint": plan.graph.fingerprint,
+        **({} if plan.objective == "step" else {"objective": plan.objective}),
         "topology": plan.topology,
         "estimate": _estimate_to_json(plan.estimate),
         "search": search_to_json(plan.search),

@@ -40,7 +40,7 @@ BOUND: Schema = {"type": ["number", "null"], "description": "null: infinite, not
 
 
 def plan_schema() -> Schema:
-    return {
+    schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": f"autopar plan, format {FORMAT}",
         **record(
@@ -61,6 +61,8 @@ def plan_schema() -> Schema:
             graph=_graph(),
         ),
     }
+    schema["properties"]["objective"] = one_of(("step", "throughput"))  # left out where it is step
+    return schema
 
 
 # Words that schemas are made of

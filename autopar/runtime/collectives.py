@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import wraps
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from autopar.ir.sharding import Mesh, Placement, Sharding, sharded_dim, sharded_parts
 from autopar.runtime.pieces import cut_rows, join_rows
@@ -89,6 +90,10 @@ class Communicator:
                 for name, size in self.mesh.axes
             }
         )
+
+    def ranks(self) -> list[int]:
+        """Of the world, those of the mesh."""
+        return [int(rank) for rank in self.device_mesh.mesh.flatten()]
 
     @_in_pairs
     def all_gather(self, tensor: Tensor, axis: str, *, src: Placement, dst: Placement) -> Tensor:
@@ -174,10 +179,37 @@ def method_of(step: Step) -> str:
     return forward_collective(step) or "convert"
 
 
-def connect(mesh: Mesh, device_type: str) -> Communicator:
-    """Process groups for every axis; each rank of the world calls it once, in the same order."""
-    device_mesh = init_device_mesh(device_type, mesh.sizes, mesh_dim_names=mesh.names)
-    return Communicator(mesh, dist.get_rank(), device_mesh)
+def connect(mesh: Mesh, device_type: str, timeout: timedelta | None = None) -> Communicator:
+    """Process groups for every axis; each rank of the world calls it once, in the same order.
+    ``timeout``: of collectives, torch's own where it is not given."""
+    groups = device_mesh(mesh, range(mesh.size), device_type, timeout)
+    assert groups is not None
+    return Communicator(mesh, dist.get_rank(), groups)
+
+
+def device_mesh(
+    mesh: Mesh, ranks: Sequence[int], device_type: str, timeout: timedelta | None
+) -> DeviceMesh | None:
+    """The mesh on these ranks of the world, ``None`` on others; every rank of the world takes part.
+
+    ``DeviceMesh`` makes its groups with torch's limit, half an hour, even where the world has
+    another one.
+    """
+    me = dist.get_rank()
+    mine: list[ProcessGroup] = []
+    for axis in range(len(mesh.axes)):
+        lines = {mesh.group(axis, place) for place in range(mesh.size)}
+        for line in sorted(lines):
+            members = [ranks[place] for place in line]
+            whole = members == list(range(dist.get_world_size()))
+            group = dist.group.WORLD if whole else dist.new_group(members, timeout=timeout)
+            if me in members:
+                assert isinstance(group, ProcessGroup)
+                mine.append(group)
+    if me not in ranks:
+        return None
+    laid = torch.tensor(ranks, dtype=torch.int).reshape(mesh.sizes)
+    return DeviceMesh.from_group(mine, device_type, laid, mesh_dim_names=mesh.names)
 
 
 class AllToAll(torch.autograd.Function):

@@ -15,26 +15,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _get_default_group, _set_pg_timeout
 
-from autopar.errors import PlanMismatchError
+from autopar.errors import PeerError, PlanMismatchError
 from autopar.ir.graph import OperatorGraph
 from autopar.ir.sharding import Mesh
 from autopar.ir.strategy import Strategy
 from autopar.ops import Proposals
 from autopar.runtime import profiler
 from autopar.runtime.batches import Batches
-from autopar.runtime.collectives import Communicator, connect
+from autopar.runtime.collectives import Communicator, connect, device_mesh
 from autopar.runtime.lowering import lower_microbatch, lower_stage
+from autopar.runtime.peers import TIMEOUT_S, Doing, Peers, Tell, tell_nobody
 from autopar.runtime.pipeline import PipelineStep
+from autopar.runtime.room import check_one_stage, check_stages
 from autopar.runtime.step import TrainingStep
 from autopar.runtime.storage import State, from_function, from_module
 from autopar.simulator.microbatches import Division, division
 from autopar.simulator.stages import Pipelined, pipelined
-
-START_TIMEOUT_S = 300.0
-"""How long a rank waits for the others; gloo's and NCCL's default, half an hour, looks like a
-program that hangs when one of them did not start."""
-
 
 PROCESSES_OF_A_CORE = 8
 """How many processes are started for each core of a machine without GPUs: on four cores one can
@@ -59,26 +57,37 @@ def run(
     model: nn.Module | Callable[[], nn.Module],
     *,
     seed: int = 0,
+    timeout_s: float | None = None,
+    tell: Tell = tell_nobody,
     **hyperparameters: Any,
 ) -> TrainingStep | PipelineStep:
     """The plan's training step on this process, one of those that torchrun started.
 
     ``model``: a function that makes it, as in ``model.py``; its parameters then get the values of
     ``torch.manual_seed(seed); model()``, each rank keeping only its shards. Or a module that is in
-    memory already, whose values are taken. ``hyperparameters`` go to torch's optimizer (``lr``).
+    memory already, whose values are taken. ``timeout_s``: how long to wait for another process,
+    ``None``: ``TIMEOUT_S``, or as the caller's process group says. ``tell`` is told what this
+    process does. ``hyperparameters`` go to torch's optimizer (``lr``).
 
     Raises:
         PlanMismatchError: another number of processes, or another model, than the plan's.
+        PeerError: another process ended, or did not answer in time.
     """
     graph, strategy = plan.graph, plan.strategy
     divided = division(graph, strategy.microbatches, plan.proposed)
     if len(strategy.stages) > 1:
-        return run_stages(divided, strategy, model, seed, hyperparameters)
-    communicator = join(strategy.mesh)
+        return run_stages(
+            divided, strategy, model, seed, hyperparameters, timeout_s=timeout_s, tell=tell
+        )
+    _check_world(strategy.mesh.size, _shape_text(strategy.mesh))
+    check_one_stage(graph, strategy)
+    peers = _meet(timeout_s, tell)
     device = local_device()
+    with peers.doing(CONNECTING, _everybody):
+        communicator = connect(strategy.mesh, device.type, _limit(timeout_s))
     program = lower_microbatch(divided, strategy, device)
     state = _state(model, graph, strategy, communicator, device, seed)
-    return TrainingStep(program, strategy, state, communicator, hyperparameters, seed)
+    return TrainingStep(program, strategy, state, communicator, hyperparameters, seed, peers)
 
 
 def run_stages(
@@ -87,32 +96,44 @@ def run_stages(
     model: nn.Module | Callable[[], nn.Module],
     seed: int = 0,
     hyperparameters: Mapping[str, Any] | None = None,
+    *,
+    timeout_s: float | None = None,
+    tell: Tell = tell_nobody,
 ) -> PipelineStep:
     """As ``run``, of a strategy with several stages."""
     plan = pipelined(divided, strategy)
-    _meet(plan.world_size, f"{len(plan.parts)} stages")
+    _check_world(plan.world_size, f"{len(plan.parts)} stages")
+    check_stages(plan)
+    peers = _meet(timeout_s, tell)
     rank, device = dist.get_rank(), local_device()
-    communicators = communicators_of(plan, rank, device.type)
+    with peers.doing(CONNECTING, _everybody):
+        communicators = communicators_of(plan, rank, device.type, timeout=_limit(timeout_s))
+        exchanges = exchanges_of(plan, rank, timeout=_limit(timeout_s))
     held = {}
     for stage, communicator in communicators.items():
         part = plan.parts[stage]
         program = lower_stage(part, device, parted=stage in plan.parted)
         state = _state(model, part.graph, part.strategy, communicator, device, seed)
         held[stage] = TrainingStep(
-            program, part.strategy, state, communicator, hyperparameters or {}, seed
+            program, part.strategy, state, communicator, hyperparameters or {}, seed, peers
         )
     batches = Batches(divided, strategy.training, device)
-    return PipelineStep(plan, rank, held, batches, exchanges_of(plan, rank), seed)
+    return PipelineStep(plan, rank, held, batches, exchanges, seed, peers)
 
 
 def communicators_of(
-    plan: Pipelined, rank: int, device_type: str, *, alone: bool = False
+    plan: Pipelined,
+    rank: int,
+    device_type: str,
+    *,
+    alone: bool = False,
+    timeout: timedelta | None = None,
 ) -> dict[int, Communicator]:
     """For the stages that this process holds, the process groups of their meshes.
 
     Every process takes part in making those of all; ``alone``: there are no others (a dry run).
     """
-    made: dict[tuple[int, Mesh], DeviceMesh] = {}
+    made: dict[tuple[int, Mesh], DeviceMesh | None] = {}
     found = {}
     for stage, part in enumerate(plan.parts):
         for row in plan.copies[stage]:
@@ -120,18 +141,15 @@ def communicators_of(
             if alone and rank not in devices:
                 continue
             if (row, part.mesh) not in made:
-                ranks = torch.tensor(devices, dtype=torch.int).reshape(part.mesh.sizes)
-                made[row, part.mesh] = DeviceMesh(
-                    device_type, ranks, mesh_dim_names=part.mesh.names
-                )
-            if rank in devices:
-                place = devices.index(rank)
-                found[stage] = Communicator(part.mesh, place, made[row, part.mesh])
+                made[row, part.mesh] = device_mesh(part.mesh, devices, device_type, timeout)
+            groups = made[row, part.mesh]
+            if groups is not None:
+                found[stage] = Communicator(part.mesh, devices.index(rank), groups)
     return found
 
 
 def exchanges_of(
-    plan: Pipelined, rank: int, *, alone: bool = False
+    plan: Pipelined, rank: int, *, alone: bool = False, timeout: timedelta | None = None
 ) -> dict[str, Callable[[Tensor], Tensor]]:
     """For trained parameters that several stages or copies hold, the sum over those processes that
     have the same piece of it; every process takes part in making the groups, but for ``alone``."""
@@ -147,7 +165,7 @@ def exchanges_of(
             if alone and rank not in alike:
                 continue
             if len(alike) > 1 and alike not in made:
-                made[alike] = dist.new_group(alike)
+                made[alike] = dist.new_group(alike, timeout=timeout)
             if rank in alike and len(alike) > 1:
                 found[name] = partial(_sum_in, made[alike])
     return found
@@ -181,23 +199,55 @@ def _state(
     return from_function(model, graph, strategy, communicator.rank, device, seed)
 
 
-def join(mesh: Mesh) -> Communicator:
-    """Meet the other processes and make the mesh's process groups."""
-    _meet(mesh.size, " x ".join(f"{name} {size}" for name, size in mesh.axes))
-    return connect(mesh, local_device().type)
+CONNECTING = "making process groups"
 
 
-def _meet(size: int, shape: str) -> None:
-    _check_world(size, shape)
+def _meet(timeout_s: float | None, tell: Tell) -> Peers:
+    """Meet the other processes. A process group that is there already keeps its own limit unless
+    ``timeout_s`` is given."""
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        alone: Mapping[str, Any] = (
-            {} if "RANK" in os.environ else {"store": HashStore(), "rank": 0, "world_size": 1}
-        )
-        dist.init_process_group(backend, timeout=timedelta(seconds=START_TIMEOUT_S), **alone)
+    # NCCL waits on the device: a limit here would have this process wait with it
+    peers = Peers(timeout_s if device.type == "cpu" else None, tell)
+    if dist.is_initialized():
+        if timeout_s is not None:
+            _set_pg_timeout(timedelta(seconds=timeout_s))
+        return peers
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    alone: Mapping[str, Any] = (
+        {} if "RANK" in os.environ else {"store": HashStore(), "rank": 0, "world_size": 1}
+    )
+    limit_s = TIMEOUT_S if timeout_s is None else timeout_s
+    rank, size = os.environ.get("RANK", "0"), _world_of_torchrun()
+    tell(Doing(f"meeting the other processes, {size} in all"))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=limit_s), **alone)
+    except dist.DistError as error:
+        said = str(error).partition("\n")[0]
+        raise PeerError(
+            f"rank {rank} did not meet all {size} processes within {limit_s:g} s ({said}); see "
+            "whether torchrun was started on all hosts with the same --nnodes and --rdzv-endpoint, "
+            "and what the others said, or give them more time with timeout_s (--timeout)"
+        ) from error
+    return peers
+
+
+def _limit(timeout_s: float | None) -> timedelta:
+    """Of the process groups that are made for a mesh: as asked, or that of the world's group."""
+    if timeout_s is not None:
+        return timedelta(seconds=timeout_s)
+    backend = _get_default_group()._get_backend(local_device())
+    found: timedelta = backend.options._timeout
+    return found
+
+
+def _everybody() -> Sequence[int]:
+    return range(dist.get_world_size())
+
+
+def _shape_text(mesh: Mesh) -> str:
+    return " x ".join(f"{name} {size}" for name, size in mesh.axes)
 
 
 def _check_world(size: int, shape: str) -> None:

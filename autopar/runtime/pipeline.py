@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from autopar.ir.schedule import Action
+from autopar.ir.schedule import Action, Kind
 from autopar.ir.sharding import local_shape
 from autopar.runtime.batches import Batches
 from autopar.runtime.lowering import PartedBackward, divisors
+from autopar.runtime.peers import Peers
 from autopar.runtime.step import TrainingStep
 from autopar.simulator.row_memory import MOST_UNDER_WAY
 from autopar.simulator.stages import Boundary, Message, Move, Pipelined
@@ -51,13 +54,16 @@ class PipelineStep:
     batches: Batches
     exchange: dict[str, Callable[[Tensor], Tensor]]
     seed: int = 0
+    peers: Peers = field(default_factory=Peers)
 
     def __post_init__(self) -> None:
         self.row = next(r for r, group in enumerate(self.plan.groups) if self.rank in group)
         self.place = self.plan.groups[self.row].index(self.rank)
         self.instructions = self.plan.instructions(self.row)
+        self._actions = frozenset(self.plan.rows[self.row])
         self.steps_done = 0
         self.trace = Trace()
+        self._under_way: _Post | None = None
         self._graph = self.batches.division.graph
         self._device = self.batches.device
 
@@ -72,52 +78,88 @@ class PipelineStep:
         """All forwards and backwards; leaves the reduced gradients in those of the stages."""
         inputs = self.batches.named(args, kwargs)
         self.trace = Trace()
-        post = _Post(self.plan, self.rank, self.place, self._device, self.trace)
+        # kept if this fails: messages that are under way have their tensors in it
+        post = self._under_way = _Post(
+            self.plan, self.rank, self.place, self._device, self.trace, self.peers
+        )
         stages = {
             number: _Stage(self.plan, number, step, self.batches, inputs, self.seed)
             for number, step in self.held.items()
         }
         for instruction in self.instructions:
             if isinstance(instruction, Move):
-                self._move(instruction, stages, post)
+                with self._doing(self._place_of(instruction), self._everybody):
+                    self._move(instruction, stages, post)
                 continue
-            stages[instruction.stage].do(instruction)
+            with self._doing_action(instruction):
+                stages[instruction.stage].do(instruction)
             self.trace.actions.append(instruction)
             in_flight = sum(len(stage.kept) for stage in stages.values())
             self.trace.most_in_flight = max(self.trace.most_in_flight, in_flight)
-        post.finish()
-        for stage in stages.values():
-            stage.finish()
+        with self._doing("the last transfers", self._everybody):
+            post.finish()
+        self._under_way = None
+        for number, stage in stages.items():
+            with self._doing(f"the gradients of stage {number}", self._in_row):
+                stage.finish()
         self._exchange()
-        return self._total_loss(stages.values())
+        with self._doing("the sum of the loss", self._everybody):
+            return self._total_loss(stages.values())
 
     def update(self) -> None:
         """Clip by the norm of all stages' gradients, and step each stage's optimizer."""
-        norm = self._norm()
+        with self._doing("the norm of all gradients", self._everybody):
+            norm = self._norm()
         for action in self.plan.updates(self.row):
-            self.held[action.stage].update(norm)
+            with self._doing_action(action):
+                self.held[action.stage].update(norm)
             self.trace.actions.append(action)
         self.steps_done += 1
+
+    def _doing(self, what: str, ranks: Callable[[], Sequence[int]]) -> AbstractContextManager[None]:
+        return self.peers.doing(f"{what}, step {self.steps_done}", ranks)
+
+    def _place_of(self, move: Move) -> str:
+        """In the words of actions: before the one that reads it, or after the one that made it."""
+        ends = move.boundary.source, move.boundary.target
+        source, target = reversed(ends) if move.backward else ends
+        when, stage = ("before", target) if move.target_row == self.row else ("after", source)
+        kind: Kind = "F"
+        if move.backward:
+            parted = Action(stage, "I", move.microbatch)
+            kind = "I" if parted in self._actions else "B"
+        return f"{when} {Action(stage, kind, move.microbatch)} (stage {stage})"
+
+    def _doing_action(self, action: Action) -> AbstractContextManager[None]:
+        what = f"{action} (stage {action.stage}), step {self.steps_done}"
+        return self.peers.doing(what, self._in_row)
+
+    def _in_row(self) -> Sequence[int]:
+        return self.plan.groups[self.row]
+
+    def _everybody(self) -> Sequence[int]:
+        return range(self.plan.world_size)
 
     def _move(self, move: Move, stages: dict[int, _Stage], post: _Post) -> None:
         boundary, key = move.boundary, (move.boundary, move.microbatch)
         ends = boundary.source, boundary.target
         source, target = reversed(ends) if move.backward else ends
-        tensor = None
+        own = None
         if move.source_row == self.row:
             given = stages[source].gradients if move.backward else stages[source].made
-            tensor = given.pop(key)
-            post.send(move, tensor)
+            own = given.pop(key)
+        arrived = post.move(move, own)
         if move.target_row == self.row:
             taken = stages[target].arriving_gradients if move.backward else stages[target].arriving
-            taken[key] = post.receive(move, tensor)
+            taken[key] = arrived
 
     # ---- between stages, at the end ------------------------------------------------------------
 
     def _exchange(self) -> None:
         with torch.no_grad():
             for name, sum_up in self.exchange.items():
-                mine = [s for s, row in self.plan.holders[name] if row == self.row]
+                holders = self.plan.holders[name]
+                mine = [stage for stage, row in holders if row == self.row]
                 if not mine:
                     continue
                 steps = [self.held[stage] for stage in mine]
@@ -125,7 +167,9 @@ class PipelineStep:
                     (step.gradients[name] for step in steps if name in step.gradients),
                     start=torch.zeros_like(steps[0].piece(name)),
                 )
-                summed = sum_up(total)
+                alike = [self.plan.groups[row][self.place] for _, row in holders]
+                with self._doing(f"the sum of the gradient of {name}", alike.copy):
+                    summed = sum_up(total)
                 if summed is not total:
                     self.trace.exchanged_bytes += total.numel() * total.element_size()
                 for step in steps:
@@ -347,6 +391,24 @@ _DOES: dict[str, Callable[[_Stage, int], None]] = {
 }
 
 
+class _Sent(NamedTuple):
+    """A message under way, and the tensor that must stay until it has arrived."""
+
+    work: dist.Work
+    piece: Tensor
+    receiver: int
+    what: str
+
+
+class _Asked(NamedTuple):
+    """A message that was asked for; without ``work`` it is this process's own."""
+
+    work: dist.Work | None
+    piece: Tensor
+    sender: int
+    message: Message
+
+
 class _Post:
     """Sends and receives what goes over boundaries, piece by piece.
 
@@ -355,98 +417,121 @@ class _Post:
     """
 
     def __init__(
-        self, plan: Pipelined, rank: int, place: int, device: torch.device, trace: Trace
+        self,
+        plan: Pipelined,
+        rank: int,
+        place: int,
+        device: torch.device,
+        trace: Trace,
+        peers: Peers,
     ) -> None:
         self.plan, self.rank, self.place = plan, rank, place
-        self.device, self.trace = device, trace
-        self.answered: dict[_Key, list[tuple[dist.Work, Tensor]]] = {}
-        self.unanswered: dict[tuple[Boundary, bool], deque[list[tuple[dist.Work, Tensor]]]] = (
-            defaultdict(deque)
-        )
+        self.device, self.trace, self.peers = device, trace, peers
+        self.answered: dict[_Key, list[_Sent]] = {}
+        self.unanswered: dict[tuple[Boundary, bool], deque[list[_Sent]]] = defaultdict(deque)
 
-    def send(self, move: Move, tensor: Tensor) -> None:
-        """``tensor``: what this process has of it."""
-        group, sent = self.plan.groups[move.target_row], []
+    def move(self, move: Move, own: Tensor | None) -> Callable[[], Tensor]:
+        """Send what this process has of it, ``own``, and ask for what it will hold: a function that
+        waits for that.
+
+        In one order for all: where a row sends to itself, messages go both ways between two of its
+        processes.
+        """
+        sources, targets = self.plan.groups[move.source_row], self.plan.groups[move.target_row]
+        sent: list[_Sent] = []
+        asked: list[_Asked] = []
         for message in self._messages(move):
-            receiver = group[message.receiver]
-            if message.sender == self.place and receiver != self.rank:
-                piece = _box(tensor, message.taken).contiguous()
-                work = dist.isend(piece, receiver)
-                assert work is not None
-                sent.append((work, piece))
-                rows = move.source_row, move.target_row
-                self.trace.sent_bytes[rows] += piece.numel() * piece.element_size()
-        if not sent:
-            return
+            sender, receiver = sources[message.sender], targets[message.receiver]
+            if self.rank not in (sender, receiver):
+                continue
+            if receiver == self.rank:
+                asked.append(self._ask(move, message, sender, own))
+            elif own is not None:
+                sent.append(self._send(move, message, receiver, own))
+        if sent:
+            self._under_way(move, sent)
+        return partial(self._arrived, move, asked)
+
+    def _send(self, move: Move, message: Message, receiver: int, own: Tensor) -> _Sent:
+        piece = _box(own, message.taken).contiguous()
+        what = f"{_text(move)} to reach"
+        work = self.peers.post(lambda: dist.isend(piece, receiver), what, receiver)
+        rows = move.source_row, move.target_row
+        self.trace.sent_bytes[rows] += piece.numel() * piece.element_size()
+        return _Sent(work, piece, receiver, what)
+
+    def _under_way(self, move: Move, sent: list[_Sent]) -> None:
         if move.boundary.gradient and not move.backward:
             self.answered[move.boundary, move.microbatch] = sent
             return
         under_way = self.unanswered[move.boundary, move.backward]
         under_way.append(sent)
         if len(under_way) > MOST_UNDER_WAY:
-            _wait(under_way.popleft())
+            self._wait(under_way.popleft())
 
-    def receive(self, move: Move, own: Tensor | None) -> Callable[[], Tensor]:
-        """A function that waits for it. ``own``: what this process has of what is sent."""
+    def _ask(self, move: Move, message: Message, sender: int, own: Tensor | None) -> _Asked:
+        if sender == self.rank:
+            assert own is not None
+            return _Asked(None, _box(own, message.taken), sender, message)
+        size = [stop - start for start, stop in message.put]
+        dtype = getattr(torch, move.boundary.spec.dtype)
+        piece = torch.empty(size, dtype=dtype, device=self.device)
+        what = f"{_text(move)} from"
+        work = self.peers.post(lambda: dist.irecv(piece, sender), what, sender)
+        return _Asked(work, piece, sender, message)
+
+    def _arrived(self, move: Move, asked: Sequence[_Asked]) -> Tensor:
         boundary = move.boundary
+        if move.backward:
+            self._wait(self.answered.pop((boundary, move.microbatch), ()))
+        for work, _, sender, _ in asked:
+            if work is not None:
+                self.peers.wait(work, f"{_text(move)} from", sender)
         number, sharding = (
             (boundary.source, boundary.departs)
             if move.backward
             else (boundary.target, boundary.arrives)
         )
         shape = local_shape(boundary.spec.shape, sharding, self.plan.parts[number].mesh)
+        if len(asked) == 1 and tuple(asked[0].piece.shape) == shape:
+            return asked[0].piece.detach()
         dtype = getattr(torch, boundary.spec.dtype)
-        group = self.plan.groups[move.source_row]
-        pieces: list[tuple[dist.Work | None, Tensor, Message]] = []
-        for message in self._messages(move):
-            if message.receiver != self.place:
-                continue
-            sender = group[message.sender]
-            if sender == self.rank:
-                assert own is not None
-                pieces.append((None, _box(own, message.taken), message))
-                continue
-            size = [stop - start for start, stop in message.put]
-            piece = torch.empty(size, dtype=dtype, device=self.device)
-            pieces.append((dist.irecv(piece, sender), piece, message))
-
-        def arrived() -> Tensor:
-            if move.backward:
-                _wait(self.answered.pop((boundary, move.microbatch), ()))
-            for work, _, _ in pieces:
-                if work is not None:
-                    work.wait()
-            if len(pieces) == 1 and tuple(pieces[0][1].shape) == shape:
-                return pieces[0][1].detach()
-            whole = torch.empty(shape, dtype=dtype, device=self.device)
-            for _, piece, message in pieces:
-                _box(whole, message.put).copy_(piece)
-            return whole
-
-        return arrived
+        whole = torch.empty(shape, dtype=dtype, device=self.device)
+        for _, piece, _, message in asked:
+            _box(whole, message.put).copy_(piece)
+        return whole
 
     def finish(self) -> None:
         """Wait until all that was sent has arrived."""
         for sent in self.answered.values():
-            _wait(sent)
+            self._wait(sent)
         for under_way in self.unanswered.values():
             for sent in under_way:
-                _wait(sent)
+                self._wait(sent)
+
+    def _wait(self, sent: Iterable[_Sent]) -> None:
+        for work, _, receiver, what in sent:
+            self.peers.wait(work, what, receiver)
 
     def _messages(self, move: Move) -> tuple[Message, ...]:
         together = move.source_row == move.target_row
         return self.plan.messages(move.boundary, move.backward, together)
 
 
+def _text(move: Move) -> str:
+    """What goes where, in the words of actions."""
+    boundary = move.boundary
+    source, target = boundary.source, boundary.target
+    if move.backward:
+        source, target = target, source
+    what = f"the gradient of {boundary.tensor}" if move.backward else boundary.tensor
+    return f"{what} of microbatch {move.microbatch} (stage {source} to {target})"
+
+
 def _box(tensor: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
     for dim, (start, stop) in enumerate(ranges):
         tensor = tensor.narrow(dim, start, stop - start)
     return tensor
-
-
-def _wait(sent: Iterable[tuple[dist.Work, Tensor]]) -> None:
-    for work, _ in sent:
-        work.wait()
 
 
 __all__ = ["PipelineStep", "Trace"]

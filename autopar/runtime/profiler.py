@@ -159,7 +159,7 @@ def machine_fingerprint() -> str:
     """Hexadecimal digits of what decides the speed of this machine: processor, cores that may be
     used, memory, GPUs."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    content = [_processor(), cores(), round(_memory_bytes() / 2**30), *gpus]
+    content = [_processor(), cores(), round(memory_bytes() / 2**30), *gpus]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
@@ -198,7 +198,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _memory_bytes() -> int:
+def memory_bytes() -> int:
     """RAM, or the container's part of it."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
@@ -258,7 +258,8 @@ def _rank(rank: int, devices: int, seconds: float, kind: str, folder: Path) -> N
     found = _measured(bench, seconds, _to_stdout if rank == 0 else _nobody)
     if rank == 0:
         (folder / "profile.json").write_text(json.dumps(profile_to_json(found)))
-    dist.destroy_process_group()
+    if kind == "cuda":  # gloo does not always survive it, and this process ends here
+        dist.destroy_process_group()
 
 
 def _to_stdout(line: str) -> None:
@@ -295,7 +296,7 @@ def _measured(bench: _Bench, seconds: float, report: Report) -> Profile:
         memory_bytes=(
             torch.cuda.get_device_properties(bench.device).total_memory
             if bench.on_gpu
-            else _memory_bytes() // bench.devices
+            else memory_bytes() // bench.devices
         ),
         software=_software(),
         date=datetime.now(UTC).date().isoformat(),

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from autopar.ir.measurement import Measurement
 from autopar.ir.plan import Plan, write_atomically
 from autopar.ir.strategy import Training
 from autopar.ops.draws import draws
+from autopar.runtime.first_cause import first_cause
 from autopar.runtime.initial import InitialValues
 from autopar.runtime.launch import local_device, run, torchrun
 from autopar.runtime.local_ops import OUT_OF_RANGE
+from autopar.runtime.peers import Tell, tell_nobody
 from autopar.runtime.pipeline import PipelineStep
 from autopar.runtime.step import OPTIMIZERS, TrainingStep
 from autopar.runtime.watch import MemoryWatch, Watch
@@ -34,22 +37,32 @@ Build = Callable[[], tuple[nn.Module, Any, Callable[[Any, Any], Tensor] | None]]
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def rehearse(plan: Plan, build: Build, steps: int, seed: int) -> Measurement:
+def rehearse(
+    plan: Plan,
+    build: Build,
+    steps: int,
+    seed: int,
+    timeout_s: float | None = None,
+    tell: Tell = tell_nobody,
+) -> Measurement:
     """On one of the plan's processes: train so many steps on one batch, then once more to see how
     much memory is alive at once."""
-    step = run(plan, lambda: build()[0], seed=seed)
+    step = run(plan, lambda: build()[0], seed=seed, timeout_s=timeout_s, tell=tell)
     args, kwargs = batch_of(plan.graph, _inputs(build, seed), plan.strategy.training)
+    everybody = partial(range, plan.world_size)
     losses, times_s = [], []
-    for _ in range(steps):
-        dist.barrier()
+    for number in range(steps):
+        with step.peers.doing(f"the start of step {number}", everybody):
+            dist.barrier()
         began_s = time.perf_counter()
         with _index_errors_explained():
             loss = step(*args, **kwargs)
             losses.append(float(loss))  # waits for the device
         times_s.append(time.perf_counter() - began_s)
-    slowest_s = _largest(times_s)
     peak_bytes = _peak_bytes(step, args, kwargs)
-    return Measurement(tuple(losses), tuple(slowest_s), int(_largest([peak_bytes])[0]))
+    with step.peers.doing("comparing times and memory", everybody):
+        *slowest_s, largest_bytes = _largest([*times_s, peak_bytes])
+    return Measurement(tuple(losses), tuple(slowest_s), int(largest_bytes))
 
 
 @contextmanager
@@ -195,36 +208,33 @@ def _attention_dropout(operator: Operator) -> float:
 
 
 def start(plan: Plan, arguments: Sequence[str]) -> Measurement:
-    """Run ``autopar arguments... --result FILE`` in the plan's number of processes on this machine,
-    and read what they left in the file."""
-    with tempfile.TemporaryDirectory(prefix="autopar-run-") as folder:
-        result, errors = Path(folder, "result.json"), Path(folder, "errors.txt")
+    """Run ``autopar arguments... --result FOLDER`` in the plan's number of processes on this
+    machine, and read what they left in the folder.
+
+    Raises:
+        AutoparError: what went wrong first, in whichever process.
+    """
+    with tempfile.TemporaryDirectory(prefix="autopar-run-") as name:
+        folder = Path(name)
+        result, errors = folder / RESULT, folder / "errors.txt"
         with errors.open("w") as error_file:
-            code = torchrun(
-                plan.world_size, "autopar", [*arguments, "--result", str(result)], error_file
-            )
+            code = torchrun(plan.world_size, "autopar", [*arguments, "--result", name], error_file)
         if result.exists():
-            return _read(json.loads(result.read_text()))
-        lines = errors.read_text().strip().splitlines()
-        own = dict.fromkeys(line for line in lines if line.startswith("autopar: internal error"))
-        last = "\n".join([*own, *lines[-30:]])
+            data = json.loads(result.read_text())
+            return Measurement(
+                tuple(data["losses"]), tuple(data["step_times_s"]), data["peak_memory_bytes"]
+            )
+        said = errors.read_text()
+        cause = first_cause(folder, plan.world_size, said)
+    if cause is not None:
+        raise cause
+    last = "\n".join(said.strip().splitlines()[-30:])
     raise RuntimeError(f"torchrun ended with exit code {code} and no result; it said:\n{last}")
 
 
-def leave(result: Path, found: Measurement | AutoparError) -> None:
+RESULT = "result.json"
+
+
+def leave(folder: Path, found: Measurement) -> None:
     """What one of the processes found, for ``start`` to read."""
-    if isinstance(found, AutoparError):
-        data: dict[str, Any] = {"error": str(found), "exit_code": found.exit_code}
-    else:
-        data = asdict(found)
-    write_atomically(result, json.dumps(data))
-
-
-def _read(data: dict[str, Any]) -> Measurement:
-    if "error" in data:
-        error = AutoparError(data["error"])
-        error.exit_code = data["exit_code"]
-        raise error
-    return Measurement(
-        tuple(data["losses"]), tuple(data["step_times_s"]), data["peak_memory_bytes"]
-    )
+    write_atomically(folder / RESULT, json.dumps(asdict(found)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,7 @@ from autopar.ir.strategy import Strategy
 from autopar.runtime.batches import Batches
 from autopar.runtime.collectives import Communicator
 from autopar.runtime.lowering import Execution, LoweredProgram, divisors
+from autopar.runtime.peers import Peers
 from autopar.runtime.storage import State, gather
 from autopar.simulator.prices import clip_axes
 from autopar.simulator.redistribution import steps
@@ -47,6 +49,7 @@ class TrainingStep:
     communicator: Communicator
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+    peers: Peers = field(default_factory=Peers)
 
     def __post_init__(self) -> None:
         self.graph: OperatorGraph = self.program.graph
@@ -72,8 +75,13 @@ class TrainingStep:
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         loss = self.differentiate(*args, **kwargs)
-        self.update()
+        with self._doing("U"):
+            self.update()
         return loss
+
+    def _doing(self, kind: str, microbatch: int | None = None) -> AbstractContextManager[None]:
+        action = f"0{kind}{self.strategy.microbatches - 1 if microbatch is None else microbatch}"
+        return self.peers.doing(f"{action}, step {self.steps_done}", self.communicator.ranks)
 
     def differentiate(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """Forward and backward; leaves the reduced gradients in ``gradients``."""
@@ -87,16 +95,17 @@ class TrainingStep:
         for index in range(self.strategy.microbatches):
             self.execution.microbatch = index
             part = self.microbatch(inputs, index)
-            with recorder.during("forward"):
+            with self._doing("F", index), recorder.during("forward"):
                 loss, mutated = self.program(self.execution, self.state.buffers, part)
-            with recorder.during("backward"):
+            with self._doing("B", index), recorder.during("backward"):
                 loss.backward()  # type: ignore[no-untyped-call]
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         with torch.no_grad():
             for name, value in mutated.items():  # the same in all microbatches
                 self.state.buffers[name].copy_(value)
-        self.reduce()
+        with self._doing("B"):
+            self.reduce()
         return total
 
     def update(self, norm: Tensor | None = None) -> None:

@@ -35,13 +35,12 @@ class MachineLinks:
         """Of two ranks that are as far from each other as the farthest counterparts."""
         smaller, larger = sorted((source, target), key=len)
         units = units_of(self.cost_model) if self.units is None else self.units
-        stride = 1
-        for i, a in enumerate(larger):
-            b = smaller[i * len(smaller) // len(larger)]
-            for unit in units:
-                if a // unit != b // unit:
-                    stride = max(stride, unit)
-        return min(stride, max(1, self.cost_model.devices // 2))
+        devices = self.cost_model.devices  # all in one unit of that size
+        for unit in sorted((unit for unit in units if unit < devices), reverse=True):
+            for i, a in enumerate(larger):
+                if a // unit != smaller[i * len(smaller) // len(larger)] // unit:
+                    return min(unit, max(1, devices // 2))
+        return 1
 
 
 def _busiest_bytes(feed: Feed, backward: bool) -> int:

@@ -86,8 +86,9 @@ def division(graph: OperatorGraph, count: int, proposals: Proposals = ()) -> Div
     if refusal is not None:
         raise refusal
     size = batch_size(graph, proposals)
+    work = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
     raise AutoparError(
-        f"{count} microbatches do not divide the batch of {size}; give a divisor of {size}"
+        f"{count} microbatches do not divide the batch of {size}; {work} would, or another batch"
     )
 
 

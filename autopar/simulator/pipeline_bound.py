@@ -32,9 +32,10 @@ def least_step_s(pipeline: Pipeline, shares: Shares, *, split: bool = False) -> 
 
         step >= h + w + u   and   step >= h + w - (all W) + t
 
-    and for each of its stages, step >= h + its own work + the last part of its gradient exchange +
-    its update. For a chain of equal stages without communication that is the step of ``1f1b``.
-    Linear in stages, feeds and rows: no rows are made or played.
+    where t ends with the last part of a gradient exchange and an update. And for each of its
+    stages, step >= h + its own work + the last part of its gradient exchange + its update. For a
+    chain of equal stages without communication that is the step of ``1f1b``. Linear in stages,
+    feeds and rows: no rows are made or played.
     """
     ways = _Ways(pipeline, shares, split)
     there, back = ways.there(), ways.back()
@@ -101,6 +102,10 @@ class _Ways:
         """From the end of a stage's backward (or ``I``) to the end of the step."""
         stages = self._pipeline.stages
         found: list[Time] = [cost.update_s for cost in stages]
+        for synchronisation in self._pipeline.synchronisations:
+            last_part = synchronisation.time_s * Fraction(1, synchronisation.parts)
+            for stage in synchronisation.stages:
+                found[stage] = max(found[stage], last_part + stages[stage].update_s)
         for feed in sorted(self._pipeline.feeds, key=lambda feed: feed.target):
             if feed.gradient:
                 source_s = _back_s(stages[feed.source], self._split) + found[feed.source]

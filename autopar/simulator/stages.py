@@ -622,7 +622,10 @@ def _check_operators(graph: OperatorGraph, strategy: Strategy) -> None:
             )
     for number, stage in enumerate(strategy.stages):
         if not stage.operators:
-            raise AutoparError(f"stage {number} has no operators; leave it out")
+            raise AutoparError(
+                f"stage {number} of {len(strategy.stages)} has no operators, and the model has "
+                f"{len(graph.operators)}; leave it out, or move some to it"
+            )
         if stage.mesh.size != len(stage.devices):
             raise AutoparError(
                 f"stage {number} has {len(stage.devices)} devices and a mesh of {stage.mesh.size}"

@@ -14,33 +14,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopar import api
 from autopar.errors import AutoparError
-from autopar.ir.graph import Operator
 from autopar.ir.plan import Plan, plan_from_json, plan_to_json
-from autopar.ir.schedule import Action, Rows, most_in_flight
+from autopar.ir.schedule import Action
 from autopar.ir.sharding import Mesh
-from autopar.ir.simulation import RowEstimate
 from autopar.ir.strategy import Strategy, Training
 from autopar.runtime import pipeline
 from autopar.runtime.launch import run_stages
-from autopar.runtime.recorder import Executed
-from autopar.simulator.pipeline import Instant, Pipeline, StageCost
-from autopar.simulator.pipelines import evaluate_stages
-from autopar.simulator.stages import Pipelined, pipelined
-from autopar.simulator.timeline import simulate
+from autopar.simulator.stages import pipelined
 from tests.helpers import fake_plans
 from tests.helpers.cases import Case, call, case, relative
 from tests.helpers.fake_prices import FakePrices
 from tests.helpers.pool import pool
+from tests.helpers.stage_check import CHUNKS, check, tower_of
 from tests.helpers.stages import (
     ALONE,
     PAIR,
-    Found,
     Layout,
     by,
     divided,
     in_order,
     looped,
-    pipeline_outcome,
     strategy_of,
 )
 from tests.helpers.strategies import kept
@@ -48,60 +41,7 @@ from tests.helpers.zoo import zoo
 
 pytestmark = pytest.mark.distributed
 
-CHUNKS = {
-    "gpipe": 1,
-    "1f1b": 1,
-    "zero_bubble_h1": 1,
-    "chimera": 1,
-    "interleaved_1f1b": 2,
-    "looped_bfs": 2,
-}
-"""Stages of a group of devices; every member of the shelf."""
-
 CLIPPED = Training("momentum", clip_norm=0.5)
-
-
-def check(of: Case, strategy: Strategy) -> list[Found]:
-    """Loss, gradients and parameters are those of one process; actions and their order, collectives
-    and bytes those that the estimate promises."""
-    division = divided(of.graph, strategy.microbatches)
-    plan = pipelined(division, strategy)
-    prices = FakePrices(devices=plan.world_size)
-    promise = evaluate_stages(division, prices, strategy).pipeline
-    assert promise is not None
-    found: list[Found] = pool().run(plan.world_size, pipeline_outcome, of, strategy)
-    outcome = found[0].outcome
-    assert outcome is not None
-    assert outcome.loss < 1e-9
-    assert outcome.gradient < 1e-9, outcome.worst_gradient
-    assert outcome.parameter < 1e-8
-    rows, sent = simulated(plan)
-    executed: Counter[tuple[int, int]] = Counter()
-    for one in found:
-        assert tuple(one.trace.actions) == rows[one.row]
-        assert one.trace.most_in_flight == most_in_flight(rows[one.row])
-        assert one.trace.most_in_flight == promise.rows[one.row].most_in_flight
-        assert one.executed == promised(promise.rows[one.row])
-        executed += one.trace.sent_bytes
-    between = {rows: n for rows, n in executed.items() if rows[0] != rows[1]}
-    assert between == {(t.source_row, t.target_row): t.bytes for t in promise.traffic}
-    assert between == sent
-    return found
-
-
-def promised(row: RowEstimate) -> dict[Executed, int]:
-    found: Counter[Executed] = Counter()
-    for one in row.collectives:
-        found[Executed(one.kind, one.phase, one.axis, one.bytes)] += one.count
-    return dict(found)
-
-
-def simulated(plan: Pipelined) -> tuple[Rows, dict[tuple[int, int], int]]:
-    """The rows of the timeline, and what it sends."""
-    cost = StageCost(1, 2, 0, 1, 1)
-    pipeline = Pipeline((cost,) * len(plan.parts), plan.feeds, Instant())
-    timeline = simulate(plan.rows, pipeline)
-    return timeline.arrangement.rows, {k: n for k, n in timeline.sent_bytes().items() if n}
 
 
 @pytest.mark.parametrize("name", ["gpt_tied", "unet"])
@@ -181,13 +121,6 @@ def test_towers_run_on_devices_of_their_own(schedule: str) -> None:
     check(case("two_tower"), strategy)
     plan = pipelined(of, strategy)
     assert {(b.source, b.target) for b in plan.boundaries} == {(0, 2), (1, 2)}
-
-
-def tower_of(operator: Operator) -> int:
-    for number, tower in enumerate(("query", "item")):
-        if operator.module.startswith(tower):
-            return number
-    return 2
 
 
 def test_two_stages_of_one_row_may_lie_differently_on_its_devices() -> None:

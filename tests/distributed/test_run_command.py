@@ -17,8 +17,10 @@ from autopar.ir.plan import Plan, save_plan
 from autopar.ir.search import SearchResult, Trial
 from autopar.ir.sharding import Mesh
 from autopar.ops import bound_rules
+from autopar.simulator.microbatches import division
 from autopar.simulator.prices import evaluate
 from autopar.simulator.staged import runs, staged
+from tests.helpers.stages import ALONE, in_order, looped, strategy_of
 from tests.helpers.strategies import random_strategy, replicate
 
 MODEL = """
@@ -157,3 +159,64 @@ def test_under_torchrun_the_first_process_prints(tmp_path: Path) -> None:
     done = autopar("run", tmp_path / "plan.json", "--steps", 1, "--json", processes=2)
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["losses"]) == 1
+
+
+BAD = """
+
+import os, signal, time
+from autopar.runtime import pipeline
+
+def fail(): raise ValueError("my operator does not like this")
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+def sleep(): time.sleep(1000)
+
+plain = pipeline._Stage.do
+
+def do(stage, action):
+    if str(action) == "2F1" and stage.step.steps_done == 1:
+        {deed}()
+    plain(stage, action)
+
+pipeline._Stage.do = do
+"""
+
+
+def three_stages(folder: Path, deed: str) -> None:
+    """A plan of three stages, of which the last does ``deed`` at 2F1 of its second step."""
+    one = planned(folder)
+    (folder / "model.py").write_text(MODEL.format(extra="") + BAD.format(deed=deed))
+    of = division(one.graph, 4)
+    layout = looped(3, ALONE)
+    strategy = strategy_of(of, in_order(one.graph, 3), layout, "1f1b")
+    save_plan(replace(one, strategy=strategy), folder / "plan.json")
+
+
+DEEDS = {
+    "die": "rank 2 was ended at 2F1 (stage 2), step 1 by signal 9 (SIGKILL)",
+    "sleep": "rank 2 was at 2F1 (stage 2), step 1 for",
+    "fail": "ValueError: my operator does not like this",
+}
+
+
+@pytest.mark.parametrize(
+    "deed", ["die", *(pytest.param(d, marks=pytest.mark.slow) for d in ("sleep", "fail"))]
+)
+def test_a_run_that_fails_says_what_went_wrong_first(tmp_path: Path, deed: str) -> None:
+    """And no more than one traceback, of an error that is none of autopar's."""
+    three_stages(tmp_path, deed)
+    done = autopar("run", tmp_path / "plan.json", "--steps", 3, "--timeout", 4)
+    assert done.returncode == 1
+    assert DEEDS[deed] in done.stderr
+    assert done.stderr.count("Traceback") == (deed == "fail")
+    assert "ChildFailedError" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deed", DEEDS)
+def test_under_torchrun_a_failed_run_ends_with_its_exit_code(tmp_path: Path, deed: str) -> None:
+    three_stages(tmp_path, deed)
+    arguments = ("run", tmp_path / "plan.json", "--steps", 3, "--timeout", 4)
+    done = autopar(*arguments, processes=3)
+    assert done.returncode != 0
+    if deed != "fail":  # else torchrun may end the others before they say anything
+        assert "autopar: rank" in done.stderr

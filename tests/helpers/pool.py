@@ -32,14 +32,14 @@ class Pool:
     """A job of ``ranks`` runs on the processes of the last one, if that had as many."""
 
     def __init__(self) -> None:
-        self._world: _World | None = None
+        self._world: World | None = None
 
     def run(self, ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """``function(*args)`` on every rank; the results by rank, or the first failure."""
         world = self._world
         if world is None or world.ranks != ranks or world.jobs == JOBS_PER_WORLD:
             self.close()
-            world = self._world = _World(ranks)
+            world = self._world = World(ranks)
         answers = world.ask(function, args)
         failures = {r: said for r, (failed, said) in sorted(answers.items()) if failed}
         if failures or len(answers) < ranks:
@@ -61,7 +61,7 @@ Answers = dict[int, tuple[bool, Any]]
 """By rank: whether it failed, and the result or what it said."""
 
 
-class _World:
+class World:
     def __init__(self, ranks: int) -> None:
         self.ranks, self.jobs = ranks, 0
         self._folder = tempfile.TemporaryDirectory(prefix="autopar-pool-")

@@ -75,15 +75,18 @@ def strategy_of(
     rng: Random | None = None,
     zero: int = 0,
     training: Training = PLAIN,
+    divide: Callable[[Division, dict[str, Mesh], Random], dict[str, Split]] | None = None,
 ) -> Strategy:
-    """``rng``: random splits and storages. Else each microbatch is divided over the devices of a
-    stage, with ZeRO of the level ``zero`` for the parameters that it can divide."""
+    """``rng``: random splits, or those of ``divide``, and random storages. Else each microbatch is
+    divided over the devices of a stage, with ZeRO of the level ``zero`` for the parameters that it
+    can divide."""
     stages = tuple(
         Stage(names, devices, mesh)
         for names, devices, mesh in zip(operators, layout.devices, layout.meshes, strict=True)
     )
     mesh_of = {name: stage.mesh for stage in stages for name in stage.operators}
-    splits = _random_splits(of, mesh_of, rng) if rng else _batch_splits(of, mesh_of)
+    divide = divide or _random_splits
+    splits = divide(of, mesh_of, rng) if rng else _batch_splits(of, mesh_of)
     storage = {}
     for parameter in of.graph.parameters:
         shape = parameter.spec.shape
@@ -100,6 +103,26 @@ def _random_splits(of: Division, mesh_of: dict[str, Mesh], rng: Random) -> dict[
     return {name: random_split(of.rules[name], mesh, rng) for name, mesh in mesh_of.items()}
 
 
+def by_axis_name(of: Division, mesh_of: dict[str, Mesh], rng: Random) -> dict[str, Split]:
+    """An axis ``data`` divides the batch; an axis ``tensor`` any other factor, if there is one that
+    it can divide: heads, columns, rows, channels, the vocabulary, the sequence."""
+    batch = divided(of.whole, 2).choices
+    found = {}
+    for name, mesh in mesh_of.items():
+        bound, split = of.rules[name], []
+        for axis in mesh.names:
+            if axis == "data":
+                split.append(batch[name])
+                continue
+            others = [f for f in bound.factors if f != batch[name]]
+            rng.shuffle(others)
+            rest = (NOTHING,) * (len(mesh.axes) - len(split) - 1)
+            fitting = (f for f in others if bound.divides((*split, f, *rest), mesh))
+            split.append(next(fitting, NOTHING))
+        found[name] = tuple(split)
+    return found
+
+
 def _batch_splits(of: Division, mesh_of: dict[str, Mesh]) -> dict[str, Split]:
     choices = None
     splits: dict[str, Split] = {}
@@ -107,7 +130,7 @@ def _batch_splits(of: Division, mesh_of: dict[str, Mesh]) -> dict[str, Split]:
         if mesh.size == 1:
             splits[name] = (NOTHING,) * len(mesh.axes)
         else:
-            choices = choices or divided(of.graph, 2).choices
+            choices = choices or divided(of.whole, 2).choices
             splits[name] = (choices[name],) * len(mesh.axes)
     return splits
 

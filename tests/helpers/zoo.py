@@ -517,14 +517,80 @@ ZOO: dict[str, Callable[..., Built]] = {
 """Functions of ``dropout`` that return a model in train mode and one global batch."""
 
 
+class Towers(nn.Module):
+    """Two branches without a common operator until pairs are scored, each pair by itself: unlike
+    in ``TwoTower`` a batch can be worked on in parts."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+
+        def tower(features: int, width: int) -> nn.Sequential:
+            return nn.Sequential(
+                nn.Linear(features, width),
+                nn.GELU(),
+                nn.Dropout(dropout),
+                nn.LayerNorm(width),
+                nn.Linear(width, 16),
+            )
+
+        self.query = tower(24, 64)
+        self.item = tower(40, 32)
+        self.score = nn.Linear(16, 4)
+
+    def forward(self, queries: Tensor, items: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(self.score(self.query(queries) * self.item(items)), target)
+
+
+def towers(dropout: float = 0.0) -> Built:
+    dtype = torch.get_default_dtype()
+    sizes = (24, 40, 4)
+    return Towers(dropout), tuple(torch.randn(BATCH, n, dtype=dtype) for n in sizes)
+
+
+class Inception(nn.Module):
+    """Four branches of unequal size over one tensor, joined by channels."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+
+        def branch(channels: int, *layers: tuple[int, int]) -> nn.Sequential:
+            made: list[nn.Module] = []
+            for out, kernel in layers:
+                conv = nn.Conv2d(channels, out, kernel, padding=kernel // 2)
+                made += [conv, nn.GroupNorm(2, out), nn.ReLU()]
+                channels = out
+            return nn.Sequential(*made)
+
+        self.stem = branch(4, (16, 3))
+        self.one = branch(16, (8, 1))
+        self.three = branch(16, (8, 1), (16, 3))
+        self.five = branch(16, (4, 1), (8, 5))
+        self.pooled = nn.Sequential(nn.MaxPool2d(3, 1, padding=1), *branch(16, (8, 1)))
+        self.head = nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(40 * 64, 8))
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        x = self.stem(images)
+        joined = torch.cat([self.one(x), self.three(x), self.five(x), self.pooled(x)], dim=1)
+        return F.cross_entropy(self.head(joined), labels)
+
+
+def inception(dropout: float = 0.0) -> Built:
+    images = torch.randn(BATCH, 4, 8, 8, dtype=torch.get_default_dtype())
+    return Inception(dropout), (images, torch.randint(8, (BATCH,)))
+
+
+BRANCHES: dict[str, Callable[..., Built]] = {"towers": towers, "inception": inception}
+"""As ``ZOO``: models for stages that are a graph, of ops that the others have."""
+
+
 def zoo(name: str, seed: int = 0, dtype: torch.dtype = torch.float64, **options: Any) -> Built:
-    """``ZOO[name](**options)``, the same weights and batch for the same ``seed``."""
+    """A model of either table, the same weights and batch for the same ``seed``."""
     before = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         torch.set_default_dtype(dtype)
         try:
-            model, inputs = ZOO[name](**options)
+            model, inputs = {**ZOO, **BRANCHES}[name](**options)
         finally:
             torch.set_default_dtype(before)
     return model.to(dtype).train(), inputs

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -150,14 +151,14 @@ def test_what_is_not_as_promised_is_a_difference(
 
 
 def test_a_message_too_many_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = _Post.send
+    original = _Post._send
 
-    def twice(self: _Post, move: object, tensor: object) -> None:
-        original(self, move, tensor)  # type: ignore[arg-type]
-        original(self, move, tensor)  # type: ignore[arg-type]
+    def twice(self: _Post, *message: Any) -> Any:
+        original(self, *message)
+        return original(self, *message)
 
     strategy = in_two("gpt", "zero1", "1f1b")
-    monkeypatch.setattr(_Post, "send", twice)
+    monkeypatch.setattr(_Post, "_send", twice)
     report = report_of("gpt", strategy)
     assert any("bytes from row 0 to row 1 promised" in text for text in report.differences)
 
