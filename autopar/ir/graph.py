@@ -175,7 +175,7 @@ class OperatorGraph:
     def of_role(self, role: Role) -> Iterator[Tensor]:
         return (tensor for tensor in self.tensors if tensor.role is role)
 
-    @property
+    @cached_property
     def parameters(self) -> tuple[Tensor, ...]:
         return tuple(self.of_role(Role.PARAMETER))
 

@@ -62,8 +62,8 @@ def _signatures(graph: OperatorGraph, marks: Mapping[str, Hashable]) -> list[int
         numbers.setdefault(
             (
                 o.op,
-                repr(o.arguments),
-                repr(o.keywords),
+                o.arguments,
+                o.keywords,
                 marks.get(o.name),
                 *(tensors[name] for name in o.inputs),
                 -1,

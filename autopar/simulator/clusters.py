@@ -41,15 +41,13 @@ class Cluster:
 
 def links(graph: OperatorGraph, class_of: Sequence[int]) -> tuple[Link, ...]:
     """The activations between classes, equal ones counted."""
-    index = {operator.name: i for i, operator in enumerate(graph.operators)}
+    of = {operator.name: c for operator, c in zip(graph.operators, class_of, strict=True)}
     ends = {graph.loss, *(tensor for _, tensor in graph.mutations)}
     counts: dict[tuple[int, int, tuple[tuple[int, int], ...], bool], int] = {}
     names: dict[tuple[int, int, tuple[tuple[int, int], ...], bool], str] = {}
     for i, operator in enumerate(graph.operators):
         for output, name in enumerate(operator.outputs):
-            readers = dict.fromkeys(
-                (class_of[index[o.name]], position) for o, position in graph.consumers[name]
-            )
+            readers = dict.fromkeys([(of[o.name], place) for o, place in graph.consumers[name]])
             key = (class_of[i], output, tuple(readers), name in ends)
             counts[key] = counts.get(key, 0) + 1
             names.setdefault(key, name)

@@ -83,9 +83,14 @@ class Structure:
         return tuple(found)
 
     @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Of the operators."""
+        return tuple(operator.name for operator in self.graph.operators)
+
+    @cached_property
     def number(self) -> dict[str, int]:
         """Which operator of the graph has each name."""
-        return {operator.name: i for i, operator in enumerate(self.graph.operators)}
+        return {name: i for i, name in enumerate(self.names)}
 
     @cached_property
     def position(self) -> dict[str, int]:
@@ -756,20 +761,16 @@ class Listing:
 
     def strategy(self, selection: Selection) -> Strategy:
         """The strategy that a selection stands for."""
-        splits: dict[str, Split] = {}
         chosen = {
             member: candidates.split(selection.alternatives[number], member)
             for number, candidates in enumerate(self.candidates)
             for member in candidates.cluster.members
         }
-        for index, operator in enumerate(self.graph.operators):
-            splits[operator.name] = chosen[self.structure.class_of[index]]
-        stage = Stage(
-            tuple(o.name for o in self.graph.operators), tuple(range(self.mesh.size)), self.mesh
-        )
+        names = self.structure.names
+        stage = Stage(names, tuple(range(self.mesh.size)), self.mesh)
         return Strategy(
             (stage,),
-            splits,
+            dict(zip(names, map(chosen.__getitem__, self.structure.class_of), strict=True)),
             self._chosen_storage(selection, chosen),
             self.microbatches,
             training=self.training,
