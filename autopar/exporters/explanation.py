@@ -18,7 +18,7 @@ from autopar.simulator.costs import inner_transfers
 from autopar.simulator.edges import OUTPUT, Rules, carries_gradient, edges, parameter_edges
 from autopar.simulator.microbatches import divide, division
 from autopar.simulator.redistribution import Transfer
-from autopar.simulator.stages import pipelined
+from autopar.simulator.stages import Pipelined, pipelined
 
 Phase = Literal["forward", "backward", "step"]
 
@@ -180,11 +180,34 @@ class StageExplanation:
     what: Explanation
 
 
+@dataclass(frozen=True, slots=True)
+class PassedOn:
+    """A parameter that ``stages`` keep in different pieces: ``bytes`` of its gradient go from
+    device to device, once a step, so that each has the sum."""
+
+    parameter: str
+    stages: tuple[int, ...]
+    bytes: int
+
+
+def passed_on(of: Plan) -> tuple[PassedOn, ...]:
+    plan = _pipelined(of)
+    found = []
+    for shared in plan.shared:
+        sent = sum(one.bytes for one in shared.sent(plan.groups))
+        if sent:
+            found.append(PassedOn(shared.name, shared.stages, sent))
+    return tuple(found)
+
+
+def _pipelined(of: Plan) -> Pipelined:
+    return pipelined(division(of.graph, of.strategy.microbatches, of.proposed), of.strategy)
+
+
 def stages_of(of: Plan) -> tuple[StageExplanation, ...]:
     """Of a plan of several stages, equal ones once, in the order of their first."""
-    estimate, microbatches = of.pipeline, of.strategy.microbatches
+    estimate, plan = of.pipeline, _pipelined(of)
     assert estimate is not None
-    plan = pipelined(division(of.graph, microbatches, of.proposed), of.strategy)
     alike: dict[Hashable, list[int]] = {}
     for number, part in enumerate(plan.parts):
         alike.setdefault(part.content, []).append(number)

@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 
-from autopar.exporters.explanation import Block, CollectiveRow, explanation, stages_of
+from autopar.exporters.explanation import (
+    Block,
+    CollectiveRow,
+    explanation,
+    passed_on,
+    stages_of,
+)
 from autopar.exporters.text import (
     ROW_COLUMNS,
     change_text,
     divided_text,
     kinds_of_memory,
     parts,
+    passed_on_text,
     row_cells,
     stages_text,
     summary,
@@ -73,6 +80,8 @@ def _blocks(plan: Plan, rules: Rules) -> Iterator[str]:
         return
     yield "<h2>Rows</h2>"
     yield _table(ROW_COLUMNS, row_cells(plan.estimate))
+    for passed in passed_on(plan):
+        yield f"<p>{escape(passed_on_text(passed))}</p>"
     for stages in stages_of(plan):
         yield f"<h2>{escape(stages_text(stages))}</h2>"
         for block in stages.what.blocks:

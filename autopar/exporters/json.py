@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from autopar.exporters.explanation import explanation, stages_of
+from autopar.exporters.explanation import explanation, passed_on, stages_of
 from autopar.ir.plan import Plan, plan_to_json
 from autopar.simulator.edges import Rules
 
@@ -65,4 +65,5 @@ def explained(plan: Plan, rules: Rules) -> dict[str, Any]:
     if plan.pipeline is None:
         return {**summary(plan), **asdict(explanation(plan, rules))}
     alike = [asdict(one) for one in stages_of(plan)]
-    return {**summary(plan), "stages_alike": alike}
+    passed = [asdict(one) for one in passed_on(plan)]
+    return {**summary(plan), "stages_alike": alike, "gradients_passed_on": passed}

@@ -16,9 +16,11 @@ from autopar.exporters.explanation import (
     Block,
     CollectiveRow,
     Divided,
+    PassedOn,
     StageExplanation,
     block_of,
     explanation,
+    passed_on,
     ranges_text,
     stages_of,
 )
@@ -389,12 +391,25 @@ def _explain_stages(plan: Plan, views: bool) -> str:
     """The rows, and equal stages once."""
     bound = bound_by(plan.estimate, plan.search.memory_limit_bytes)
     lines = [*_heading(plan)[:-1], f"bound by {bound}", "", *rows(plan.estimate)]
+    if passed := passed_on(plan):
+        lines[-1:] = [*_indented(map(passed_on_text, passed)), ""]
     for stages in stages_of(plan):
         lines += [stages_text(stages), ""]
         for block in stages.what.blocks:
             lines += _block(block, stages.mesh, views)
     lines += memory(plan.estimate)
     return "\n".join(lines) + "\n"
+
+
+def passed_on_text(of: PassedOn) -> str:
+    """
+    >>> passed_on_text(PassedOn("wte.weight", (0, 3), 4096))
+    'wte.weight is kept otherwise in stages 0, 3: 4.1 kB of its gradient are exchanged once a step'
+    """
+    return (
+        f"{of.parameter} is kept otherwise in stages {ranges_text(of.stages)}: "
+        f"{bytes_text(of.bytes)} of its gradient are exchanged once a step"
+    )
 
 
 def stages_text(stages: StageExplanation) -> str:

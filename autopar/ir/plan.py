@@ -26,7 +26,7 @@ from autopar.ir.simulation import (
     RowEstimate,
     Traffic,
 )
-from autopar.ir.strategy import Strategy, strategy_from_json, strategy_to_json
+from autopar.ir.strategy import Storage, Strategy, strategy_from_json, strategy_to_json
 
 
 @dataclass(frozen=True)
@@ -563,9 +563,17 @@ def _training_text(plan: Plan) -> str:
 def _storage_text(plan: Plan, parameter: str) -> str:
     """For each axis, what of the parameter, its gradient and its optimizer state is cut there."""
     storage = plan.strategy.storage[parameter]
-    readers = plan.graph.consumers.get(parameter, ())
+    own = [(n, s) for n, s in enumerate(plan.strategy.stages) if parameter in s.storage]
+    others = {o for _, stage in own for o in stage.operators}
+    readers = [o.name for o, _ in plan.graph.consumers.get(parameter, ()) if o.name not in others]
     stages = plan.strategy.stages
-    mesh = plan.strategy.mesh_of[readers[0][0].name] if readers else stages[0].mesh
+    mesh = plan.strategy.mesh_of[readers[0]] if readers else stages[0].mesh
+    found = [_kept_text(storage, mesh)]
+    found += [f"in stage {n} {_kept_text(s.storage[parameter], s.mesh)}" for n, s in own]
+    return "; ".join(found)
+
+
+def _kept_text(storage: Storage, mesh: Mesh) -> str:
     return ", ".join(
         f"{axis}: {p}/{g}/{o}"
         for axis, p, g, o in zip(

@@ -243,13 +243,18 @@ def _search() -> Schema:
 
 def _strategy() -> Schema:
     sharding = many(PLACEMENT)
+    storages = table(tuple_of(sharding, sharding, sharding))
+    stage = record(operators=many(TEXT), devices=many(WHOLE), mesh=_mesh())
+    stage["properties"]["storage"] = described(
+        storages, "of parameters that another stage keeps otherwise; left out where there are none"
+    )
     schema = record(
-        stages=many(record(operators=many(TEXT), devices=many(WHOLE), mesh=_mesh())),
+        stages=many(stage),
         splits=described(
             table(many(TEXT)), "by operator: for each mesh axis a factor, or a reserved choice"
         ),
         storage=described(
-            table(tuple_of(sharding, sharding, sharding)),
+            storages,
             "by parameter: shardings of the parameter, its gradient, its optimizer state",
         ),
         microbatches={"type": "integer", "minimum": 1},

@@ -47,11 +47,16 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Operators that run on one set of devices, given in the order of the mesh's ranks."""
+    """Operators that run on one set of devices, given in the order of the mesh's ranks.
+
+    ``storage``: parameters that another stage reads, too, and that this one keeps otherwise than
+    ``Strategy.storage`` says, on its own mesh.
+    """
 
     operators: tuple[str, ...]
     devices: tuple[int, ...]
     mesh: Mesh
+    storage: dict[str, Storage] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,11 @@ class Strategy:
         """By operator, the mesh of its stage."""
         return {name: stage.mesh for stage in self.stages for name in stage.operators}
 
+    def kept(self, stage: int, parameter: str) -> Storage:
+        """How a stage keeps a parameter that it reads."""
+        own = self.stages[stage].storage.get(parameter)
+        return self.storage[parameter] if own is None else own
+
     @property
     def devices(self) -> int:
         """How many devices the stages run on."""
@@ -114,14 +124,12 @@ def strategy_to_json(strategy: Strategy) -> dict[str, Any]:
                 "operators": list(s.operators),
                 "devices": list(s.devices),
                 "mesh": [list(axis) for axis in s.mesh.axes],
+                **({"storage": _storages_to_json(s.storage)} if s.storage else {}),
             }
             for s in strategy.stages
         ],
         "splits": {name: list(split) for name, split in strategy.splits.items()},
-        "storage": {
-            name: [list(s.parameter), list(s.gradient), list(s.optimizer)]
-            for name, s in strategy.storage.items()
-        },
+        "storage": _storages_to_json(strategy.storage),
         "microbatches": strategy.microbatches,
         "recompute": list(strategy.recompute),
         "schedule": strategy.schedule,
@@ -146,14 +154,12 @@ def strategy_from_json(data: dict[str, Any]) -> Strategy:
                 tuple(s["operators"]),
                 tuple(s["devices"]),
                 Mesh(tuple((name, size) for name, size in s["mesh"])),
+                _storages_from_json(s.get("storage", {})),
             )
             for s in data["stages"]
         ),
         splits={name: tuple(split) for name, split in data["splits"].items()},
-        storage={
-            name: Storage(tuple(p), tuple(g), tuple(o))
-            for name, (p, g, o) in data["storage"].items()
-        },
+        storage=_storages_from_json(data["storage"]),
         microbatches=data["microbatches"],
         recompute=tuple(data["recompute"]),
         schedule=data["schedule"],
@@ -161,3 +167,14 @@ def strategy_from_json(data: dict[str, Any]) -> Strategy:
         chunks=data.get("chunks"),
         repeat_collectives=tuple(data.get("repeat_collectives", ())),
     )
+
+
+def _storages_to_json(storages: dict[str, Storage]) -> dict[str, Any]:
+    return {
+        name: [list(s.parameter), list(s.gradient), list(s.optimizer)]
+        for name, s in storages.items()
+    }
+
+
+def _storages_from_json(data: dict[str, Any]) -> dict[str, Storage]:
+    return {name: Storage(tuple(p), tuple(g), tuple(o)) for name, (p, g, o) in data.items()}

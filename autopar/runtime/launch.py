@@ -7,12 +7,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from functools import partial
 from typing import IO, Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_group, _set_pg_timeout
@@ -29,6 +28,7 @@ from autopar.runtime.lowering import lower_microbatch, lower_stage
 from autopar.runtime.peers import TIMEOUT_S, Doing, Peers, Tell, tell_nobody
 from autopar.runtime.pipeline import PipelineStep
 from autopar.runtime.room import check_one_stage, check_stages
+from autopar.runtime.shared_gradients import groups_of
 from autopar.runtime.step import TrainingStep
 from autopar.runtime.storage import State, from_function, from_module
 from autopar.simulator.microbatches import Division, division
@@ -108,7 +108,7 @@ def run_stages(
     rank, device = dist.get_rank(), local_device()
     with peers.doing(CONNECTING, _everybody):
         communicators = communicators_of(plan, rank, device.type, timeout=_limit(timeout_s))
-        exchanges = exchanges_of(plan, rank, timeout=_limit(timeout_s))
+        groups = groups_of(plan, rank, timeout=_limit(timeout_s))
     held = {}
     for stage, communicator in communicators.items():
         part = plan.parts[stage]
@@ -118,7 +118,7 @@ def run_stages(
             program, part.strategy, state, communicator, hyperparameters or {}, seed, peers
         )
     batches = Batches(divided, strategy.training, device)
-    return PipelineStep(plan, rank, held, batches, exchanges, seed, peers)
+    return PipelineStep(plan, rank, held, batches, groups, seed, peers)
 
 
 def communicators_of(
@@ -146,44 +146,6 @@ def communicators_of(
             if groups is not None:
                 found[stage] = Communicator(part.mesh, devices.index(rank), groups)
     return found
-
-
-def exchanges_of(
-    plan: Pipelined, rank: int, *, alone: bool = False, timeout: timedelta | None = None
-) -> dict[str, Callable[[Tensor], Tensor]]:
-    """For trained parameters that several stages or copies hold, the sum over those processes that
-    have the same piece of it; every process takes part in making the groups, but for ``alone``."""
-    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
-    found: dict[str, Callable[[Tensor], Tensor]] = {}
-    for name, holders in plan.holders.items():
-        first, _ = holders[0]
-        if len(holders) == 1 or not plan.parts[first].graph.by_name[name].differentiable:
-            continue
-        found[name] = _as_it_is
-        rows = sorted({row for _, row in holders})
-        for alike in zip(*(plan.groups[row] for row in rows), strict=True):
-            if alone and rank not in alike:
-                continue
-            if len(alike) > 1 and alike not in made:
-                made[alike] = dist.new_group(alike, timeout=timeout)
-            if rank in alike and len(alike) > 1:
-                found[name] = partial(_sum_in, made[alike])
-    return found
-
-
-def _as_it_is(gradient: Tensor) -> Tensor:
-    return gradient
-
-
-def group_of(exchange: Callable[[Tensor], Tensor]) -> str | None:
-    """Torch's name of the group that an exchange sums over; ``None`` where it is of one process."""
-    return str(exchange.args[0].group_name) if isinstance(exchange, partial) else None
-
-
-def _sum_in(group: dist.ProcessGroup, gradient: Tensor) -> Tensor:
-    total = gradient.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
-    return total
 
 
 def _state(

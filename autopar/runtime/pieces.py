@@ -7,7 +7,7 @@ as collectives send and receive them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +21,16 @@ from autopar.ir.sharding import (
     sharded_dim,
     sharded_parts,
 )
+
+Box = Sequence[tuple[int, int]]
+"""(start, stop) of each dim."""
+
+
+def box(tensor: Tensor, ranges: Box) -> Tensor:
+    """A view."""
+    for dim, (start, stop) in enumerate(ranges):
+        tensor = tensor.narrow(dim, start, stop - start)
+    return tensor
 
 
 def cut_rows(tensor: Tensor, pieces: int, placement: Placement) -> Tensor:

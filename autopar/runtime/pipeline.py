@@ -19,9 +19,12 @@ from autopar.ir.sharding import local_shape
 from autopar.runtime.batches import Batches
 from autopar.runtime.lowering import PartedBackward, divisors
 from autopar.runtime.peers import Peers
+from autopar.runtime.pieces import box
+from autopar.runtime.shared_gradients import Groups, SharedGradients
 from autopar.runtime.step import TrainingStep
+from autopar.simulator.messages import Message
 from autopar.simulator.row_memory import MOST_UNDER_WAY
-from autopar.simulator.stages import Boundary, Message, Move, Pipelined
+from autopar.simulator.stages import Boundary, Move, Pipelined
 
 
 @dataclass
@@ -29,8 +32,9 @@ class Trace:
     """What this process did in the last step.
 
     ``actions``: of its row, in the order in which they were done. ``sent_bytes``: what it sent, by
-    (row, row). ``exchanged_bytes``: gradients that it summed with other processes which hold the
-    same parameters. ``most_in_flight``: microbatches whose activations it kept at once.
+    (row, row). ``exchanged_bytes``: gradients that it all-reduced with processes which have the
+    same pieces of the same parameters. ``most_in_flight``: microbatches whose activations it kept
+    at once.
     """
 
     actions: list[Action] = field(default_factory=list)
@@ -44,20 +48,19 @@ class PipelineStep:
     """``loss = step(inputs...)``: one optimizer step on one *global* batch, in stages.
 
     Called as ``TrainingStep`` is: by every process, with the same batch. ``held``: the stages of
-    this process's row. ``exchange``: for parameters that several stages, or copies of a stage,
-    hold, how to sum a gradient over those of them that have the same piece.
+    this process's row. ``groups``: for gradients of which several rows have the same piece.
     """
 
     plan: Pipelined
     rank: int
     held: dict[int, TrainingStep]
     batches: Batches
-    exchange: dict[str, Callable[[Tensor], Tensor]]
+    groups: Groups
     seed: int = 0
     peers: Peers = field(default_factory=Peers)
 
     def __post_init__(self) -> None:
-        self.row = next(r for r, group in enumerate(self.plan.groups) if self.rank in group)
+        self.row = self.plan.row_of(self.rank)
         self.place = self.plan.groups[self.row].index(self.rank)
         self.instructions = self.plan.instructions(self.row)
         self._actions = frozenset(self.plan.rows[self.row])
@@ -102,7 +105,10 @@ class PipelineStep:
         for number, stage in stages.items():
             with self._doing(f"the gradients of stage {number}", self._in_row):
                 stage.finish()
-        self._exchange()
+        sums = SharedGradients(self.plan, self.rank, self.groups, self.held, self.peers)
+        sums.exchange(self.steps_done)
+        self.trace.exchanged_bytes = sums.summed_bytes
+        self.trace.sent_bytes.update(sums.sent_bytes)
         with self._doing("the sum of the loss", self._everybody):
             return self._total_loss(stages.values())
 
@@ -154,26 +160,6 @@ class PipelineStep:
             taken[key] = arrived
 
     # ---- between stages, at the end ------------------------------------------------------------
-
-    def _exchange(self) -> None:
-        with torch.no_grad():
-            for name, sum_up in self.exchange.items():
-                holders = self.plan.holders[name]
-                mine = [stage for stage, row in holders if row == self.row]
-                if not mine:
-                    continue
-                steps = [self.held[stage] for stage in mine]
-                total = sum(
-                    (step.gradients[name] for step in steps if name in step.gradients),
-                    start=torch.zeros_like(steps[0].piece(name)),
-                )
-                alike = [self.plan.groups[row][self.place] for _, row in holders]
-                with self._doing(f"the sum of the gradient of {name}", alike.copy):
-                    summed = sum_up(total)
-                if summed is not total:
-                    self.trace.exchanged_bytes += total.numel() * total.element_size()
-                for step in steps:
-                    step.gradients[name] = summed
 
     def _total_loss(self, stages: Iterable[_Stage]) -> Tensor:
         dtype = getattr(torch, self._graph.spec(self._graph.loss).dtype)
@@ -453,7 +439,7 @@ class _Post:
         return partial(self._arrived, move, asked)
 
     def _send(self, move: Move, message: Message, receiver: int, own: Tensor) -> _Sent:
-        piece = _box(own, message.taken).contiguous()
+        piece = box(own, message.taken).contiguous()
         what = f"{_text(move)} to reach"
         work = self.peers.post(lambda: dist.isend(piece, receiver), what, receiver)
         rows = move.source_row, move.target_row
@@ -472,7 +458,7 @@ class _Post:
     def _ask(self, move: Move, message: Message, sender: int, own: Tensor | None) -> _Asked:
         if sender == self.rank:
             assert own is not None
-            return _Asked(None, _box(own, message.taken), sender, message)
+            return _Asked(None, box(own, message.taken), sender, message)
         size = [stop - start for start, stop in message.put]
         dtype = getattr(torch, move.boundary.spec.dtype)
         piece = torch.empty(size, dtype=dtype, device=self.device)
@@ -498,7 +484,7 @@ class _Post:
         dtype = getattr(torch, boundary.spec.dtype)
         whole = torch.empty(shape, dtype=dtype, device=self.device)
         for _, piece, _, message in asked:
-            _box(whole, message.put).copy_(piece)
+            box(whole, message.put).copy_(piece)
         return whole
 
     def finish(self) -> None:
@@ -526,12 +512,6 @@ def _text(move: Move) -> str:
         source, target = target, source
     what = f"the gradient of {boundary.tensor}" if move.backward else boundary.tensor
     return f"{what} of microbatch {move.microbatch} (stage {source} to {target})"
-
-
-def _box(tensor: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
-    for dim, (start, stop) in enumerate(ranges):
-        tensor = tensor.narrow(dim, start, stop - start)
-    return tensor
 
 
 __all__ = ["PipelineStep", "Trace"]

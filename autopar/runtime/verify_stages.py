@@ -23,10 +23,11 @@ from autopar.ir.sharding import local_shape
 from autopar.ir.simulation import HOLDERS, WORLD, Estimate, Memory, RowEstimate
 from autopar.ir.strategy import Strategy
 from autopar.runtime.batches import Batches
-from autopar.runtime.launch import communicators_of, exchanges_of, group_of
+from autopar.runtime.launch import communicators_of
 from autopar.runtime.lowering import LoweredProgram, PartedBackward, lower_stage
 from autopar.runtime.pipeline import PipelineStep, Trace
 from autopar.runtime.recorder import Recorder
+from autopar.runtime.shared_gradients import groups_of
 from autopar.runtime.step import TrainingStep
 from autopar.runtime.typecheck import typecheck as check_types
 from autopar.runtime.verify import (
@@ -42,8 +43,10 @@ from autopar.runtime.verify import (
     memory_difference,
 )
 from autopar.runtime.watch import MemoryWatch, Piece, Watch, device_for_dry_runs
+from autopar.simulator.messages import Message
 from autopar.simulator.microbatches import Division
-from autopar.simulator.stages import Message, Move, Pipelined, pipelined
+from autopar.simulator.shared_gradients import Alike
+from autopar.simulator.stages import Move, Pipelined, pipelined
 
 
 @dataclass(frozen=True)
@@ -122,15 +125,11 @@ def verify_stages(
         if progress is not None:
             stands = f", which stands for {len(ranks)}" if len(ranks) > 1 else ""
             progress(f"dry-running rank {ranks[0]} of {plan.world_size}{stands}")
-        row = estimate.pipeline.rows[row_of(plan, ranks[0])]
+        row = estimate.pipeline.rows[plan.row_of(ranks[0])]
         found.append(dry.report(ranks, row))
     differences = [f"rank {one.rank}: {text}" for one in found for text in one.differences]
     differences += _traffic_differences(plan, estimate)
     return StagesReport(plan.world_size, tuple(found), typecheck, tuple(differences))
-
-
-def row_of(plan: Pipelined, rank: int) -> int:
-    return next(r for r, group in enumerate(plan.groups) if rank in group)
 
 
 # ---- which ranks are alike -----------------------------------------------------------------------
@@ -166,19 +165,26 @@ def _does(plan: Pipelined, row: int) -> Hashable:
             b, ways = one.boundary, (one.source_row == row, one.target_row == row)
             ends = place.get(b.source, -1), place.get(b.target, -1)
             sequence.append((ends, ways, one.backward, b.spec, b.departs, b.arrives, b.gradient))
-    exchanged = sorted(
-        (plan.parts[holders[0][0]].graph.spec(name).bytes, len(holders))
-        for name, holders in plan.holders.items()
-        if len(holders) > 1 and any(r == row for _, r in holders)
+    exchanged = tuple(
+        (of.shape, of.item_bytes, tuple(_exchanges(kind, row, place) for kind in of.kinds))
+        for of in plan.shared
+        if of.kinds_in(row)
     )
     return (
         tuple((plan.parts[stage].content, stage in plan.parted) for stage in stages),
         tuple(sequence),
-        tuple(exchanged),
+        exchanged,
     )
 
 
+def _exchanges(kind: Alike, row: int, place: Mapping[int, int]) -> Hashable:
+    """Which stages of a row a gradient is of, with how many rows it is all-reduced."""
+    stages = tuple(place[stage] for stage in kind.stages_in(row))
+    return stages, len(kind.rows) if stages else 0
+
+
 def _boundaries(plan: Pipelined, row: int) -> list[tuple[Message, ...]]:
+    """Messages of a row; the end that is in another one is -1."""
     moves = (one for one in plan.instructions(row) if isinstance(one, Move))
     kinds = dict.fromkeys(
         (m.boundary, m.backward, m.source_row == row, m.target_row == row) for m in moves
@@ -186,15 +192,20 @@ def _boundaries(plan: Pipelined, row: int) -> list[tuple[Message, ...]]:
     found = []
     for boundary, backward, sends, receives in kinds:
         messages = plan.messages(boundary, backward, sends and receives)
-        found.append(
-            tuple(
-                m._replace(
-                    sender=m.sender if sends else -1, receiver=m.receiver if receives else -1
-                )
-                for m in messages
-            )
-        )
+        found.append(_ends_here(messages, sends, receives))
+    for shared in plan.shared:
+        for passing in shared.passings:
+            sends, receives = passing.source_row == row, passing.target_row == row
+            if sends or receives:
+                found.append(_ends_here(shared.messages(passing), sends, receives))
     return found
+
+
+def _ends_here(messages: Iterable[Message], sends: bool, receives: bool) -> tuple[Message, ...]:
+    return tuple(
+        m._replace(sender=m.sender if sends else -1, receiver=m.receiver if receives else -1)
+        for m in messages
+    )
 
 
 # ---- dry runs ------------------------------------------------------------------------------------
@@ -256,7 +267,7 @@ class _DryRuns:
     def _run(self, rank: int) -> tuple[PipelineStep, Watch, int, tuple[str, ...]]:
         plan, graph, device = self.plan, self.division.whole, self.device
         communicators = communicators_of(plan, rank, device.type, alone=True)
-        exchanges = exchanges_of(plan, rank, alone=True)
+        groups = groups_of(plan, rank, alone=True)
         memory = MemoryWatch()
         with self.mode:
             held = {}
@@ -268,7 +279,7 @@ class _DryRuns:
                 keep(memory, held[stage])
             inputs = {name: fake(graph, name, device) for name in graph.inputs}
             batches = Batches(self.division, plan.strategy.training, device)
-            step = PipelineStep(plan, rank, held, batches, exchanges)
+            step = PipelineStep(plan, rank, held, batches, groups)
             watch = Watch(memory, one_recorder(step))
             watch.memory.ignore(inputs.values())
             kept_bytes = watch.memory.live_bytes
@@ -319,7 +330,7 @@ def one_recorder(step: PipelineStep) -> Recorder:
     world = dist.group.WORLD
     assert world is not None
     beside = {str(world.group_name): WORLD}
-    beside.update(dict.fromkeys(filter(None, map(group_of, step.exchange.values())), HOLDERS))
+    beside.update({str(group.group_name): HOLDERS for group in step.groups.values()})
     recorder = Recorder(axes, beside_meshes=beside)
     for of_stage in step.held.values():
         of_stage.communicator.recorder = recorder
@@ -331,7 +342,7 @@ def one_recorder(step: PipelineStep) -> Recorder:
 
 def promised_bytes(plan: Pipelined, rank: int) -> Counter[tuple[int, int]]:
     """What one process sends in a step, by (row, row)."""
-    row = row_of(plan, rank)
+    row = plan.row_of(rank)
     place, found = plan.groups[row].index(rank), Counter[tuple[int, int]]()
     for move in plan.instructions(row):
         if isinstance(move, Move) and move.source_row == row:
@@ -340,6 +351,10 @@ def promised_bytes(plan: Pipelined, rank: int) -> Counter[tuple[int, int]]:
             for message in plan.messages(move.boundary, move.backward, together):
                 if message.sender == place and group[message.receiver] != rank:
                     found[row, move.target_row] += item * message.elements
+    for shared in plan.shared:
+        for one in shared.sent(plan.groups):
+            if one.sender == rank:
+                found[row, one.passing.target_row] += one.bytes
     return found
 
 

@@ -26,10 +26,14 @@ class MachineLinks:
 
     def passage(self, feed: Feed, backward: bool, source: int, target: int) -> Passage:
         size = _busiest_bytes(feed, backward)
+        latency_s = self.time_s(0, source, target)
+        busy_s = max(0.0, self.time_s(size, source, target) - latency_s)
+        return Passage(busy_s, latency_s, (("out", source), ("in", target)))
+
+    def time_s(self, size_bytes: int, source: int, target: int) -> float:
+        """Of so much from one device to another, as far as counterparts in the two groups are."""
         stride = self._stride(self.groups[source], self.groups[target])
-        latency_s = self.cost_model.collective_time_s(Collective("send", 0, 2, stride))
-        time_s = self.cost_model.collective_time_s(Collective("send", size, 2, stride))
-        return Passage(max(0.0, time_s - latency_s), latency_s, (("out", source), ("in", target)))
+        return self.cost_model.collective_time_s(Collective("send", size_bytes, 2, stride))
 
     def _stride(self, source: tuple[int, ...], target: tuple[int, ...]) -> int:
         """Of two ranks that are as far from each other as the farthest counterparts."""

@@ -689,10 +689,15 @@ class _Walk:
         }
         for names in update_groups(sizes):
             pieces = [sizes[name] for name in names if name in reduced]
-            copied = sum(pieces) if mixed or training.clip_norm is not None else 0
+            clipped = training.clip_norm is not None
+            copied = sum(sizes[n] for n in names if n in reduced and (clipped or self._cast(n)))
             self.mark("optimizer step", copied + _update_bytes(pieces, training))
             for name in names:
                 self._refresh(name, mixed)
+
+    def _cast(self, name: str) -> bool:
+        """Whether its gradient has another dtype than the optimizer takes."""
+        return self.strategy.training.precision == "mixed"
 
     def _reduce(self) -> dict[str, _Block]:
         reduced: dict[str, _Block] = {}

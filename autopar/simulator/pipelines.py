@@ -10,10 +10,8 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from math import prod
 
 from autopar.ir.graph import ITEM_BYTES
-from autopar.ir.sharding import local_shape
 from autopar.ir.simulation import (
     HOLDERS,
     WORLD,
@@ -34,6 +32,7 @@ from autopar.simulator.microbatches import Division
 from autopar.simulator.pipeline import Pipeline, StageCost, StageMemory, Synchronisation
 from autopar.simulator.prices import StageParts, stage_parts
 from autopar.simulator.row_memory import FeedBytes, RowStates, row_memory, row_states
+from autopar.simulator.shared_gradients import SharedGradient, exchange_bytes
 from autopar.simulator.stage_memory import StageBytes, stage_bytes
 from autopar.simulator.stages import Pipelined, StagePart, pipelined
 from autopar.simulator.timeline import Timeline, play
@@ -81,6 +80,20 @@ def _timeline_memory(found: StageBytes) -> StageMemory:
     )
 
 
+@dataclass(frozen=True)
+class GradientExchange:
+    """Of one parameter, once a step. ``sums``: by kind of its holders, over the rows that have it;
+    ``traffic``: bytes that kinds pass on, by (row, row), those inside a row too."""
+
+    sums: dict[int, PromisedCollective]
+    traffic: Counter[tuple[int, int]]
+    passing_s: float
+
+    @property
+    def time_s(self) -> float:
+        return sum(one.time_s for one in self.sums.values()) + self.passing_s
+
+
 @dataclass
 class StagePrices:
     """Prices of stages on a machine, remembered by what the stages are and how their devices lie.
@@ -100,10 +113,17 @@ class StagePrices:
         *,
         parted: bool = False,
         handed_on: frozenset[str] = frozenset(),
+        shared: frozenset[str] = frozenset(),
     ) -> PricedStage:
-        """``parted`` and ``handed_on`` as for ``stage_bytes``."""
+        """``parted``, ``handed_on`` and ``shared`` as for ``stage_bytes``."""
         place = within_units(units_of(self.cost_model), part.mesh, devices)
-        key = part.content, place, parted, tuple(name in handed_on for name in part.given)
+        key = (
+            part.content,
+            place,
+            parted,
+            tuple(name in handed_on for name in part.given),
+            tuple(n in shared for o in part.graph.operators for n in o.inputs) if shared else (),
+        )
         found = self._known.get(key)
         if found is None:
             costs = self._costs.setdefault(
@@ -113,7 +133,7 @@ class StagePrices:
             found = self._known[key] = PricedStage(
                 part,
                 stage_parts(part, costs, parted=parted),
-                stage_bytes(part, parted=parted, handed_on=handed_on),
+                stage_bytes(part, parted=parted, handed_on=handed_on, shared=shared),
             )
         return found
 
@@ -141,6 +161,10 @@ class PricedPipeline:
     def stages(self) -> tuple[PricedStage, ...]:
         """Of copies, the one whose devices lie worst."""
         plan = self.plan
+        shared: defaultdict[int, set[str]] = defaultdict(set)
+        for of in plan.shared:
+            for number in of.stages:
+                shared[number].add(of.name)
         return tuple(
             max(
                 (
@@ -149,6 +173,7 @@ class PricedPipeline:
                         plan.groups[row],
                         parted=number in plan.parted,
                         handed_on=plan.handed_on.get(number, frozenset()),
+                        shared=frozenset(shared[number]),
                     )
                     for row in plan.copies[number]
                 ),
@@ -161,8 +186,8 @@ class PricedPipeline:
     def pipeline(self) -> Pipeline:
         plan = self.plan
         exchanged: defaultdict[tuple[int, ...], float] = defaultdict(float)
-        for name, promised in self.exchanges.items():
-            exchanged[tuple(sorted({s for s, _ in plan.holders[name]}))] += promised.time_s
+        for shared in plan.shared:
+            exchanged[shared.stages] += self.exchanges[shared.name].time_s
         reductions = (
             Synchronisation(stages, self._reduction_s(stages)) for stages in _together(plan)
         )
@@ -189,30 +214,35 @@ class PricedPipeline:
     def memories(self) -> tuple[Memory, ...]:
         """At the peak of each device of each row."""
         plan, feeds = self.plan, [self._feed_bytes(route) for route in self.plan.routes]
-        exchanged: Counter[int] = Counter()
-        widened: Counter[int] = Counter()
-        for name, promised in self.exchanges.items():
-            part = plan.parts[plan.holders[name][0][0]]
-            kept = part.strategy.storage[name].optimizer
-            before = local_bytes(part.graph.spec(name), kept, part.mesh)
-            for stage, row in plan.holders[name]:
-                # a sum that begins with zeros, and a copy of it, which stays in mixed precision
-                exchanged[row] = max(exchanged[row], 2 * promised.bytes)
-                first = min(s for s, r in plan.holders[name] if r == row)
-                widened[row] += promised.bytes * (stage == first) - before
-        if plan.strategy.training.precision != "mixed":
-            widened.clear()
+        shared: defaultdict[int, list[SharedGradient]] = defaultdict(list)
+        for of in plan.shared:
+            for row in of.rows:
+                shared[row].append(of)
         return tuple(
             row_memory(
                 states,
                 {stage: self._bytes(stage) for stage in states.stages},
                 feeds,
                 [action.stage for action in plan.updates(row)],
-                exchanged[row],
-                widened[row],
+                exchange_bytes(shared[row], row, plan.groups, self._gradient_bytes),
             )
             for row, states in enumerate(_states(plan.arranged()))
         )
+
+    @cached_property
+    def _gradient_bytes(self) -> dict[tuple[str, int], int]:
+        """Of shared parameters, as each stage has reduced them."""
+        parts = self.plan.parts
+        return {
+            (of.name, stage): local_bytes(
+                parts[stage].graph.spec(of.name),
+                parts[stage].kept(of.name).optimizer,
+                parts[stage].mesh,
+            )
+            for of in self.plan.shared
+            for kind in of.kinds
+            for stage, _ in kind.holders
+        }
 
     def _bytes(self, stage: int) -> StageBytes:
         """With what is copied to be sent, which is kept until the gradient comes back."""
@@ -241,20 +271,28 @@ class PricedPipeline:
     # ---- between rows, once a step -------------------------------------------------------------
 
     @cached_property
-    def exchanges(self) -> dict[str, PromisedCollective]:
-        """By parameter that several rows hold, the sum of its gradients."""
-        plan, found = self.plan, {}
-        wide = plan.strategy.training.precision == "mixed"
-        for name, holders in plan.holders.items():
-            part = plan.parts[holders[0][0]]
-            tensor, rows = part.graph.by_name[name], sorted({row for _, row in holders})
-            if len(rows) > 1 and tensor.differentiable:
-                kept = part.strategy.storage[name].optimizer
-                elements = prod(local_shape(tensor.spec.shape, kept, part.mesh))
-                size = elements * (4 if wide else ITEM_BYTES[tensor.spec.dtype])
-                alike = tuple(zip(*(plan.groups[row] for row in rows), strict=True))
-                found[name] = self._all_reduce(HOLDERS, size, name, alike)
-        return found
+    def exchanges(self) -> dict[str, GradientExchange]:
+        """By parameter that has several holders."""
+        return {of.name: self._exchange(of) for of in self.plan.shared}
+
+    def _exchange(self, of: SharedGradient) -> GradientExchange:
+        groups = self.plan.groups
+        sums = {}
+        for k, kind in enumerate(of.kinds):
+            if len(kind.rows) > 1:
+                alike = tuple(zip(*(groups[row] for row in kind.rows), strict=True))
+                sums[k] = self._all_reduce(HOLDERS, of.piece_bytes(k), of.name, alike)
+        traffic: Counter[tuple[int, int]] = Counter()
+        busiest: Counter[tuple[bool, int]] = Counter()
+        for one in of.sent(groups):
+            traffic[one.passing.source_row, one.passing.target_row] += one.bytes
+            busiest[True, one.sender] += one.bytes
+            busiest[False, one.receiver] += one.bytes
+        links = MachineLinks(self.prices.cost_model, groups)
+        size = max(busiest.values(), default=0)
+        # all kinds send at once, each device its parts one after the other
+        passing_s = max((links.time_s(size, *rows) for rows in traffic), default=0.0)
+        return GradientExchange(sums, traffic, passing_s)
 
     @cached_property
     def sums(self) -> tuple[PromisedCollective, ...]:
@@ -292,7 +330,9 @@ class PricedPipeline:
 
     def estimate(self) -> Estimate:
         rows = tuple(map(self._row, range(len(self.plan.groups))))
-        traffic = sorted(self.timeline.sent_bytes().items())
+        traffic = Counter(self.timeline.sent_bytes())
+        for exchange in self.exchanges.values():
+            traffic.update({rows: n for rows, n in exchange.traffic.items() if len(set(rows)) > 1})
         spent = self._on_critical_path()
         return Estimate(
             step_time_s=self.step_time_s,
@@ -305,7 +345,7 @@ class PricedPipeline:
             memory=max((row.memory for row in rows), key=lambda memory: memory.total_bytes),
             pipeline=PipelineEstimate(
                 rows,
-                tuple(Traffic(*pair, n) for pair, n in traffic if n),
+                tuple(Traffic(*pair, n) for pair, n in sorted(traffic.items()) if n),
                 spent["transfer_s"],
             ),
         )
@@ -340,9 +380,10 @@ class PricedPipeline:
             for one in priced.parts.collectives:
                 count = one.count * (1 if one.phase == "step" else times)
                 yield replace(one, count=count, reason=names.get(one.reason, one.reason))
-        for name, promised in self.exchanges.items():
-            if any(holder == row for _, holder in plan.holders[name]):
-                yield promised
+        for shared in plan.shared:
+            for kind, promised in self.exchanges[shared.name].sums.items():
+                if row in shared.kinds[kind].rows:
+                    yield promised
         yield from self.sums
 
     def _on_critical_path(self) -> defaultdict[str, float]:

@@ -20,6 +20,7 @@ from autopar.ir.schedule import Kind
 from autopar.ir.simulation import Memory
 from autopar.simulator.arrangement import Arrangement
 from autopar.simulator.memory import KINDS
+from autopar.simulator.shared_gradients import ExchangeBytes
 from autopar.simulator.stage_memory import NONE, Kinds, Moment, StageBytes, minus, plus
 
 MOST_UNDER_WAY = 2
@@ -165,14 +166,12 @@ def row_memory(
     stages: Mapping[int, StageBytes],
     feeds: Sequence[FeedBytes],
     updates: Sequence[int],
-    exchange_bytes: int = 0,
-    widened_bytes: int = 0,
+    exchange: ExchangeBytes,
 ) -> Memory:
     """The worst moment of a row, on each of its devices.
 
-    ``updates``: the row's stages in the order of their updates. ``exchange_bytes``: what the
-    exchange of gradients with other rows needs beside these; ``widened_bytes``: by how much it
-    makes them larger.
+    ``updates``: the row's stages in the order of their updates. ``exchange``: of the gradients that
+    other stages or rows have, too.
     """
     weights = [
         kinds
@@ -190,7 +189,7 @@ def row_memory(
     held = [tuple(int(count) * size for size in kinds) for count, kinds in counted]
     found = [
         (plus(moments[worst].held, *held), f"{states.names[worst]}, {moments[worst].at}"),
-        *_end(states, stages, feeds, updates, (exchange_bytes, widened_bytes)),
+        *_end(states, stages, feeds, updates, exchange),
     ]
     most, where = max(found, key=lambda pair: sum(pair[0]))
     kinds = {f"{kind}_bytes": n for kind, n in zip(KINDS, plus(always, most), strict=True)}
@@ -213,7 +212,7 @@ def _end(
     stages: Mapping[int, StageBytes],
     feeds: Sequence[FeedBytes],
     updates: Sequence[int],
-    exchange: tuple[int, int],
+    exchange: ExchangeBytes,
 ) -> list[tuple[Kinds, str]]:
     """Gradients are reduced stage by stage, exchanged, and used stage by stage."""
     sent = zip(states.under_way, states.ways, strict=True)
@@ -225,12 +224,14 @@ def _end(
         moment = stages[stage].moments["R"]
         found.append((plus(left, moment.held, *before, *after), moment.at))
     reduced = plus(*(stages[stage].reduced for stage in states.stages), NONE)
-    beside, widened = _of_kind("temporaries", exchange[0]), _of_kind("gradients", exchange[1])
-    found.append((plus(left, reduced, widened, beside), "exchange of gradients"))
+    if exchange.most:
+        beside = _of_kind("temporaries", exchange.most)
+        found.append((plus(left, reduced, beside), "exchange of gradients"))
+    exchanged = _of_kind("gradients", exchange.after)
     for stage in updates:
         moment = stages[stage].moments["U"]
         others = minus(reduced, stages[stage].reduced)
-        found.append((plus(moment.held, others, widened), moment.at))
+        found.append((plus(moment.held, others, exchanged), moment.at))
     return found
 
 

@@ -64,11 +64,16 @@ class StageBytes:
 
 
 def stage_bytes(
-    part: StagePart, *, parted: bool = False, handed_on: Collection[str] = ()
+    part: StagePart,
+    *,
+    parted: bool = False,
+    handed_on: Collection[str] = (),
+    shared: Collection[str] = (),
 ) -> StageBytes:
     """``parted``: its backwards are ``I`` and ``W``. ``handed_on``: what arrives in the memory of a
-    stage of the same row, which keeps it for longer."""
-    return _StageWalk(part, parted, frozenset(handed_on)).bytes()
+    stage of the same row, which keeps it for longer. ``shared``: parameters whose gradients are
+    summed with others', in the dtype that the optimizer takes."""
+    return _StageWalk(part, parted, frozenset(handed_on), frozenset(shared)).bytes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +91,16 @@ class _StageWalk(_Walk):
     that reads them, ``retained`` until the end of ``W``. ``left``: by operator with parameters, the
     gradients of its outputs, which ``I`` leaves for ``W``; ``put_off``: what it saved."""
 
-    def __init__(self, part: StagePart, parted: bool, handed_on: frozenset[str]) -> None:
+    def __init__(
+        self,
+        part: StagePart,
+        parted: bool,
+        handed_on: frozenset[str],
+        shared: frozenset[str],
+    ) -> None:
         rules, strategy = part.division.rules, part.strategy
         super().__init__(whole(part.graph), part.graph, rules, strategy, part.given, part.ends)
-        self.parted, self.handed_on, self.doing = parted, handed_on, "F"
+        self.parted, self.handed_on, self.shared, self.doing = parted, handed_on, shared, "F"
         self.index = {o.name: i for i, o in enumerate(self.graph.operators)}
         self.departed: list[_Block] = []
         self.returned: list[_Block] = []
@@ -238,6 +249,9 @@ class _StageWalk(_Walk):
         self.left, self.put_off = {}, {}
 
     # ---- the end of the step -------------------------------------------------------------------
+
+    def _cast(self, name: str) -> bool:
+        return name not in self.shared and super()._cast(name)
 
     def _reduce(self) -> dict[str, _Block]:
         reduced = super()._reduce()

@@ -45,6 +45,7 @@ def staged(
         devices = _one_after_the_other([mesh.size for mesh in meshes], held)
     splits: dict[str, Split] = {}
     storage: dict[str, Storage] = {}
+    differing: list[dict[str, Storage]] = []  # from how an earlier stage keeps the same parameter
     recompute: list[str] = []
     repeated: list[str] = []
     for names, strategy in zip(stages, like, strict=True):
@@ -56,17 +57,21 @@ def staged(
             for made in graph.operator[name].outputs
             if made in strategy.repeat_collectives
         ]
+        own: dict[str, Storage] = {}
         for name in names:
             splits[name] = strategy.splits[name]
             for read in graph.operator[name].inputs:
                 if read in strategy.storage:
-                    storage.setdefault(read, strategy.storage[read])
+                    kept = strategy.storage[read]
+                    if storage.setdefault(read, kept) != kept:
+                        own[read] = kept
+        differing.append(own)
     for parameter in graph.parameters:  # what nothing reads is kept by the first stage
         storage.setdefault(parameter.name, like[0].storage[parameter.name])
     return Strategy(
         stages=tuple(
-            Stage(tuple(names), of, mesh)
-            for names, of, mesh in zip(stages, devices, meshes, strict=True)
+            Stage(tuple(names), of, mesh, own)
+            for names, of, mesh, own in zip(stages, devices, meshes, differing, strict=True)
         ),
         splits=splits,
         storage=storage,

@@ -8,11 +8,9 @@ rule. So meshes may differ in size and shape.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from itertools import product
 from math import prod
 from typing import NamedTuple
 
@@ -23,17 +21,18 @@ from autopar.ir.sharding import (
     INVARIANT,
     Mesh,
     Sharding,
-    local_ranges,
     local_shape,
     sharded_dim,
 )
-from autopar.ir.strategy import Stage, Strategy
+from autopar.ir.strategy import Storage, Strategy
 from autopar.schedules import SCHEDULES
 from autopar.simulator.arrangement import Arrangement, Route, arrange
 from autopar.simulator.edges import canonical, carries_gradient
+from autopar.simulator.messages import End, Flow, Message, flow, messages
 from autopar.simulator.microbatches import Division
 from autopar.simulator.pipeline import Feed, Wiring
 from autopar.simulator.recomputation import check_recompute
+from autopar.simulator.shared_gradients import SharedGradient, shared_gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +75,9 @@ class StagePart:
     def mesh(self) -> Mesh:
         return self.strategy.mesh
 
+    def kept(self, parameter: str) -> Storage:
+        return self.strategy.storage[parameter]
+
     @cached_property
     def content(self) -> Hashable:
         """The same for stages that are alike: operators, splits, storages, what is recomputed and
@@ -109,20 +111,6 @@ class StagePart:
         )
 
 
-class Message(NamedTuple):
-    """``sender`` and ``receiver`` are places in their meshes; of their local tensors, ``taken`` is
-    what the one sends and ``put`` where the other has it: (start, stop) of each dim."""
-
-    sender: int
-    receiver: int
-    taken: tuple[tuple[int, int], ...]
-    put: tuple[tuple[int, int], ...]
-
-    @property
-    def elements(self) -> int:
-        return prod(stop - start for start, stop in self.taken)
-
-
 SCATTERED_VIEWS = (
     "aten.transpose.",
     "aten.permute.",
@@ -133,18 +121,6 @@ SCATTERED_VIEWS = (
     "aten.split",
 )
 """What these give is seldom one run of memory, as it has to be to be sent."""
-
-End = tuple[Sharding, Mesh]
-"""How a tensor lies on the mesh of a stage."""
-
-
-class Flow(NamedTuple):
-    """``total_bytes`` of all messages from device to device; ``busiest_bytes``: the most that one
-    device sends or receives; ``copied_bytes``: the most that one has to put together to send."""
-
-    total_bytes: int
-    busiest_bytes: int
-    copied_bytes: int
 
 
 class Move(NamedTuple):
@@ -186,6 +162,9 @@ class Pipelined:
     def world_size(self) -> int:
         return sum(map(len, self.groups))
 
+    def row_of(self, rank: int) -> int:
+        return next(row for row, group in enumerate(self.groups) if rank in group)
+
     def arranged(self, wiring: Wiring | None = None) -> Arrangement:
         """The rows as tasks; made once for all strategies with the same rows and wiring."""
         return _arranged(self.schedule, self.shape, self.wiring if wiring is None else wiring)
@@ -208,6 +187,23 @@ class Pipelined:
             for parameter in part.graph.parameters:
                 found.setdefault(parameter.name, []).extend((stage, r) for r in self.copies[stage])
         return {name: tuple(of) for name, of in found.items()}
+
+    @cached_property
+    def shared(self) -> tuple[SharedGradient, ...]:
+        """How gradients are summed that have several holders; all rows go by this order. What
+        nothing reads has none."""
+        found = []
+        for name, holders in self.holders.items():
+            graph = self.parts[holders[0][0]].graph
+            tensor = graph.by_name[name]
+            if len(holders) > 1 and tensor.differentiable and graph.consumers[name]:
+                kept = {
+                    (stage, row): (self.parts[stage].kept(name).optimizer, self.parts[stage].mesh)
+                    for stage, row in holders
+                }
+                of, training = tensor.spec, self.strategy.training
+                found.append(shared_gradient(name, of.shape, of.dtype, kept, training))
+        return tuple(found)
 
     @cached_property
     def feeds(self) -> tuple[Feed, ...]:
@@ -294,7 +290,7 @@ class Pipelined:
 
     def flow(self, boundary: Boundary, backward: bool, together: bool = False) -> Flow:
         ends = self._ends(boundary, backward)
-        return _flow(boundary.spec.shape, ITEM_BYTES[boundary.spec.dtype], *ends, together)
+        return flow(boundary.spec.shape, ITEM_BYTES[boundary.spec.dtype], *ends, together)
 
     def bytes(self, boundary: Boundary, backward: bool, together: bool = False) -> int:
         """What goes from device to device."""
@@ -338,91 +334,6 @@ def pipelined(division: Division, strategy: Strategy) -> Pipelined:
     shape = _shape(strategy, feeds)
     groups = _groups(strategy, _rows(SCHEDULES[strategy.schedule or ""], shape))
     return Pipelined(strategy, parts, boundaries, routes, shape, groups)
-
-
-@lru_cache(maxsize=None)
-def messages(
-    shape: tuple[int, ...],
-    source: tuple[Sharding, Mesh],
-    target: tuple[Sharding, Mesh],
-    together: bool = False,
-) -> tuple[Message, ...]:
-    """Every device of ``target`` gets what it holds from devices of ``source``; of several that
-    have a part, receivers take turns. With ``together`` they are the same devices, and take what
-    they have from themselves.
-
-    >>> one, two = (("I",), Mesh((("a", 1),))), (("S(0)",), Mesh((("a", 2),)))
-    >>> [(m.sender, m.receiver, m.taken, m.put) for m in messages((4,), one, two)]
-    [(0, 0, ((0, 2),), ((0, 2),)), (0, 1, ((2, 4),), ((0, 2),))]
-    """
-    senders: dict[tuple[tuple[tuple[int, int], ...], ...], list[int]] = {}
-    for rank in range(source[1].size):
-        senders.setdefault(local_ranges(shape, *source, rank), []).append(rank)
-    found = []
-    turns: dict[tuple[tuple[tuple[int, int], ...], ...], int] = {}
-    for receiver in range(target[1].size):
-        wanted = local_ranges(shape, *target, receiver)
-        turn = turns.get(wanted, 0)
-        turns[wanted] = turn + 1
-        for held, ranks in senders.items():
-            own = together and receiver in ranks
-            sender = receiver if own else ranks[turn % len(ranks)]
-            overlaps = [_overlaps(have, want) for have, want in zip(held, wanted, strict=True)]
-            found += [
-                Message(
-                    sender, receiver, tuple(o[0] for o in of_dims), tuple(o[1] for o in of_dims)
-                )
-                for of_dims in product(*overlaps)
-            ]
-    return tuple(found)
-
-
-@lru_cache(maxsize=None)
-def _flow(shape: tuple[int, ...], item: int, source: End, target: End, together: bool) -> Flow:
-    sent: Counter[tuple[bool, int]] = Counter()
-    copied: Counter[int] = Counter()
-    for message in messages(shape, source, target, together):
-        if together and message.sender == message.receiver:
-            continue
-        sent[True, message.sender] += message.elements
-        sent[False, message.receiver] += message.elements
-        if _lies_scattered(message, local_shape(shape, *source)):
-            copied[message.sender] += message.elements
-    total = sum(n for (outwards, _), n in sent.items() if outwards)
-    busiest, copies = max(sent.values(), default=0), max(copied.values(), default=0)
-    return Flow(item * total, item * busiest, item * copies)
-
-
-def _lies_scattered(message: Message, shape: tuple[int, ...]) -> bool:
-    """Whether what is taken is not one run of memory: a dim is cut below one of several."""
-    several = False
-    for (start, stop), size in zip(message.taken, shape, strict=True):
-        if several and stop - start < size:
-            return True
-        several = several or stop - start > 1
-    return False
-
-
-def _overlaps(
-    have: Sequence[tuple[int, int]], want: Sequence[tuple[int, int]]
-) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Of one dim: where what both hold lies in the one and in the other."""
-    found = []
-    at = 0
-    for start, stop in have:
-        place = 0
-        for first, last in want:
-            low, high = max(start, first), min(stop, last)
-            if low < high:
-                found.append(
-                    (
-                        (at + low - start, at + high - start),
-                        (place + low - first, place + high - first),
-                    )
-                )
-            place += last - first
-        at += stop - start
-    return found
 
 
 class _Cutting:
@@ -521,7 +432,7 @@ class _Cutting:
             self.strategy,
             stages=(stage,),
             splits={o.name: self.strategy.splits[o.name] for o in operators},
-            storage={p.name: self.strategy.storage[p.name] for p in graph.parameters},
+            storage={p.name: self.strategy.kept(number, p.name) for p in graph.parameters},
             schedule=None,
             chunks=None,
             recompute=tuple(o.name for o in operators if o.name in self.recomputed),
@@ -579,26 +490,28 @@ def _check(graph: OperatorGraph, strategy: Strategy) -> None:
         )
     _check_operators(graph, strategy)
     check_recompute(graph, strategy)
-    stages_of: dict[str, list[Stage]] = {}
     parameters = {parameter.name for parameter in graph.parameters}
-    for stage in strategy.stages:
-        inside = dict.fromkeys(name for o in stage.operators for name in graph.operator[o].inputs)
-        for name in inside:
-            if name in parameters:
-                stages_of.setdefault(name, []).append(stage)
-    for name, stages in stages_of.items():
-        sizes = [stage.mesh.sizes for stage in stages]
-        if len(set(sizes)) > 1:
+    for number, stage in enumerate(strategy.stages):
+        read = dict.fromkeys(name for o in stage.operators for name in graph.operator[o].inputs)
+        _check_storage(strategy, number, [name for name in read if name in parameters])
+
+
+def _check_storage(strategy: Strategy, number: int, parameters: Sequence[str]) -> None:
+    stage = strategy.stages[number]
+    axes = len(stage.mesh.axes)
+    for name in parameters:
+        kept = strategy.kept(number, name)
+        if {len(kept.parameter), len(kept.gradient), len(kept.optimizer)} != {axes}:
             raise AutoparError(
-                f"the parameter {name} is shared by stages on meshes of "
-                f"{' and '.join(str(list(s)) for s in sizes)} devices; they keep it in the same "
-                "pieces, so give them meshes of one shape"
+                f"the storage of {name} has {len(kept.parameter)} placements, and the mesh of "
+                f"stage {number}, which reads it, {axes} axes; stages that share a parameter on "
+                "other meshes say in their `storage` how they keep it"
             )
-        if len(strategy.storage[name].parameter) != len(sizes[0]):
-            raise AutoparError(
-                f"the storage of {name} has {len(strategy.storage[name].parameter)} placements, "
-                f"and the mesh of its stage {len(sizes[0])} axes"
-            )
+    if unread := sorted(stage.storage.keys() - set(parameters)):
+        raise AutoparError(
+            f"stage {number} says how it keeps {', '.join(unread[:3])}, which none of its "
+            "operators reads; leave that out of its `storage`"
+        )
 
 
 def _check_operators(graph: OperatorGraph, strategy: Strategy) -> None:
@@ -708,13 +621,4 @@ def _groups(strategy: Strategy, rows: Rows) -> tuple[tuple[int, ...], ...]:
     return groups
 
 
-__all__ = [
-    "Boundary",
-    "Flow",
-    "Message",
-    "Move",
-    "Pipelined",
-    "StagePart",
-    "messages",
-    "pipelined",
-]
+__all__ = ["Boundary", "Move", "Pipelined", "StagePart", "pipelined"]

@@ -65,11 +65,17 @@ def promised(row: RowEstimate) -> dict[Executed, int]:
 
 
 def simulated(plan: Pipelined) -> tuple[Rows, dict[tuple[int, int], int]]:
-    """The rows of the timeline, and what it sends."""
+    """The rows of the timeline, and what it sends; with gradients of parameters that stages share
+    and keep differently, piece by piece."""
     cost = StageCost(1, 2, 0, 1, 1)
     pipeline = Pipeline((cost,) * len(plan.parts), plan.feeds, Instant())
     timeline = simulate(plan.rows, pipeline)
-    return timeline.arrangement.rows, {k: n for k, n in timeline.sent_bytes().items() if n}
+    sent = Counter(timeline.sent_bytes())
+    for shared in plan.shared:
+        for one in shared.sent(plan.groups):
+            if one.passing.source_row != one.passing.target_row:
+                sent[one.passing.source_row, one.passing.target_row] += one.bytes
+    return timeline.arrangement.rows, {k: n for k, n in sent.items() if n}
 
 
 def tower_of(operator: Operator) -> int:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
+import torch
+
 from autopar import api
+from autopar.extractor import extract
 from autopar.ir.graph import OperatorGraph
 from autopar.ir.plan import Plan
 from autopar.ir.sharding import Mesh
@@ -14,7 +17,8 @@ from autopar.simulator.staged import even_cuts, runs, staged
 from tests.helpers import fake_plans
 from tests.helpers.cases import case
 from tests.helpers.fake_prices import FakePrices
-from tests.helpers.strategies import replicate
+from tests.helpers.strategies import kept, replicate
+from tests.helpers.zoo import zoo
 
 CLIPPED = Training("adamw", clip_norm=1.0)
 ALONE = Mesh((("a", 1),))
@@ -62,6 +66,18 @@ def plan_of(
 ) -> Plan:
     strategy = chain(stages, schedule, microbatches, chunks)
     return api.plan_by_hand(blocks(), strategy, f"1x{strategy.devices}xh100-sxm")
+
+
+@lru_cache(maxsize=None)
+def tied_plan() -> Plan:
+    """Its first stage has the embedding on one device; its last, on two, halves of that."""
+    model, inputs = zoo("gpt_tied", dtype=torch.float32)
+    graph = extract(model, inputs, name="gpt_tied")
+    whole, pair = replicate(graph, ALONE), replicate(graph, Mesh((("a", 2),)))
+    halves = {**pair.storage, "tokens.weight": kept(("S(0)",))}
+    cut = runs(graph, even_cuts(graph, 2))
+    strategy = staged(graph, cut, [whole, replace(pair, storage=halves)], "1f1b", 4)
+    return api.plan_by_hand(graph, strategy, "1x3xh100-sxm")
 
 
 def large_plan(stages: int = 64, devices: int = 1024, microbatches: int = 128) -> Plan:

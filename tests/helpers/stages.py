@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from autopar.ir.graph import Operator, OperatorGraph
 from autopar.ir.rule import NOTHING, Split
-from autopar.ir.sharding import Mesh, shard
+from autopar.ir.sharding import Mesh, Sharding, shard
 from autopar.ir.strategy import Stage, Storage, Strategy, Training
 from autopar.runtime.launch import run_stages
 from autopar.runtime.pipeline import Trace
@@ -20,7 +20,7 @@ from autopar.runtime.recorder import Executed
 from autopar.runtime.verify_stages import one_recorder
 from autopar.simulator.microbatches import Division, division
 from tests.helpers.cases import STEPS, Case, Outcome, Run, call, compare, one_process
-from tests.helpers.strategies import random_split, random_storage, uses_of
+from tests.helpers.strategies import random_split, random_storage
 from tests.helpers.zoo import zoo
 
 ALONE = Mesh((("data", 1),))
@@ -80,23 +80,37 @@ def strategy_of(
     """``rng``: random splits, or those of ``divide``, and random storages. Else each microbatch is
     divided over the devices of a stage, with ZeRO of the level ``zero`` for the parameters that it
     can divide."""
-    stages = tuple(
+    stages = [
         Stage(names, devices, mesh)
         for names, devices, mesh in zip(operators, layout.devices, layout.meshes, strict=True)
-    )
+    ]
     mesh_of = {name: stage.mesh for stage in stages for name in stage.operators}
     divide = divide or _random_splits
     splits = divide(of, mesh_of, rng) if rng else _batch_splits(of, mesh_of)
-    storage = {}
-    for parameter in of.graph.parameters:
-        shape = parameter.spec.shape
-        (reader, _), *_ = of.graph.consumers[parameter.name]
-        if rng is None:
-            storage[parameter.name] = _zero(shape, mesh_of[reader.name], zero)
-        else:
-            uses = uses_of(of.graph, of.rules, splits, parameter.name)
-            storage[parameter.name] = random_storage(shape, uses, mesh_of[reader.name], rng)
-    return Strategy(stages, splits, storage, of.count, (), schedule, training)
+    storage: dict[str, Storage] = {}
+    for number, stage in enumerate(stages):
+        own = {}
+        for parameter in of.graph.parameters:
+            name, shape = parameter.name, parameter.spec.shape
+            uses = _uses_in(of, stage, splits, name)
+            if not uses:
+                continue
+            if rng is None:
+                kept = _zero(shape, stage.mesh, zero)
+            else:
+                kept = random_storage(shape, uses, stage.mesh, rng)
+            if storage.setdefault(name, kept) != kept:
+                own[name] = kept
+        stages[number] = replace(stage, storage=own)
+    return Strategy(tuple(stages), splits, storage, of.count, (), schedule, training)
+
+
+def _uses_in(of: Division, stage: Stage, splits: dict[str, Split], name: str) -> list[Sharding]:
+    return [
+        of.rules[operator.name].shardings(splits[operator.name])[0][position]
+        for operator, position in of.graph.consumers[name]
+        if operator.name in stage.operators
+    ]
 
 
 def _random_splits(of: Division, mesh_of: dict[str, Mesh], rng: Random) -> dict[str, Split]:

@@ -14,8 +14,9 @@ from autopar.errors import PlanMismatchError
 from autopar.exporters import EXPORTERS, text
 from autopar.exporters.perfetto import LIMIT_BYTES
 from autopar.ir.measurement import Measurement
-from autopar.ir.plan import bound_by, load_plan, plan_from_json, plan_to_json, save_plan
-from tests.helpers.staged_plans import large_plan, plan_of
+from autopar.ir.plan import bound_by, diff, load_plan, plan_from_json, plan_to_json, save_plan
+from tests.helpers.staged_plans import large_plan, plan_of, tied_plan
+from tests.helpers.strategies import kept
 
 
 @pytest.fixture
@@ -60,6 +61,33 @@ def test_explain_says_what_rows_do_and_equal_stages_once(plan_file: Path) -> Non
     data = json.loads(output("explain", plan_file, "--json"))
     assert [row["most_in_flight"] for row in data["estimate"]["pipeline"]["rows"]] == [4, 3, 2, 1]
     assert [alike["numbers"] for alike in data["stages_alike"]] == [[0], [1, 2], [3]]
+
+
+def test_explain_says_which_gradients_stages_pass_on(tmp_path: Path) -> None:
+    """Of 64 x 32 floats, each half goes once each way."""
+    plan = tied_plan()
+    assert plan.strategy.kept(0, "tokens.weight") == kept(("I",))
+    assert plan.strategy.kept(1, "tokens.weight") == kept(("S(0)",))
+    save_plan(plan, tmp_path / "tied.json")
+    assert load_plan(tmp_path / "tied.json") == plan
+    size = 2 * 64 * 32 * 4
+    data = json.loads(output("explain", tmp_path / "tied.json", "--json"))
+    assert data["gradients_passed_on"] == [
+        {"parameter": "tokens.weight", "stages": [0, 1], "bytes": size}
+    ]
+    said = output("explain", tmp_path / "tied.json")
+    assert "tokens.weight is kept otherwise in stages 0-1: 16.4 kB of its gradient" in said
+    assert "kept otherwise in stages 0-1" in EXPORTERS["html"](plan, {})
+
+
+def test_a_difference_in_how_one_of_two_stages_keeps_a_parameter_is_shown() -> None:
+    plan = tied_plan()
+    first, second = plan.strategy.stages
+    whole = replace(second, storage={"tokens.weight": kept(("R",))})
+    other = replace(plan, strategy=replace(plan.strategy, stages=(first, whole)))
+    (change,) = diff(plan, other).changes
+    assert change.name == "tokens.weight"
+    assert change.before == "a: I/I/I; in stage 1 a: S(0)/S(0)/S(0)"
 
 
 def test_simulate_prices_the_pipeline_on_another_machine(plan_file: Path) -> None:

@@ -6,13 +6,16 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
 
 from autopar.errors import AutoparError
 from autopar.extractor import extract
+from autopar.ir.sharding import Mesh
 from autopar.ir.simulation import Estimate, RowEstimate
 from autopar.ir.strategy import Strategy, Training
 from autopar.runtime.pipeline import _Post
@@ -24,7 +27,17 @@ from autopar.simulator.stages import pipelined
 from tests.helpers.cases import case
 from tests.helpers.fake_prices import FakePrices
 from tests.helpers.staged_plans import CLIPPED, blocks, chain, in_two
-from tests.helpers.stages import ALONE, PAIR, divided, in_order, looped, strategy_of
+from tests.helpers.stages import (
+    ALONE,
+    PAIR,
+    Layout,
+    by,
+    divided,
+    in_order,
+    looped,
+    strategy_of,
+)
+from tests.helpers.strategies import kept
 from tests.helpers.zoo import zoo
 
 SLOW = pytest.mark.slow
@@ -88,6 +101,52 @@ def test_gradients_that_copies_exchange_in_mixed_precision_are_counted_as_wide()
     report = verify_stages(of, strategy, estimate)
     assert report.ok, report.differences
     assert max(abs(one.memory_error) for one in report.ranks) < 0.001
+
+
+class Tied(nn.Module):
+    """A table of words at both ends, and next to nothing between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(512, 16)
+        self.between = nn.Linear(16, 16)
+
+    def forward(self, words: torch.Tensor, next_words: torch.Tensor) -> torch.Tensor:
+        made = F.linear(self.between(self.words(words)), self.words.weight)
+        return F.cross_entropy(made, next_words)
+
+
+WIDE, TALL = Mesh((("a", 1), ("b", 2))), Mesh((("a", 2), ("b", 1)))
+
+
+@pytest.mark.parametrize("precision", ["full", "mixed"])
+@pytest.mark.parametrize(
+    ("schedule", "layout"),
+    [
+        ("1f1b", Layout(((0,), (1, 2)), (ALONE, PAIR))),
+        ("gpipe", Layout(((0, 1), (2,)), (PAIR, ALONE))),
+        ("chimera", Layout(((0, 1), (2, 3)), (WIDE, TALL))),
+    ],
+)
+def test_sums_of_shared_gradients_are_counted_where_they_are_the_peak(
+    schedule: str, layout: Layout, precision: Literal["full", "mixed"]
+) -> None:
+    words = torch.arange(4)
+    graph = extract(Tied(), (words, words), precision=precision)
+    of = divided(graph, 2 if schedule == "chimera" else 1)  # one for each copy of a stage
+    training = Training("sgd", precision)
+    operators = by(graph, lambda o: int(o.op.startswith(("aten.linear", "aten.cross"))))
+    strategy = strategy_of(of, operators, layout, schedule, training=training)
+    (first, second), name = strategy.stages, "words.weight"
+    axes = len(second.mesh.axes)
+    halves = {**second.storage, name: kept(("S(1)",) * axes)}
+    strategy = replace(strategy, stages=(first, replace(second, storage=halves)))
+    estimate = evaluate_stages(of, FakePrices(devices=4), strategy)
+    report = verify_stages(of, strategy, estimate)
+    assert report.ok, report.differences
+    assert estimate.memory.at in ("exchange of gradients", "words.weight reduction")
+    for row in range(2):
+        assert min(abs(one.memory_error) for one in report.ranks if one.row == row) < 0.001
 
 
 def test_a_process_that_does_the_same_as_another_is_not_run() -> None:

@@ -241,15 +241,23 @@ def at_the_end(
         to_do = sum(sum(stages[s].gradients) for s in numbers[i + 1 :])
         totals.append(left + done + to_do + sum(stages[stage].moments["R"].held))
     reduced = sum(sum(of.reduced) for of in stages.values())
-    exchanged = [
-        2 * promised.bytes
-        for name, promised in found.exchanges.items()
-        if any(r == row for _, r in found.plan.holders[name])
-    ]
-    totals.append(left + reduced + max(exchanged, default=0))
+    exchanged = 0  # beside what was reduced
+    for of in found.plan.shared:
+        own = of.kinds_in(row)
+        for kind in own:
+            size = of.piece_bytes(kind)
+            totals.append(left + reduced + exchanged + size)
+            exchanged += size - size * len(of.kinds[kind].stages_in(row))
+        if own and len(of.kinds) > 1:
+            sums = sum(map(of.piece_bytes, own))
+            sent = list(of.sent(found.plan.groups))
+            for device in found.plan.groups[row]:
+                arriving = sum(one.bytes for one in sent if one.receiver == device)
+                copied = sum(one.copied_bytes for one in sent if one.sender == device)
+                totals.append(left + reduced + exchanged + arriving + max(sums, copied))
     for stage in numbers:
         others = reduced - sum(stages[stage].reduced)
-        totals.append(others + sum(stages[stage].moments["U"].held))
+        totals.append(others + exchanged + sum(stages[stage].moments["U"].held))
     return totals
 
 

@@ -115,12 +115,21 @@ def test_what_cannot_be_run_is_refused_by_name() -> None:
     refused(replace(strategy, chunks=2), "puts one stage on each group of devices, not 2")
 
 
-def test_tied_parameters_need_meshes_of_one_shape() -> None:
+def test_storages_are_over_the_axes_of_the_stage_that_reads() -> None:
     of = divided(case("gpt_tied").graph, 4)
-    layout = Layout(((0,), (1, 2)), (ALONE, PAIR))
+    grid = Mesh((("a", 1), ("b", 2)))
+    layout = Layout(((0,), (1, 2)), (ALONE, grid))
+    strategy = strategy_of(of, in_order(of.graph, 2), layout, "1f1b")
+    first, second = strategy.stages
+    assert list(second.storage) == ["tokens.weight"]
     refused(
-        strategy_of(of, in_order(of.graph, 2), layout, "1f1b"),
-        "tokens.weight is shared by stages on meshes of .* give them meshes of one shape",
+        replace(strategy, stages=(first, replace(second, storage={}))),
+        "the storage of tokens.weight has 1 placements, and the mesh of stage 1, which reads it, 2",
+    )
+    kept = {**second.storage, "blocks.0.q.weight": second.storage["tokens.weight"]}
+    refused(
+        replace(strategy, stages=(first, replace(second, storage=kept))),
+        "stage 1 says how it keeps blocks.0.q.weight, which none of its operators reads",
     )
 
 
