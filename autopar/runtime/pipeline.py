@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -62,7 +62,7 @@ class PipelineStep:
     def __post_init__(self) -> None:
         self.row = self.plan.row_of(self.rank)
         self.place = self.plan.groups[self.row].index(self.rank)
-        self.instructions = self.plan.instructions(self.row)
+        self.instructions: Iterable[Action | Move] = self.plan.instructions(self.row)
         self._actions = frozenset(self.plan.rows[self.row])
         self.steps_done = 0
         self.trace = Trace()
@@ -214,11 +214,30 @@ class PipelineStep:
 
 @dataclass
 class _Kept:
-    """Of one microbatch, between its forward and its last backward."""
+    """Of one microbatch, between its forward and its last backward. ``came_back``: the gradients of
+    what arrived, after a whole backward."""
 
     leaves: dict[Boundary, Tensor]
     ends: dict[str, Tensor]
     parted: PartedBackward | None
+    came_back: dict[Boundary, Tensor]
+
+
+class _Arrive(torch.autograd.Function):
+    """What arrived, whose gradient is taken as it comes: ``.grad`` would be a copy of it where it
+    is used elsewhere, too, or has other strides. Autograd takes part for the ``anchor``'s sake."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, tensor: Tensor, taken: dict[Boundary, Tensor], boundary: Boundary
+    ) -> Tensor:
+        ctx.taken, ctx.boundary = taken, boundary
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None]:
+        ctx.taken[ctx.boundary] = gradient
+        return None, None, None, None
 
 
 _Product = tuple[list[GradientEdge], list[Tensor], list[GradientEdge]]
@@ -269,9 +288,13 @@ class _Stage:
     def forward(self, microbatch: int) -> None:
         leaves = {}
         given = {}
+        came_back: dict[Boundary, Tensor] = {}
         for boundary in self.sources:
             tensor = self.arriving.pop((boundary, microbatch))()
-            leaves[boundary] = tensor.requires_grad_(boundary.gradient)
+            if boundary.gradient:
+                anchor = torch.empty(0, requires_grad=True)
+                tensor = _Arrive.apply(anchor, tensor, came_back, boundary)  # type: ignore[no-untyped-call]
+            leaves[boundary] = tensor
             given[boundary.tensor] = tensor
         for name in self.part.graph.inputs:
             if name in self.inputs:
@@ -282,7 +305,7 @@ class _Stage:
             ends, self.mutated = self.step.program.run(
                 self.execution, self.step.state.buffers, given
             )
-        self.kept[microbatch] = _Kept(leaves, ends, self.execution.parted)
+        self.kept[microbatch] = _Kept(leaves, ends, self.execution.parted, came_back)
         self.execution.parted = None
         for boundary in self.targets:
             self.made[boundary, microbatch] = ends[boundary.tensor].detach()
@@ -296,9 +319,7 @@ class _Stage:
         with self.step.communicator.recorder.during("backward"):
             if roots:
                 torch.autograd.backward(roots, gradients)
-        self._give_back(
-            microbatch, {boundary: leaf.grad for boundary, leaf in kept.leaves.items()}, kept
-        )
+        self._give_back(microbatch, kept.came_back, kept)
 
     def input_gradient(self, microbatch: int) -> None:
         """Back to what arrived, and to what operators with parameters made; not yet into these."""
@@ -352,11 +373,11 @@ class _Stage:
         return [kept.ends[name] for name in arrived], list(arrived.values())
 
     def _give_back(
-        self, microbatch: int, found: dict[Boundary, Tensor | None], kept: _Kept
+        self, microbatch: int, found: Mapping[Boundary, Tensor | None], kept: _Kept
     ) -> None:
         for boundary, leaf in kept.leaves.items():
             if boundary.gradient:
-                gradient = found[boundary]
+                gradient = found.get(boundary)
                 self.gradients[boundary, microbatch] = (
                     torch.zeros_like(leaf) if gradient is None else gradient
                 )

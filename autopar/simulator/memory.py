@@ -36,7 +36,7 @@ from autopar.simulator.edges import Rules, canonical, parameter_edges, stored_al
 from autopar.simulator.folding import Folded, whole
 from autopar.simulator.recomputation import Segment, recomputation
 from autopar.simulator.redistribution import Step, forward_collective, reverse, steps
-from autopar.simulator.workspace import passes_gradient_on, update_groups, workspace_bytes
+from autopar.simulator.workspace import CAT, passes_gradient_on, update_groups, workspace_bytes
 
 Key = tuple[str, Sharding]
 """A tensor in one of its shardings: a version of it."""
@@ -276,6 +276,8 @@ class _Walk:
             if home != key[1] and key not in seen:
                 made.append(key)
                 seen.add(key)
+                if home is not None:
+                    self.reads[name, home] += 1
             self.reads[key] += 1
         self.made.append(made)
 
@@ -480,7 +482,7 @@ class _Walk:
         where = f"{operator.name} backward"
         gathered = self.gathered_again.pop(operator.name, None)
         saved += self._regathered(operator, footprint, where) if gathered is None else gathered
-        outgoing: list[tuple[Key, _Block]] = []
+        outgoing: list[tuple[Key, _Block, int]] = []
         by_name = self.graph.by_name
         for key, size, differentiable, passes in zip(
             zip(operator.inputs, footprint.wanted, strict=True),
@@ -493,17 +495,17 @@ class _Walk:
                 continue
             if passes and incoming:
                 incoming[0].users += 1
-                outgoing.append((key, incoming[0]))
+                outgoing.append((key, incoming[0], size))
             else:
                 kind = "gradients" if by_name[key[0]].role is Role.PARAMETER else "temporaries"
-                outgoing.append((key, self.allocate(size, kind)))
+                outgoing.append((key, self.allocate(size, kind), size))
         self.mark(where, footprint.backward_bytes)
         for block in incoming:
             self.release(block)
         for block in saved:
             self.release(block)
-        for key, block in outgoing:
-            self._add(gradients, key, block, where)
+        for key, block, size in outgoing:
+            self._add(gradients, key, block, where, size)
 
     def _regathered(self, operator: Operator, footprint: _Footprint, where: str) -> list[_Block]:
         """Parameters that this backward gathers again."""
@@ -630,13 +632,22 @@ class _Walk:
         if not reads[key] and key in made and key in self.again.segment_of:
             self.release(made.pop(key))
 
-    def _add(self, gradients: dict[_K, _Block], key: _K, block: _Block, where: str) -> None:
-        """Gradients of one version are summed as they arrive."""
+    def _add(
+        self,
+        gradients: dict[_K, _Block],
+        key: _K,
+        block: _Block,
+        where: str,
+        size_bytes: int | None = None,
+    ) -> None:
+        """Gradients of one version are summed as they arrive. ``size_bytes``: of the sum, where a
+        gradient may be a part of its block."""
         before = gradients.get(key)
         if before is None:
             gradients[key] = block
             return
-        gradients[key] = self.allocate(before.size_bytes, before.kind)
+        size = before.size_bytes if size_bytes is None else size_bytes
+        gradients[key] = self.allocate(size, before.kind)
         self.mark(where)
         self.release(before)
         self.release(block)
@@ -766,7 +777,8 @@ def _footprint(
         forward_bytes=forward,
         backward_bytes=backward,
         passes_on=tuple(
-            passes_gradient_on(operator, bound, i) and size == produced_bytes[0]
+            passes_gradient_on(operator, bound, i)
+            and (size == produced_bytes[0] or operator.op == CAT)
             for i, size in enumerate(wanted_bytes)
         ),
     )

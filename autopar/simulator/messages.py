@@ -14,6 +14,7 @@ from math import prod
 from typing import NamedTuple
 
 from autopar.ir.sharding import Mesh, Sharding, local_ranges, local_shape
+from autopar.simulator.strides import Strides, contiguous, is_contiguous
 
 
 class Message(NamedTuple):
@@ -81,29 +82,33 @@ def messages(
 
 
 @lru_cache(maxsize=None)
-def flow(shape: tuple[int, ...], item: int, source: End, target: End, together: bool) -> Flow:
+def flow(
+    shape: tuple[int, ...],
+    item: int,
+    source: End,
+    target: End,
+    together: bool = False,
+    strides: Strides | None = None,
+) -> Flow:
+    """``strides``: of the local tensors that are sent; ``None``: in the order of their dims."""
     sent: Counter[tuple[bool, int]] = Counter()
     copied: Counter[int] = Counter()
+    held = contiguous(local_shape(shape, *source)) if strides is None else strides
     for message in messages(shape, source, target, together):
         if together and message.sender == message.receiver:
             continue
         sent[True, message.sender] += message.elements
         sent[False, message.receiver] += message.elements
-        if lies_scattered(message, local_shape(shape, *source)):
+        if lies_scattered(message, held):
             copied[message.sender] += message.elements
     total = sum(n for (outwards, _), n in sent.items() if outwards)
     busiest, copies = max(sent.values(), default=0), max(copied.values(), default=0)
     return Flow(item * total, item * busiest, item * copies)
 
 
-def lies_scattered(message: Message, shape: tuple[int, ...]) -> bool:
-    """Whether what is taken is not one run of memory: a dim is cut below one of several."""
-    several = False
-    for (start, stop), size in zip(message.taken, shape, strict=True):
-        if several and stop - start < size:
-            return True
-        several = several or stop - start > 1
-    return False
+def lies_scattered(message: Message, strides: Strides) -> bool:
+    """Whether what is taken is not one run of memory in a tensor with these strides."""
+    return not is_contiguous(tuple(stop - start for start, stop in message.taken), strides)
 
 
 def _overlaps(

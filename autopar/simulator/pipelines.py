@@ -28,13 +28,14 @@ from autopar.simulator.costs import ComputeCache, Costs, within_units
 from autopar.simulator.critical_path import critical_path
 from autopar.simulator.machine_links import MachineLinks
 from autopar.simulator.memory import local_bytes
+from autopar.simulator.messages import Flow
 from autopar.simulator.microbatches import Division
 from autopar.simulator.pipeline import Pipeline, StageCost, StageMemory, Synchronisation
 from autopar.simulator.prices import StageParts, stage_parts
 from autopar.simulator.row_memory import FeedBytes, RowStates, row_memory, row_states
 from autopar.simulator.shared_gradients import SharedGradient, exchange_bytes
 from autopar.simulator.stage_memory import StageBytes, stage_bytes
-from autopar.simulator.stages import Pipelined, StagePart, pipelined
+from autopar.simulator.stages import Boundary, Pipelined, StagePart, pipelined
 from autopar.simulator.timeline import Timeline, play
 from cost_models.interface import Collective, CostModel, members_in_units, units_of
 
@@ -248,7 +249,7 @@ class PricedPipeline:
         """With what is copied to be sent, which is kept until the gradient comes back."""
         found, plan = self.stages[stage].bytes, self.plan
         copied = sum(
-            plan.copied_bytes(b) for b in plan.boundaries if b.source == stage and b.gradient
+            self._sent(b).copied_bytes for b in plan.boundaries if b.source == stage and b.gradient
         )
         if not copied:
             return found
@@ -259,14 +260,26 @@ class PricedPipeline:
         plan, boundaries, gradient = self.plan, self.plan.routes[route], route[2]
         arriving = sum(plan.held_bytes(b, at_source=False) for b in boundaries)
         if not gradient:
-            copied = sum(plan.copied_bytes(b) for b in boundaries)
+            copied = sum(self._sent(b).copied_bytes for b in boundaries)
             return FeedBytes(arriving, copied, 0, 0)
-        given_back = sum(
-            plan.flow(b, backward=True).copied_bytes or plan.held_bytes(b, at_source=False)
-            for b in boundaries
-        )
+        given_back = sum(map(self._given_back_bytes, boundaries))
         returning = sum(plan.held_bytes(b, at_source=True) for b in boundaries)
         return FeedBytes(arriving, 0, returning, given_back)
+
+    def _sent(self, b: Boundary) -> Flow:
+        number = list(self.plan.parts[b.source].ends).index(b.tensor)
+        strides = self.stages[b.source].bytes.departs[number]
+        return self.plan.flow(b, backward=False, strides=strides)
+
+    def _given_back_bytes(self, b: Boundary) -> int:
+        """What stays of a gradient until it has arrived: copies, or itself, unless that counts as
+        the gradient of another tensor already."""
+        number = list(self.plan.parts[b.target].given).index(b.tensor)
+        of = self.stages[b.target].bytes
+        copied = self.plan.flow(b, backward=True, strides=of.given_back[number]).copied_bytes
+        if copied or of.first_given[number] != number:
+            return copied
+        return self.plan.held_bytes(b, at_source=False)
 
     # ---- between rows, once a step -------------------------------------------------------------
 

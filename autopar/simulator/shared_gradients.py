@@ -19,6 +19,7 @@ from autopar.ir.graph import ITEM_BYTES
 from autopar.ir.sharding import Mesh, Sharding, local_ranges, local_shape
 from autopar.ir.strategy import Training
 from autopar.simulator.messages import Message, lies_scattered, messages
+from autopar.simulator.strides import contiguous
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ class SharedGradient:
         for passing, message, sender, receiver in self.deliveries(groups):
             if sender != receiver:
                 of, size = self.kinds[passing.source], self.item_bytes * message.elements
-                held = local_shape(self.shape, of.sharding, of.mesh)
+                held = contiguous(local_shape(self.shape, of.sharding, of.mesh))
                 copied = size if lies_scattered(message, held) else 0
                 yield Sent(passing, sender, receiver, size, copied)
 

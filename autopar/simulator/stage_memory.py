@@ -15,8 +15,10 @@ from autopar.ir.graph import Operator, Role
 from autopar.ir.sharding import Sharding
 from autopar.simulator.edges import canonical
 from autopar.simulator.folding import whole
+from autopar.simulator.layouts import Follow, Layouts
 from autopar.simulator.memory import KINDS, Key, _Block, _Footprint, _Walk, local_bytes
 from autopar.simulator.stages import StagePart
+from autopar.simulator.strides import Strides
 
 T = TypeVar("T")
 
@@ -51,7 +53,9 @@ class StageBytes:
     ``gradients``: from the end of the first ``B`` or ``W`` to ``R``, their reduction; ``reduced``:
     from there to ``U``. ``moments``: by kind of action, with what its microbatch has saved; in
     ``B``, ``W``, ``R`` and ``U`` with the gradients. ``first``: of the first ``B`` or ``W``, which
-    meets none.
+    meets none. ``departs`` and ``given_back``: how what the part's ``ends`` name, and the gradients
+    of what it is ``given``, lie in memory; ``first_given``: for each of these the place of the
+    first that is the same memory.
     """
 
     always: Kinds
@@ -61,6 +65,9 @@ class StageBytes:
     reduced: Kinds
     moments: dict[str, Moment]
     first: Moment
+    departs: tuple[Strides, ...]
+    given_back: tuple[Strides, ...]
+    first_given: tuple[int, ...]
 
 
 def stage_bytes(
@@ -83,6 +90,7 @@ class _Microbatch:
     saved: Kinds
     for_weights: Kinds
     moments: dict[str, Moment]
+    first_given: tuple[int, ...]
 
 
 class _StageWalk(_Walk):
@@ -101,6 +109,9 @@ class _StageWalk(_Walk):
         rules, strategy = part.division.rules, part.strategy
         super().__init__(whole(part.graph), part.graph, rules, strategy, part.given, part.ends)
         self.parted, self.handed_on, self.shared, self.doing = parted, handed_on, shared, "F"
+        self.layouts = self._layouts()
+        self.footprints = [self._with_copies(i) for i in range(len(self.footprints))]
+        self.returns = part.returns
         self.index = {o.name: i for i, o in enumerate(self.graph.operators)}
         self.departed: list[_Block] = []
         self.returned: list[_Block] = []
@@ -109,6 +120,37 @@ class _StageWalk(_Walk):
         self.put_off: dict[int, list[_Block]] = {}
         self.always = self.base = self.reduced = NONE
         self.reduction = Moment(NONE, "")
+
+    def _layouts(self) -> Layouts:
+        by_name = self.graph.by_name
+
+        def in_place(name: str, source: Sharding, target: Sharding, backward: bool) -> bool:
+            return self._move(by_name[name].spec, source, target, backward).in_place
+
+        return Follow(
+            self.graph,
+            self.rules,
+            self.mesh,
+            self.given,
+            self.ends,
+            [footprint.wanted for footprint in self.footprints],
+            [footprint.produced for footprint in self.footprints],
+            self.made,
+            self.home,
+            in_place,
+            [footprint.carries_gradient for footprint in self.footprints],
+        ).layouts()
+
+    def _with_copies(self, index: int) -> _Footprint:
+        """Of an operator, with copies of what lies otherwise than it can take."""
+        found = self.footprints[index]
+        if index in self.layouts.copied:
+            found = _with_copy(found)
+        if index in self.layouts.copied_back:
+            if any(found.passes_on):
+                return replace(found, passes_on=(False,) * len(found.passes_on))
+            return replace(found, backward_bytes=found.backward_bytes + found.produced_bytes[0])
+        return found
 
     def bytes(self) -> StageBytes:
         self._keep()
@@ -130,6 +172,9 @@ class _StageWalk(_Walk):
             reduced=self.reduced,
             moments=moments,
             first=first.moments[last],
+            departs=tuple(self.layouts.departs.values()),
+            given_back=tuple(self.layouts.given_back.values()),
+            first_given=first.first_given,
         )
 
     def _microbatch(self) -> _Microbatch:
@@ -141,6 +186,7 @@ class _StageWalk(_Walk):
         if self.parted:
             given_back = self._begin("I", lambda: self._backward(saved))
             moments["I"] = self._moment(self.base)
+            first_given = self._first_given(given_back)
             _let_go(self, given_back.values(), self.returned)
             between = minus(self._now(), self.base)
             self._begin("W", self._weight_gradients)
@@ -148,8 +194,16 @@ class _StageWalk(_Walk):
         else:
             given_back = self._begin("B", lambda: self._backward(saved))
             moments["B"] = self._moment(self.always)
+            first_given = self._first_given(given_back)
             _let_go(self, given_back.values(), self.returned, self.arrivals, self.departed)
-        return _Microbatch(after_forward, between, moments)
+        return _Microbatch(after_forward, between, moments, first_given)
+
+    def _first_given(self, given_back: dict[Key, _Block]) -> tuple[int, ...]:
+        blocks = [given_back.get(key) for key in self.given.items()]
+        return tuple(
+            place if block is None else next(i for i, b in enumerate(blocks) if b is block)
+            for place, block in enumerate(blocks)
+        )
 
     def _begin(self, doing: str, action: Callable[[], T]) -> T:
         self.doing = doing
@@ -189,7 +243,16 @@ class _StageWalk(_Walk):
                     block.users += 1
                     self.returned.append(block)
                 found[name, sharding] = block
+        self._mark_sums()
         return found
+
+    def _mark_sums(self) -> None:
+        """Of gradients from several stages; all are there when the first two are added."""
+        summed = {name: count for name, count in self.returns.items() if count > 1}
+        size = {n: local_bytes(self.graph.spec(n), self.ends[n], self.mesh) for n in summed}
+        if summed:
+            waiting = sum((count - 1) * size[name] for name, count in summed.items())
+            self.mark("sum of returned gradients", waiting + max(size.values()))
 
     # ---- a backward in two parts ---------------------------------------------------------------
 
@@ -267,6 +330,19 @@ def _let_go(walk: _Walk, *held: Iterable[_Block]) -> None:
             walk.release(block)
         if isinstance(blocks, list):
             blocks.clear()
+
+
+def _with_copy(found: _Footprint) -> _Footprint:
+    """Of a view that is none, or of a product, which keeps the copy of its input."""
+    if found.aliases:
+        return replace(found, aliases=False)
+    size, kept = found.wanted_bytes[0], 0 in found.saved_inputs
+    return replace(
+        found,
+        saved_inputs=tuple(i for i in found.saved_inputs if i),
+        own_bytes=found.own_bytes + size * kept,
+        forward_bytes=found.forward_bytes + size * (not kept),
+    )
 
 
 def _for_inputs(footprint: _Footprint, wanted: Sequence[bool]) -> _Footprint:

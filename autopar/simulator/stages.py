@@ -8,6 +8,7 @@ rule. So meshes may differ in size and shape.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -33,6 +34,7 @@ from autopar.simulator.microbatches import Division
 from autopar.simulator.pipeline import Feed, Wiring
 from autopar.simulator.recomputation import check_recompute
 from autopar.simulator.shared_gradients import SharedGradient, shared_gradient
+from autopar.simulator.strides import Strides
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +61,14 @@ class StagePart:
 
     What arrives stands among the graph's inputs, in the shardings ``given``; ``ends`` are the
     tensors that depart, and the loss if it is made here, as they are wanted. ``graph.loss`` is
-    empty where it is not.
+    empty where it is not. ``returns``: how many gradients come back for what departs.
     """
 
     division: Division
     strategy: Strategy
     given: dict[str, Sharding] = field(hash=False)
     ends: dict[str, Sharding] = field(hash=False)
+    returns: dict[str, int] = field(default_factory=dict, hash=False)
 
     @property
     def graph(self) -> OperatorGraph:
@@ -104,23 +107,14 @@ class StagePart:
             tuple(tensors),
             tuple(sorted((t.role, t.spec.bytes, t.name in strategy.storage) for t in unread)),
             tuple((numbers.get(name), of) for name, of in self.given.items()),
-            tuple((numbers.get(name), of, name == loss) for name, of in self.ends.items()),
+            tuple(
+                (numbers.get(name), of, name == loss, self.returns.get(name, 0))
+                for name, of in self.ends.items()
+            ),
             tuple((numbers.get(a), numbers.get(b)) for a, b in self.graph.mutations),
             self.mesh,
             strategy.training,
         )
-
-
-SCATTERED_VIEWS = (
-    "aten.transpose.",
-    "aten.permute.",
-    "aten.t.",
-    "aten.expand.",
-    "aten.unbind.",
-    "aten.chunk.",
-    "aten.split",
-)
-"""What these give is seldom one run of memory, as it has to be to be sent."""
 
 
 class Move(NamedTuple):
@@ -288,20 +282,20 @@ class Pipelined:
         """``together``: both stages are on the same devices, for this microbatch."""
         return messages(boundary.spec.shape, *self._ends(boundary, backward), together)
 
-    def flow(self, boundary: Boundary, backward: bool, together: bool = False) -> Flow:
+    def flow(
+        self,
+        boundary: Boundary,
+        backward: bool,
+        together: bool = False,
+        strides: Strides | None = None,
+    ) -> Flow:
+        """``strides``: of what is sent, where they are not those of its dims in order."""
         ends = self._ends(boundary, backward)
-        return flow(boundary.spec.shape, ITEM_BYTES[boundary.spec.dtype], *ends, together)
+        return flow(boundary.spec.shape, ITEM_BYTES[boundary.spec.dtype], *ends, together, strides)
 
     def bytes(self, boundary: Boundary, backward: bool, together: bool = False) -> int:
         """What goes from device to device."""
         return self.flow(boundary, backward, together).total_bytes
-
-    def copied_bytes(self, boundary: Boundary) -> int:
-        """What a device puts together to send forward, beside what it has."""
-        graph, name = self.parts[boundary.source].graph, boundary.tensor
-        if graph.producer[name].op.startswith(SCATTERED_VIEWS):
-            return self.flow(boundary, backward=False).busiest_bytes
-        return self.flow(boundary, backward=False).copied_bytes
 
     def held_bytes(self, boundary: Boundary, at_source: bool) -> int:
         """What each device of one side has of it."""
@@ -458,7 +452,9 @@ class _Cutting:
             ends[graph.loss] = canonical(
                 (INVARIANT,) * len(stage.mesh.axes), graph.by_name[graph.loss].differentiable
             )
-        return StagePart(division, strategy, {n: b.arrives for n, b in arriving.items()}, ends)
+        returns = Counter(b.tensor for b in self.boundaries if b.source == number and b.gradient)
+        given = {n: b.arrives for n, b in arriving.items()}
+        return StagePart(division, strategy, given, ends, dict(returns))
 
     def _made_in(self, tensor: str) -> int | None:
         producer = self.graph.producer.get(tensor)

@@ -18,6 +18,9 @@ PASSES_ON: dict[str, tuple[int, ...]] = {
 }
 """By op: inputs whose gradient is the output's, the same memory. So it is for views as well."""
 
+CAT = "aten.cat.default"
+"""Whose gradients are parts of that of its result, the same memory."""
+
 CUTS = (
     "aten.slice.",
     "aten.select.",
@@ -32,7 +35,7 @@ CUTS = (
 def passes_gradient_on(operator: Operator, bound: BoundRule, index: int) -> bool:
     if bound.rule.kind == "view":
         return not operator.op.startswith(CUTS) and len(operator.outputs) == 1
-    return index in PASSES_ON.get(operator.op, ())
+    return operator.op == CAT or index in PASSES_ON.get(operator.op, ())
 
 
 def workspace_bytes(
@@ -122,17 +125,19 @@ def _einsum(local: _Local) -> tuple[int, int]:
 def _attention(local: _Local) -> tuple[int, int]:
     """By its definition: scores in float32 or wider, probabilities, their gradients, and the mask,
     all for each query and key. The fused kernels have none of these."""
-    dropout = float(local.operator.argument(4, "dropout_p", 0.0)) > 0.0
-    q, _, v = local.bound.input_specs[:3]
-    learned = len(local.bound.input_specs) > 3 and local.differentiable[3]
-    if not dropout and not learned and len(q.shape) == 4 and q.shape[-1] == v.shape[-1]:
+    if attends_fused(local.operator, local.bound, local.differentiable):
         return 0, 0
+    dropout = _attention_dropout(local.operator)
+    q = local.bound.input_specs[0]
     item = ITEM_BYTES[q.dtype]
     wide = max(item, 4)
     scores = _product(local, local.bound.inputs[0][:-1])
     scores *= _product(local, local.bound.inputs[1][-2:-1])
-    share = 1.0
+    share, gradient = 1.0, 0
     if len(q.shape) == 4:
+        gradient = local.written[
+            0
+        ]  # products of heads that lie beside each other copy both factors
         samples = _product(local, local.bound.inputs[0][:1])
         share = attention_samples(samples, scores // samples) / samples
     narrowed = item if item < wide else 0
@@ -143,9 +148,21 @@ def _attention(local: _Local) -> tuple[int, int]:
     )
     backward = max(
         scores * max(2 * wide + narrowed, 2 * item + mask, (3 * item + 1) * dropout),
-        scores * 2 * item + max(local.read[:3]),
+        scores * 2 * item + max(local.read[:3]) + gradient,
     )
     return int(share * forward), int(share * backward)
+
+
+def attends_fused(operator: Operator, bound: BoundRule, differentiable: Sequence[bool]) -> bool:
+    """Whether attention is done by a fused kernel."""
+    q, _, v = bound.input_specs[:3]
+    learned = len(bound.input_specs) > 3 and differentiable[3]
+    plain = len(q.shape) == 4 and q.shape[-1] == v.shape[-1]
+    return plain and not learned and not _attention_dropout(operator)
+
+
+def _attention_dropout(operator: Operator) -> bool:
+    return float(operator.argument(4, "dropout_p", 0.0)) > 0.0
 
 
 LARGEST_SCORES = 2**24

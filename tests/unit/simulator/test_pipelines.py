@@ -224,10 +224,16 @@ def move_along(
         waiting[b, move.microbatch, move.backward] = size
     if move.source_row == row and not inside:
         if move.backward:
-            copied = plan.flow(b, backward=True).copied_bytes
-            size = copied or plan.held_bytes(b, at_source=False)
+            place = list(plan.parts[b.target].given).index(b.tensor)
+            of = found.stages[b.target].bytes
+            copied = plan.flow(b, backward=True, strides=of.given_back[place]).copied_bytes
+            own = of.first_given[place] == place
+            size = copied or own * plan.held_bytes(b, at_source=False)
         else:
-            size = 0 if b.gradient else plan.copied_bytes(b)
+            place = list(plan.parts[b.source].ends).index(b.tensor)
+            strides = found.stages[b.source].bytes.departs[place]
+            copied = plan.flow(b, backward=False, strides=strides).copied_bytes
+            size = 0 if b.gradient else copied
         under_way.setdefault((b, move.backward), []).append(size)
 
 
