@@ -27,6 +27,7 @@ from autopar.runtime.launch import communicators_of
 from autopar.runtime.lowering import LoweredProgram, PartedBackward, lower_stage
 from autopar.runtime.pipeline import PipelineStep, Trace
 from autopar.runtime.recorder import Recorder
+from autopar.runtime.repetition import ShortenedRow
 from autopar.runtime.shared_gradients import groups_of
 from autopar.runtime.step import TrainingStep
 from autopar.runtime.typecheck import typecheck as check_types
@@ -285,8 +286,10 @@ class _DryRuns:
             kept_bytes = watch.memory.live_bytes
             watch.memory.restart()
             args, kwargs = arguments_of(graph, inputs)
+            row = step.instructions = ShortenedRow(step, watch)
             with watch:
                 step(*args, **kwargs)
+            step.trace.actions = list(row.actions())
             mistyped = tuple(self._mistyped(step, inputs)) if self.typecheck else ()
         return step, watch, kept_bytes, mistyped
 

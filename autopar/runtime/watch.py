@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +67,10 @@ class MemoryWatch:
         if self.live_bytes > self.peak_bytes:
             self.peak_bytes, self.peak_at = self.live_bytes, f"{operator} in {phase}"
             self._peak_event = len(self._events)
+
+    def alive(self) -> Counter[Piece]:
+        """All that is alive now."""
+        return Counter(self._alive.values())
 
     def at_peak(self) -> tuple[Piece, ...]:
         """All that is alive at the peak, the largest first."""

@@ -53,9 +53,10 @@ def chain(
     schedule: str = "1f1b",
     microbatches: int = 8,
     chunks: int | None = None,
+    layers: int = 9,
 ) -> Strategy:
     """``blocks`` in stages of one device each."""
-    graph = blocks()
+    graph = blocks(layers)
     like = replicate(graph, ALONE)
     cut = runs(graph, even_cuts(graph, stages))
     return staged(graph, cut, [like] * stages, schedule, microbatches, chunks=chunks)
