@@ -78,6 +78,32 @@ class BlockChoices:
                 found += shortest
         return tuple(found)
 
+    @cached_property
+    def attention(self) -> tuple[int, ...]:
+        """Products of two activations, fused attention, and all that lies on a way from one of them
+        to another: what grows with the square of the sequence (arXiv 2205.05198, section 5)."""
+        start, period = self.block.start, self.block.period
+        operators = self.graph.operators[start : start + period]
+        ends = {o.name for o in operators if self._multiplies_activations(o)}
+        after: set[str] = set()  # tensors made from such a product
+        for operator in operators:
+            if operator.name in ends or not after.isdisjoint(operator.inputs):
+                after.update(operator.outputs)
+        before: set[str] = set()  # tensors that such a product is made from
+        found = []
+        for offset, operator in reversed(list(enumerate(operators))):
+            leads = not before.isdisjoint(operator.outputs)
+            if operator.name in ends or leads:
+                before.update(operator.inputs)
+            if operator.name in ends or (leads and not after.isdisjoint(operator.outputs)):
+                found.append(offset)
+        return tuple(offset for offset in reversed(found) if offset in self.full)
+
+    def _multiplies_activations(self, operator: Operator) -> bool:
+        kind = self.rules[operator.name].rule.kind
+        made = [name for name in operator.inputs if name in self.graph.producer]
+        return kind == "attention" or (kind == "matmul" and len(set(made)) > 1)
+
     # ---- runs of operators ---------------------------------------------------------------------
 
     def _shortest(self, run: tuple[int, ...]) -> tuple[int, ...]:
@@ -164,6 +190,7 @@ class BlockChoices:
 
 KINDS: dict[str, Callable[[BlockChoices], tuple[int, ...]]] = {
     "none": lambda of: (),
+    "attention": lambda of: of.attention,
     "selective": lambda of: of.selective,
     "full": lambda of: of.full,
 }
