@@ -23,8 +23,8 @@ DATA, TENSOR = "data", "tensor"
 
 
 BETWEEN = {"whole": "", "sequence": "A", "width": "P"}
-"""What of the tensors between tensor-parallel regions is divided, and the letter of SOAP that such a
-factor has."""
+"""What of the tensors between tensor-parallel regions is divided, and the letter of SOAP that such
+a factor has."""
 
 
 def splits_by_purpose(
@@ -117,12 +117,14 @@ class _Axis:
         return self.rules[operator.name].divides((*before, choice, *rest), self.mesh)
 
     def agree_with_readers(self) -> None:
-        """Where all readers want the same of what costs nothing to make so, it is made so: then the
-        tensor before it is redistributed, not the one after it."""
+        """Where all readers want the same of a view, or of a product or of what is the same for all
+        batches that its result is for different work, it is made so: then the tensor before it is
+        redistributed, as it is for other columns, and not the one after it."""
         for operator in reversed(self.graph.operators):
             bound = self.rules[operator.name]
             is_view = bound.rule.kind == "view"
-            if self.chosen[operator.name] != NOTHING or not (is_view or self._is_same(operator)):
+            may = is_view or bound.rule.products or self._is_same(operator)
+            if self.chosen[operator.name] != NOTHING or not may:
                 continue
             wanted = {
                 self.rules[reader.name].placements(self.chosen[reader.name])[0][position]

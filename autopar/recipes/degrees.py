@@ -16,8 +16,8 @@ LEVELS = (0, 1, 2, 3)
 
 @dataclass(frozen=True, slots=True)
 class Degrees:
-    """``tensor`` x ``data`` x ``replicas`` devices are a stage, and there are ``pipeline`` groups of
-    them, each with ``chunks`` stages (Megatron's virtual stages).
+    """``tensor`` x ``data`` x ``replicas`` devices are a group, and there are ``pipeline`` groups,
+    each with ``chunks`` stages (Megatron's virtual stages).
 
     Neighbours are tensor-parallel; then come ``data``, over which ZeRO of level ``zero`` shards,
     ``replicas`` of that, whose gradients are summed, and the groups of the pipeline. ``schedule``:
@@ -78,8 +78,9 @@ SHORT = {
 """What the degrees are called for short."""
 
 
-def degrees_from_text(text: str) -> Degrees:
-    """
+def degrees_from_text(text: str, start: Degrees | None = None) -> Degrees:
+    """``start``: what holds where the text says nothing (default: one device).
+
     >>> degrees_from_text("tensor=8,pipeline=4,data=2,between=sequence,recompute=full").devices
     64
     >>> degrees_from_text("tp=8,zero=1") == Degrees(tensor=8, zero=1)
@@ -92,7 +93,7 @@ def degrees_from_text(text: str) -> Degrees:
         if name in found:
             raise AutoparError(f"{text!r} gives {name} twice")
         found[name] = _value(name, value if is_given else None)
-    return checked(replace(Degrees(), **found))
+    return checked(replace(start or Degrees(), **found))
 
 
 def _value(name: str, text: str | None) -> Any:

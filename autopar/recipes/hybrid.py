@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 
 from autopar.errors import AutoparError
 from autopar.ir.rule import Split
@@ -117,23 +118,23 @@ def _agreed(placements: Sharding | list[str]) -> str:
 def _recomputing(
     structure: Structure, strategy: Strategy, degrees: Degrees, cost_model: CostModel
 ) -> Strategy:
-    """All copies of the repeated blocks; collectives are done again, as checkpointing in Megatron-LM
-    and XLA does them."""
+    """All copies of the repeated blocks; collectives are done again, as checkpointing does them in
+    Megatron-LM and XLA."""
     if degrees.recompute not in KINDS:
         raise AutoparError(
             f"a recipe has no way to recompute called {degrees.recompute!r}; there are "
             f"{', '.join(KINDS)}"
         )
+    of_copy = KINDS[degrees.recompute]
+    if degrees.recompute == "full" and degrees.between == "width":
+        of_copy = attrgetter("summands")
     costs = Costs(cost_model, strategy.mesh, {})
-    names = tuple(
-        name
-        for block in structure.blocks
-        for name in BlockChoices(
-            structure.graph, structure.rules, strategy, costs, block
-        ).operators(degrees.recompute, block.copies)
-    )
+    names: list[str] = []
+    for block in structure.blocks:
+        choices = BlockChoices(structure.graph, structure.rules, strategy, costs, block)
+        names += choices.names(of_copy(choices), range(block.copies))
     made = tuple(made for name in names for made in structure.graph.operator[name].outputs)
-    return replace(strategy, recompute=names, repeat_collectives=made)
+    return replace(strategy, recompute=tuple(names), repeat_collectives=made)
 
 
 __all__ = ["hybrid"]

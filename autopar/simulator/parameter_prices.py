@@ -128,7 +128,10 @@ class ParameterPrices:
         per_axis = [
             self._axis_levels(placement, sharded, offered, trained)
             for placement, sharded, offered in zip(
-                used, zero_placements(spec.shape, used, self.table.costs.mesh.sizes), self.levels, strict=True
+                used,
+                zero_placements(spec.shape, used, self.table.costs.mesh.sizes),
+                self.levels,
+                strict=True,
             )
         ]
         found = _combined(per_axis, target)

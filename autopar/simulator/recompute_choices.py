@@ -34,8 +34,7 @@ class BlockChoices:
     def operators(self, kind: str, copies: int) -> tuple[str, ...]:
         """Those to recompute in the first ``copies`` copies, the first since theirs are kept
         longest: when they are run again, what the others kept is gone."""
-        offsets = KINDS[kind](self)
-        return tuple(self.names(offsets, range(copies)))
+        return tuple(self.names(KINDS[kind](self), range(copies)))
 
     def freed_bytes(self, kind: str) -> float:
         """What a copy keeps less on a device."""
@@ -53,6 +52,29 @@ class BlockChoices:
             offset
             for offset in range(self.block.period)
             if not any(self._is_read_outside(offset, copy) for copy in range(self.block.copies))
+            and not self._communicates_inside(offset)
+        )
+
+    @cached_property
+    def summands(self) -> tuple[int, ...]:
+        """All but what nothing but the result of a copy is made of: the result is made again, too, and what a
+        redistribution of it brought is not kept for its readers. Worth it where these want whole
+        what lies divided: the norms of a residual stream that is divided by its width."""
+        ends = {
+            self._operator(offset).name: self._operator(offset)
+            for offset in range(self.block.period)
+            if any(self._is_read_outside(offset, copy) for copy in range(self.block.copies))
+        }
+        parts = {
+            name
+            for operator in ends.values()
+            for name in operator.inputs
+            if all(reader.name in ends for reader, _ in self.graph.consumers[name])
+        }
+        return tuple(
+            offset
+            for offset in range(self.block.period)
+            if parts.isdisjoint(self._operator(offset).outputs)
             and not self._communicates_inside(offset)
         )
 
