@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from operator import attrgetter
 
 from autopar.errors import AutoparError
 from autopar.ir.rule import Split
@@ -125,16 +124,22 @@ def _recomputing(
             f"a recipe has no way to recompute called {degrees.recompute!r}; there are "
             f"{', '.join(KINDS)}"
         )
-    of_copy = KINDS[degrees.recompute]
-    if degrees.recompute == "full" and degrees.between == "width":
-        of_copy = attrgetter("summands")
     costs = Costs(cost_model, strategy.mesh, {})
     names: list[str] = []
     for block in structure.blocks:
-        choices = BlockChoices(structure.graph, structure.rules, strategy, costs, block)
-        names += choices.names(of_copy(choices), range(block.copies))
+        of = BlockChoices(structure.graph, structure.rules, strategy, costs, block)
+        names += of.names(_offsets(of, degrees), range(block.copies))
     made = tuple(made for name in names for made in structure.graph.operator[name].outputs)
     return replace(strategy, recompute=tuple(names), repeat_collectives=made)
+
+
+def _offsets(of: BlockChoices, degrees: Degrees) -> Sequence[int]:
+    """What of a copy is not kept. Where what is between lies divided, nor is what was gathered."""
+    if degrees.between == "whole":
+        return KINDS[degrees.recompute](of)
+    if degrees.between == "width" and degrees.recompute == "full":
+        return of.summands
+    return sorted({*KINDS[degrees.recompute](of), *of.gathered})
 
 
 __all__ = ["hybrid"]

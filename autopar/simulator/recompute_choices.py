@@ -15,6 +15,7 @@ from autopar.simulator.edges import Rules, carries_gradient
 from autopar.simulator.folding import Folded, fold
 from autopar.simulator.memory import saved_bytes
 from autopar.simulator.recomputation import recomputation
+from autopar.simulator.redistribution import transfers
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,22 @@ class BlockChoices:
             if parts.isdisjoint(self._operator(offset).outputs)
             and not self._communicates_inside(offset)
         )
+
+    @cached_property
+    def gathered(self) -> tuple[int, ...]:
+        """What makes, in cheap work, a shard that its readers gather, and the views of that: the
+        norms before the columns of sequence parallelism. Run again with its collective, it keeps a
+        shard instead of the whole, as Megatron-LM does (arXiv 2205.05198, section 4.2.2)."""
+        views: set[str] = set()  # of what is gathered
+        found = []
+        for offset in self.full:
+            operator = self._operator(offset)
+            rule = self.rules[operator.name].rule
+            of_views = rule.kind == "view" and not views.isdisjoint(operator.inputs)
+            if of_views or (not rule.products and self._is_gathered(operator)):
+                views.update(operator.outputs)
+                found.append(offset)
+        return tuple(found)
 
     @cached_property
     def selective(self) -> tuple[int, ...]:
@@ -181,6 +198,19 @@ class BlockChoices:
     @cached_property
     def _number(self) -> dict[str, int]:
         return {operator.name: i for i, operator in enumerate(self.graph.operators)}
+
+    def _is_gathered(self, operator: Operator) -> bool:
+        """Whether its result, a shard, is wanted whole."""
+        _, produced = self.rules[operator.name].shardings(self.strategy.splits[operator.name])
+        mesh = self.strategy.mesh
+        for name, made in zip(operator.outputs, produced, strict=True):
+            for reader, position in self.graph.consumers[name]:
+                split = self.strategy.splits[reader.name]
+                wanted = self.rules[reader.name].shardings(split)[0][position]
+                moves = transfers(made, wanted, self.graph.spec(name).bytes, mesh)
+                if any(move.kind == "all_gather" for move in moves):
+                    return True
+        return False
 
     def _communicates_inside(self, offset: int) -> bool:
         operator = self._operator(offset)
