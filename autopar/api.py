@@ -612,7 +612,7 @@ def _by_recipe(
 
     name = given if isinstance(given, str) else degrees_text(given)
     _tell(progress, f"pricing the recipe {name}")
-    with _no_garbage():
+    with _no_garbage(), _as_user_errors():  # such as a dtype that the machine has no speed of
         if isinstance(recipe, Degrees):
             strategy = _of_degrees(problem, recipe, microbatches)
         else:

@@ -58,9 +58,10 @@ class BlockChoices:
 
     @cached_property
     def summands(self) -> tuple[int, ...]:
-        """All but what nothing but the result of a copy is made of: the result is made again, too, and what a
-        redistribution of it brought is not kept for its readers. Worth it where these want whole
-        what lies divided: the norms of a residual stream that is divided by its width."""
+        """All but what the result of a copy, and nothing else, is made of: the result is made
+        again, too, and what a redistribution of it brought is not kept for its readers. Worth it
+        where these want whole what lies divided: the norms of a residual stream that is divided by
+        its width."""
         ends = {
             self._operator(offset).name: self._operator(offset)
             for offset in range(self.block.period)
