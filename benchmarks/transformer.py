@@ -137,9 +137,7 @@ class _Builder:
             )
         else:
             scores = (self.batch, of.heads, of.length, of.length)
-            k = self._op(
-                name, "transpose.int", (k,), (self.batch, of.heads, d, of.length), 2, 3
-            )
+            k = self._op(name, "transpose.int", (k,), (self.batch, of.heads, d, of.length), 2, 3)
             p = self._op(name, "matmul", (q, k), scores)
             p = self._dropped(self._op(name, "softmax.int", (p,), scores, -1), name)
             z = self._op(name, "matmul", (p, v), shape)
@@ -190,7 +188,9 @@ class _Builder:
             name, "layer_norm", read, (Input(0), sizes, Input(1), bias, EPSILON, False)
         )
 
-    def _call(self, name: str, op: str, read: tuple[str, ...], arguments: tuple[object, ...]) -> str:
+    def _call(
+        self, name: str, op: str, read: tuple[str, ...], arguments: tuple[object, ...]
+    ) -> str:
         """An op whose arguments are not its inputs and then its sizes; as large as its input."""
         spec = self.specs[read[0]]
         return self._add(name, op, read, [(spec.shape, spec.dtype)], arguments, ())[0]

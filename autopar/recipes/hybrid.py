@@ -25,15 +25,20 @@ from cost_models.interface import CostModel
 
 
 def hybrid(
-    division: Division, degrees: Degrees, cost_model: CostModel, training: Training
+    division: Division,
+    degrees: Degrees,
+    cost_model: CostModel,
+    training: Training,
+    structure: Structure | None = None,
 ) -> Strategy:
     """``division``: into as many microbatches as ``degrees`` say of its batch. Prices are asked for
-    one thing only: what is worth recomputing (``recompute="selective"``).
+    one thing only: what is worth recomputing (``recompute="selective"``). ``structure``: of the
+    division, if it is known. Equal blocks are treated alike.
 
     Raises:
         AutoparError: the model cannot be divided so; the message says what could.
     """
-    structure = Structure(division.graph, division.rules)
+    structure = structure or Structure(division.graph, division.rules)
     mesh, purposes, levels = _mesh(degrees)
     splits = splits_by_purpose(structure, mesh, purposes, degrees.between)
     _check_shares(structure, splits, mesh, degrees)
