@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from benchmarks.validate import Compared, Quality, share
+from benchmarks.runs import Compared, Quality, share
 
 SIZE, EDGE = 560, 50
 """Of the picture and its margin, in pixels."""
@@ -54,11 +54,11 @@ def _picture(compared: Sequence[Compared], colours: dict[str, str]) -> str:
     lines = []
     for power in range(low, high + 1):
         x = EDGE + (power - low) * width
-        y = SIZE - x
+        y, tick = SIZE - x, f"{10.0**power:g} s"
         lines += [
             f'<path d="M{x:.1f} {EDGE}V{SIZE - EDGE}M{EDGE} {y:.1f}H{SIZE - EDGE}" stroke="#ddd"/>',
-            f'<text x="{x:.1f}" y="{SIZE - EDGE + 18}" text-anchor="middle">{10.0**power:g} s</text>',
-            f'<text x="{EDGE - 6}" y="{y + 4:.1f}" text-anchor="end">{10.0**power:g} s</text>',
+            f'<text x="{x:.1f}" y="{SIZE - EDGE + 18}" text-anchor="middle">{tick}</text>',
+            f'<text x="{EDGE - 6}" y="{y + 4:.1f}" text-anchor="end">{tick}</text>',
         ]
     dots = (
         f'<circle cx="{at(measured):.1f}" cy="{SIZE - at(predicted):.1f}" r="3" '
@@ -79,7 +79,7 @@ def _table(found: Sequence[Quality], colours: dict[str, str]) -> str:
     rows = "".join(
         _row(
             (
-                f'<span style="color:{colours.get(one.source, "#222")}">{escape(one.source)}</span>',
+                _coloured(one.source, colours),
                 *(str(one.rows), str(one.predicted)),
                 *(share(one.step_mean), share(one.step_bias), share(one.step_largest)),
                 "-" if one.tau is None else f"{one.tau:.3f}",
@@ -90,6 +90,10 @@ def _table(found: Sequence[Quality], colours: dict[str, str]) -> str:
         for one in found
     )
     return f"<table>{_row(COLUMNS, 'th')}{rows}</table>"
+
+
+def _coloured(source: str, colours: dict[str, str]) -> str:
+    return f'<span style="color:{colours.get(source, "#222")}">{escape(source)}</span>'
 
 
 def _row(cells: Iterable[str], kind: str = "td") -> str:

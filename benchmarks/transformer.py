@@ -71,8 +71,8 @@ class _Builder:
         )
         flat = (self.batch * of.length, of.vocabulary)
         logits = self._op("", "view", (logits,), flat, flat)
-        targets = self._op("", "view", (targets,), flat[:1], flat[:1], dtype="int64")
-        loss = self._op("", "cross_entropy_loss", (logits, targets), (), dtype="float32")
+        targets = self._op("", "view", (targets,), flat[:1], flat[:1])
+        loss = self._op("", "cross_entropy_loss", (logits, targets), ())
         return OperatorGraph(
             tuple(self.tensors),
             tuple(self.operators),
@@ -212,9 +212,9 @@ class _Builder:
         dtype: str = "",
         keywords: tuple[tuple[str, object], ...] = (),
     ) -> str:
-        """One output."""
+        """One output, of the dtype of the first input if not said."""
         arguments = (*map(Input, range(len(read))), *more)
-        made = [(shape, dtype or self.of.dtype)]
+        made = [(shape, dtype or self.specs[read[0]].dtype)]
         return self._add(name, op, read, made, arguments, keywords)[0]
 
     def _outputs(
