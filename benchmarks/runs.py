@@ -156,9 +156,12 @@ def _number(row: Row, column: str) -> int:
     if not row[column]:
         raise SkippedError(f"{column} is not given")
     try:
-        return int(float(row[column]))
+        found = int(float(row[column]))
     except ValueError:
         raise SkippedError(f"{column} is {row[column]!r}, no number") from None
+    if found < 1:
+        raise SkippedError(f"{column} is {row[column]}, and must be at least 1")
+    return found
 
 
 def _chunks(row: Row) -> int:
@@ -260,7 +263,8 @@ def predicted(runs: Iterable[Run]) -> Iterator[tuple[Run, Compared | Exception]]
         except ValueError as error:
             yield from ((run, error) for run in together)
             continue
-        prices, cache, divided = StagePrices(machine), {}, []
+        prices, divided = StagePrices(machine), []
+        cache: ComputeCache = {}
         for run in together:
             try:
                 estimate, found = _estimate(run, machine, prices, cache)
@@ -365,11 +369,11 @@ def validate(rows: Iterable[Row]) -> tuple[list[Quality], list[Compared]]:
             runs.append(run_of(row))
         except SkippedError as reason:
             skipped[row["source"]][str(reason)] += 1
-    for run, found in predicted(runs):
-        if isinstance(found, Compared):
-            sources[run.source].append(found)
+    for run, answer in predicted(runs):
+        if isinstance(answer, Compared):
+            sources[run.source].append(answer)
         else:
-            skipped[run.source][str(found)] += 1
+            skipped[run.source][str(answer)] += 1
     everything = [one for compared in sources.values() for one in compared]
     whole = Counter[str]()
     for reasons in skipped.values():

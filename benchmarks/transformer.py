@@ -181,12 +181,10 @@ class _Builder:
         weight = self._parameter(f"{name}.weight", sizes)
         if self.of.gated:
             return self._call(name, "rms_norm", (x, weight), (Input(0), sizes, Input(1)))
-        read, bias = (x, weight), None
-        if self.of.biased:
-            read, bias = (x, weight, self._parameter(f"{name}.bias", sizes)), Input(2)
-        return self._call(
-            name, "layer_norm", read, (Input(0), sizes, Input(1), bias, EPSILON, False)
-        )
+        bias = (self._parameter(f"{name}.bias", sizes),) if self.of.biased else ()
+        shift = Input(2) if bias else None
+        arguments = (Input(0), sizes, Input(1), shift, EPSILON, False)
+        return self._call(name, "layer_norm", (x, weight, *bias), arguments)
 
     def _call(
         self, name: str, op: str, read: tuple[str, ...], arguments: tuple[object, ...]

@@ -52,8 +52,8 @@ def main() -> int:
     started = process_time()
     found, compared = validate(read(arguments.csv))
     elapsed_s = process_time() - started
-    for one in found:
-        print(json.dumps(asdict(one)) if arguments.json else text(one))
+    for source in found:
+        print(json.dumps(asdict(source)) if arguments.json else text(source))
     if arguments.rows:
         for one in sorted(compared, key=lambda one: -abs(one.step_error or 0)):
             error = "-" if one.step_error is None else f"{one.step_error:+.1%}"

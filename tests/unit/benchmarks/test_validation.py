@@ -195,6 +195,7 @@ def test_a_row_is_predicted_as_its_model_is_planned() -> None:
         ({"gpu_type": "H900"}, "no topology for H900"),
         ({"micro_batch": ""}, "micro_batch is not given"),
         ({"layers": "many"}, "layers is 'many', no number"),
+        ({"TP": "0"}, "TP is 0, and must be at least 1"),
         ({"n_gpus": "16"}, "degrees make 8 devices, and n_gpus is 16"),
         ({"recompute": "every 3rd"}, "recomputes in a way that has no name here: every 3rd"),
         ({"virtual_pp": "", "schedule": "interleaved 1F1B"}, "virtual_pp is not given"),
