@@ -228,7 +228,7 @@ def test_errors_are_relative_and_by_source() -> None:
 
 def test_what_ran_out_of_memory_and_fits_is_a_false_fit() -> None:
     out = {**ROW, "metric": "iter_time_s", "value": "oom", "iter_time_s": ""}
-    huge = {"layers": "200", "hidden": "65536", "ffn": "262144"}
+    huge = {"hidden": "65536", "ffn": "262144"}
     (found, _), _ = validate([out, {**out, **huge}, ROW, {**ROW, **huge}])
     assert (found.false_fits, found.false_rejects) == (1, 1)
 
