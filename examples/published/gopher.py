@@ -1,4 +1,4 @@
-"""Gopher 280B (Rae et al., arXiv 2112.11446, section 3.1 and table 1): RMSNorm, and attention with
+"""Gopher 280B (Rae et al., arXiv 2112.11446, table 1): RMSNorm, and attention with
 relative positions (Dai et al., arXiv 1901.02860)."""
 
 import torch
