@@ -82,8 +82,8 @@ PUBLISHED: dict[str, Published] = {
             "examples/published/gopher.py",
             1536,
             32.9,
-            "arXiv 2112.11446, on its infrastructure: model and data parallel in a pod, pipeline over pods, "
-            "optimizer states partitioned, rematerialisation; 32.5% of the peak by "
+            "arXiv 2112.11446, on its infrastructure: model and data parallel in a pod, pipeline "
+            "over pods, optimizer states partitioned, rematerialisation; 32.5% of the peak by "
             "arXiv 2204.02311, table 3",
             "the degrees inside a pod, the schedule and the microbatches are not given; here those "
             "of the entry",
