@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 
-.PHONY: help demo test test-slow lint format types imports docs schema clean
+.PHONY: help demo test test-slow validate lint format types imports docs schema clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -29,6 +29,10 @@ test: lint  ## everything this machine can test (needs no GPU; under 12 minutes 
 
 test-slow: $(READY)  ## the tests that take long
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m slow --timeout 1800
+
+validate: $(READY)  ## predictions beside published runs: make validate CSV=rows.csv
+	@test -n "$(CSV)" || { echo 'give the rows: make validate CSV="a.csv b.csv" (benchmarks/README.md has their columns)'; exit 2; }
+	$(BIN)/python -m benchmarks.validate $(CSV) --output build/validation.html
 
 lint: $(READY) types imports  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

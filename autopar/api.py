@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from autopar.exporters import Exporter
     from autopar.ir.measurement import Measurement
     from autopar.ops import Proposals
+    from autopar.recipes import Degrees
+    from autopar.recipes import Recipe as RestrictedSearch
     from autopar.runtime.pipeline import PipelineStep
     from autopar.runtime.step import TrainingStep
     from autopar.runtime.verify import Report
@@ -73,8 +75,9 @@ class Wanted(TypedDict, total=False):
     - ``microbatches``: in how many the batch is worked on, one after the other; the result is the
       same (default, ``None``: those with which it is fastest).
     - ``recompute``: of the repeated blocks, what is not kept for the backward but made again:
-      ``"none"`` (the default), in all copies ``"selective"`` (what is cheap) or ``"full"`` (all but
-      what the next copy reads), or ``"auto"``, what is fastest within memory.
+      ``"none"`` (the default), in all copies ``"attention"`` (its products and what is between),
+      ``"selective"`` (what is cheap) or ``"full"`` (all but what the next copy reads), or
+      ``"auto"``, what is fastest within memory.
     - ``dimensions``: which of Sample, Operator, Attribute and Parameter may be split.
     - ``propose``: find rules by trying for ops that have none.
     - ``loss``: ``loss(outputs, inputs)`` when the model does not return its own.
@@ -158,13 +161,16 @@ def plan(
     *,
     searcher: str | Searcher = "ilp",
     time_limit_s: float | None = None,
+    recipe: str | Degrees | None = None,
     progress: Progress | None = None,
     **wanted: Unpack[Wanted],
 ) -> Plan:
     """The fastest strategy that fits, with its price, its proof and its promise.
 
     See ``Wanted`` for the other arguments. A graph of measured operators, or the path of one
-    (docs/profiled_graphs.md), is planned in stages.
+    (docs/profiled_graphs.md), is planned in stages. ``recipe``: plan this, and search nothing else:
+    a name of ``autopar list recipes``, degrees such as ``"tensor=8,pipeline=4"``, a name and what
+    differs from it, or ``Degrees`` (docs/recipes.md).
 
     Raises:
         InfeasibleError: nothing fits in memory; the message has the nearest miss.
@@ -173,14 +179,21 @@ def plan(
         UnsupportedModelError: the model cannot be traced, or has operators without a rule.
     """
     profiled = _profiled(model)
+    if profiled is not None and recipe is not None:
+        raise AutoparError(
+            "a recipe divides the operators of a model, and this is a profiled graph; leave it out"
+        )
     if profiled is not None:
         name = str(model) if isinstance(model, str | Path) else ""
         return plan_profiled(
             profiled, name, searcher, time_limit_s=time_limit_s, progress=progress, **wanted
         )
+    chosen = None if recipe is None else _recipe(recipe, wanted, progress)
     problem = problem_of(model, inputs, progress=progress, **wanted)
-    result = run_search(problem, searcher, time_limit_s, progress)
-    found = plan_of(problem, result)
+    if recipe is not None and chosen is not None:
+        found = _by_recipe(problem, recipe, chosen, wanted.get("microbatches"), progress)
+    else:
+        found = plan_of(problem, run_search(problem, searcher, time_limit_s, progress))
     if not isinstance(model, str | Path):
         return found
     return replace(
@@ -533,6 +546,101 @@ def plan_by_hand(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         autopar=__version__,
     )
+
+
+def _recipe(
+    given: str | Degrees, wanted: Wanted, progress: Progress | None
+) -> RestrictedSearch | Degrees:
+    """A recipe by name or by degrees, with what options say that it says, too; checked before the
+    model is looked at."""
+    from autopar.recipes import PUBLISHED, RECIPES
+
+    if isinstance(given, str) and given in RECIPES:
+        return RECIPES[given]
+    degrees = _degrees(given) if isinstance(given, str) else given
+    if wanted.get("mesh") is not None:
+        raise AutoparError("a recipe of degrees has its own mesh; leave --mesh out")
+    if wanted.get("microbatches") is not None and degrees.microbatch is not None:
+        raise AutoparError(
+            f"the recipe has microbatches of {degrees.microbatch} samples in each replica; change "
+            "that number (microbatch=...) or leave --microbatches out"
+        )
+    name = given.partition(",")[0] if isinstance(given, str) else ""
+    cost_model = machine(wanted.get("topology", LOCAL), wanted.get("devices"), progress)
+    if degrees.devices != cost_model.devices:
+        published = f" --topology {PUBLISHED[name].topology}" if name in PUBLISHED else ""
+        raise AutoparError(
+            f"the recipe {given} is for {degrees.devices} devices, and the machine has "
+            f"{cost_model.devices}; give {'it' if published else 'a machine with as many'}"
+            f"{published}, or other degrees"
+        )
+    recompute = wanted.get("recompute", "none")
+    return degrees if recompute == "none" else replace(degrees, recompute=recompute)
+
+
+def _degrees(text: str) -> Degrees:
+    """A published configuration, with what the rest of the text changes, or degrees."""
+    from autopar.recipes import PUBLISHED, RECIPES, degrees_from_text
+
+    name, _, changes = text.partition(",")
+    if "=" in name:
+        return degrees_from_text(text)
+    if name in RECIPES:
+        raise AutoparError(
+            f"{text!r}: the recipe {name} has no degrees that could be changed; give all of them"
+        )
+    if name not in PUBLISHED:
+        known = unknown(name, [*PUBLISHED, *RECIPES], "recipe")
+        raise AutoparError(f"{known}; or give degrees, for example tensor=8,pipeline=4,data=2")
+    return degrees_from_text(changes, PUBLISHED[name].degrees)
+
+
+def _by_recipe(
+    problem: Problem,
+    given: str | Degrees,
+    recipe: RestrictedSearch | Degrees,
+    microbatches: int | None,
+    progress: Progress | None,
+) -> Plan:
+    """
+    Raises:
+        InfeasibleError: it needs more memory than there is.
+    """
+    from autopar.exporters.units import bytes_text
+    from autopar.recipes import Degrees, degrees_text
+    from autopar.searchers import one_recipe
+
+    name = given if isinstance(given, str) else degrees_text(given)
+    _tell(progress, f"pricing the recipe {name}")
+    with _no_garbage(), _as_user_errors():  # such as a dtype that the machine has no speed of
+        if isinstance(recipe, Degrees):
+            strategy = _of_degrees(problem, recipe, microbatches)
+        else:
+            strategy = one_recipe.within(recipe, problem, USUAL, progress or _silent)
+        found = plan_by_hand(
+            problem.graph, strategy, problem.cost_model, proposals=problem.proposals
+        )
+    limit, peak = problem.memory_limit_bytes, found.estimate.peak_memory_bytes
+    if peak > limit:
+        raise InfeasibleError(
+            f"the recipe {name} needs {bytes_text(peak)} on a device "
+            f"(at {found.estimate.memory.at}), the limit is {bytes_text(limit)}; change its "
+            "degrees or what it recomputes, or see it all the same with "
+            f"--memory-limit {-(-peak // 10**9)}GB"
+        )
+    search = replace(found.search, searcher=f"recipe {name}", memory_limit_bytes=limit)
+    return replace(found, search=search)
+
+
+def _of_degrees(problem: Problem, degrees: Degrees, microbatches: int | None) -> Strategy:
+    from autopar.recipes import hybrid
+    from autopar.simulator.microbatches import batch_size, division
+
+    count = microbatches
+    if count is None:
+        count = degrees.microbatches(batch_size(problem.graph, problem.proposals))
+    divided = division(problem.graph, count, problem.proposals)
+    return hybrid(divided, degrees, problem.cost_model, problem.training)
 
 
 def _priced(divided: Division, cost_model: CostModel, strategy: Strategy) -> Estimate:

@@ -172,12 +172,12 @@ _search_options = (
     ),
     click.option(
         "--recompute",
-        type=click.Choice(["none", "selective", "full", "auto"]),
+        type=click.Choice(["none", "attention", "selective", "full", "auto"]),
         default="none",
         show_default=True,
         help="Of repeated blocks, what is not kept for the backward but made again: in all of them "
-        "what is cheap (selective) or all but their result (full); auto: what is fastest within "
-        "memory.",
+        "the products of attention and what is between (attention), what is cheap (selective) or "
+        "all but their result (full); auto: what is fastest within memory.",
     ),
     click.option("--searcher", default="ilp", show_default=True, help="`autopar list searchers`."),
     click.option(
@@ -298,10 +298,22 @@ def extract_command(
 
 @commands.command("plan")
 @_with(*_model_options, *_search_options)
+@click.option(
+    "--recipe",
+    help="Plan this instead of searching: a name (`autopar list recipes`), or degrees such as "
+    "tensor=8,pipeline=4,data=2,microbatch=1 (docs/recipes.md).",
+)
 @click.option("-o", "--output", type=Path, help="Write the plan to this file.")
 @click.option("--top", type=AT_LEAST_1, default=5, show_default=True, help="Meshes to show.")
 @_json_option
-def plan_command(model: str, output: Path | None, top: int, as_json: bool, **options: Any) -> int:
+def plan_command(
+    model: str,
+    recipe: str | None,
+    output: Path | None,
+    top: int,
+    as_json: bool,
+    **options: Any,
+) -> int:
     """Find the fastest strategy for MODEL that fits in memory.
 
     MODEL: a path to model.py, package.module:callable, or hf:NAME_OR_PATH; or GRAPH.json, operators
@@ -318,7 +330,7 @@ def plan_command(model: str, output: Path | None, top: int, as_json: bool, **opt
     if output is not None:
         check_writable(output)
     with progress() as tell:
-        found = api.plan(model, progress=tell, **_wanted(options))
+        found = api.plan(model, recipe=recipe, progress=tell, **_wanted(options))
     if output is not None:
         api.save_plan(found, output)
     profiled = is_profiled(found.graph)
@@ -614,9 +626,9 @@ def _topologies() -> list[str]:
 
 
 def _recipes() -> list[str]:
-    from autopar.recipes import RECIPES
+    from autopar.recipes import PUBLISHED, RECIPES
 
-    return list(RECIPES)
+    return [*RECIPES, *PUBLISHED]
 
 
 def _schedules() -> list[str]:

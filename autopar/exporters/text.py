@@ -128,7 +128,7 @@ def quality(plan: Plan) -> str:
     """How good it is known to be, and who found it."""
     search = plan.search
     if not search.trials:
-        return "written by hand, not searched"
+        return f"{search.searcher.replace('by hand', 'written by hand')}, not searched"
     if not 0 < search.lower_bound_s < math.inf:
         proof = "without a lower bound"
     elif search.stop_reason == "optimal" and search.gap < EXACT:

@@ -120,7 +120,7 @@ class MeshSearch:
         self.progress("pricing the recipes")
         for recipe in RECIPES.values():
             self._in_time()
-            self._try_recipe(recipe)
+            self.try_recipe(recipe)
         self.begin()
         self._prove()
 
@@ -346,7 +346,7 @@ class MeshSearch:
 
     # ---- recipes -------------------------------------------------------------------------------
 
-    def _try_recipe(self, recipe: Recipe) -> None:
+    def try_recipe(self, recipe: Recipe) -> None:
         """The recipe's best layout becomes a trial, whether it fits or not; a recipe of which the
         model divides nothing becomes one without a strategy."""
         cost_model = self.problem.cost_model

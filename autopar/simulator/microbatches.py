@@ -17,11 +17,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import prod
 
 from autopar.errors import AutoparError, UnsupportedModelError
 from autopar.ir.graph import Input, Operator, OperatorGraph, Role, TensorSpec
-from autopar.ir.rule import REPLICATED, SUMMED, BoundRule, Choice, Dim, OpRule, bind
+from autopar.ir.rule import REPLICATED, SUMMED, BoundRule, Choice, Dim, Inner, OpRule, bind
 from autopar.ir.sharding import INVARIANT, PARTIAL, Placement, shard
 from autopar.ops import Proposals, bind_operator, bound_rules, with_parts
 from autopar.ops.factories import COUNTERS, READ_NO_VALUES
@@ -557,12 +558,23 @@ class _Propagation:
         # what it divides by, one number, is known before the first microbatch
         others = {inner.factor for inner in whole.rule.inner if inner.points}
         kept = tuple(inner for inner in found.rule.inner if inner.factor in others)
-        return bind(replace(found.rule, inner=kept), *specs)
+        return _bound_with_inner(found.rule, kept, *specs)
 
     def _proposal(self, operator: str) -> OpRule:
         rule, factor = self.rules[operator].rule, self.cuts[operator].factor
         sizes = tuple((f, n // self.count if f == factor else n) for f, n in rule.sizes)
         return replace(rule, sizes=sizes)
+
+
+@lru_cache(maxsize=1024)
+def _bound_with_inner(
+    rule: OpRule,
+    inner: tuple[Inner, ...],
+    input_specs: tuple[TensorSpec, ...],
+    output_specs: tuple[TensorSpec, ...],
+) -> BoundRule:
+    """One for equal operators, also of other divisions: stages are priced once by their rules."""
+    return bind(replace(rule, inner=inner), input_specs, output_specs)
 
 
 def _cut_of(bound: BoundRule, dim: Dim, blocks: int) -> _Cut:

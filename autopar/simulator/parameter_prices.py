@@ -128,7 +128,10 @@ class ParameterPrices:
         per_axis = [
             self._axis_levels(placement, sharded, offered, trained)
             for placement, sharded, offered in zip(
-                used, self._zero_placements(spec.shape, used), self.levels, strict=True
+                used,
+                zero_placements(spec.shape, used, self.table.costs.mesh.sizes),
+                self.levels,
+                strict=True,
             )
         ]
         found = _combined(per_axis, target)
@@ -146,25 +149,6 @@ class ParameterPrices:
             return [at_level(0, "")]
         useful = offered if trained else tuple(n for n in offered if n in (0, 3)) or (0,)
         return [at_level(n, sharded) for n in useful]
-
-    def _zero_placements(self, shape: tuple[int, ...], used: Sharding) -> list[Placement | None]:
-        """For each axis how it can shard the storage as well."""
-        sizes = self.table.costs.mesh.sizes
-        parts = parts_by_dim(used)
-        left = [n // sum(parts.get(d, (1,))) for d, n in enumerate(shape)]
-        for placement, size in zip(used, sizes, strict=True):
-            dim = sharded_dim(placement)
-            if dim is not None:
-                left[dim] //= size
-        found: list[Placement | None] = []
-        for axis, size in enumerate(sizes):
-            later = {sharded_dim(p) for p in used[axis + 1 :]}
-            fitting = (d for d, n in enumerate(left) if d not in later and n % size == 0)
-            dim = None if sharded_dim(used[axis]) is not None else next(fitting, None)
-            if dim is not None:
-                left[dim] //= size
-            found.append(None if dim is None else shard(dim, parts.get(dim, ())))
-        return found
 
     def any_storage(
         self,
@@ -269,6 +253,33 @@ class ParameterPrices:
             for c in unique
         ]
         return np.array(pieces)[inverse]
+
+
+def zero_placements(
+    shape: Sequence[int], used: Sharding, sizes: Sequence[int]
+) -> list[Placement | None]:
+    """For each axis how it can shard the storage of a parameter as well, ``None`` where it cannot
+    or its use is sharded anyway: along the first dim that the axis divides and that no later axis
+    cuts in the use.
+
+    >>> zero_placements((8, 6), ("R", "S(0)"), (2, 4))
+    ['S(1)', None]
+    """
+    parts = parts_by_dim(used)
+    left = [n // sum(parts.get(d, (1,))) for d, n in enumerate(shape)]
+    for placement, size in zip(used, sizes, strict=True):
+        dim = sharded_dim(placement)
+        if dim is not None:
+            left[dim] //= size
+    found: list[Placement | None] = []
+    for axis, size in enumerate(sizes):
+        later = {sharded_dim(p) for p in used[axis + 1 :]}
+        fitting = (d for d, n in enumerate(left) if d not in later and n % size == 0)
+        dim = None if sharded_dim(used[axis]) is not None else next(fitting, None)
+        if dim is not None:
+            left[dim] //= size
+        found.append(None if dim is None else shard(dim, parts.get(dim, ())))
+    return found
 
 
 def at_level(level: int, sharded: Placement) -> Level:

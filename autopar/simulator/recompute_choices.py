@@ -15,6 +15,7 @@ from autopar.simulator.edges import Rules, carries_gradient
 from autopar.simulator.folding import Folded, fold
 from autopar.simulator.memory import saved_bytes
 from autopar.simulator.recomputation import recomputation
+from autopar.simulator.redistribution import transfers
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,7 @@ class BlockChoices:
     def operators(self, kind: str, copies: int) -> tuple[str, ...]:
         """Those to recompute in the first ``copies`` copies, the first since theirs are kept
         longest: when they are run again, what the others kept is gone."""
-        offsets = KINDS[kind](self)
-        return tuple(self.names(offsets, range(copies)))
+        return tuple(self.names(KINDS[kind](self), range(copies)))
 
     def freed_bytes(self, kind: str) -> float:
         """What a copy keeps less on a device."""
@@ -55,6 +55,46 @@ class BlockChoices:
             if not any(self._is_read_outside(offset, copy) for copy in range(self.block.copies))
             and not self._communicates_inside(offset)
         )
+
+    @cached_property
+    def summands(self) -> tuple[int, ...]:
+        """All but what the result of a copy, and nothing else, is made of: the result is made
+        again, too, and what a redistribution of it brought is not kept for its readers. Worth it
+        where these want whole what lies divided: the norms of a residual stream that is divided by
+        its width."""
+        ends = {
+            self._operator(offset).name: self._operator(offset)
+            for offset in range(self.block.period)
+            if any(self._is_read_outside(offset, copy) for copy in range(self.block.copies))
+        }
+        parts = {
+            name
+            for operator in ends.values()
+            for name in operator.inputs
+            if all(reader.name in ends for reader, _ in self.graph.consumers[name])
+        }
+        return tuple(
+            offset
+            for offset in range(self.block.period)
+            if parts.isdisjoint(self._operator(offset).outputs)
+            and not self._communicates_inside(offset)
+        )
+
+    @cached_property
+    def gathered(self) -> tuple[int, ...]:
+        """What makes, in cheap work, a shard that its readers gather, and the views of that: the
+        norms before the columns of sequence parallelism. Run again with its collective, it keeps a
+        shard instead of the whole, as Megatron-LM does (arXiv 2205.05198, section 4.2.2)."""
+        views: set[str] = set()  # of what is gathered
+        found = []
+        for offset in self.full:
+            operator = self._operator(offset)
+            rule = self.rules[operator.name].rule
+            of_views = rule.kind == "view" and not views.isdisjoint(operator.inputs)
+            if of_views or (not rule.products and self._is_gathered(operator)):
+                views.update(operator.outputs)
+                found.append(offset)
+        return tuple(found)
 
     @cached_property
     def selective(self) -> tuple[int, ...]:
@@ -77,6 +117,32 @@ class BlockChoices:
             if freed > 0 and self._again_s(shortest) < price * freed:
                 found += shortest
         return tuple(found)
+
+    @cached_property
+    def attention(self) -> tuple[int, ...]:
+        """Products of two activations, fused attention, and all that lies on a way from one of them
+        to another: what grows with the square of the sequence (arXiv 2205.05198, section 5)."""
+        start, period = self.block.start, self.block.period
+        operators = self.graph.operators[start : start + period]
+        ends = {o.name for o in operators if self._multiplies_activations(o)}
+        after: set[str] = set()  # tensors made from such a product
+        for operator in operators:
+            if operator.name in ends or not after.isdisjoint(operator.inputs):
+                after.update(operator.outputs)
+        before: set[str] = set()  # tensors that such a product is made from
+        found = []
+        for offset, operator in reversed(list(enumerate(operators))):
+            leads = not before.isdisjoint(operator.outputs)
+            if operator.name in ends or leads:
+                before.update(operator.inputs)
+            if operator.name in ends or (leads and not after.isdisjoint(operator.outputs)):
+                found.append(offset)
+        return tuple(offset for offset in reversed(found) if offset in self.full)
+
+    def _multiplies_activations(self, operator: Operator) -> bool:
+        kind = self.rules[operator.name].rule.kind
+        made = [name for name in operator.inputs if name in self.graph.producer]
+        return kind == "attention" or (kind == "matmul" and len(set(made)) > 1)
 
     # ---- runs of operators ---------------------------------------------------------------------
 
@@ -134,6 +200,19 @@ class BlockChoices:
     def _number(self) -> dict[str, int]:
         return {operator.name: i for i, operator in enumerate(self.graph.operators)}
 
+    def _is_gathered(self, operator: Operator) -> bool:
+        """Whether its result, a shard, is wanted whole."""
+        _, produced = self.rules[operator.name].shardings(self.strategy.splits[operator.name])
+        mesh = self.strategy.mesh
+        for name, made in zip(operator.outputs, produced, strict=True):
+            for reader, position in self.graph.consumers[name]:
+                split = self.strategy.splits[reader.name]
+                wanted = self.rules[reader.name].shardings(split)[0][position]
+                moves = transfers(made, wanted, self.graph.spec(name).bytes, mesh)
+                if any(move.kind == "all_gather" for move in moves):
+                    return True
+        return False
+
     def _communicates_inside(self, offset: int) -> bool:
         operator = self._operator(offset)
         split, mesh = self.strategy.splits[operator.name], self.strategy.mesh
@@ -164,6 +243,7 @@ class BlockChoices:
 
 KINDS: dict[str, Callable[[BlockChoices], tuple[int, ...]]] = {
     "none": lambda of: (),
+    "attention": lambda of: of.attention,
     "selective": lambda of: of.selective,
     "full": lambda of: of.full,
 }

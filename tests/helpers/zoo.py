@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -583,14 +585,50 @@ BRANCHES: dict[str, Callable[..., Built]] = {"towers": towers, "inception": ince
 """As ``ZOO``: models for stages that are a graph, of ops that the others have."""
 
 
+def gpt_deep(dropout: float = 0.0) -> Built:
+    """As many layers as two chunks on each of two groups need."""
+    return GPT(layers=4, dropout=dropout, tied=True), _token_pair()
+
+
+def _published(name: str, **sizes: int) -> Built:
+    """One of examples/published, made small."""
+    path = Path(__file__).parents[2] / "examples" / "published" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"published_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    vars(module).update(sizes, BATCH=BATCH, LENGTH=16, VOCABULARY=64)
+    return module.model(), module.inputs()
+
+
+def palm(dropout: float = 0.0) -> Built:
+    """One head of keys and values, layers in parallel."""
+    del dropout
+    return _published("palm", LAYERS=2, WIDTH=32, HEADS=4, HEAD_WIDTH=8, HIDDEN=48)
+
+
+def gopher(dropout: float = 0.0) -> Built:
+    """Attention with relative positions."""
+    del dropout
+    return _published("gopher", LAYERS=2, WIDTH=32, HEADS=4, HEAD_WIDTH=8)
+
+
+WRITTEN_DOWN: dict[str, Callable[..., Built]] = {
+    "gpt_deep": gpt_deep,
+    "palm": palm,
+    "gopher": gopher,
+}
+"""As ``ZOO``: models for what people publish."""
+
+
 def zoo(name: str, seed: int = 0, dtype: torch.dtype = torch.float64, **options: Any) -> Built:
-    """A model of either table, the same weights and batch for the same ``seed``."""
+    """A model of any table, the same weights and batch for the same ``seed``."""
     before = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         torch.set_default_dtype(dtype)
         try:
-            model, inputs = {**ZOO, **BRANCHES}[name](**options)
+            model, inputs = {**ZOO, **BRANCHES, **WRITTEN_DOWN}[name](**options)
         finally:
             torch.set_default_dtype(before)
     return model.to(dtype).train(), inputs

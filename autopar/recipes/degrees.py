@@ -1,0 +1,144 @@
+"""What people publish of how a model was trained: degrees of each kind of parallelism, and how the
+batch goes through the pipeline. Numbers only; ``hybrid`` makes the strategy of any model."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from autopar.errors import AutoparError
+from autopar.recipes.columns_rows import BETWEEN
+
+LEVELS = (0, 1, 2, 3)
+"""Of ZeRO."""
+
+
+@dataclass(frozen=True, slots=True)
+class Degrees:
+    """``tensor`` x ``data`` x ``replicas`` devices are a group, and there are ``pipeline`` groups,
+    each with ``chunks`` stages (Megatron's virtual stages).
+
+    Neighbours are tensor-parallel; then come ``data``, over which ZeRO of level ``zero`` shards,
+    ``replicas`` of that, whose gradients are summed, and the groups of the pipeline. ``schedule``:
+    of the shelf (default: ``1f1b``, with several chunks ``interleaved_1f1b``). ``microbatch``:
+    samples that a replica works on at a time (default: one in a pipeline, else all of them).
+    ``between`` tensor-parallel regions tensors are ``whole``, or divided by their ``sequence``
+    (sequence parallelism) or ``width``. ``recompute`` as for a search: ``none``, ``attention``,
+    ``selective`` or ``full``.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    replicas: int = 1
+    chunks: int = 1
+    schedule: str | None = None
+    microbatch: int | None = None
+    between: str = "whole"
+    zero: int = 0
+    recompute: str = "none"
+
+    @property
+    def stage_devices(self) -> int:
+        return self.tensor * self.data * self.replicas
+
+    @property
+    def devices(self) -> int:
+        return self.stage_devices * self.pipeline
+
+    @property
+    def stages(self) -> int:
+        return self.pipeline * self.chunks
+
+    def microbatches(self, batch: int) -> int:
+        """In how many parts a global batch of so many samples is worked on.
+
+        >>> Degrees(pipeline=4, data=2, microbatch=2).microbatches(64)
+        16
+        """
+        shared = self.data * self.replicas
+        one = self.microbatch or (1 if self.pipeline > 1 else max(1, batch // shared))
+        if batch % (shared * one):
+            raise AutoparError(
+                f"a batch of {batch} samples is not a whole number of microbatches of {one} in "
+                f"{shared} replicas; a batch of {max(1, batch // (shared * one)) * shared * one} "
+                "would be"
+            )
+        return batch // (shared * one)
+
+
+SHORT = {
+    "tp": "tensor",
+    "pp": "pipeline",
+    "dp": "data",
+    "vp": "chunks",
+    "mbs": "microbatch",
+}
+"""What the degrees are called for short."""
+
+
+def degrees_from_text(text: str, start: Degrees | None = None) -> Degrees:
+    """``start``: what holds where the text says nothing (default: one device).
+
+    >>> degrees_from_text("tensor=8,pipeline=4,data=2,between=sequence,recompute=full").devices
+    64
+    >>> degrees_from_text("tp=8,zero=1") == Degrees(tensor=8, zero=1)
+    True
+    """
+    found: dict[str, Any] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, is_given, value = part.partition("=")
+        name = SHORT.get(name, name)
+        if name in found:
+            raise AutoparError(f"{text!r} gives {name} twice")
+        found[name] = _value(name, value if is_given else None)
+    return checked(replace(start or Degrees(), **found))
+
+
+def _value(name: str, text: str | None) -> Any:
+    known = [one.name for one in fields(Degrees)]
+    if name not in known:
+        near = difflib.get_close_matches(name, [*known, *SHORT], 1, 0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise AutoparError(f"a recipe has no {name!r}; {hint}It has {', '.join(known)}")
+    if name in ("schedule", "between", "recompute"):
+        if text:
+            return text
+        raise AutoparError(f"{name} of a recipe has a name: {name}=..., see docs/recipes.md")
+    if text is None or not text.isdigit():
+        raise AutoparError(f"{name} of a recipe is a number: {name}=8, not {text!r}")
+    return int(text)
+
+
+def checked(degrees: Degrees) -> Degrees:
+    """``degrees`` if all of them are possible numbers."""
+    for one in fields(Degrees):
+        value = getattr(degrees, one.name)
+        if one.name != "zero" and isinstance(value, int) and value < 1:
+            raise AutoparError(f"{one.name} of a recipe must be at least 1, not {value}")
+    if degrees.zero not in LEVELS:
+        raise AutoparError(f"zero of a recipe is a level from 0 to 3, not {degrees.zero}")
+    if degrees.between not in BETWEEN:
+        raise AutoparError(
+            f"between of a recipe is one of {', '.join(BETWEEN)}, not {degrees.between!r}"
+        )
+    return degrees
+
+
+def degrees_text(degrees: Degrees) -> str:
+    """What differs from one device, as ``degrees_from_text`` reads it.
+
+    >>> degrees_text(Degrees(tensor=8, between="sequence"))
+    'tensor=8,between=sequence'
+    """
+    plain = Degrees()
+    given = [
+        (one.name, getattr(degrees, one.name))
+        for one in fields(Degrees)
+        if getattr(degrees, one.name) != getattr(plain, one.name)
+    ]
+    return ",".join(f"{name}={value}" for name, value in given)
+
+
+__all__ = ["Degrees", "checked", "degrees_from_text", "degrees_text"]

@@ -1,0 +1,150 @@
+"""One recipe for what is published: tensor, data and pipeline parallelism from their degrees.
+
+The strategy of any traced model: operators divided by ``columns_rows``, equal blocks shared out
+evenly over the stages, parameters kept as ZeRO says, and repeated blocks recomputed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from autopar.errors import AutoparError
+from autopar.ir.rule import Split
+from autopar.ir.sharding import INVARIANT, Mesh, Sharding, sharded_dim
+from autopar.ir.strategy import Stage, Storage, Strategy, Training
+from autopar.recipes.columns_rows import DATA, TENSOR, splits_by_purpose
+from autopar.recipes.degrees import Degrees
+from autopar.simulator.costs import Costs
+from autopar.simulator.listing import Structure
+from autopar.simulator.microbatches import Division
+from autopar.simulator.parameter_prices import at_level, zero_placements
+from autopar.simulator.recompute_choices import KINDS, BlockChoices
+from autopar.simulator.staged import even_cuts, runs, staged
+from cost_models.interface import CostModel
+
+
+def hybrid(
+    division: Division,
+    degrees: Degrees,
+    cost_model: CostModel,
+    training: Training,
+    structure: Structure | None = None,
+) -> Strategy:
+    """``division``: into as many microbatches as ``degrees`` say of its batch. Prices are asked for
+    one thing only: what is worth recomputing (``recompute="selective"``). ``structure``: of the
+    division, if it is known. Equal blocks are treated alike.
+
+    Raises:
+        AutoparError: the model cannot be divided so; the message says what could.
+    """
+    structure = structure or Structure(division.graph, division.rules)
+    mesh, purposes, levels = _mesh(degrees)
+    splits = splits_by_purpose(structure, mesh, purposes, degrees.between)
+    _check_shares(structure, splits, mesh, degrees)
+    stage = Stage(structure.names, tuple(range(mesh.size)), mesh)
+    whole = Strategy(
+        (stage,),
+        splits,
+        dict(_storage(structure, splits, mesh, levels)),
+        division.count,
+        training=training,
+    )
+    whole = _recomputing(structure, whole, degrees, cost_model)
+    if degrees.stages == 1:
+        return whole
+    stages = runs(division.graph, even_cuts(division.graph, degrees.stages))
+    schedule = degrees.schedule or ("1f1b" if degrees.chunks == 1 else "interleaved_1f1b")
+    return staged(
+        division.graph,
+        stages,
+        [whole] * len(stages),
+        schedule,
+        division.count,
+        chunks=degrees.chunks,
+    )
+
+
+def _mesh(degrees: Degrees) -> tuple[Mesh, list[str], list[int]]:
+    """The mesh of a stage, what each axis is for and its ZeRO level; axes of one device are left
+    out."""
+    axes = [
+        ("replicas", degrees.replicas, DATA, 0),
+        ("data", degrees.data, DATA, degrees.zero),
+        ("tensor", degrees.tensor, TENSOR, 0),
+    ]
+    kept = [axis for axis in axes if axis[1] > 1] or [axes[1]]
+    mesh = Mesh(tuple((name, size) for name, size, _, _ in kept))
+    return mesh, [purpose for *_, purpose, _ in kept], [level for *_, level in kept]
+
+
+def _check_shares(
+    structure: Structure, splits: Mapping[str, Split], mesh: Mesh, degrees: Degrees
+) -> None:
+    """Every axis has something to divide."""
+    for axis, (name, size) in enumerate(mesh.axes):
+        if size > 1 and not any(
+            split[axis] in structure.rules[operator].sizes for operator, split in splits.items()
+        ):
+            raise AutoparError(
+                f"nothing of {structure.graph.name} can be divided by {name}={size}: it has "
+                "no batch, columns or heads that this number divides; take one that does, or more "
+                "samples"
+            )
+
+
+def _storage(
+    structure: Structure, splits: Mapping[str, Split], mesh: Mesh, levels: Sequence[int]
+) -> Iterator[tuple[str, Storage]]:
+    """Divided as they are used, if all readers agree, and over data axes as their ZeRO says."""
+    graph = structure.graph
+    for parameter in graph.parameters:
+        uses = {
+            structure.rules[reader.name].shardings(splits[reader.name])[0][position]
+            for reader, position in graph.consumers[parameter.name]
+        }
+        used = tuple(_agreed([use[axis] for use in uses]) for axis in range(len(mesh.axes)))
+        zero = zero_placements(parameter.spec.shape, used, mesh.sizes)
+        per_axis = [
+            (placement,) * 3 if sharded_dim(placement) is not None else at_level(level, over or "I")
+            for placement, over, level in zip(used, zero, levels, strict=True)
+        ]
+        kept, gradient, optimizer = zip(*per_axis, strict=True)
+        yield parameter.name, Storage(kept, gradient, optimizer)
+
+
+def _agreed(placements: Sharding | list[str]) -> str:
+    found = set(placements)
+    (one,) = found if len(found) == 1 else (INVARIANT,)
+    return one
+
+
+def _recomputing(
+    structure: Structure, strategy: Strategy, degrees: Degrees, cost_model: CostModel
+) -> Strategy:
+    """All copies of the repeated blocks; collectives are done again, as checkpointing does them in
+    Megatron-LM and XLA."""
+    if degrees.recompute not in KINDS:
+        raise AutoparError(
+            f"a recipe has no way to recompute called {degrees.recompute!r}; there are "
+            f"{', '.join(KINDS)}"
+        )
+    costs = Costs(cost_model, strategy.mesh, {})
+    names: list[str] = []
+    for block in structure.blocks:
+        of = BlockChoices(structure.graph, structure.rules, strategy, costs, block)
+        names += of.names(_offsets(of, degrees), range(block.copies))
+    made = tuple(made for name in names for made in structure.graph.operator[name].outputs)
+    return replace(strategy, recompute=tuple(names), repeat_collectives=made)
+
+
+def _offsets(of: BlockChoices, degrees: Degrees) -> Sequence[int]:
+    """What of a copy is not kept. Where what is between lies divided, nor is what was gathered."""
+    if degrees.between == "whole":
+        return KINDS[degrees.recompute](of)
+    if degrees.between == "width" and degrees.recompute == "full":
+        return of.summands
+    return sorted({*KINDS[degrees.recompute](of), *of.gathered})
+
+
+__all__ = ["hybrid"]

@@ -1,0 +1,263 @@
+"""A decoder from its sizes as an operator graph, without torch: what tables of published runs name.
+
+The graph has the ops that ``torch.export`` gives for such a model in plain PyTorch, one for each
+kernel that its authors ran: query, key and value in one product where they have equal heads;
+softmax with its scale and mask; rotary positions as one pass over queries and keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from autopar.ir.graph import Dtype, Input, Operator, OperatorGraph, Role, Tensor, TensorSpec
+
+DROPOUT, EPSILON = 0.1, 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class Transformer:
+    """``gated``: SwiGLU, RMSNorm and rotary positions, without biases (Llama); else GELU, LayerNorm
+    and learned positions (GPT), the last two with ``biased``. ``flash``: fused attention; else its
+    products are separate. ``tied``: one table for embedding and head."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocabulary: int
+    length: int
+    gated: bool = False
+    biased: bool = True
+    flash: bool = True
+    dropout: bool = False
+    tied: bool = True
+    dtype: str = "bfloat16"
+    head_width: int | None = None
+
+    def graph(self, batch: int) -> OperatorGraph:
+        """Of one global batch."""
+        return _Builder(self, batch).graph()
+
+
+@dataclass
+class _Builder:
+    of: Transformer
+    batch: int
+    tensors: list[Tensor] = field(default_factory=list)
+    operators: list[Operator] = field(default_factory=list)
+    names: dict[str, int] = field(default_factory=dict)
+    specs: dict[str, TensorSpec] = field(default_factory=dict)
+    by_gradient: dict[str, bool] = field(default_factory=dict)
+
+    @property
+    def head_width(self) -> int:
+        return self.of.head_width or self.of.width // self.of.heads
+
+    def graph(self) -> OperatorGraph:
+        of = self.of
+        tokens = self._given("tokens", (self.batch, of.length), "int64", Role.INPUT)
+        targets = self._given("targets", (self.batch, of.length), "int64", Role.INPUT)
+        x, table = self._embedded(tokens)
+        tables = self._rotary() if of.gated else ()
+        for layer in range(of.layers):
+            x = self._block(x, f"blocks.{layer}", tables)
+        x = self._norm(x, "norm")
+        head = table if of.tied else self._parameter("head.weight", (of.vocabulary, of.width))
+        logits = self._op("head", "linear", (x, head), (self.batch, of.length, of.vocabulary))
+        keywords = (("dtype", Dtype("float32")),)
+        logits = self._op(
+            "", "_to_copy", (logits,), self.specs[logits].shape, dtype="float32", keywords=keywords
+        )
+        flat = (self.batch * of.length, of.vocabulary)
+        logits = self._op("", "view", (logits,), flat, flat)
+        targets = self._op("", "view", (targets,), flat[:1], flat[:1])
+        loss = self._op("", "cross_entropy_loss", (logits, targets), ())
+        return OperatorGraph(
+            tuple(self.tensors),
+            tuple(self.operators),
+            loss,
+            ("tokens", "targets"),
+            ("", ""),
+            name="transformer",
+        )
+
+    # ---- parts ---------------------------------------------------------------------------------
+
+    def _embedded(self, tokens: str) -> tuple[str, str]:
+        of = self.of
+        shape = (self.batch, of.length, of.width)
+        table = self._parameter("tokens.weight", (of.vocabulary, of.width))
+        x = self._op("tokens", "embedding", (table, tokens), shape)
+        if not of.gated:
+            places = self._parameter("positions", (of.length, of.width))
+            x = self._op("", "add.Tensor", (x, places), shape)
+            x = self._dropped(x, "")
+        return x, table
+
+    def _rotary(self) -> tuple[str, ...]:
+        shape = (self.of.length, self.head_width)
+        return (self._given("rotary", shape, self.of.dtype, Role.BUFFER),)
+
+    def _block(self, x: str, name: str, tables: tuple[str, ...]) -> str:
+        shape = self.specs[x].shape
+        y = self._attention(self._norm(x, f"{name}.norm_1"), name, tables)
+        x = self._op(name, "add.Tensor", (x, self._dropped(y, name)), shape)
+        y = self._mlp(self._norm(x, f"{name}.norm_2"), name)
+        return self._op(name, "add.Tensor", (x, self._dropped(y, name)), shape)
+
+    def _mlp(self, y: str, name: str) -> str:
+        of = self.of
+        up = self._linear(y, f"{name}.up", of.ffn)
+        if of.gated:
+            gate = self._linear(y, f"{name}.gate", of.ffn)
+            gate = self._op(name, "silu", (gate,), self.specs[gate].shape)
+            up = self._op(name, "mul.Tensor", (gate, up), self.specs[up].shape)
+        else:
+            up = self._op(name, "gelu", (up,), self.specs[up].shape)
+        return self._linear(up, f"{name}.down", of.width)
+
+    def _attention(self, y: str, name: str, tables: tuple[str, ...]) -> str:
+        of, d = self.of, self.head_width
+        q, k, v = self._projected(y, name)
+        for table in tables:
+            q, k = (self._op(name, "mul.Tensor", (t, table), self.specs[t].shape) for t in (q, k))
+        shape = (self.batch, of.heads, of.length, d)
+        if of.flash:
+            grouped = (("enable_gqa", True),) if of.kv_heads != of.heads else ()
+            z = self._op(
+                name,
+                "scaled_dot_product_attention",
+                (q, k, v),
+                shape,
+                None,
+                0.0,
+                True,
+                keywords=grouped,
+            )
+        else:
+            scores = (self.batch, of.heads, of.length, of.length)
+            k = self._op(name, "transpose.int", (k,), (self.batch, of.heads, d, of.length), 2, 3)
+            p = self._op(name, "matmul", (q, k), scores)
+            p = self._dropped(self._op(name, "softmax.int", (p,), scores, -1), name)
+            z = self._op(name, "matmul", (p, v), shape)
+        z = self._op(name, "transpose.int", (z,), (self.batch, of.length, of.heads, d), 1, 2)
+        flat = (self.batch, of.length, of.heads * d)
+        return self._linear(self._op(name, "reshape", (z,), flat, flat), f"{name}.out", of.width)
+
+    def _projected(self, y: str, name: str) -> tuple[str, str, str]:
+        of, d = self.of, self.head_width
+        if of.kv_heads == of.heads:
+            fused = self._linear(y, f"{name}.qkv", 3 * of.heads * d)
+            shape = (*self.specs[y].shape[:-1], of.heads * d)
+            parts = self._outputs(
+                name, "split.Tensor", (fused,), [(shape, of.dtype)] * 3, of.heads * d, 2
+            )
+        else:
+            sizes = (("q", of.heads), ("k", of.kv_heads), ("v", of.kv_heads))
+            parts = tuple(self._linear(y, f"{name}.{part}", n * d) for part, n in sizes)
+        counts = (of.heads, of.kv_heads, of.kv_heads)
+        q, k, v = (self._by_heads(t, name, n) for t, n in zip(parts, counts, strict=True))
+        return q, k, v
+
+    def _by_heads(self, x: str, name: str, heads: int) -> str:
+        apart = (self.batch, self.of.length, heads, self.head_width)
+        x = self._op(name, "view", (x,), apart, apart)
+        return self._op(
+            name, "transpose.int", (x,), (apart[0], heads, apart[1], self.head_width), 1, 2
+        )
+
+    # ---- operators -----------------------------------------------------------------------------
+
+    def _linear(self, x: str, name: str, out: int) -> str:
+        shape = self.specs[x].shape
+        read = [x, self._parameter(f"{name}.weight", (out, shape[-1]))]
+        if self.of.biased:
+            read.append(self._parameter(f"{name}.bias", (out,)))
+        return self._op(name, "linear", tuple(read), (*shape[:-1], out))
+
+    def _norm(self, x: str, name: str) -> str:
+        sizes = (self.of.width,)
+        weight = self._parameter(f"{name}.weight", sizes)
+        if self.of.gated:
+            return self._call(name, "rms_norm", (x, weight), (Input(0), sizes, Input(1)))
+        bias = (self._parameter(f"{name}.bias", sizes),) if self.of.biased else ()
+        shift = Input(2) if bias else None
+        arguments = (Input(0), sizes, Input(1), shift, EPSILON, False)
+        return self._call(name, "layer_norm", (x, weight, *bias), arguments)
+
+    def _call(
+        self, name: str, op: str, read: tuple[str, ...], arguments: tuple[object, ...]
+    ) -> str:
+        """An op whose arguments are not its inputs and then its sizes; as large as its input."""
+        spec = self.specs[read[0]]
+        return self._add(name, op, read, [(spec.shape, spec.dtype)], arguments, ())[0]
+
+    def _dropped(self, x: str, name: str) -> str:
+        if not self.of.dropout:
+            return x
+        spec = self.specs[x]
+        made = [(spec.shape, spec.dtype), (spec.shape, "bool")]
+        return self._outputs(name, "native_dropout", (x,), made, DROPOUT, True)[0]
+
+    def _op(
+        self,
+        name: str,
+        op: str,
+        read: tuple[str, ...],
+        shape: tuple[int, ...],
+        *more: object,
+        dtype: str = "",
+        keywords: tuple[tuple[str, object], ...] = (),
+    ) -> str:
+        """One output, of the dtype of the first input if not said."""
+        arguments = (*map(Input, range(len(read))), *more)
+        made = [(shape, dtype or self.specs[read[0]].dtype)]
+        return self._add(name, op, read, made, arguments, keywords)[0]
+
+    def _outputs(
+        self,
+        name: str,
+        op: str,
+        read: tuple[str, ...],
+        made: list[tuple[tuple[int, ...], str]],
+        *more: object,
+    ) -> tuple[str, ...]:
+        return self._add(name, op, read, made, (*map(Input, range(len(read))), *more), ())
+
+    def _add(
+        self,
+        module: str,
+        op: str,
+        read: tuple[str, ...],
+        made: list[tuple[tuple[int, ...], str]],
+        arguments: tuple[object, ...],
+        keywords: tuple[tuple[str, object], ...],
+    ) -> tuple[str, ...]:
+        base = ".".join(filter(None, (module, op.partition(".")[0].strip("_"))))
+        count = self.names[base] = self.names.get(base, -1) + 1
+        name = f"{base}_{count}" if count else base
+        several = len(made) > 1
+        outputs = tuple(f"{name}:{i}" if several else name for i in range(len(made)))
+        flows = any(self.by_gradient[n] for n in read)
+        for output, (shape, dtype) in zip(outputs, made, strict=True):
+            self._tensor(output, shape, dtype, Role.ACTIVATION, flows and "float" in dtype)
+        full = f"aten.{op}" if "." in op else f"aten.{op}.default"
+        self.operators.append(Operator(name, full, read, outputs, arguments, keywords, module))
+        return outputs
+
+    # ---- tensors -------------------------------------------------------------------------------
+
+    def _parameter(self, name: str, shape: tuple[int, ...]) -> str:
+        return self._tensor(name, shape, self.of.dtype, Role.PARAMETER, True)
+
+    def _given(self, name: str, shape: tuple[int, ...], dtype: str, role: Role) -> str:
+        return self._tensor(name, shape, dtype, role, False)
+
+    def _tensor(
+        self, name: str, shape: tuple[int, ...], dtype: str, role: Role, flows: bool
+    ) -> str:
+        spec = TensorSpec(shape, dtype)
+        self.tensors.append(Tensor(name, spec, role, flows))
+        self.specs[name], self.by_gradient[name] = spec, flows
+        return name

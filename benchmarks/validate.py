@@ -1,0 +1,70 @@
+"""Predicted steps beside published ones: ``python -m benchmarks.validate rows.csv [...]``.
+
+Nothing is fitted. Printed by source: rows, those that were skipped and why, the errors of times and
+memory, whether their order is right (Kendall's tau), and what was wrongly thought to fit or not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from time import process_time
+
+from benchmarks.report import page
+from benchmarks.runs import COLUMNS, Quality, Row, share, validate
+
+
+def read(paths: Iterable[Path]) -> Iterator[Row]:
+    for path in paths:
+        with path.open(newline="") as file:
+            rows = csv.DictReader(file)
+            missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
+            if missing:
+                raise SystemExit(f"{path} has no columns {', '.join(missing)}")
+            yield from rows
+
+
+def text(found: Quality) -> str:
+    tau = "-" if found.tau is None else f"{found.tau:.3f}"
+    lines = [
+        f"{found.source}",
+        f"  {found.predicted} of {found.rows} rows; step: mean error {share(found.step_mean)} "
+        f"(bias {share(found.step_bias)}), largest {share(found.step_largest)}, tau {tau}",
+        f"  memory: mean error {share(found.memory_mean)}, largest {share(found.memory_largest)}; "
+        f"{found.false_fits} false fits, {found.false_rejects} false rejects",
+    ]
+    lines += [f"    skipped {n}: {reason}" for reason, n in found.skipped.items()]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("csv", nargs="+", type=Path, help="files of rows; see benchmarks/README.md")
+    parser.add_argument("--json", action="store_true", help="an object for each source")
+    parser.add_argument("--rows", action="store_true", help="each row, the largest error first")
+    parser.add_argument("-o", "--output", type=Path, help="write a page with a picture")
+    arguments = parser.parse_args()
+    started = process_time()
+    found, compared = validate(read(arguments.csv))
+    elapsed_s = process_time() - started
+    for source in found:
+        print(json.dumps(asdict(source)) if arguments.json else text(source))
+    if arguments.rows:
+        for one in sorted(compared, key=lambda one: -abs(one.step_error or 0)):
+            error = "-" if one.step_error is None else f"{one.step_error:+.1%}"
+            print(f"{one.run.name}\t{one.run.step_s}\t{one.step_s:.4g}\t{error}")
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(page(found, compared))
+    rate = found[-1].rows / elapsed_s * 60
+    print(f"{found[-1].rows} rows in {elapsed_s:.1f} CPU s, {rate:.0f} a minute", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

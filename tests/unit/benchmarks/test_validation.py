@@ -1,0 +1,271 @@
+"""Validation plans published runs as any model is planned, and says how good predictions are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+from autopar import api
+from autopar.extractor import extract
+from autopar.ir.graph import OperatorGraph
+from autopar.recipes import Degrees
+from benchmarks.report import page
+from benchmarks.runs import Compared, Row, kendall_tau, run_of, share, validate
+from benchmarks.transformer import DROPOUT, Transformer
+from benchmarks.validate import main, text
+
+SMALL = Transformer(2, 32, 4, 4, 128, 64, 16)
+GPT = replace(SMALL, flash=False, dropout=True)
+LLAMA = replace(SMALL, kv_heads=2, gated=True, biased=False, tied=False)
+
+
+class Block(nn.Module):
+    """The same in plain PyTorch."""
+
+    def __init__(self, of: Transformer) -> None:
+        super().__init__()
+        norm = nn.RMSNorm if of.gated else nn.LayerNorm
+        width, d = of.width, of.width // of.heads
+        self.of, self.norm_1, self.norm_2 = of, norm(width), norm(width)
+
+        def linear(a: int, b: int) -> nn.Linear:
+            return nn.Linear(a, b, bias=of.biased)
+
+        if of.kv_heads == of.heads:
+            self.qkv = linear(width, 3 * width)
+        else:
+            self.q = linear(width, width)
+            self.k, self.v = (linear(width, of.kv_heads * d) for _ in range(2))
+        self.out = linear(width, width)
+        self.up, self.down = linear(width, of.ffn), linear(of.ffn, width)
+        if of.gated:
+            self.gate = linear(width, of.ffn)
+
+    def forward(self, x: torch.Tensor, rotary: torch.Tensor | None) -> torch.Tensor:
+        x = x + self.dropped(self.attention(self.norm_1(x), rotary))
+        y = self.norm_2(x)
+        y = self.swiglu(y) if self.of.gated else F.gelu(self.up(y))
+        return x + self.dropped(self.down(y))
+
+    def swiglu(self, y: torch.Tensor) -> torch.Tensor:
+        up = self.up(y)
+        return F.silu(self.gate(y)) * up
+
+    def attention(self, y: torch.Tensor, rotary: torch.Tensor | None) -> torch.Tensor:
+        of, (batch, length, width) = self.of, y.shape
+        if of.kv_heads == of.heads:
+            parts = self.qkv(y).split(width, dim=2)
+        else:
+            parts = self.q(y), self.k(y), self.v(y)
+        counts = (of.heads, of.kv_heads, of.kv_heads)
+        q, k, v = (
+            part.view(batch, length, n, width // of.heads).transpose(1, 2)
+            for part, n in zip(parts, counts, strict=True)
+        )
+        if rotary is not None:
+            q, k = q * rotary, k * rotary
+        if of.flash:
+            grouped = of.kv_heads != of.heads
+            z = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        else:
+            z = self.dropped(F.softmax(q @ k.transpose(2, 3), dim=-1)) @ v
+        return self.out(z.transpose(1, 2).reshape(batch, length, width))
+
+    def dropped(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x, DROPOUT) if self.of.dropout else x
+
+
+class Decoder(nn.Module):
+    def __init__(self, of: Transformer) -> None:
+        super().__init__()
+        self.of = of
+        self.tokens = nn.Embedding(of.vocabulary, of.width)
+        if of.gated:
+            self.register_buffer("rotary", torch.zeros(of.length, of.width // of.heads))
+        else:
+            self.positions = nn.Parameter(torch.zeros(of.length, of.width))
+        self.blocks = nn.ModuleList(Block(of) for _ in range(of.layers))
+        self.norm = (nn.RMSNorm if of.gated else nn.LayerNorm)(of.width)
+        if not of.tied:
+            self.head = nn.Linear(of.width, of.vocabulary, bias=False)
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(tokens)
+        if not self.of.gated:
+            x = x + self.positions
+            x = F.dropout(x, DROPOUT) if self.of.dropout else x
+        for block in self.blocks:
+            x = block(x, self.rotary if self.of.gated else None)
+        x = self.norm(x)
+        logits = F.linear(x, self.tokens.weight) if self.of.tied else self.head(x)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+def traced(of: Transformer, batch: int) -> OperatorGraph:
+    with torch.device("meta"):
+        model = Decoder(of).to(torch.bfloat16)
+        tokens = torch.zeros(batch, of.length, dtype=torch.long)
+    return extract(model, (tokens, tokens), precision="mixed")
+
+
+def content(graph: OperatorGraph) -> Iterator[tuple[Any, ...]]:
+    """What a graph is, but for names and for arguments that are torch's defaults."""
+    for o in graph.operators:
+        specs = [graph.by_name[n] for n in (*o.inputs, *o.outputs)]
+        more = tuple(a for a in o.arguments if not isinstance(a, bool | float | None))
+        yield o.op, more, [(t.spec, t.role, t.differentiable) for t in specs]
+
+
+@pytest.mark.parametrize("of", [SMALL, GPT, LLAMA])
+def test_a_transformer_of_sizes_is_what_torch_traces(of: Transformer) -> None:
+    made, real = of.graph(8), traced(of, 8)
+    assert list(content(made)) == list(content(real))
+    assert made.parameter_count == real.parameter_count
+
+
+ROW: Row = {
+    **dict.fromkeys(("head_dim", "n_experts"), ""),
+    "config_id": "a",
+    "source": "somebody",
+    "model_family": "GPT",
+    "layers": "4",
+    "hidden": "256",
+    "heads": "4",
+    "kv_heads": "4",
+    "ffn": "1024",
+    "gated_mlp": "False",
+    "vocab": "1000",
+    "seq_len": "128",
+    "global_batch": "16",
+    "micro_batch": "1",
+    "gpu_type": "A100-80GB-SXM",
+    "n_gpus": "8",
+    "gpus_per_node": "8",
+    "TP": "2",
+    "PP": "2",
+    "virtual_pp": "1",
+    "DP": "2",
+    "CP": "1",
+    "EP": "1",
+    "zero_fsdp": "1",
+    "sequence_parallel": "True",
+    "recompute": "selective",
+    "flash_attn": "False",
+    "precision": "fp16",
+    "schedule": "1F1B",
+    "metric": "iter_time_s",
+    "value": "0.5",
+    "iter_time_s": "0.5",
+}
+
+
+def test_a_row_says_what_a_recipe_says() -> None:
+    run = run_of(ROW)
+    wanted = Degrees(2, 2, 2, microbatch=1, between="sequence", zero=1, recompute="attention")
+    assert run.degrees == wanted
+    assert (run.machine, run.batch, run.step_s) == ("1x8xa100-sxm-80gb", 16, 0.5)
+    assert (run.model.vocabulary, run.model.dtype) == (1024, "float16")  # padded for two devices
+
+
+def test_a_row_is_predicted_as_its_model_is_planned() -> None:
+    """No second model for validation."""
+    run = run_of({**ROW, "precision": "bf16"})
+    (_, _), (compared,) = validate([{**ROW, "precision": "bf16"}])
+    graph = traced(run.model, 16)
+    plan = api.plan(
+        graph, topology=run.machine, recipe=run.degrees, precision="mixed", optimizer="adam"
+    )
+    assert plan.estimate.step_time_s == pytest.approx(compared.step_s)
+    assert plan.estimate.peak_memory_bytes == compared.memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"CP": "2"}, "context parallelism"),
+        ({"EP": "8"}, "experts"),
+        ({"precision": "fp8"}, "8 or 4 bits"),
+        ({"gpu_type": "H900"}, "no topology for H900"),
+        ({"micro_batch": ""}, "micro_batch is not given"),
+        ({"layers": "many"}, "layers is 'many', no number"),
+        ({"TP": "0"}, "TP is 0, and must be at least 1"),
+        ({"n_gpus": "16"}, "degrees make 8 devices, and n_gpus is 16"),
+        ({"recompute": "every 3rd"}, "recomputes in a way that has no name here: every 3rd"),
+        ({"virtual_pp": "", "schedule": "interleaved 1F1B"}, "virtual_pp is not given"),
+        ({"global_batch": "3"}, "a batch of 3 samples is not a whole number"),
+        ({"gpu_type": "V100-32GB-SXM(DGX-2H)", "precision": "bf16"}, "no peak for bfloat16"),
+    ],
+)
+def test_what_cannot_be_predicted_is_skipped_with_the_reason(
+    changes: dict[str, str], reason: str
+) -> None:
+    (found, every), compared = validate([{**ROW, **changes}])
+    assert not compared
+    assert (found.rows, found.predicted, every.rows) == (1, 0, 1)
+    ((said, number),) = found.skipped.items()
+    assert reason in said and number == 1
+    assert "skipped 1: " in text(found)
+
+
+def test_errors_are_relative_and_by_source() -> None:
+    rows = [{**ROW, "iter_time_s": "1"}, {**ROW, "source": "others", "iter_time_s": "2"}]
+    (first, second, every), compared = validate(rows)
+    step_s = compared[0].step_s
+    assert first.step_bias == pytest.approx(step_s - 1)
+    assert second.step_mean == second.step_largest == pytest.approx(abs(step_s / 2 - 1))
+    assert every.step_mean == pytest.approx((abs(step_s - 1) + abs(step_s / 2 - 1)) / 2)
+    shown = page([first, second, every], compared)
+    assert shown.count("<circle") == 2
+    assert "others" in shown and share(first.step_bias) in shown
+
+
+def test_what_ran_out_of_memory_and_fits_is_a_false_fit() -> None:
+    out = {**ROW, "metric": "iter_time_s", "value": "oom", "iter_time_s": ""}
+    huge = {"hidden": "65536", "ffn": "262144"}
+    (found, _), _ = validate([out, {**out, **huge}, ROW, {**ROW, **huge}])
+    assert (found.false_fits, found.false_rejects) == (1, 1)
+
+
+def test_measured_memory_is_compared() -> None:
+    row = {**ROW, "metric": "peak_mem_GiB", "value": "1.0", "iter_time_s": "9"}
+    (found, _), (compared,) = validate([row])
+    assert found.step_mean is None
+    assert found.memory_mean == pytest.approx(abs(compared.memory_bytes / 2**30 - 1))
+
+
+def test_tau_counts_pairs_in_order() -> None:
+    rng = Random(0)
+    for _ in range(50):
+        pairs = [(rng.randrange(5), rng.randrange(5)) for _ in range(8)]
+        signs = [
+            ((a > c) - (a < c), (b > d) - (b < d))
+            for i, (a, b) in enumerate(pairs)
+            for c, d in pairs[:i]
+        ]
+        left, right = sum(a != 0 for a, _ in signs), sum(b != 0 for _, b in signs)
+        wanted = sum(a * b for a, b in signs) / (left * right) ** 0.5 if left * right else None
+        assert kendall_tau(pairs) == pytest.approx(wanted)
+
+
+def test_a_file_without_the_columns_is_refused(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("a,b\n1,2\n")
+    monkeypatch.setattr("sys.argv", ["validate", str(path)])
+    with pytest.raises(SystemExit, match="has no columns config_id"):
+        main()
+
+
+def test_a_prediction_knows_its_errors() -> None:
+    run = run_of(ROW)
+    one = Compared(run, step_s=0.6, memory_bytes=10, limit_bytes=5)
+    assert one.step_error == pytest.approx(0.2)
+    assert (one.memory_error, one.fits) == (None, False)
