@@ -18,7 +18,6 @@ from autopar.searchers.stage_depth import Depth, EnoughError
 from autopar.searchers.stage_proposals import cuts
 from autopar.searchers.stage_shapes import (
     MOST_ACTIONS,
-    ROUNDING,
     Incumbent,
     LateError,
     Shape,
@@ -304,6 +303,7 @@ class _Search:
         shapes = sorted(shapes, key=lambda shape: shape.stages)  # of equal bounds, these first
         line = [(shape.bound_s, number) for number, shape in enumerate(shapes)]
         heapq.heapify(line)
+        by_rows: set[int] = set()
         bounded: set[int] = set()
         while line:
             bound_s, number = heapq.heappop(line)
@@ -311,6 +311,11 @@ class _Search:
             if bound_s >= self._incumbent.good_enough_s:
                 return
             self._incumbent.check_time()
+            if number not in by_rows:
+                by_rows.add(number)
+                shape.bound_by_rows(self._incumbent.good_enough_s)
+                heapq.heappush(line, (shape.bound_s, number))
+                continue
             tables = self._tables_for(shape)
             if tables is not None and number not in bounded:
                 bounded.add(number)
@@ -318,12 +323,6 @@ class _Search:
                     f"bounds of {shape.stages} stages, {shape.microbatches} microbatches"
                 )
                 self._bound(shape, tables)
-                heapq.heappush(line, (shape.bound_s, number))
-                continue
-            if tables is None and number not in bounded:
-                bounded.add(number)
-                found_s = shape.rates().bound_s(shape.rows, shape.at_least_in_flight(), True)
-                shape.bound_s = max(shape.bound_s, found_s * ROUNDING)
                 heapq.heappush(line, (shape.bound_s, number))
                 continue
             if tables is None and _stagings(shape) > MOST_STAGINGS:
@@ -390,7 +389,7 @@ def first_in_flight(schedule: Schedule, stages: int, microbatches: int) -> int:
     stages = min(stages, math.isqrt(MOST_ACTIONS))
     chain = tuple((i, i + 1) for i in range(stages - 1))
     facts = facts_of(schedule, stages, min(stages, microbatches), 1, chain)
-    return 1 if facts is None else facts.in_flight[0][0]
+    return 1 if facts is None else facts.whole[0][0]
 
 
 def _neighbours(

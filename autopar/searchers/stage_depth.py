@@ -74,7 +74,7 @@ class Depth:
         self.shares = shape.shares()
         # which rows a stage is in does not depend on what feeds it; how far it runs ahead may
         self.in_flight = [
-            of_row if world.is_chain else dict.fromkeys(of_row, 1) for of_row in facts.in_flight
+            of_row if world.is_chain else dict.fromkeys(of_row, 1) for of_row in facts.whole
         ]
         self.one_each = all(len(of_row) == 1 for of_row in facts.held)
         self.full = (1 << len(world.units)) - 1

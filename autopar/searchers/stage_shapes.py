@@ -15,7 +15,9 @@ from autopar.ir.schedule import Schedule
 from autopar.ir.schedule import Shape as Asked
 from autopar.searchers.stage_mixes import Kinds, Mixes
 from autopar.searchers.stage_proposals import Filling
+from autopar.searchers.stage_ramps import StageWeights, through_rows
 from autopar.searchers.stage_rates import Rates
+from autopar.searchers.stage_rows import Capacities, RowKind, row_kinds
 from autopar.searchers.stage_tables import halves
 from autopar.simulator.pipeline_bound import Shares, least_step_s, shares_of
 from autopar.simulator.stage_problem import (
@@ -42,6 +44,10 @@ MOST_ACTIONS = 1500
 MOST_IDEALS = 5000
 """A graph with more sets of units that could come first is cut along one order of its units only:
 some parallel branches can then not be stages of their own."""
+
+
+ROWS_BISECTIONS = 8
+"""Halvings of what a bound is known to be between."""
 
 
 class LateError(Exception):
@@ -72,6 +78,7 @@ class World:
         self._layout_sums: dict[bool, LayoutSums] = {}
         self._slowest_s: dict[tuple[bool, int], float] = {}
         self._rates: dict[tuple[bool, bool, int], Rates] = {}
+        self._capacities: dict[tuple[bool, bool, int], Capacities] = {}
 
     def part(self, before: int, after: int) -> tuple[tuple[int, ...], Kinds]:
         """Units between two ideals, and their kinds."""
@@ -113,6 +120,15 @@ class World:
                 self.problem, self.mixes, self.microbatches, split, waits, copies
             )
         return self._rates[key]
+
+    def capacities(self, split: bool, waits: bool, copies: int) -> Capacities:
+        """As ``rates``, for chains."""
+        key = (split, waits, copies)
+        if key not in self._capacities:
+            self._capacities[key] = Capacities(
+                self.problem, self.mixes, split, self.microbatches, copies, waits
+            )
+        return self._capacities[key]
 
     def slowest_unit_s(self, split: bool, copies: int) -> float:
         """What the row with some unit takes at least."""
@@ -231,15 +247,79 @@ class Shape:
         """Whether every row has one stage, and nobody else has it."""
         return self.chunks == 1 and not self.schedule.copies
 
+    @property
+    def copies(self) -> int:
+        """How many rows have each stage."""
+        return self.chunks if self.schedule.copies else 1
+
+    @property
+    def waits(self) -> bool:
+        """Whether a row waits while the gradients of all that it has are exchanged."""
+        return self.one_each and self.world.problem.objective == "step"
+
     def rates(self) -> Rates:
-        waits = self.one_each and self.world.problem.objective == "step"
-        return self.world.rates(self.split, waits, self.chunks if self.schedule.copies else 1)
+        return self.world.rates(self.split, self.waits, self.copies)
+
+    def bound_by_rows(self, under_s: float) -> None:
+        """As whole rows show it for a chain, or their rates; up to ``under_s``, where it is
+        finite."""
+        capacities = self.world.capacities(self.split, self.waits, self.copies)
+        if self.world.is_chain and capacities.hold:
+            found_s = self._rows_bound_s(capacities, under_s)
+        else:
+            found_s = self.rates().bound_s(self.rows, self.at_least_in_flight(), True) * ROUNDING
+        self.bound_s = max(self.bound_s, found_s)
+
+    def _rows_bound_s(self, capacities: Capacities, under_s: float) -> float:
+        held, rows = zip(*self.row_kinds().items(), strict=True)
+        simpler = [row.simpler for row in rows]
+
+        def excluded(within_s: float) -> bool:
+            if capacities.quick_most_units(simpler, within_s) < capacities.between:
+                return True
+            if capacities.most_units(rows, within_s) < capacities.between:
+                return True
+            if self.world.problem.objective != "step" or math.isinf(within_s):
+                return False
+            weights = self.stage_weights.of_rows(held)
+            return capacities.least_sum_s(rows, weights, within_s) * ROUNDING >= within_s
+
+        if excluded(under_s):
+            return under_s
+        low_s, high_s = self.bound_s, under_s
+        while math.isinf(high_s) and low_s:
+            if excluded(2 * low_s):
+                low_s *= 2
+            else:
+                high_s = 2 * low_s
+        for _ in range(ROWS_BISECTIONS if math.isfinite(high_s) else 0):
+            middle_s = (low_s + high_s) / 2
+            if excluded(middle_s):
+                low_s = middle_s
+            else:
+                high_s = middle_s
+        return low_s
+
+    @cached_property
+    def stage_weights(self) -> StageWeights:
+        held = self.first_facts().held
+        share = self.microbatches // self.copies
+        shares = [dict.fromkeys(of_row, share) for of_row in held]
+        return through_rows(held, shares, self.split)
+
+    def row_kinds(self) -> dict[tuple[int, ...], RowKind]:
+        if keeps_all(self.schedule):
+            chain = tuple((i, i + 1) for i in range(self.stages - 1))
+            facts = facts_of(self.schedule, self.stages, 1, self.chunks, chain)
+            if facts is not None:
+                return row_kinds(facts, self.microbatches)
+        return row_kinds(self.first_facts(), None)
 
     def at_least_in_flight(self) -> int:
         """On every stage, whatever reads what; 1 where it would take long to know more."""
         if not self.world.is_chain or self.stages * self.rows > MOST_ACTIONS:
             return 1
-        return min(n for of_row in self.first_facts().in_flight for n in of_row.values())
+        return min(n for of_row in self.first_facts().at_once for n in of_row.values())
 
     def likely_in_flight(self) -> int:
         """On a stage in the middle."""

@@ -261,24 +261,54 @@ def stages_of_rows(rows: Rows) -> list[tuple[int, ...]]:
 
 class Facts(NamedTuple):
     """What the rows of a shape say without times. ``held``: the stages of each row;
-    ``in_flight``: for each row, of each of its stages, the most microbatches; ``split``: whether
-    backwards are ``I`` and ``W``."""
+    ``in_flight``: for each row, of each of its stages, the most microbatches; ``whole``: likewise,
+    but only until ``I``, with all that the forward saved; ``at_once``: those of ``whole`` at the
+    moment when all stages of the row together keep most; ``split``: whether backwards are ``I`` and
+    ``W``."""
 
     held: tuple[tuple[int, ...], ...]
     in_flight: tuple[dict[int, int], ...]
+    whole: tuple[dict[int, int], ...]
+    at_once: tuple[dict[int, int], ...]
     split: bool
 
 
 def facts_of_rows(rows: Rows) -> Facts:
     held = tuple(tuple(sorted({action.stage for action in row})) for row in rows)
-    return Facts(
-        held,
-        tuple(
+    split = any(action.kind == "I" for action in rows[0])
+    whole, at_once = zip(
+        *(_kept_whole(row, of_row) for row, of_row in zip(rows, held, strict=True)), strict=True
+    )
+    in_flight = whole
+    if split:
+        in_flight = tuple(
             {s: most_in_flight(row, s) for s in of_row}
             for row, of_row in zip(rows, held, strict=True)
-        ),
-        any(action.kind == "I" for action in rows[0]),
-    )
+        )
+    return Facts(held, in_flight, whole, at_once, split)
+
+
+def _kept_whole(row: Row, stages: tuple[int, ...]) -> tuple[dict[int, int], dict[int, int]]:
+    """The most of each stage, and what each has when it is most together."""
+    now = dict.fromkeys(stages, 0)
+    most, at_once = dict(now), dict(now)
+    together = most_together = 0
+    rising = False
+    for action in row:
+        if action.kind == "F":
+            now[action.stage] += 1
+            most[action.stage] = max(most[action.stage], now[action.stage])
+            together += 1
+            rising = True
+        elif action.kind in ("B", "I"):
+            if rising and together >= most_together:
+                if together > most_together or min(now.values()) > min(at_once.values()):
+                    at_once = dict(now)
+                most_together = together
+            rising = False
+            now[action.stage] -= 1
+            together -= 1
+    return most, at_once
 
 
 @lru_cache(maxsize=4096)
