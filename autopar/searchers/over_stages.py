@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from time import monotonic
 
 import numpy as np
@@ -15,13 +15,13 @@ from autopar.ir.schedule import Schedule
 from autopar.ir.search import Budget, SearchSummary, TrialSummary
 from autopar.ir.sharding import Mesh
 from autopar.searchers.stage_depth import Depth, EnoughError
-from autopar.searchers.stage_proposals import cuts
+from autopar.searchers.stage_proposals import cuts, spread
 from autopar.searchers.stage_shapes import (
-    MOST_ACTIONS,
     Incumbent,
     LateError,
     Shape,
     World,
+    first_in_flight,
     shapes_of,
 )
 from autopar.searchers.stage_tables import Tables
@@ -36,10 +36,16 @@ from autopar.simulator.stage_problem import (
 
 Progress = Callable[[str], None]
 
-MOST_PROPOSALS = 60
+MOST_PROPOSALS = 40
 """Of equal stages on one layout, those with the best prospects, before anything is proved."""
 
-MOST_GUESSES = 3000
+ALIKE = 3
+"""Of these, with the same schedule, layout and numbers of rows and microbatches."""
+
+NEARLY = 1.01
+"""Prospects say nothing of transfers: what looks so much slower than the best may be faster."""
+
+MOST_GUESSES = 40_000
 """Of how much longer such stages take because all has to fit."""
 
 MOST_MOVES = 200
@@ -229,9 +235,10 @@ class _Search:
                 self._incumbent.check_time()
         heapq.heapify(line)
         guesses, tries = MOST_GUESSES, MOST_PROPOSALS
+        tried: Counter[tuple[Schedule, Layout, int, int]] = Counter()
         while line and guesses and tries:
             likely_s, fits, number, place = heapq.heappop(line)
-            if likely_s >= self._incumbent.best_s:
+            if likely_s >= self._incumbent.best_s * NEARLY:
                 return
             shape = self._shapes[number]
             sums = shape.world.layout_sums(shape.split)
@@ -241,9 +248,19 @@ class _Search:
                 if math.isfinite(likely_s):
                     heapq.heappush(line, (likely_s, True, number, place))
                 continue
+            family = (shape.schedule, sums.layouts[place], shape.rows, shape.microbatches)
+            if tried[family] == ALIKE:
+                continue
+            tried[family] += 1
             tries -= 1
-            parts = cuts(sums.weights[place], shape.stages)
-            self._try(shape, parts, [sums.layouts[place]] * shape.stages)
+            layouts = [sums.layouts[place]] * shape.stages
+            weights = sums.weights[place]
+            even = spread(weights, shape.first_facts().held) if shape.world.is_chain else None
+            if even is not None:
+                self._try(shape, even, layouts)
+            parts = cuts(weights, shape.stages)
+            if parts != even:
+                self._try(shape, parts, layouts)
 
     def _improve(self) -> None:
         """Moves a unit of the best staging to another stage, or gives it another layout, as long as
@@ -304,6 +321,7 @@ class _Search:
         line = [(shape.bound_s, number) for number, shape in enumerate(shapes)]
         heapq.heapify(line)
         by_rows: set[int] = set()
+        by_ways: set[int] = set()
         bounded: set[int] = set()
         while line:
             bound_s, number = heapq.heappop(line)
@@ -314,6 +332,11 @@ class _Search:
             if number not in by_rows:
                 by_rows.add(number)
                 shape.bound_by_rows(self._incumbent.good_enough_s)
+                heapq.heappush(line, (shape.bound_s, number))
+                continue
+            if number not in by_ways:
+                by_ways.add(number)
+                shape.bound_by_ways(self._incumbent.good_enough_s)
                 heapq.heappush(line, (shape.bound_s, number))
                 continue
             tables = self._tables_for(shape)
@@ -380,16 +403,6 @@ class _Search:
                     tuple(range(end - size, end)) for end, (size, _) in zip(ends, walk, strict=True)
                 ]
                 self._try(shape, parts, [layout for _, layout in walk])
-
-
-@lru_cache(maxsize=None)
-def first_in_flight(schedule: Schedule, stages: int, microbatches: int) -> int:
-    """Of the first of so many stages in a chain: as many as it has in any longer one, where it is
-    as far from the end, or fewer. Long ones are not made: they keep no less."""
-    stages = min(stages, math.isqrt(MOST_ACTIONS))
-    chain = tuple((i, i + 1) for i in range(stages - 1))
-    facts = facts_of(schedule, stages, min(stages, microbatches), 1, chain)
-    return 1 if facts is None else facts.whole[0][0]
 
 
 def _neighbours(

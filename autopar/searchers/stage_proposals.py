@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from autopar.searchers.stage_tables import halves
@@ -54,6 +54,34 @@ def _filled(sums: Sequence[float], most: float, stages: int) -> list[tuple[int, 
     return parts
 
 
+def spread(weights: Sequence[float], held: Sequence[Sequence[int]]) -> list[tuple[int, ...]] | None:
+    """Consecutive units in stages so that rows with these stages have about as many units, and so
+    have their stages; of a row's stages the first ones have one more where it does not divide.
+
+    Of units that are alike but for the first and the last one. ``None``: there are too few.
+
+    >>> spread([1, 5, 5, 5, 5, 5, 4], [(0, 2), (1, 3)])
+    [(0, 1, 2), (3,), (4,), (5, 6)]
+    """
+    stages, count = 1 + max(map(max, held)), len(weights)
+    rows = list(dict.fromkeys(map(tuple, held)))
+    between = count - 2
+    sizes = [0] * stages
+    sizes[0] += 1
+    sizes[-1] += 1
+    middle = sum(weights[1:-1]) / max(1, between)
+    loads = [weights[0] * (0 in row) + weights[-1] * (stages - 1 in row) for row in rows]
+    for _ in range(between):  # one more to the row that is done first, and there to the smallest
+        row = min(range(len(rows)), key=lambda r: (loads[r], -r))
+        loads[row] += middle
+        ends = {0: 1, stages - 1: 1}
+        sizes[min(rows[row], key=lambda s: (sizes[s] - ends.get(s, 0), s))] += 1
+    if min(sizes) < 1:
+        return None
+    bounds = [0, *accumulate(sizes)]
+    return [tuple(range(a, b)) for a, b in pairwise(bounds)]
+
+
 class _Way(NamedTuple):
     """An alternative of a unit in a stage of a row: what it costs a step, and what it keeps."""
 
@@ -79,6 +107,7 @@ class Filling:
         self._counts = sorted(Counter(self._kind_of).items())
         self._microbatches = microbatches
         self._hulls: dict[tuple[int, Layout, int], list[_Way]] = {}
+        self._slowdowns: dict[tuple[Layout, int, float], float] = {}
 
     def stages(
         self,
@@ -111,6 +140,13 @@ class Filling:
     def likely_slowdown(self, layout: Layout, in_flight: int, room_bytes: float) -> float:
         """How much longer all units take on one layout when together they are to fit, than in
         their fastest way; infinite if they cannot."""
+        key = (layout, in_flight, room_bytes)
+        found = self._slowdowns.get(key)
+        if found is None:
+            found = self._slowdowns[key] = self._likely_slowdown(*key)
+        return found
+
+    def _likely_slowdown(self, layout: Layout, in_flight: int, room_bytes: float) -> float:
         hulls = [(count, self._hull(kind, layout, in_flight)) for kind, count in self._counts]
         if not all(hull for _, hull in hulls):
             return math.inf

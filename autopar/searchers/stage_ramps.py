@@ -71,3 +71,13 @@ def through_rows(held: Sequence[Sequence[int]], shares: Shares, split: bool) -> 
     tail = np.zeros(stages)
     tail[list(first)] = 1
     return StageWeights(work + ramp, work + ramp, np.zeros(stages), tail)
+
+
+def one_microbatch(held: Sequence[Sequence[int]]) -> StageWeights:
+    """A microbatch's way through all stages and back, with the first row's updates."""
+    stages = 1 + max(map(max, held))
+    (first,) = {of_row for of_row in map(tuple, held) if 0 in of_row}
+    tail = np.zeros(stages)
+    tail[list(first)] = 1
+    ones, zeros = np.ones(stages), np.zeros(stages)
+    return StageWeights(ones, ones, zeros, tail)

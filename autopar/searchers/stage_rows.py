@@ -23,6 +23,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,6 +103,17 @@ class RowWeights:
     more_last: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
+NOTHING = RowWeights(0.0, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Ramp:
+    """A sum that no step is shorter than: of a row itself, and the least that the others add."""
+
+    own: RowWeights
+    others_s: float
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Lines:
     """For each layout: c and u as above, for several prices; how many units have room at most."""
@@ -137,11 +149,16 @@ class Capacities:
         """Whether there is something to count, of few kinds."""
         return self.between > 0 and len(set(self._mixes.kind_of[1:-1])) <= MOST_KINDS
 
-    def most_units(self, rows: Iterable[RowKind], within_s: float) -> float:
-        """That all rows together can do."""
+    def most_units(
+        self, rows: Iterable[RowKind], within_s: float, ramps: Iterable[Ramp] | None = None
+    ) -> float:
+        """That all rows together can do. ``ramps``: of each row, if they are known."""
         found = np.zeros(self._problem.devices // self.per_bucket + 1)
-        for row in rows:
-            found = self._with_row(found, self._most_of(row, within_s))
+        for row, ramp in zip(rows, repeat(None) if ramps is None else ramps, strict=False):
+            most = self._most_of(row, within_s)
+            if ramp is not None:
+                most = np.minimum(most, self._most_with(row, ramp, within_s))
+            found = self._with_row(found, most)
         return float(found[-1])
 
     def walk(self, rows: Sequence[RowKind], within_s: float) -> list[tuple[Layout, int]] | None:
@@ -197,16 +214,22 @@ class Capacities:
         return least + ROUNDING * self.between
 
     def least_sum_s(
-        self, rows: Iterable[RowKind], weights: Iterable[RowWeights], within_s: float
+        self,
+        rows: Sequence[RowKind],
+        weights: Sequence[RowWeights],
+        within_s: float,
+        without: int | None = None,
     ) -> float:
         """The weighted sum of the times of all rows, of which each takes no more than ``within_s``.
 
-        Units have a price instead of being counted, several are tried.
+        Units have a price instead of being counted, several are tried. ``without``: a row that does
+        its part but is not in the sum.
         """
         prices = within_s / self.between * UNIT_PRICES
         found = np.zeros((len(prices), self._problem.devices // self.per_bucket + 1))
-        for row, weight in zip(rows, weights, strict=True):
-            costs = self._cost_of(row, weight, prices, within_s)
+        for number, (row, weight) in enumerate(zip(rows, weights, strict=True)):
+            counted = NOTHING if number == without else weight
+            costs = self._cost_of(row, counted, prices, within_s)
             before, found = found, np.full_like(found, math.inf)
             for taken, cost in zip(self._taken, costs.T, strict=True):
                 if np.isfinite(cost).any():
@@ -216,14 +239,35 @@ class Capacities:
                     )
         return float((found[:, -1] + prices * self.between).max())
 
-    def _cost_of(self, row: RowKind, weight: RowWeights, prices: Array, within_s: float) -> Array:
-        """For each price of a unit and each of ``_sizes``: what the row costs less its units."""
+    def ramp(
+        self, rows: Sequence[RowKind], weights: Sequence[RowWeights], within_s: float, row: int
+    ) -> Ramp:
+        """What the others take in a weighted sum, beside a row."""
+        return Ramp(weights[row], self.least_sum_s(rows, weights, within_s, without=row))
+
+    def _most_with(self, row: RowKind, ramp: Ramp, within_s: float) -> Array:
+        """``_most_of``, if so much is to be passed beside."""
+        const, slope = self._lines_for(row, self._weighted(ramp.own))
+        room = (
+            within_s * (1 + ROUNDING) - ramp.others_s - self._once(row, ramp.own)[:, None] - const
+        )
+        most = np.floor(_times_in(room, slope).min(axis=1) + ROUNDING)
+        most[most < len(row.in_flight)] = -math.inf
+        found = np.full(len(self._sizes), -math.inf)
+        np.maximum.at(found, self._size_of, most)
+        return found
+
+    def _weighted(self, weight: RowWeights) -> Array:
         tail = weight.tail
         parts = (weight.forward, weight.backward, weight.put_off, tail, tail)
         there = np.isfinite(self._table[0])
         finite = np.where(there, self._table[:5], 0.0)
         times: Array = np.where(there, np.tensordot(parts, finite, axes=1), math.inf)
-        const, slope = self._lines_for(row, times)
+        return times
+
+    def _cost_of(self, row: RowKind, weight: RowWeights, prices: Array, within_s: float) -> Array:
+        """For each price of a unit and each of ``_sizes``: what the row costs less its units."""
+        const, slope = self._lines_for(row, self._weighted(weight))
         const = const + self._once(row, weight)[:, None]
         most = self._most_on(row, within_s)
         cannot = np.isneginf(most)

@@ -15,10 +15,11 @@ from autopar.ir.schedule import Schedule
 from autopar.ir.schedule import Shape as Asked
 from autopar.searchers.stage_mixes import Kinds, Mixes
 from autopar.searchers.stage_proposals import Filling
-from autopar.searchers.stage_ramps import StageWeights, through_rows
+from autopar.searchers.stage_ramps import StageWeights, one_microbatch, through_rows
 from autopar.searchers.stage_rates import Rates
 from autopar.searchers.stage_rows import Capacities, RowKind, row_kinds
 from autopar.searchers.stage_tables import halves
+from autopar.searchers.stage_ways import mean_along_row, mean_of_ways
 from autopar.simulator.pipeline_bound import Shares, least_step_s, shares_of
 from autopar.simulator.stage_problem import (
     Facts,
@@ -41,6 +42,12 @@ LEAST_GAP = 1e-9
 MOST_ACTIONS = 1500
 """Forwards of rows that are made only to see how many microbatches they keep in flight."""
 
+MOST_ON_WAYS = 10_000
+"""Forwards of rows through which ways are looked for; where there are more, ramps are short."""
+
+MOST_RAMPS = 16
+"""Rows whose ramps are looked at one by one."""
+
 MOST_IDEALS = 5000
 """A graph with more sets of units that could come first is cut along one order of its units only:
 some parallel branches can then not be stages of their own."""
@@ -48,6 +55,10 @@ some parallel branches can then not be stages of their own."""
 
 ROWS_BISECTIONS = 8
 """Halvings of what a bound is known to be between."""
+
+
+RAMPS_BISECTIONS = 4
+"""Likewise, where it takes longer to know."""
 
 
 class LateError(Exception):
@@ -75,6 +86,7 @@ class World:
         self._parts: dict[tuple[int, int], tuple[tuple[int, ...], Kinds]] = {}
         self._fillings: dict[bool, Filling] = {}
         self._device_s: dict[bool, list[float]] = {}
+        self._way_device_s: dict[bool, tuple[float, float]] = {}
         self._layout_sums: dict[bool, LayoutSums] = {}
         self._slowest_s: dict[tuple[bool, int], float] = {}
         self._rates: dict[tuple[bool, bool, int], Rates] = {}
@@ -111,6 +123,25 @@ class World:
             ]
             self._device_s[split] = [of_kinds[kind] for kind in self.mixes.kind_of]
         return self._device_s[split]
+
+    def way_device_s(self, split: bool) -> tuple[float, float]:
+        """Device-seconds of a microbatch's forward and backward (or ``I``) of all units, and of the
+        smallest between the first and the last one, at least."""
+        if split not in self._way_device_s:
+            of_kinds = [
+                min(
+                    (
+                        a.layout.devices * sum(halves(a.cost, split)[:2])
+                        for a in kind
+                        if not split or a.cost.input_gradient_s is not None
+                    ),
+                    default=math.inf,
+                )
+                for kind in self.mixes.kinds
+            ]
+            of_units = [of_kinds[kind] for kind in self.mixes.kind_of]
+            self._way_device_s[split] = sum(of_units), min(of_units[1:-1], default=0.0)
+        return self._way_device_s[split]
 
     def rates(self, split: bool, waits: bool, copies: int) -> Rates:
         """``waits``: while gradients are exchanged, too, as where a row has one stage."""
@@ -176,6 +207,8 @@ class LayoutSums:
     layouts: list[Layout]
     devices: NDArray[np.float64]
     work_s: NDArray[np.float64]
+    between_s: NDArray[np.float64]  # the mean of all units but the first and the last
+    last_s: NDArray[np.float64]  # the last unit
     tail_s: NDArray[np.float64]
     weights: list[list[float]]  # of each unit
 
@@ -199,6 +232,8 @@ class LayoutSums:
             layouts,
             np.array([layout.devices for layout in layouts], dtype=np.float64),
             np.array([sum(of_units) for of_units in weights]),
+            np.array([sum(of_units[1:-1]) / max(1, len(of_units) - 2) for of_units in weights]),
+            np.array([of_units[-1] for of_units in weights]),
             np.array(tails),
             weights,
         )
@@ -260,59 +295,136 @@ class Shape:
     def rates(self) -> Rates:
         return self.world.rates(self.split, self.waits, self.copies)
 
+    def one_microbatch_s(self) -> float:
+        """A chain's least time for a microbatch through all stages and back.
+
+        With c the device-seconds of what a group of n devices has of it, the sum of c / n is at
+        least (sum of sqrt c)^2 / (sum of n); the sum of roots is least when all groups but one have
+        as little as they can.
+        """
+        if not self.world.is_chain or self.world.problem.objective != "step":
+            return 0.0
+        all_s, least_s = self.world.way_device_s(self.split)
+        groups = self.rows // self.copies
+        with_unit_each = max(0, groups - 2)  # of those without the first and the last unit
+        of_group = min(self.stages // groups * least_s, all_s / groups)
+        rest_s = all_s - with_unit_each * of_group
+        roots = with_unit_each * math.sqrt(of_group) + math.sqrt(max(0.0, rest_s))
+        return self.copies * roots**2 / self.world.problem.devices
+
     def bound_by_rows(self, under_s: float) -> None:
         """As whole rows show it for a chain, or their rates; up to ``under_s``, where it is
         finite."""
-        capacities = self.world.capacities(self.split, self.waits, self.copies)
-        if self.world.is_chain and capacities.hold:
-            found_s = self._rows_bound_s(capacities, under_s)
-        else:
+        if not self._in_whole_rows:
             found_s = self.rates().bound_s(self.rows, self.at_least_in_flight(), True) * ROUNDING
-        self.bound_s = max(self.bound_s, found_s)
+            self.bound_s = max(self.bound_s, found_s)
+            return
+        low_s, high_s = self._between_s(under_s)
+        self.bound_s = max(self.bound_s, low_s)
+        if low_s < high_s < math.inf and self.world.problem.objective == "step":
+            for weights in self._simple_weights():
+                self.bound_s = max(self.bound_s, self._sum_s(weights, high_s))
 
-    def _rows_bound_s(self, capacities: Capacities, under_s: float) -> float:
-        held, rows = zip(*self.row_kinds().items(), strict=True)
+    def bound_by_ways(self, under_s: float) -> None:
+        """As longer ways through the rows show it, which takes longer to find out."""
+        on_ways = self.stages * self.microbatches <= MOST_ON_WAYS
+        step = self.world.problem.objective == "step"
+        if not (self._in_whole_rows and on_ways and step and math.isfinite(under_s)):
+            return
+        asked = self.schedule, self.stages, self.microbatches, self.chunks
+        # each stage has a unit; so large a part of them could be on any
+        free = math.ceil(10 * max(0.0, 1 - self.stages / len(self.world.units))) / 10
+        self.bound_s = max(self.bound_s, self._sum_s(mean_of_ways(*asked, free), under_s))
+        if self.rows > MOST_RAMPS:
+            return
+        along = [mean_along_row(*asked, free, row) for row in range(len(self.row_kinds))]
+        high_s = under_s
+        for _ in range(RAMPS_BISECTIONS):
+            if self.bound_s >= high_s:
+                return
+            if self._ramps_exclude(along, high_s):
+                self.bound_s = high_s
+                return
+            high_s = (self.bound_s + high_s) / 2
+
+    @property
+    def _in_whole_rows(self) -> bool:
+        return self.world.is_chain and self._capacities.hold
+
+    @property
+    def _capacities(self) -> Capacities:
+        return self.world.capacities(self.split, self.waits, self.copies)
+
+    def _between_s(self, under_s: float) -> tuple[float, float]:
+        """A time in which rows cannot do all units, and one in which they perhaps can."""
+        capacities, rows = self._capacities, list(self.row_kinds.values())
         simpler = [row.simpler for row in rows]
 
         def excluded(within_s: float) -> bool:
-            if capacities.quick_most_units(simpler, within_s) < capacities.between:
-                return True
-            if capacities.most_units(rows, within_s) < capacities.between:
-                return True
-            if self.world.problem.objective != "step" or math.isinf(within_s):
-                return False
-            weights = self.stage_weights.of_rows(held)
-            return capacities.least_sum_s(rows, weights, within_s) * ROUNDING >= within_s
+            few = capacities.quick_most_units(simpler, within_s) < capacities.between
+            return few or capacities.most_units(rows, within_s) < capacities.between
 
         if excluded(under_s):
-            return under_s
+            return under_s, under_s
         low_s, high_s = self.bound_s, under_s
         while math.isinf(high_s) and low_s:
             if excluded(2 * low_s):
                 low_s *= 2
             else:
                 high_s = 2 * low_s
+        found_s = high_s
         for _ in range(ROWS_BISECTIONS if math.isfinite(high_s) else 0):
             middle_s = (low_s + high_s) / 2
             if excluded(middle_s):
                 low_s = middle_s
             else:
                 high_s = middle_s
-        return low_s
+        return low_s, found_s
+
+    def _sum_s(self, weights: StageWeights, within_s: float) -> float:
+        """What stagings take at least; no more than ``within_s``, within which it is looked at."""
+        held, rows = zip(*self.row_kinds.items(), strict=True)
+        found_s = self._capacities.least_sum_s(rows, weights.of_rows(held), within_s)
+        return min(found_s * ROUNDING, within_s)
+
+    def _simple_weights(self) -> Iterator[StageWeights]:
+        held, share = list(self.row_kinds), self.microbatches // self.copies
+        if 2 * self.rows > self.microbatches:
+            yield one_microbatch(held)
+        yield through_rows(held, [dict.fromkeys(of_row, share) for of_row in held], self.split)
+
+    def _ramps_exclude(self, along: Sequence[StageWeights], within_s: float) -> bool:
+        """Whether rows have too little time beside their ramps; ``along``: for each of them."""
+        capacities = self._capacities
+        held, rows = zip(*self.row_kinds.items(), strict=True)
+        ramps = [
+            capacities.ramp(rows, weights.of_rows(held), within_s, number)
+            for number, weights in enumerate(along)
+        ]
+        return capacities.most_units(rows, within_s, ramps) < capacities.between
 
     @cached_property
-    def stage_weights(self) -> StageWeights:
-        held = self.first_facts().held
-        share = self.microbatches // self.copies
-        shares = [dict.fromkeys(of_row, share) for of_row in held]
-        return through_rows(held, shares, self.split)
-
     def row_kinds(self) -> dict[tuple[int, ...], RowKind]:
+        """For each set of stages that rows have; of copies one for all."""
+        chain = tuple((i, i + 1) for i in range(self.stages - 1))
+        long = self.stages * self.rows > MOST_ACTIONS
         if keeps_all(self.schedule):
-            chain = tuple((i, i + 1) for i in range(self.stages - 1))
             facts = facts_of(self.schedule, self.stages, 1, self.chunks, chain)
             if facts is not None:
                 return row_kinds(facts, self.microbatches)
+        if long and self.one_each:
+            last = self.stages - 1
+            few = [
+                first_in_flight(self.schedule, self.stages - s, self.microbatches)
+                for s in range(self.stages)
+            ]
+            found: dict[tuple[int, ...], RowKind] = {(0,): RowKind((), first=few[0])}
+            found |= {(s,): RowKind((few[s],)) for s in range(1, last)}
+            return {**found, (last,): RowKind((), last=few[-1])}
+        if long and self.copies > 1:  # a microbatch for each copy keeps less
+            facts = facts_of(self.schedule, self.stages, self.copies, self.chunks, chain)
+            if facts is not None:
+                return row_kinds(facts, None)
         return row_kinds(self.first_facts(), None)
 
     def at_least_in_flight(self) -> int:
@@ -360,12 +472,16 @@ class Shape:
     def likely_s(self) -> tuple[NDArray[np.float64], LayoutSums]:
         """What equal stages on each of the layouts would take if all fits: a guess, no bound."""
         sums = self.world.layout_sums(self.split)
-        count = len(self.world.units)
-        uneven = -(-count // self.stages) * self.stages / count
-        stage_s = sums.work_s / self.stages * uneven
-        times = self.microbatches * (1 if self.schedule.copies else self.chunks)
+        between = max(0, len(self.world.units) - 2)
+        of_row, of_stage = -(-between // self.rows), -(-between // self.stages)
+        # the last unit finds room where not all rows have as many units
+        last_s = sums.last_s if of_row * self.rows == between else np.zeros_like(sums.last_s)
+        row_s = np.maximum(sums.work_s / self.rows, of_row * sums.between_s + last_s)
         ramp = self.rows / 2 if self.schedule.copies else self.rows - 1
-        found = stage_s * (times + ramp) + sums.tail_s / self.rows
+        stage_s = np.maximum(sums.work_s / self.stages, of_stage * sums.between_s)
+        # of several stages on a row only the last one's gradients are exchanged after all backwards
+        tail_s = sums.tail_s / (self.rows if self.one_each else self.stages)
+        found = self.microbatches * row_s + ramp * stage_s + tail_s
         found[sums.devices * self.rows > self.world.problem.devices] = math.inf
         return found, sums
 
@@ -390,9 +506,19 @@ def shapes_of(world: World) -> Iterator[Shape]:
                 shape = Shape(world, schedule, stages, chunks, split, rows, 0.0)
                 alone_s = world.slowest_unit_s(split, copies)
                 together_s = shape.rates().bound_s(rows, 1, priced=False)
-                shape.bound_s = max(alone_s, together_s) * ROUNDING
+                shape.bound_s = max(alone_s, together_s, shape.one_microbatch_s()) * ROUNDING
                 if math.isfinite(shape.bound_s):
                     yield shape
+
+
+@lru_cache(maxsize=None)
+def first_in_flight(schedule: Schedule, stages: int, microbatches: int) -> int:
+    """Of the first of so many stages in a chain: as many as it has in any longer one, where it is
+    as far from the end, or fewer. Long ones are not made: they keep no less."""
+    stages = min(stages, math.isqrt(MOST_ACTIONS))
+    chain = tuple((i, i + 1) for i in range(stages - 1))
+    facts = facts_of(schedule, stages, min(stages, microbatches), 1, chain)
+    return 1 if facts is None else facts.whole[0][0]
 
 
 @lru_cache(maxsize=None)
