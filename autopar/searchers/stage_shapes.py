@@ -42,7 +42,7 @@ LEAST_GAP = 1e-9
 MOST_ACTIONS = 1500
 """Forwards of rows that are made only to see how many microbatches they keep in flight."""
 
-MOST_ON_WAYS = 10_000
+MOST_ON_WAYS = 20_000
 """Forwards of rows through which ways are looked for; where there are more, ramps are short."""
 
 MOST_RAMPS = 16
@@ -319,11 +319,28 @@ class Shape:
             found_s = self.rates().bound_s(self.rows, self.at_least_in_flight(), True) * ROUNDING
             self.bound_s = max(self.bound_s, found_s)
             return
-        low_s, high_s = self._between_s(under_s)
-        self.bound_s = max(self.bound_s, low_s)
-        if low_s < high_s < math.inf and self.world.problem.objective == "step":
+        if self._rows_exclude(under_s):
+            self.bound_s = under_s
+            return
+        if not self.bound_s:  # where nothing takes time, no time is too short
+            return
+        high_s = under_s
+        while math.isinf(high_s):
+            if self._rows_exclude(2 * self.bound_s):
+                self.bound_s *= 2
+            else:
+                high_s = 2 * self.bound_s
+        if self.world.problem.objective == "step":
             for weights in self._simple_weights():
                 self.bound_s = max(self.bound_s, self._sum_s(weights, high_s))
+        for _ in range(ROWS_BISECTIONS):
+            if self.bound_s >= high_s:
+                return
+            middle_s = (self.bound_s + high_s) / 2
+            if self._rows_exclude(middle_s):
+                self.bound_s = middle_s
+            else:
+                high_s = middle_s
 
     def bound_by_ways(self, under_s: float) -> None:
         """As longer ways through the rows show it, which takes longer to find out."""
@@ -355,31 +372,12 @@ class Shape:
     def _capacities(self) -> Capacities:
         return self.world.capacities(self.split, self.waits, self.copies)
 
-    def _between_s(self, under_s: float) -> tuple[float, float]:
-        """A time in which rows cannot do all units, and one in which they perhaps can."""
+    def _rows_exclude(self, within_s: float) -> bool:
+        """Whether rows cannot do all units within a time."""
         capacities, rows = self._capacities, list(self.row_kinds.values())
         simpler = [row.simpler for row in rows]
-
-        def excluded(within_s: float) -> bool:
-            few = capacities.quick_most_units(simpler, within_s) < capacities.between
-            return few or capacities.most_units(rows, within_s) < capacities.between
-
-        if excluded(under_s):
-            return under_s, under_s
-        low_s, high_s = self.bound_s, under_s
-        while math.isinf(high_s) and low_s:
-            if excluded(2 * low_s):
-                low_s *= 2
-            else:
-                high_s = 2 * low_s
-        found_s = high_s
-        for _ in range(ROWS_BISECTIONS if math.isfinite(high_s) else 0):
-            middle_s = (low_s + high_s) / 2
-            if excluded(middle_s):
-                low_s = middle_s
-            else:
-                high_s = middle_s
-        return low_s, found_s
+        few = capacities.quick_most_units(simpler, within_s) < capacities.between
+        return few or capacities.most_units(rows, within_s) < capacities.between
 
     def _sum_s(self, weights: StageWeights, within_s: float) -> float:
         """What stagings take at least; no more than ``within_s``, within which it is looked at."""
