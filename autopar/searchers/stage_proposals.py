@@ -66,6 +66,8 @@ def spread(weights: Sequence[float], held: Sequence[Sequence[int]]) -> list[tupl
     stages, count = 1 + max(map(max, held)), len(weights)
     rows = list(dict.fromkeys(map(tuple, held)))
     between = count - 2
+    if between < 0:
+        return None
     sizes = [0] * stages
     sizes[0] += 1
     sizes[-1] += 1

@@ -203,6 +203,13 @@ def test_without_a_price_for_replicas_one_stage_on_all_devices_is_best() -> None
     assert result.stop_reason == "optimal"
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_fewest_units_are_planned(count: int) -> None:
+    result = search(chain_problem([(8, 1)] * count, devices=2, batch=2), EXACT)
+    assert result.time_s == 8 * count * 3 / 2
+    assert result.stop_reason == "optimal"
+
+
 def test_just_enough_units_are_recomputed() -> None:
     # one device: 4 bytes of parameters each, 120 bytes of activations or 1
     whole = 8 * 4 + 8 * 120
