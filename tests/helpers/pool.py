@@ -24,6 +24,16 @@ ANSWER_TIMEOUT_S = 240.0
 GRACE_S = 5.0
 """When a rank has failed, the others answer in this time or wait for it for ever."""
 
+PRELOADED = (
+    "autopar.runtime.launch",
+    "tests.helpers.stage_check",
+    *(
+        f"transformers.models.{name}.modeling_{name}"
+        for name in ("gpt2", "llama", "qwen3", "phi3", "bert", "t5", "vit")
+    ),
+)
+"""What cases import, torch with it: in every process of every world that would take seconds."""
+
 JOBS_PER_WORLD = 20
 """Each job makes process groups of its own, whose threads poll as long as their processes live."""
 
@@ -68,7 +78,7 @@ class World:
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "spmd_types"])
+        context.set_forkserver_preload([*PRELOADED])
         store = str(Path(self._folder.name) / "store")
         for rank in range(ranks):
             mine, theirs = context.Pipe()
