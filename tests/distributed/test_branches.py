@@ -13,9 +13,9 @@ from autopar.ir.sharding import Mesh
 from autopar.simulator.pipeline import Instant, Pipeline, StageCost
 from autopar.simulator.stages import Pipelined, pipelined
 from autopar.simulator.timeline import Timeline, simulate
-from tests.helpers.cases import case
+from tests.helpers.cases import case, divided
 from tests.helpers.stage_check import check
-from tests.helpers.stages import ALONE, PAIR, Layout, by, by_axis_name, divided, strategy_of
+from tests.helpers.stages import ALONE, PAIR, Layout, by, by_axis_name, strategy_of
 
 ON_GRAPHS = ["gpipe", "1f1b", "zero_bubble_h1"]
 """Schedules that take a graph of stages."""

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from functools import lru_cache
 from random import Random
 
 import pytest
+from tests.helpers.step_check import check
 
 from autopar.ir.search import Budget, Problem
 from autopar.ir.sharding import Mesh
 from autopar.ir.strategy import Strategy, Training
-from autopar.ops import bound_rules
 from autopar.recipes import RECIPES
-from autopar.runtime.recorder import Executed
 from autopar.searchers import SEARCHERS
 from autopar.simulator.edges import Rules
-from autopar.simulator.prices import promise
-from tests.helpers.cases import Case, Outcome, case, outcome
+from tests.helpers.cases import Case, case, divided
 from tests.helpers.fake_prices import FakePrices
-from tests.helpers.pool import pool
 from tests.helpers.strategies import random_strategy, random_strategy_in_parts
 
 MESHES = (
@@ -67,12 +62,7 @@ def test_a_random_strategy_trains_as_one_process_and_keeps_its_promise(
     name: str, seed: int
 ) -> None:
     of = case(name)
-    strategy = drawn(of, seed)
-    found = on_ranks(of, strategy)
-    assert found.loss < 1e-9
-    assert found.gradient < 1e-9, found.worst_gradient
-    assert found.parameter < 1e-8
-    assert Counter(found.executed) == promised(of, strategy)
+    check(of, drawn(of, seed))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "transformer_encoder", "phi3"])
@@ -92,11 +82,7 @@ def test_so_does_one_that_divides_each_part_of_fused_projections(name: str, seed
         for operator, split in strategy.splits.items()
         for made in rules(name)[operator].shardings(split)
     )
-    found = on_ranks(of, strategy)
-    assert found.loss < 1e-9
-    assert found.gradient < 1e-9, found.worst_gradient
-    assert found.parameter < 1e-8
-    assert Counter(found.executed) == promised(of, strategy)
+    check(of, strategy)
 
 
 def drawn(of: Case, seed: int) -> Strategy:
@@ -106,22 +92,8 @@ def drawn(of: Case, seed: int) -> Strategy:
     return random_strategy(of.graph, rules(of.name), mesh, rng, rng.choice(TRAININGS))
 
 
-@lru_cache(maxsize=None)
 def rules(name: str) -> Rules:
-    return bound_rules(case(name).graph)
-
-
-def on_ranks(of: Case, strategy: Strategy) -> Outcome:
-    found = pool().run(strategy.mesh.size, outcome, of, strategy)[0]
-    assert isinstance(found, Outcome)
-    return found
-
-
-def promised(of: Case, strategy: Strategy) -> Counter[Executed]:
-    counts: Counter[Executed] = Counter()
-    for one in promise(of.graph, rules(of.name), strategy):
-        counts[Executed(one.kind, one.phase, one.axis, one.bytes)] += one.count
-    return counts
+    return divided(case(name).graph, 1).rules
 
 
 @pytest.mark.parametrize(
@@ -146,8 +118,4 @@ def test_so_do_every_recipe_and_what_the_ilp_finds(name: str) -> None:
     for trial in trials:
         if trial.strategy is None:
             continue
-        found = on_ranks(of, trial.strategy)
-        assert found.loss < 1e-9, trial.name
-        assert found.gradient < 1e-9, (trial.name, found.worst_gradient)
-        assert found.parameter < 1e-8, trial.name
-        assert Counter(found.executed) == promised(of, trial.strategy), trial.name
+        check(of, trial.strategy)

@@ -23,9 +23,9 @@ from autopar.ir.strategy import Strategy
 from autopar.ops import Proposals
 from autopar.runtime.launch import run
 from autopar.runtime.peers import Doing
-from tests.helpers.cases import Case, call, case
+from tests.helpers.cases import Case, call, case, divided
 from tests.helpers.pool import World
-from tests.helpers.stages import ALONE, Layout, divided, in_order, looped, strategy_of
+from tests.helpers.stages import ALONE, Layout, in_order, looped, strategy_of
 from tests.helpers.zoo import zoo
 
 PATIENCE_S = 2.0

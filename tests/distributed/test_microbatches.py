@@ -11,6 +11,7 @@ from random import Random
 import pytest
 import torch
 import torch.distributed as dist
+from tests.helpers.step_check import check
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -19,18 +20,17 @@ from autopar.extractor import extract
 from autopar.ir.sharding import Mesh
 from autopar.ir.strategy import Storage, Strategy, Training
 from autopar.runtime.lowering import lower_microbatch
-from autopar.runtime.recorder import Executed
 from autopar.runtime.step import TrainingStep
 from autopar.runtime.storage import from_module
-from autopar.simulator.microbatches import Division, division
+from autopar.simulator.microbatches import division
 from autopar.simulator.prices import promise
 from tests.helpers.cases import (
     Case,
-    Outcome,
     call,
     case,
     communicator_of,
-    outcome,
+    divided,
+    promised,
     relative,
     training_step,
 )
@@ -45,34 +45,13 @@ MODELS = ("mlp", "gpt", "gpt_tied", "gpt2", "llama", "qwen", "bert", "t5", "vit"
 TRAININGS = (Training("sgd"), Training("momentum", clip_norm=0.5), Training("adamw"))
 
 
-@lru_cache(maxsize=None)
-def divided(name: str, count: int) -> Division:
-    return division(case(name).graph, count)
-
-
-def check(of: Case, strategy: Strategy) -> None:
-    found = pool().run(strategy.mesh.size, outcome, of, strategy)[0]
-    assert isinstance(found, Outcome)
-    assert found.loss < 1e-9
-    assert found.gradient < 1e-9, found.worst_gradient
-    assert found.parameter < 1e-8
-    assert Counter(found.executed) == promised(divided(of.name, strategy.microbatches), strategy)
-
-
-def promised(of: Division, strategy: Strategy) -> Counter[Executed]:
-    counts: Counter[Executed] = Counter()
-    for one in promise(of.graph, of.rules, strategy):
-        counts[Executed(one.kind, one.phase, one.axis, one.bytes)] += one.count
-    return counts
-
-
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))]
 )
 def test_a_random_strategy_in_microbatches_trains_as_one_process(name: str, seed: int) -> None:
     rng = Random(f"{name} {seed}")
-    of = divided(name, 2 if seed % 2 else 4)
+    of = divided(case(name).graph, 2 if seed % 2 else 4)
     mesh = MESHES[(seed + MODELS.index(name)) % len(MESHES)]
     strategy = random_strategy(of.graph, of.rules, mesh, rng, rng.choice(TRAININGS))
     check(case(name), replace(strategy, microbatches=of.count))
@@ -84,7 +63,7 @@ def test_a_random_strategy_in_microbatches_trains_as_one_process(name: str, seed
 )
 def test_so_does_one_that_divides_each_part_of_fused_projections(name: str, seed: int) -> None:
     rng = Random(f"{name} in parts {seed}")
-    of = divided(name, 4 if seed % 2 else 2)
+    of = divided(case(name).graph, 4 if seed % 2 else 2)
     mesh = MESHES[seed % len(MESHES)]
     strategy = random_strategy_in_parts(of.graph, of.rules, mesh, rng, rng.choice(TRAININGS))
     assert any(bound.rule.joined for bound in of.rules.values())
@@ -123,7 +102,7 @@ def test_whole_gradients_travel_once_and_pieces_with_every_microbatch() -> None:
 
 def executed_for_head(parameter: str, gradient: str, optimizer: str) -> dict[object, int]:
     """Data parallel in four microbatches: what is promised for the weight of the head."""
-    of, mesh = divided("gpt", 4), MESHES[0]
+    of, mesh = divided(case("gpt").graph, 4), MESHES[0]
     batch = division(of.graph, 2).choices
     plain = replicate(of.graph, mesh)
     strategy = replace(

@@ -14,7 +14,7 @@ import pytest
 from autopar.ir.sharding import Mesh
 from autopar.ir.strategy import Strategy, Training
 from autopar.simulator.microbatches import Division
-from tests.helpers.cases import case
+from tests.helpers.cases import case, divided
 from tests.helpers.stage_check import CHUNKS, check, tower_of
 from tests.helpers.stages import (
     ALONE,
@@ -22,7 +22,6 @@ from tests.helpers.stages import (
     Layout,
     by,
     by_axis_name,
-    divided,
     in_order,
     looped,
     strategy_of,

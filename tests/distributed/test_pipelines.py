@@ -22,20 +22,11 @@ from autopar.runtime import pipeline
 from autopar.runtime.launch import run_stages
 from autopar.simulator.stages import pipelined
 from tests.helpers import fake_plans
-from tests.helpers.cases import Case, call, case, relative
+from tests.helpers.cases import Case, call, case, divided, relative
 from tests.helpers.fake_prices import FakePrices
 from tests.helpers.pool import pool
 from tests.helpers.stage_check import CHUNKS, check, tower_of
-from tests.helpers.stages import (
-    ALONE,
-    PAIR,
-    Layout,
-    by,
-    divided,
-    in_order,
-    looped,
-    strategy_of,
-)
+from tests.helpers.stages import ALONE, PAIR, Layout, by, in_order, looped, strategy_of
 from tests.helpers.strategies import kept
 from tests.helpers.zoo import zoo
 

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from random import Random
 
 import pytest
+from tests.helpers.step_check import check as check_step
 
 from autopar.ir.sharding import Mesh
 from autopar.ir.strategy import Strategy, Training
 from autopar.runtime.launch import run_stages
-from autopar.runtime.recorder import Executed
 from autopar.simulator.microbatches import Division
-from autopar.simulator.prices import promise
 from autopar.simulator.recomputation import recomputation
-from tests.distributed.test_pipelines import check as check_stages
-from tests.helpers.cases import Case, call, case, outcome, run, training_step
+from tests.helpers.cases import Case, call, case, divided, promised, run, training_step
 from tests.helpers.pool import pool
+from tests.helpers.stage_check import check as check_stages
 from tests.helpers.stages import (
     ALONE,
     PAIR,
-    divided,
     in_order,
     looped,
     strategy_of,
@@ -36,21 +33,9 @@ DATA_AND_TENSOR = Mesh((("data", 2), ("tensor", 2)))
 
 
 def check(of: Case, part: Division, strategy: Strategy) -> None:
-    """Loss, gradients and parameters are those of one process; collectives those promised."""
+    """It does recompute, and trains as one process does."""
     assert recomputation(part.graph, part.rules, strategy).again
-    found = pool().run(strategy.mesh.size, outcome, of, strategy)[0]
-    assert found is not None
-    assert found.loss < 1e-9
-    assert found.gradient < 1e-9, found.worst_gradient
-    assert found.parameter < 1e-8
-    assert Counter(found.executed) == promised(part, strategy)
-
-
-def promised(part: Division, strategy: Strategy) -> Counter[Executed]:
-    counts: Counter[Executed] = Counter()
-    for one in promise(part.graph, part.rules, strategy):
-        counts[Executed(one.kind, one.phase, one.axis, one.bytes)] += one.count
-    return counts
+    check_step(of, strategy)
 
 
 def splittable(name: str) -> int:

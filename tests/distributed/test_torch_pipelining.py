@@ -21,9 +21,9 @@ from autopar.runtime.launch import run_stages
 from autopar.runtime.lowering import divisors
 from autopar.runtime.pipeline import PipelineStep
 from autopar.runtime.step import TrainingStep
-from tests.helpers.cases import Case, case, relative
+from tests.helpers.cases import Case, case, divided, relative
 from tests.helpers.pool import pool
-from tests.helpers.stages import ALONE, PAIR, divided, looped, strategy_of
+from tests.helpers.stages import ALONE, PAIR, looped, strategy_of
 from tests.helpers.zoo import zoo
 
 MICROBATCHES = 4

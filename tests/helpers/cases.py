@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +21,8 @@ from autopar.runtime.lowering import lower_microbatch
 from autopar.runtime.recorder import Executed
 from autopar.runtime.step import OPTIMIZERS, TrainingStep
 from autopar.runtime.storage import from_module
-from autopar.simulator.microbatches import division
+from autopar.simulator.microbatches import Division, division
+from autopar.simulator.prices import promise
 from tests.helpers.zoo import Inputs, zoo
 
 STEPS = 3
@@ -51,6 +53,19 @@ class Outcome:
 def case(name: str, dropout: float = 0.0) -> Case:
     model, inputs = zoo(name, dropout=dropout)
     return Case(name, extract(model, inputs, name=name), dropout)
+
+
+@lru_cache(maxsize=None)
+def divided(of: OperatorGraph, count: int) -> Division:
+    return division(of, count)
+
+
+def promised(of: Division, strategy: Strategy) -> Counter[Executed]:
+    """Collectives of a step."""
+    counts: Counter[Executed] = Counter()
+    for one in promise(of.graph, of.rules, strategy):
+        counts[Executed(one.kind, one.phase, one.axis, one.bytes)] += one.count
+    return counts
 
 
 @dataclass(frozen=True)
@@ -117,7 +132,7 @@ def run(step: TrainingStep, inputs: Inputs) -> tuple[Run, dict[Executed, int]]:
 def training_step(case: Case, strategy: Strategy) -> tuple[TrainingStep, Inputs]:
     model, inputs = zoo(case.name, dropout=case.dropout)
     communicator = communicator_of(strategy.mesh)
-    program = lower_microbatch(division(case.graph, strategy.microbatches), strategy)
+    program = lower_microbatch(divided(case.graph, strategy.microbatches), strategy)
     state = from_module(model, case.graph, strategy, communicator.rank, torch.device("cpu"))
     return TrainingStep(program, strategy, state, communicator), inputs
 

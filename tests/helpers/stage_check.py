@@ -13,10 +13,10 @@ from autopar.simulator.pipeline import Instant, Pipeline, StageCost
 from autopar.simulator.pipelines import evaluate_stages
 from autopar.simulator.stages import Pipelined, pipelined
 from autopar.simulator.timeline import simulate
-from tests.helpers.cases import Case
+from tests.helpers.cases import Case, divided
 from tests.helpers.fake_prices import FakePrices
 from tests.helpers.pool import pool
-from tests.helpers.stages import Found, divided, pipeline_outcome
+from tests.helpers.stages import Found, pipeline_outcome
 
 CHUNKS = {
     "gpipe": 1,

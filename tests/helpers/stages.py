@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import pairwise
 from random import Random
 
@@ -18,19 +17,14 @@ from autopar.runtime.launch import run_stages
 from autopar.runtime.pipeline import Trace
 from autopar.runtime.recorder import Executed
 from autopar.runtime.verify_stages import one_recorder
-from autopar.simulator.microbatches import Division, division
-from tests.helpers.cases import STEPS, Case, Outcome, Run, call, compare, one_process
+from autopar.simulator.microbatches import Division
+from tests.helpers.cases import STEPS, Case, Outcome, Run, call, compare, divided, one_process
 from tests.helpers.strategies import random_split, random_storage
 from tests.helpers.zoo import zoo
 
 ALONE = Mesh((("data", 1),))
 PAIR = Mesh((("data", 2),))
 PLAIN = Training("sgd")
-
-
-@lru_cache(maxsize=None)
-def divided(of: OperatorGraph, count: int) -> Division:
-    return division(of, count)
 
 
 def in_order(graph: OperatorGraph, stages: int) -> list[tuple[str, ...]]:

@@ -14,15 +14,8 @@ from autopar.ir.strategy import Strategy, Training
 from autopar.runtime import room
 from autopar.simulator.stages import pipelined
 from tests.helpers import fake_plans
-from tests.helpers.cases import case
-from tests.helpers.stages import (
-    ALONE,
-    PAIR,
-    divided,
-    in_order,
-    looped,
-    strategy_of,
-)
+from tests.helpers.cases import case, divided
+from tests.helpers.stages import ALONE, PAIR, in_order, looped, strategy_of
 from tests.helpers.zoo import zoo
 
 

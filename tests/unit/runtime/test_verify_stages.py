@@ -24,7 +24,7 @@ from autopar.schedules import SCHEDULES
 from autopar.simulator.microbatches import division
 from autopar.simulator.pipelines import evaluate_stages
 from autopar.simulator.stages import pipelined
-from tests.helpers.cases import case
+from tests.helpers.cases import case, divided
 from tests.helpers.fake_prices import FakePrices
 from tests.helpers.staged_plans import CLIPPED, blocks, chain, in_two
 from tests.helpers.stages import (
@@ -32,7 +32,6 @@ from tests.helpers.stages import (
     PAIR,
     Layout,
     by,
-    divided,
     in_order,
     looped,
     strategy_of,

@@ -21,10 +21,10 @@ from autopar.simulator.row_memory import MOST_UNDER_WAY
 from autopar.simulator.stage_memory import StageBytes
 from autopar.simulator.staged import block_starts, even_cuts, runs, staged
 from autopar.simulator.stages import Move, pipelined
-from tests.helpers.cases import case
+from tests.helpers.cases import case, divided
 from tests.helpers.fake_prices import FakePrices
 from tests.helpers.staged_plans import ALONE, blocks, chain
-from tests.helpers.stages import PAIR, divided, in_order, looped, strategy_of
+from tests.helpers.stages import PAIR, in_order, looped, strategy_of
 from tests.helpers.strategies import one_stage, replicate
 
 PRICES = FakePrices(devices=8)

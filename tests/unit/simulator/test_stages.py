@@ -15,9 +15,9 @@ from autopar.ir.sharding import Mesh, local_shape
 from autopar.ir.strategy import Strategy
 from autopar.schedules import SCHEDULES
 from autopar.simulator.stages import Move, messages, pipelined
-from tests.helpers.cases import case
+from tests.helpers.cases import case, divided
 from tests.helpers.emulated import held
-from tests.helpers.stages import ALONE, PAIR, Layout, divided, in_order, looped, strategy_of
+from tests.helpers.stages import ALONE, PAIR, Layout, in_order, looped, strategy_of
 
 ONE, TWO = Mesh((("a", 1),)), Mesh((("a", 2),))
 SIX, GRID = Mesh((("a", 3), ("b", 2))), Mesh((("a", 2), ("b", 2)))
