@@ -9,20 +9,29 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autopar.errors import AutoparError, VerificationError
+from autopar.errors import VerificationError
 from autopar.ir.graph import ITEM_BYTES
 from autopar.ir.schedule import Action
 from autopar.ir.sharding import local_shape
-from autopar.ir.simulation import HOLDERS, WORLD, Estimate, Memory, RowEstimate
+from autopar.ir.simulation import HOLDERS, WORLD, Estimate, RowEstimate
 from autopar.ir.strategy import Strategy
 from autopar.runtime.batches import Batches
+from autopar.runtime.dry_run import (
+    DryRun,
+    Seen,
+    check_rank,
+    fake_inputs,
+    fake_state,
+    fake_world,
+    watched,
+)
 from autopar.runtime.launch import communicators_of
 from autopar.runtime.lowering import LoweredProgram, PartedBackward, lower_stage
 from autopar.runtime.pipeline import PipelineStep, Trace
@@ -31,30 +40,18 @@ from autopar.runtime.repetition import ShortenedRow
 from autopar.runtime.shared_gradients import groups_of
 from autopar.runtime.step import TrainingStep
 from autopar.runtime.typecheck import typecheck as check_types
-from autopar.runtime.verify import (
-    CollectiveRow,
-    arguments_of,
-    collective_difference,
-    compared,
-    fake,
-    fake_state,
-    fake_world,
-    keep,
-    make_optimizer_states,
-    memory_difference,
-)
-from autopar.runtime.watch import MemoryWatch, Piece, Watch, device_for_dry_runs
+from autopar.runtime.watch import MemoryWatch, Watch, device_for_dry_runs
 from autopar.simulator.messages import Message
 from autopar.simulator.microbatches import Division
 from autopar.simulator.shared_gradients import Alike
 from autopar.simulator.stages import Move, Pipelined, pipelined
 
 
-@dataclass(frozen=True)
-class RankReport:
+@dataclass(frozen=True, kw_only=True)
+class RankReport(DryRun):
     """What a dry run of ``rank`` found, which stands for all of ``ranks``.
 
-    ``sent``: (row, row, bytes promised, bytes sent). The other fields as in ``verify.Report``.
+    ``sent``: (row, row, bytes promised, bytes sent).
     """
 
     rank: int
@@ -63,19 +60,7 @@ class RankReport:
     stages: tuple[int, ...]
     actions: int
     most_in_flight: int
-    collectives: tuple[CollectiveRow, ...]
     sent: tuple[tuple[int, int, int, int], ...]
-    promised_memory: Memory
-    measured_peak_bytes: int
-    measured_peak_at: str
-    kept_bytes: int
-    at_peak: tuple[Piece, ...] = field(repr=False)
-    differences: tuple[str, ...] = ()
-
-    @property
-    def memory_error(self) -> float:
-        """(promised - measured) / measured."""
-        return self.promised_memory.total_bytes / self.measured_peak_bytes - 1
 
 
 @dataclass(frozen=True)
@@ -92,10 +77,7 @@ class StagesReport:
         return not self.differences
 
     def to_json(self) -> str:
-        ranks = [
-            {**asdict(one), "at_peak": [asdict(piece) for piece in one.at_peak[:20]]}
-            for one in self.ranks
-        ]
+        ranks = [one.to_data() for one in self.ranks]
         return json.dumps({"ok": self.ok, **asdict(self), "ranks": ranks}, indent=1)
 
 
@@ -115,10 +97,8 @@ def verify_stages(
     """
     assert estimate.pipeline is not None
     plan = pipelined(division, strategy)
-    if rank is not None and not 0 <= rank < plan.world_size:
-        raise AutoparError(
-            f"the plan is for the ranks 0 to {plan.world_size - 1}, not for rank {rank}"
-        )
+    if rank is not None:
+        check_rank(rank, plan.world_size)
     groups = alike(plan) if rank is None else [(rank,)]
     dry = _DryRuns(plan, division, typecheck)
     found = []
@@ -224,74 +204,49 @@ class _DryRuns:
     def report(self, ranks: tuple[int, ...], row: RowEstimate) -> RankReport:
         rank = ranks[0]
         with fake_world(self.plan.world_size, rank):
-            step, watch, kept_bytes, mistyped = self._run(rank)
-        collectives = tuple(compared(row.collectives, watch.executed))
-        sent = tuple(_sent(promised_bytes(self.plan, rank), step.trace))
+            step, seen = self._run(rank)
+        trace = step.trace
+        sent = tuple(_sent(promised_bytes(self.plan, rank), trace))
         actions = self.plan.arranged().rows[step.row]
-        memory = watch.memory
+        found = seen.against(
+            row.collectives,
+            row.memory,
+            beside=(
+                *_sent_differences(sent),
+                *_order_differences(actions, row.most_in_flight, trace),
+            ),
+            least=not set(row.devices) <= set(ranks),
+        )
         return RankReport(
+            **vars(found),
             rank=rank,
             ranks=ranks,
             row=step.row,
             stages=row.stages,
-            actions=len(step.trace.actions),
-            most_in_flight=step.trace.most_in_flight,
-            collectives=collectives,
+            actions=len(trace.actions),
+            most_in_flight=trace.most_in_flight,
             sent=sent,
-            promised_memory=row.memory,
-            measured_peak_bytes=memory.peak_bytes,
-            measured_peak_at=memory.peak_at,
-            kept_bytes=kept_bytes,
-            at_peak=memory.at_peak(),
-            differences=(
-                *mistyped,
-                *map(collective_difference, (r for r in collectives if r.promised != r.executed)),
-                *(
-                    f"{promised} bytes from row {a} to row {b} promised, {executed} sent"
-                    for a, b, promised, executed in sent
-                    if promised != executed
-                ),
-                *_order_differences(actions, row.most_in_flight, step.trace),
-                *(
-                    memory_difference(row.memory, memory)
-                    if self._counts(ranks, row, memory)
-                    else ()
-                ),
-            ),
         )
 
-    def _counts(self, ranks: tuple[int, ...], row: RowEstimate, memory: MemoryWatch) -> bool:
-        """What is promised is for the devices of the row that need most: others may need less."""
-        everyone = set(row.devices) <= set(ranks)
-        return everyone or memory.peak_bytes > row.memory.total_bytes
-
-    def _run(self, rank: int) -> tuple[PipelineStep, Watch, int, tuple[str, ...]]:
+    def _run(self, rank: int) -> tuple[PipelineStep, Seen]:
         plan, graph, device = self.plan, self.division.whole, self.device
         communicators = communicators_of(plan, rank, device.type, alone=True)
         groups = groups_of(plan, rank, alone=True)
-        memory = MemoryWatch()
         with self.mode:
             held = {}
             for stage, communicator in communicators.items():
                 part = plan.parts[stage]
                 state = fake_state(part.graph, part.strategy, device)
                 held[stage] = TrainingStep(self._program(stage), part.strategy, state, communicator)
-                make_optimizer_states(held[stage])
-                keep(memory, held[stage])
-            inputs = {name: fake(graph, name, device) for name in graph.inputs}
+            inputs = fake_inputs(graph, device)
             batches = Batches(self.division, plan.strategy.training, device)
             step = PipelineStep(plan, rank, held, batches, groups)
-            watch = Watch(memory, one_recorder(step))
-            watch.memory.ignore(inputs.values())
-            kept_bytes = watch.memory.live_bytes
-            watch.memory.restart()
-            args, kwargs = arguments_of(graph, inputs)
+            watch = Watch(MemoryWatch(), one_recorder(step))
             row = step.instructions = ShortenedRow(step, watch)
-            with watch:
-                step(*args, **kwargs)
+            kept_bytes = watched(step, held.values(), watch, graph, inputs)
             step.trace.actions = list(row.actions())
             mistyped = tuple(self._mistyped(step, inputs)) if self.typecheck else ()
-        return step, watch, kept_bytes, mistyped
+        return step, Seen(watch, kept_bytes, mistyped)
 
     def _program(self, stage: int) -> LoweredProgram:
         if stage not in self.programs:
@@ -364,6 +319,12 @@ def promised_bytes(plan: Pipelined, rank: int) -> Counter[tuple[int, int]]:
 def _sent(promised: Counter[tuple[int, int]], trace: Trace) -> Iterator[tuple[int, int, int, int]]:
     for pair in sorted({*promised, *trace.sent_bytes}):
         yield (*pair, promised[pair], trace.sent_bytes[pair])
+
+
+def _sent_differences(sent: Iterable[tuple[int, int, int, int]]) -> Iterator[str]:
+    for a, b, promised, executed in sent:
+        if promised != executed:
+            yield f"{promised} bytes from row {a} to row {b} promised, {executed} sent"
 
 
 def _order_differences(actions: tuple[Action, ...], in_flight: int, trace: Trace) -> Iterable[str]:
