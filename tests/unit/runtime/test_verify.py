@@ -79,7 +79,10 @@ def test_statistics_of_a_bfloat16_batch_norm_keep_their_promise(seed: int) -> No
     assert report.ok, report.differences
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert", "vit", "t5", "transformer_encoder"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2", "bert", "vit", "transformer_encoder", pytest.param("t5", marks=pytest.mark.slow)],
+)
 def test_dropout_keeps_its_promise(name: str) -> None:
     graph = graph_of(name, dropout=0.1)
     report = report_of(graph, drawn(graph, mesh((2, 2)), 5, Training()), rank=3)

@@ -136,7 +136,7 @@ def test_the_whole_batch_is_taken_at_once_where_memory_does_not_bind() -> None:
     assert not any("microbatches" in line for line in told)
 
 
-@pytest.mark.parametrize("share", [1.8, 2.5])
+@pytest.mark.parametrize("share", [1.8, pytest.param(2.5, marks=pytest.mark.slow)])
 def test_no_other_number_of_microbatches_is_faster(share: float) -> None:
     """Of what is found without proofs: that is what the number is chosen by."""
     asked = on_few_meshes("gpt", share, None)
