@@ -6,6 +6,8 @@ READY := $(VENV)/.ready
 # gloo processes and pytest workers share the cores: one thread each
 export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
+# of the slow ones, those in these files or folders: make test-slow TESTS=tests/unit/simulator
+TESTS ?=
 
 .PHONY: help demo test test-slow validate lint format types imports docs schema clean
 
@@ -24,11 +26,11 @@ demo: $(READY)  ## plan a small GPT for four processes of this machine, and run 
 	$(BIN)/python -m autopar explain build/demo/plan.json
 	$(BIN)/python -m autopar run build/demo/plan.json examples/gpt/model.py --steps 5 --compare
 
-test: lint  ## everything this machine can test (needs no GPU; under 12 minutes on two cores)
+test: lint  ## everything this machine can test (needs no GPU; about 14 minutes of one core)
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
 
-test-slow: $(READY)  ## the tests that take long
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m slow --timeout 1800
+test-slow: $(READY)  ## the tests that take long, all or those in TESTS
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m slow --timeout 1800 $(TESTS)
 
 validate: $(READY)  ## predictions beside published runs: make validate CSV=rows.csv
 	@test -n "$(CSV)" || { echo 'give the rows: make validate CSV="a.csv b.csv" (benchmarks/README.md has their columns)'; exit 2; }

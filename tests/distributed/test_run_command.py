@@ -124,8 +124,8 @@ def test_a_token_that_the_table_does_not_have_is_said_to_be_one(tmp_path: Path) 
         "def inputs(): return (torch.tensor([0, 16, 3, 99]),)\n"
         "def loss(outputs, inputs): return outputs.square().mean()\n"
     )
-    arguments = ("--topology", "1x1xh100-sxm", "-o", tmp_path / "plan.json")
-    assert autopar("plan", tmp_path / "model.py", *arguments).returncode == 0
+    plan = api.plan(str(tmp_path / "model.py"), topology="1x1xh100-sxm")
+    save_plan(plan, tmp_path / "plan.json")
     done = autopar("run", tmp_path / "plan.json", "--steps", 1)
     assert done.returncode == 2
     assert "the batch of inputs() has an index" in done.stderr
