@@ -43,10 +43,25 @@ class Collective:
     within: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class HostTime:
+    """What devices wait for beside work and collectives, because their host does one thing after
+    the other: ``view_s`` for an operator that gives its input another shape, forward or backward;
+    ``pass_s`` for the forward or the backward of a microbatch, beside its operators."""
+
+    view_s: float = 0.0
+    pass_s: float = 0.0
+
+
 class CostModel(Protocol):
     """Seconds for work and for collectives. Unknown questions raise ``KeyError`` or ``ValueError``;
-    nothing is free by default. A machine of more than two tiers has ``units``, too: see
-    ``units_of``."""
+    nothing is free by default.
+
+    A machine of more than two tiers has ``units``, too: see ``units_of``. One whose devices wait
+    for their hosts has a ``host_time``. One whose devices share what they compute with answers for
+    all of them busy, and says with ``alone_speed`` how many times as fast one is when the others
+    idle.
+    """
 
     @property
     def devices(self) -> int: ...
@@ -70,6 +85,12 @@ def units_of(cost_model: CostModel) -> tuple[int, ...]:
     """Sizes of the units in which devices share links, innermost first; the last is all of them."""
     found: tuple[int, ...] | None = getattr(cost_model, "units", None)
     return (cost_model.scale_up_devices, cost_model.devices) if found is None else found
+
+
+def host_time_of(cost_model: CostModel) -> HostTime:
+    """Nothing unless the cost model says otherwise: a host prepares ahead of its devices."""
+    found: HostTime | None = getattr(cost_model, "host_time", None)
+    return HostTime() if found is None else found
 
 
 def members_in_units(groups: Iterable[Sequence[int]], units: Sequence[int]) -> tuple[int, ...]:

@@ -11,10 +11,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from cost_models.interface import Collective, CollectiveKind, Work
+from cost_models.interface import Collective, CollectiveKind, HostTime, Work
 
 FORMAT = "autopar-profile"
-VERSION = 1
+VERSION = 2
+READ_VERSIONS = (1, 2)
+"""The first had no ``view_s`` and no ``pass_s``, which are then taken to be nothing, and no
+``alone_speed``."""
 COLLECTIVE_KINDS: tuple[CollectiveKind, ...] = (
     "all_reduce",
     "all_gather",
@@ -65,7 +68,9 @@ class Profile:
 
     All devices work at once during each measurement. ``operator_s``: what any operator takes,
     however small (Python, dispatch, autograd), averaged over forward and backward.
-    ``call_s``: the part of it that every measured ``Product`` and ``Pass`` contains.
+    ``call_s``: the part of it that every measured ``Product`` and ``Pass`` contains. ``view_s`` and
+    ``pass_s`` as in ``HostTime``. ``alone_speed``: how many times as fast a device is when the
+    others idle: processes on fewer cores, cores that share a memory.
     """
 
     machine: str
@@ -79,6 +84,9 @@ class Profile:
     products: tuple[Product, ...]
     passes: tuple[Pass, ...]
     exchanges: tuple[Exchange, ...]
+    view_s: float = 0.0
+    pass_s: float = 0.0
+    alone_speed: float = 1.0
 
 
 def profile_to_json(profile: Profile) -> dict[str, Any]:
@@ -89,12 +97,14 @@ def profile_from_json(data: Any) -> Profile:
     """Raises ``ProfileError`` when this is not a profile of this version."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ProfileError("this is not a profile; `autopar profile` makes one")
-    if data.get("version") != VERSION:
+    if data.get("version") not in READ_VERSIONS:
         raise ProfileError(
             f"the profile has version {data.get('version')!r}, this autopar reads {VERSION}; "
             "measure again with `autopar profile`"
         )
     try:
+        if data["version"] == 1:
+            data = {"view_s": 0.0, "pass_s": 0.0, "alone_speed": 1.0, **data}
         values = {f.name: data[f.name] for f in fields(Profile)}
         profile = Profile(
             **{
@@ -118,7 +128,11 @@ def _check(profile: Profile) -> None:
     seconds = [p.seconds for p in profile.products] + [p.seconds for p in profile.passes]
     seconds += [e.seconds for e in profile.exchanges]
     seconds += [profile.operator_s, profile.call_s, profile.devices, profile.memory_bytes]
-    if not all(isinstance(s, int | float) and 0 < s < math.inf for s in seconds):
+    seconds += [profile.alone_speed]
+    beside = [profile.view_s, profile.pass_s]
+    if not all(isinstance(s, int | float) and 0 < s < math.inf for s in seconds) or not all(
+        isinstance(s, int | float) and 0 <= s < math.inf for s in beside
+    ):
         raise ProfileError("the profile has times that are not positive; measure again")
     if not profile.passes or not any(p.kind == "matmul" for p in profile.products):
         raise ProfileError("the profile has no matmul or no pass over memory; measure again")
@@ -183,6 +197,14 @@ class Profiled:
     @property
     def memory_bytes(self) -> int:
         return self.profile.memory_bytes
+
+    @property
+    def alone_speed(self) -> float:
+        return self.profile.alone_speed
+
+    @property
+    def host_time(self) -> HostTime:
+        return HostTime(self.profile.view_s, self.profile.pass_s)
 
     def compute_time_s(self, work: Work) -> float:
         known = self._computed.get(work)

@@ -26,6 +26,7 @@ import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from platformdirs import user_cache_path
 
 from autopar.errors import AutoparError
+from autopar.runtime.sample_program import LONG, SHORT, Programs, alone, microbatch, sample_graph
 from cost_models.profiled import (
     Exchange,
     Pass,
@@ -74,6 +75,12 @@ BIGGER_ON_GPU = 8
 
 MORE_BYTES_ON_GPU = 16
 """The same of the bytes of passes and exchanges: up to 512 MB, which no cache holds."""
+
+LEAST_S = 1e-9
+"""Of what is the difference of two measurements, which noise may have the wrong way round."""
+
+ALONE_S, ALONE_ROUNDS = 0.06, 8
+"""How long a device is measured with and without the others, and how often."""
 
 FORWARD_AND_BACKWARD = 3.5
 """Flops of fused attention's forward and backward, in forwards: 2 products forward, 5 backward."""
@@ -172,12 +179,14 @@ def save(profile_: Profile, path: Path) -> None:
 
 
 def _kept(path: Path, devices: int) -> Profile | None:
-    """The profile in the cache, unless it is damaged or of other software."""
+    """The profile in the cache, unless it is damaged, of other software, or says less than now."""
     try:
         kept = read_profile(path)
     except ProfileError:
         return None
-    return kept if kept.devices == devices and kept.software == _software() else None
+    whole = kept.view_s > 0  # earlier versions did not measure views
+    alike = kept.devices == devices and kept.software == _software()
+    return kept if whole and alike else None
 
 
 def _software() -> tuple[tuple[str, str], ...]:
@@ -283,12 +292,13 @@ class _Question:
 def _measured(bench: _Bench, seconds: float, report: Report) -> Profile:
     overheads, products = bench.overheads(), [*bench.matmuls(), *bench.attentions()]
     passes, exchanges = bench.passes(), bench.exchanges()
-    parts = ((overheads, 0.08), (products, 0.4), (passes, 0.2), (exchanges, 0.32))
+    parts = ((overheads, 0.12), (products, 0.38), (passes, 0.2), (exchanges, 0.3))
     questions = [question for part, _ in parts for question in part]
     budgets_s = [share * seconds / len(part) for part, share in parts for _ in part]
     times = bench.times_s(questions, budgets_s, report)
     answers = [q.answer(time_s) for q, time_s in zip(questions, times, strict=True)]
-    operator_s, call_s = (a for a in answers if isinstance(a, float))
+    call_s, *of_programs = (a for a in answers if isinstance(a, float))
+    programs = Programs(*of_programs)
     return Profile(
         machine=machine_fingerprint(),
         device=torch.cuda.get_device_name() if bench.on_gpu else _processor(),
@@ -300,11 +310,15 @@ def _measured(bench: _Bench, seconds: float, report: Report) -> Profile:
         ),
         software=_software(),
         date=datetime.now(UTC).date().isoformat(),
-        operator_s=operator_s,
+        # no operator is quicker than the cheapest call; noise may say so of the rest
+        operator_s=max(programs.operator_s, call_s),
         call_s=call_s,
         products=tuple(a for a in answers if isinstance(a, Product)),
         passes=tuple(a for a in answers if isinstance(a, Pass)),
         exchanges=tuple(a for a in answers if isinstance(a, Exchange)),
+        view_s=max(programs.view_s, LEAST_S),
+        pass_s=max(programs.pass_s, LEAST_S),
+        alone_speed=bench.alone_speed(),
     )
 
 
@@ -323,21 +337,13 @@ class _Bench:
         return [size * (MORE_BYTES_ON_GPU if self.on_gpu else 1) for size in on_cpu]
 
     def overheads(self) -> list[_Question]:
-        """An operator of a chain, its share of autograd included; and a single small call."""
-        length = 100
+        """A single small call, and a microbatch of each of the sample programs."""
         small = torch.ones(16, device=self.device)
-        leaf = torch.ones(16, device=self.device, requires_grad=True)
-
-        def chain() -> None:
-            value = leaf
-            for _ in range(length):
-                value = value * small
-            torch.autograd.grad(value.sum(), leaf)
-
-        return [
-            _Question(chain, lambda seconds: seconds / (2 * length)),
-            _Question(lambda: torch.mul(small, small), lambda seconds: seconds),
-        ]
+        communicator = alone()
+        graphs = (sample_graph(SHORT), sample_graph(LONG), sample_graph(LONG, views=True))
+        calls: list[Callable[[], Any]] = [lambda: torch.mul(small, small)]
+        calls += [microbatch(graph, communicator, self.device) for graph in graphs]
+        return [_Question(call, _seconds) for call in calls]
 
     def matmuls(self) -> list[_Question]:
         times = BIGGER_ON_GPU if self.on_gpu else 1
@@ -469,6 +475,22 @@ class _Bench:
             )
         return self._mean([median(times) for times in zip(*rounds, strict=True)])
 
+    def alone_speed(self) -> float:
+        """How many times as fast the first rank is when the others wait for it; at least 1."""
+        calls = (self._matmul((1, 256, 256, 256), torch.float32), self._large_pass())
+        questions = [_Question(call, _seconds) for call in calls]
+        ratios = []
+        for question in questions * ALONE_ROUNDS:
+            dist.barrier()
+            (together_s,) = self._mean([self._steady_s(question, ALONE_S)])
+            alone_s = self._steady_s(question, ALONE_S) if dist.get_rank() == 0 else 0.0
+            ratios.append(together_s / (self._mean([alone_s])[0] * self.devices))
+        return min(max(1.0, median(ratios)), float(self.devices))
+
+    def _large_pass(self) -> Callable[[], Any]:
+        values = torch.randn(self._sizes(PASS_BYTES)[3] // 8, device=self.device)
+        return partial(torch.mul, values, 2.0)
+
     def _once_s(self, question: _Question) -> float:
         question.call()  # the first call allocates and chooses kernels
         return self._repeated_s(question, 1)
@@ -500,6 +522,10 @@ class _Bench:
         total = torch.tensor(seconds, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return [float(value) for value in total / self.devices]
+
+
+def _seconds(seconds: float) -> float:
+    return seconds
 
 
 def _three_passes(rows: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -112,8 +113,8 @@ class Watch(Listening):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         name = func._schema.name.partition("::")[2]
-        if name == "wait_tensor":
-            return args[0]  # so does the real one; the fake one makes a new tensor
+        if name == "wait_tensor" and isinstance(args[0], FakeTensor):
+            return args[0]  # so does the real one, which waits; the fake one makes a new tensor
         result = super().__torch_dispatch__(func, types, args, kwargs)
         self.memory.see(_tensors(result), name, self.recorder.phase)
         return result

@@ -24,7 +24,9 @@ from cost_models.interface import (
     Collective,
     CollectiveKind,
     CostModel,
+    HostTime,
     Work,
+    host_time_of,
     members_in_units,
     units_of,
 )
@@ -47,6 +49,10 @@ class Costs:
     devices: tuple[int, ...] = ()
     _edges: dict[object, float] = field(default_factory=dict)
 
+    @cached_property
+    def host(self) -> HostTime:
+        return host_time_of(self.cost_model)
+
     # ---- compute -------------------------------------------------------------------------------
 
     def operator_s(
@@ -55,7 +61,7 @@ class Costs:
         """Forward and backward compute of one rank; ``differentiable``: which inputs need a
         gradient (none: no backward)."""
         if bound.rule.kind == "view":
-            return 0.0, 0.0
+            return self.host.view_s, self.host.view_s * any(differentiable)
         local = tuple(bound.local_sizes(split, self.mesh).values())
         key = (id(bound), local, differentiable)
         found = self.compute_cache.get(key)

@@ -33,7 +33,14 @@ def critical_path(timeline: Timeline) -> list[Piece]:
     Where a task waited for two that ended at the same moment, the one before it in its row counts,
     then what it reads, then what had its link.
     """
-    return _Back(timeline).path()
+    if timeline.stretched is None:
+        return _Back(timeline).path()
+    before, clock = timeline.stretched
+    return [
+        piece._replace(start_s=start_s, end_s=end_s)
+        for piece in _Back(before).path()
+        for start_s, end_s in [clock.of([piece.start_s, piece.end_s])]
+    ]
 
 
 def shares_of_step(timeline: Timeline) -> dict[str, Time]:

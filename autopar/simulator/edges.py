@@ -74,6 +74,11 @@ class ParameterEdge:
         return self.storage.optimizer if self.per_step else self.storage.gradient
 
     @property
+    def summed(self) -> Sharding:
+        """How the gradients of microbatches lie when they are added up."""
+        return gradient(self.target) if self.per_step else self.destination
+
+    @property
     def gathers(self) -> bool:
         """Whether the forward communicates."""
         return any(

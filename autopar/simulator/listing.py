@@ -374,6 +374,7 @@ class Listing:
             tuple(flows),
             tuple(self._kept()),
             np.array([self.memory_limit_bytes] * 2, dtype=float),
+            fixed_time_s=2 * self.costs.host.pass_s * self.microbatches,
             fixed_memory_bytes=float(self._constant_bytes),
         )
 

@@ -22,7 +22,7 @@ from autopar.ir.sharding import (
 )
 from autopar.ir.strategy import Storage, Training
 from autopar.simulator.memory import optimizer_bytes_per_element
-from autopar.simulator.prices import update_time_s
+from autopar.simulator.prices import sum_time_s, update_time_s
 from autopar.simulator.redistribution_table import (
     Codes,
     RedistributionTable,
@@ -190,7 +190,15 @@ class ParameterPrices:
         back = np.array([code(gradient(sharding(int(t), self.axes))) for t in unique])[inverse]
         destination = np.where(late, offers.optimizer, offers.gradient)
         backward = self._forward_s(spec, back, destination)
-        return np.asarray(forward + backward * np.where(late, 1, self.microbatches))
+        moved = forward + backward * np.where(late, 1, self.microbatches)
+        return np.asarray(moved + self._sum_s(spec, np.where(late, back, destination)))
+
+    def _sum_s(self, spec: TensorSpec, summed: Codes) -> Seconds:
+        """Adding up the gradients of all microbatches where they lie so."""
+        pieces, inverse = np.unique(self._pieces(summed), return_inverse=True)
+        costs = self.table.costs
+        sums = [sum_time_s(spec.bytes / int(n), self.microbatches, spec, costs) for n in pieces]
+        return np.array(sums)[inverse]
 
     def update_s(self, spec: TensorSpec, offers: Offers) -> Seconds:
         """The optimizer on its shard, and the parameter made whole again from the shards."""

@@ -34,6 +34,8 @@ from autopar.simulator.pipeline import Pipeline, StageCost, StageMemory, Synchro
 from autopar.simulator.prices import StageParts, stage_parts
 from autopar.simulator.row_memory import FeedBytes, RowStates, row_memory, row_states
 from autopar.simulator.shared_gradients import SharedGradient, exchange_bytes
+from autopar.simulator.sharing import alone
+from autopar.simulator.sharing import shared as shared_timeline
 from autopar.simulator.stage_memory import StageBytes, stage_bytes
 from autopar.simulator.stages import Boundary, Pipelined, StagePart, pipelined
 from autopar.simulator.timeline import Timeline, play
@@ -107,6 +109,10 @@ class StagePrices:
     _known: dict[Hashable, PricedStage] = field(default_factory=dict)
     _costs: dict[Hashable, Costs] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Each device as if it shared with nobody; timelines say how much they do."""
+        self.cost_model = alone(self.cost_model)
+
     def of(
         self,
         part: StagePart,
@@ -120,6 +126,7 @@ class StagePrices:
         place = within_units(units_of(self.cost_model), part.mesh, devices)
         key = (
             part.content,
+            part.division.count,  # gradients of all but the first are added
             place,
             parted,
             tuple(name in handed_on for name in part.given),
@@ -203,7 +210,10 @@ class PricedPipeline:
 
     @cached_property
     def timeline(self) -> Timeline:
-        return play(self.plan.arranged(self.pipeline.wiring), self.pipeline)
+        played = play(self.plan.arranged(self.pipeline.wiring), self.pipeline)
+        return shared_timeline(
+            played, [len(group) for group in self.plan.groups], self.prices.cost_model
+        )
 
     @property
     def step_time_s(self) -> float:

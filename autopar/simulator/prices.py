@@ -22,7 +22,7 @@ from autopar.simulator.edges import (
     stored_alike,
 )
 from autopar.simulator.folding import Folded, whole
-from autopar.simulator.memory import optimizer_bytes_per_element, peak_memory
+from autopar.simulator.memory import local_bytes, optimizer_bytes_per_element, peak_memory
 from autopar.simulator.recomputation import Recomputation, check_recompute, recomputation
 from autopar.simulator.redistribution import Transfer, transfers
 from autopar.simulator.stages import StagePart
@@ -52,8 +52,8 @@ def evaluate(
     forward_s, backward_s = _operators_s(seen, rules, strategy, costs, again)
     moved_forward_s, moved_backward_s = _local_moves_s(needed, strategy, costs)
     times = strategy.microbatches
-    forward_s = (forward_s + moved_forward_s) * times
-    backward_s = (backward_s + moved_backward_s) * times
+    forward_s = (forward_s + moved_forward_s + costs.host.pass_s) * times
+    backward_s = (backward_s + moved_backward_s + costs.host.pass_s) * times
     optimizer_s = sum(
         optimizer_time_s(tensor.spec, storage, strategy.training, costs) * count
         for tensor, storage, count in stored_alike(graph, strategy)
@@ -125,6 +125,7 @@ def stage_parts(part: StagePart, costs: Costs, *, parted: bool = False) -> Stage
         there_s, back_s = _parameter_moves_s(edge, costs)
         collectives_s = sum(map(costs.transfer_s, edge.backward_transfers(costs.mesh)))
         moved_s += there_s * count
+        weight_s += _sum_s(edge, part.division.count, costs) * count
         if edge.per_step:
             reduction_s += (back_s + collectives_s) * count
         else:
@@ -133,11 +134,11 @@ def stage_parts(part: StagePart, costs: Costs, *, parted: bool = False) -> Stage
     stored = [one for one in stored_alike(graph, strategy) if one[0].differentiable]
     communication_s = _total_s((*once, *again), "backward")
     return StageParts(
-        forward_compute_s=forward_s + moved_s,
+        forward_compute_s=forward_s + moved_s + costs.host.pass_s,
         forward_communication_s=_total_s(once, "forward"),
-        input_compute_s=input_s + moved_back_s,
+        input_compute_s=input_s + moved_back_s + costs.host.pass_s,
         input_communication_s=communication_s - weight_communication_s,
-        weight_compute_s=weight_s,
+        weight_compute_s=weight_s + costs.host.pass_s * parted,
         weight_communication_s=weight_communication_s,
         reduction_s=reduction_s,
         optimizer_s=sum(
@@ -404,6 +405,7 @@ def _local_moves_s(needed: Needed, strategy: Strategy, costs: Costs) -> tuple[fl
         there, back = _parameter_moves_s(parameter_edge, costs)
         forward += there * count
         backward += back * count / (strategy.microbatches if parameter_edge.per_step else 1)
+        backward += _sum_s(parameter_edge, strategy.microbatches, costs) * count
     return forward, backward
 
 
@@ -414,6 +416,20 @@ def _parameter_moves_s(edge: ParameterEdge, costs: Costs) -> tuple[float, float]
         return forward, 0.0
     source = gradient(edge.target)
     return forward, costs.moves_s(edge.spec, source, edge.destination, backward=False)
+
+
+def _sum_s(edge: ParameterEdge, microbatches: int, costs: Costs) -> float:
+    """Of each microbatch's backward, what adds its gradient to those of the others."""
+    if not edge.trainable:
+        return 0.0
+    size = local_bytes(edge.spec, edge.summed, costs.mesh)
+    return sum_time_s(size, microbatches, edge.spec, costs) / microbatches
+
+
+def sum_time_s(size_bytes: float, microbatches: int, spec: TensorSpec, costs: Costs) -> float:
+    """Adding up as many gradients of this size: of each but the first two are read, one is
+    written."""
+    return (microbatches - 1) * costs.memory_bound_s(3.0 * size_bytes, spec.dtype)
 
 
 def optimizer_time_s(spec: TensorSpec, storage: Storage, training: Training, costs: Costs) -> float:

@@ -22,6 +22,9 @@ from fractions import Fraction
 from itertools import chain
 from typing import Literal, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from autopar.errors import AutoparError
 from autopar.ir.schedule import KINDS, Kind, Rows, most_in_flight, weight_copies
 from autopar.ir.simulation import Memory
@@ -237,11 +240,27 @@ def exchange_time(exchange: Exchange, pipeline: Pipeline) -> tuple[Time, tuple[H
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Clock:
+    """What the times of a timeline are in another one in which some moments take longer; straight
+    lines between ``times``, which rise from 0."""
+
+    times: NDArray[np.float64]
+    become: NDArray[np.float64]
+
+    def of(self, times: Sequence[Time]) -> list[Time]:
+        found: list[Time] = np.interp(
+            np.array(times, dtype=float), self.times, self.become
+        ).tolist()
+        return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Timeline:
     """When each task of ``arrangement`` starts and ends, and what can be read off that.
 
     ``lengths``: of the actions. ``starts``, ``ends``: of all tasks; a transfer has arrived
-    ``passages[route].latency_s`` after its end.
+    ``passages[route].latency_s`` after its end. ``stretched``: the timeline that this one was made
+    of (``sharing``), in which what waits for what can be seen by times that are equal.
     """
 
     arrangement: Arrangement
@@ -250,6 +269,7 @@ class Timeline:
     passages: list[Passage]
     starts: list[Time]
     ends: list[Time]
+    stretched: tuple[Timeline, Clock] | None = None
 
     @property
     def rows(self) -> Rows:
