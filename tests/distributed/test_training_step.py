@@ -18,9 +18,22 @@ from autopar.ir.sharding import Mesh
 from autopar.ir.strategy import Storage, Strategy, Training
 from autopar.ops import bound_rules
 from autopar.runtime.lowering import lower
+from autopar.runtime.rehearsal import _peak_bytes
 from autopar.runtime.step import TrainingStep
 from autopar.runtime.storage import from_function, from_module
-from tests.helpers.cases import Case, call, case, communicator_of, relative, run, training_step
+from autopar.runtime.verify import verify_division
+from autopar.simulator.prices import evaluate
+from tests.helpers.cases import (
+    Case,
+    call,
+    case,
+    communicator_of,
+    divided,
+    relative,
+    run,
+    training_step,
+)
+from tests.helpers.fake_prices import FakePrices
 from tests.helpers.pool import pool
 from tests.helpers.strategies import one_stage, random_strategy, replicate
 from tests.helpers.zoo import zoo
@@ -48,6 +61,27 @@ def trained(of: Case, strategy: Strategy) -> bytes:
     buffer = io.BytesIO()
     torch.save({"loss": found.loss, **found.parameters}, buffer)
     return buffer.getvalue()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_peak_of_processes_is_that_of_the_dry_run(seed: int) -> None:
+    """What a collective works on is let go of when it is through."""
+    of = case("gpt")
+    part = divided(of.graph, 2)
+    plain = random_strategy(part.graph, part.rules, FOUR, Random(seed))
+    strategy = replace(plain, microbatches=2)
+    estimate = evaluate(part.graph, part.rules, FakePrices(), strategy)
+    report = verify_division(part, strategy, estimate, typecheck=False)
+    assert any("all_gather" in c.kind for c in report.collectives)
+    found = max(pool().run(4, peak_bytes, of, strategy))
+    assert found == pytest.approx(report.measured_peak_bytes, rel=0.01)
+
+
+def peak_bytes(of: Case, strategy: Strategy) -> int:
+    step, inputs = training_step(of, strategy)
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+    step(*args, **kwargs)
+    return _peak_bytes(step, args, kwargs)
 
 
 def test_mixed_precision_steps_a_master_copy_that_bfloat16_could_not_hold() -> None:

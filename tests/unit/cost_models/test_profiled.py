@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cost_models import Collective, CollectiveKind, Profiled, ProfileError, Work, cost_model
+from cost_models.interface import HostTime, host_time_of
 from cost_models.profiled import (
     COLLECTIVE_KINDS,
     Exchange,
@@ -216,6 +217,8 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
         ({"products": []}, "no matmul"),
         ({"products": [{"kind": "matmul"}]}, "damaged"),
         ({"operator_s": 0}, "not positive"),
+        ({"view_s": -1.0}, "not positive"),
+        ({"alone_speed": 0}, "not positive"),
         ({"call_s": "fast"}, "not positive"),
         ({"exchanges": 3}, "damaged"),
     ],
@@ -223,6 +226,17 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
 def test_a_broken_foreign_or_newer_profile_is_refused(change: dict[str, Any], says: str) -> None:
     with pytest.raises(ProfileError, match=says):
         profile_from_json({**profile_to_json(ideal()), **change})
+
+
+def test_a_profile_of_the_first_version_is_read_as_it_was_meant() -> None:
+    made = ideal(view_s=1e-6, pass_s=1e-5, alone_speed=2.0)
+    assert profile_from_json(profile_to_json(made)) == made
+    data = {**profile_to_json(made), "version": 1}
+    for name in ("view_s", "pass_s", "alone_speed"):
+        del data[name]
+    assert profile_from_json(data) == ideal()
+    assert host_time_of(Profiled(made)) == HostTime(1e-6, 1e-5)
+    assert Profiled(made).alone_speed == 2.0
 
 
 def test_a_file_that_is_no_profile_is_named(tmp_path: Path) -> None:
