@@ -67,14 +67,14 @@ def peak_memory(
 
     ``folded``: as for ``prices.evaluate``.
     """
-    return _Walk(whole(graph) if folded is None else folded, graph, rules, strategy).memory()
+    return MemoryWalk(folded or whole(graph), graph, rules, strategy).memory()
 
 
 def saved_bytes(
     graph: OperatorGraph, rules: Rules, strategy: Strategy, folded: Folded | None = None
 ) -> int:
     """What one microbatch keeps on a device from its forward for its backward."""
-    return _Walk(whole(graph) if folded is None else folded, graph, rules, strategy).saved_bytes()
+    return MemoryWalk(folded or whole(graph), graph, rules, strategy).saved_bytes()
 
 
 STAYING = ("activations", "gradients")
@@ -82,7 +82,7 @@ STAYING = ("activations", "gradients")
 
 
 @dataclass(slots=True, eq=False)
-class _Block:
+class Block:
     """A piece of device memory, and how many need it still; in a folded graph each of ``copies``
     has one."""
 
@@ -97,7 +97,7 @@ class _Block:
 
 
 @dataclass(frozen=True, slots=True)
-class _Footprint:
+class Footprint:
     """What one operator does to memory under one split; equal operators share it.
 
     ``wanted`` and ``produced``: the shardings of inputs and outputs, with their local bytes.
@@ -142,11 +142,17 @@ class _Move:
         return max((b + sum(step) for b, step in zip(befores, self.steps, strict=False)), default=0)
 
 
-class _Walk:
-    """Where the walk stands: what is alive by kind, blocks by what they hold, and the peak.
+class MemoryWalk:
+    """A step in the order in which the runtime executes it, and where the walk stands in it: what
+    is alive by kind, blocks by what they hold, and the peak.
 
-    ``copies``: for how many the operator stands that the walk is at. ``parameters``: the graph that
-    was folded, whose parameters are all kept.
+    A whole step is ``keep_state``, for each microbatch ``forward`` and ``backward``, and
+    ``update``. Who walks otherwise (a stage, action by action) calls these and what they consist
+    of, or does some of it in another way: what arrives (``given_bytes``), where the backward begins
+    (``seeds``), the backward of an operator, what happens when gradients are reduced. ``copies``:
+    for how many the operator stands that the walk is at. ``parameters``: the graph that was folded,
+    whose parameters are all kept. ``given`` and ``ends``: how what comes from elsewhere arrives,
+    and how what is made for elsewhere is left.
     """
 
     def __init__(
@@ -171,8 +177,8 @@ class _Walk:
         self.peak = 0
         self.at_peak = dict(self.live)
         self.where = "start"
-        self.blocks: dict[Key, _Block] = {}
-        self._footprints: dict[object, _Footprint] = {}
+        self.blocks: dict[Key, Block] = {}
+        self._footprints: dict[object, Footprint] = {}
         self._moves: dict[object, _Move] = {}
         self.footprints = [self._footprint(operator) for operator in graph.operators]
         self.again = recomputation(graph, rules, strategy)
@@ -180,28 +186,28 @@ class _Walk:
             (e.parameter, e.target): e
             for e in parameter_edges(graph, rules, strategy, self.again.again)
         }
-        self.kept: list[dict[Key, _Block]] = []
-        self.gathered_again: dict[str, list[_Block]] = {}
+        self.kept: list[dict[Key, Block]] = []
+        self.gathered_again: dict[str, list[Block]] = {}
         self.indices = {o.name: i for i, o in enumerate(graph.operators)}
         self.savers = self._savers()
-        self.arrived: dict[Key, _Block] = {}
-        self.arrivals: list[_Block] = []
+        self.arrived: dict[Key, Block] = {}
+        self.arrivals: list[Block] = []
         self.home: dict[str, Sharding] = {}
         self.made: list[list[Key]] = []
         self.reads: Counter[Key] = Counter()
         self._plan_versions()
 
     def memory(self) -> Memory:
-        self._keep()
+        self.keep_state()
         # in the second microbatch the gradients of the first are there; the others are like it
         for _ in range(min(2, self.strategy.microbatches)):
-            self._backward(self._forward())
-        self._update()
+            self.backward(self.forward())
+        self.update()
         kinds = {f"{kind}_bytes": size for kind, size in self.at_peak.items()}
         return Memory(**kinds, at=self.where)
 
     def saved_bytes(self) -> int:
-        self._forward()
+        self.forward()
         return self.live["activations"]
 
     # ---- blocks --------------------------------------------------------------------------------
@@ -215,19 +221,19 @@ class _Walk:
             self.at_peak["temporaries"] += extra_bytes
             self.where = where
 
-    def allocate(self, size_bytes: int, kind: str) -> _Block:
-        block = _Block(size_bytes, kind, self.copies)
+    def allocate(self, size_bytes: int, kind: str) -> Block:
+        block = Block(size_bytes, kind, self.copies)
         self.total += block.held_bytes
         self.live[kind] += block.held_bytes
         return block
 
-    def release(self, block: _Block) -> None:
+    def release(self, block: Block) -> None:
         block.users -= 1
         if block.users == 0:
             self.total -= block.held_bytes
             self.live[block.kind] -= block.held_bytes
 
-    def relabel(self, block: _Block, kind: str) -> None:
+    def relabel(self, block: Block, kind: str) -> None:
         self.total -= block.held_bytes
         self.live[block.kind] -= block.held_bytes
         block.kind = kind
@@ -236,7 +242,7 @@ class _Walk:
 
     # ---- what is known before ------------------------------------------------------------------
 
-    def _footprint(self, operator: Operator) -> _Footprint:
+    def _footprint(self, operator: Operator) -> Footprint:
         bound, split = self.rules[operator.name], self.strategy.splits[operator.name]
         by_name = self.graph.by_name
         ins = tuple([by_name[name].differentiable for name in operator.inputs])
@@ -281,7 +287,9 @@ class _Walk:
             self.reads[key] += 1
         self.made.append(made)
 
-    def _move(self, spec: TensorSpec, source: Sharding, target: Sharding, backward: bool) -> _Move:
+    def move_between(
+        self, spec: TensorSpec, source: Sharding, target: Sharding, backward: bool
+    ) -> _Move:
         key = (spec, source, target, backward)
         found = self._moves.get(key)
         if found is None:
@@ -292,7 +300,7 @@ class _Walk:
             found = self._moves[key] = _path_memory(spec, source, path, self.mesh)
         return found
 
-    def moved(self, block: _Block | None, move: _Move, kind: str, where: str) -> _Block:
+    def moved(self, block: Block | None, move: _Move, kind: str, where: str) -> Block:
         """The block after the move, whose first step is a use of ``block``; ``None``: of what is
         stored."""
         for staging, size in move.steps:
@@ -306,7 +314,8 @@ class _Walk:
 
     # ---- forward -------------------------------------------------------------------------------
 
-    def _keep(self) -> None:
+    def keep_state(self) -> None:
+        """What is there from step to step: parameters, optimizer states, buffers, constants."""
         training = self.strategy.training
         for tensor, storage, count in stored_alike(self.parameters, self.strategy):
             size = local_bytes(tensor.spec, storage.parameter, self.mesh)
@@ -320,14 +329,14 @@ class _Walk:
             for tensor in self.graph.of_role(role):
                 self.allocate(tensor.spec.bytes, "parameters")
 
-    def _forward(self) -> list[list[_Block]]:
+    def forward(self) -> list[list[Block]]:
         """What each operator saved."""
         saved = []
         self.kept = [{} for _ in self.again.segments]
         for key in list(self.blocks):
-            self._forget(key)  # what the last microbatch returned
+            self.forget(key)  # what the last microbatch returned
         for name, sharding in self.given.items():
-            size = self._given_bytes(name, sharding)
+            size = self.given_bytes(name, sharding)
             block = self.blocks[name, sharding] = self.allocate(size, "activations")
             block.users += 1  # who gave it keeps it for the backward
             self.arrivals.append(block)
@@ -355,13 +364,14 @@ class _Walk:
                 self._read(key, reads)
             for key in zip(operator.outputs, footprint.produced, strict=True):
                 if not reads[key]:
-                    self._forget(key)
+                    self.forget(key)
         self.copies = 1
         for key in self.made[-1]:
             self._make(key, "end of the forward", reads)
         return saved
 
-    def _given_bytes(self, name: str, sharding: Sharding) -> int:
+    def given_bytes(self, name: str, sharding: Sharding) -> int:
+        """What arrives takes of this device's memory."""
         return local_bytes(self.graph.spec(name), sharding, self.mesh)
 
     def _make(self, key: Key, operator: str, reads: Counter[Key]) -> None:
@@ -371,7 +381,7 @@ class _Walk:
         where = f"{name} for {operator}"
         home = self.home.get(name)
         if home is not None:
-            move = self._move(tensor.spec, home, target, False)
+            move = self.move_between(tensor.spec, home, target, False)
             block = self.blocks.get((name, home))
             if block is not None:
                 block.users += 1
@@ -384,15 +394,15 @@ class _Walk:
             if tensor.role is Role.PARAMETER
             else (INVARIANT,) * len(target)
         )
-        move = self._move(tensor.spec, stored, target, False)
+        move = self.move_between(tensor.spec, stored, target, False)
         if not move.in_place:
             kind = "buffers" if tensor.role is Role.PARAMETER else "temporaries"
             self.blocks[key] = self.moved(None, move, kind, where)
 
-    def _save(self, operator: Operator, footprint: _Footprint) -> list[_Block]:
+    def _save(self, operator: Operator, footprint: Footprint) -> list[Block]:
         """Hold what autograd keeps, and what segments are run again from. Gathered parameters are
         not kept but gathered again, recomputed tensors made again."""
-        held: list[_Block] = []
+        held: list[Block] = []
         recomputed = operator.name in self.again.recomputed
         if footprint.own_bytes and not recomputed:
             held.append(self.allocate(footprint.own_bytes, "activations"))
@@ -400,10 +410,10 @@ class _Walk:
             key = operator.inputs[index], footprint.wanted[index]
             edge = self.edges.get(key)
             if key not in self.again.segment_of and (edge is None or not edge.gathers):
-                self._hold(key, held)
+                self.hold(key, held)
         for index in footprint.saved_outputs:
             if not recomputed:
-                self._hold((operator.outputs[index], footprint.produced[index]), held)
+                self.hold((operator.outputs[index], footprint.produced[index]), held)
         number = self.again.again.get(operator.name)
         if number is not None:
             for key in dict.fromkeys(zip(operator.inputs, footprint.wanted, strict=True)):
@@ -411,10 +421,11 @@ class _Walk:
                     self.kept[number].update((key, block) for block in self._held(key))
         return held
 
-    def _hold(self, key: Key, held: list[_Block]) -> None:
+    def hold(self, key: Key, held: list[Block]) -> None:
+        """Keep a version beside who has it, in ``held``."""
         held += self._held(key)
 
-    def _held(self, key: Key) -> Iterator[_Block]:
+    def _held(self, key: Key) -> Iterator[Block]:
         """The block of a version, kept by one more; none where it is stored anyway."""
         block = self.blocks.get(key)
         if block is not None:
@@ -436,43 +447,44 @@ class _Walk:
     def _read(self, key: Key, reads: Counter[Key]) -> None:
         reads[key] -= 1
         if not reads[key]:
-            self._forget(key)
+            self.forget(key)
 
-    def _forget(self, key: Key) -> None:
+    def forget(self, key: Key) -> None:
+        """The forward needs a version no more."""
         block = self.blocks.pop(key, None)
         if block is not None:
             self.release(block)
 
     # ---- backward ------------------------------------------------------------------------------
 
-    def _backward(self, saved: list[list[_Block]]) -> dict[Key, _Block]:
+    def backward(self, saved: list[list[Block]]) -> dict[Key, Block]:
         """In the exact reverse of the forward, redistributions included; what is left are the
         gradients of what was given."""
-        gradients = self._seeds()
-        self._move_back(self.made[-1], gradients)
+        gradients = self.seeds()
+        self.move_back(self.made[-1], gradients)
         for index in range(len(self.footprints) - 1, -1, -1):
             operator, footprint = self.graph.operators[index], self.footprints[index]
             self.copies = self.weights[index]
             if footprint.carries_gradient:
                 for number in self.again.before.get(operator.name, ()):
                     self._run_again(number, saved)
-                self._operator_backward(operator, footprint, gradients, saved[index])
-            self._move_back(self.made[index], gradients)
+                self.operator_backward(operator, footprint, gradients, saved[index])
+            self.move_back(self.made[index], gradients)
         self.copies = 1
         return gradients
 
-    def _seeds(self) -> dict[Key, _Block]:
+    def seeds(self) -> dict[Key, Block]:
         """Where the backward begins."""
         whole = (INVARIANT,) * len(self.mesh.axes)
         size = self.graph.spec(self.graph.loss).bytes
         return {(self.graph.loss, whole): self.allocate(size, "temporaries")}
 
-    def _operator_backward(
+    def operator_backward(
         self,
         operator: Operator,
-        footprint: _Footprint,
-        gradients: dict[Key, _Block],
-        saved: list[_Block],
+        footprint: Footprint,
+        gradients: dict[Key, Block],
+        saved: list[Block],
     ) -> None:
         incoming = [
             block
@@ -482,7 +494,7 @@ class _Walk:
         where = f"{operator.name} backward"
         gathered = self.gathered_again.pop(operator.name, None)
         saved += self._regathered(operator, footprint, where) if gathered is None else gathered
-        outgoing: list[tuple[Key, _Block, int]] = []
+        outgoing: list[tuple[Key, Block, int]] = []
         by_name = self.graph.by_name
         for key, size, differentiable, passes in zip(
             zip(operator.inputs, footprint.wanted, strict=True),
@@ -507,28 +519,28 @@ class _Walk:
         for key, block, size in outgoing:
             self._add(gradients, key, block, where, size)
 
-    def _regathered(self, operator: Operator, footprint: _Footprint, where: str) -> list[_Block]:
+    def _regathered(self, operator: Operator, footprint: Footprint, where: str) -> list[Block]:
         """Parameters that this backward gathers again."""
         keys = ((operator.inputs[i], footprint.wanted[i]) for i in footprint.saved_inputs)
         return list(self._gathered(dict.fromkeys(keys), where).values())
 
-    def _gathered(self, keys: Iterable[Key], where: str) -> dict[Key, _Block]:
+    def _gathered(self, keys: Iterable[Key], where: str) -> dict[Key, Block]:
         found = {}
         for key in keys:
             edge = self.edges.get(key)
             if edge is not None and edge.gathers:
-                move = self._move(edge.spec, edge.storage.parameter, edge.target, False)
+                move = self.move_between(edge.spec, edge.storage.parameter, edge.target, False)
                 found[key] = self.moved(None, move, "buffers", where)
         return found
 
     # ---- recomputation -------------------------------------------------------------------------
 
-    def _run_again(self, number: int, saved: list[list[_Block]]) -> None:
+    def _run_again(self, number: int, saved: list[list[Block]]) -> None:
         """Make again what a segment did not keep. It stays for those that save it until their
         backward; the rest goes when it was read, and what was kept for this goes in the end."""
         segment = self.again.segments[number]
         remade, run_again = dict(segment.remade), set(segment.again)
-        made: dict[Key, _Block] = dict(self.kept[number])
+        made: dict[Key, Block] = dict(self.kept[number])
         reads = self._reads_of(segment)
         for index in self._steps_of(segment):
             for key in self.made[index]:
@@ -560,11 +572,11 @@ class _Walk:
         self,
         key: Key,
         source: Key,
-        made: dict[Key, _Block],
+        made: dict[Key, Block],
         reads: Counter[Key],
-        saved: list[list[_Block]],
+        saved: list[list[Block]],
     ) -> None:
-        move = self._move(self.graph.spec(key[0]), source[1], key[1], False)
+        move = self.move_between(self.graph.spec(key[0]), source[1], key[1], False)
         block = made.get(source)
         if block is not None:
             block.users += 1
@@ -576,9 +588,9 @@ class _Walk:
     def _operator_again(
         self,
         index: int,
-        made: dict[Key, _Block],
+        made: dict[Key, Block],
         reads: Counter[Key],
-        saved: list[list[_Block]],
+        saved: list[list[Block]],
     ) -> None:
         operator, footprint = self.graph.operators[index], self.footprints[index]
         where = f"{operator.name} again"
@@ -586,7 +598,7 @@ class _Walk:
         gathered = self._gathered(versions, where)
         base = made.get(next(iter(versions), ("", ()))) if footprint.aliases else None
         outputs = list(zip(operator.outputs, footprint.produced, strict=True))
-        new: list[tuple[Key, _Block]] = []
+        new: list[tuple[Key, Block]] = []
         for key, size in zip(outputs, footprint.produced_bytes, strict=True):
             if not footprint.aliases:
                 new.append((key, self.allocate(size, "temporaries")))
@@ -613,10 +625,10 @@ class _Walk:
     def _remade(
         self,
         key: Key,
-        block: _Block,
-        made: dict[Key, _Block],
+        block: Block,
+        made: dict[Key, Block],
         reads: Counter[Key],
-        saved: list[list[_Block]],
+        saved: list[list[Block]],
     ) -> None:
         """A version is there again: for those that save it, and while it is read."""
         for index in self.savers.get(key, ()):
@@ -627,16 +639,16 @@ class _Walk:
         else:
             self.release(block)
 
-    def _read_again(self, key: Key, made: dict[Key, _Block], reads: Counter[Key]) -> None:
+    def _read_again(self, key: Key, made: dict[Key, Block], reads: Counter[Key]) -> None:
         reads[key] -= 1
         if not reads[key] and key in made and key in self.again.segment_of:
             self.release(made.pop(key))
 
     def _add(
         self,
-        gradients: dict[_K, _Block],
+        gradients: dict[_K, Block],
         key: _K,
-        block: _Block,
+        block: Block,
         where: str,
         size_bytes: int | None = None,
     ) -> None:
@@ -652,7 +664,7 @@ class _Walk:
         self.release(before)
         self.release(block)
 
-    def _move_back(self, made: Sequence[Key], gradients: dict[Key, _Block]) -> None:
+    def move_back(self, made: Sequence[Key], gradients: dict[Key, Block]) -> None:
         """The gradients of versions travel to where the tensor was made or is stored."""
         for key in reversed(made):
             block = gradients.pop(key, None)
@@ -663,21 +675,21 @@ class _Walk:
             where = f"{name} gradient"
             if name in self.home:
                 home = self.home[name]
-                move = self._move(tensor.spec, home, target, True)
+                move = self.move_between(tensor.spec, home, target, True)
                 self._add(gradients, (name, home), self.moved(block, move, "buffers", where), where)
             elif tensor.role is Role.PARAMETER:
                 self._arrive(key, block, where)
             else:
                 self.release(block)
 
-    def _arrive(self, key: Key, block: _Block, where: str) -> None:
+    def _arrive(self, key: Key, block: Block, where: str) -> None:
         """A parameter's gradient waits for the step, where those of earlier microbatches are."""
         edge = self.edges[key]
         self.relabel(block, "gradients")
         if edge.per_step:
             self._add(self.arrived, key, block, where)
             return
-        move = self._move(edge.spec, gradient(edge.target), edge.destination, False)
+        move = self.move_between(edge.spec, gradient(edge.target), edge.destination, False)
         block.users += 1
         moved = self.moved(block, move, "gradients", where)
         self._add(self.arrived, key, moved, where)
@@ -685,12 +697,12 @@ class _Walk:
 
     # ---- update --------------------------------------------------------------------------------
 
-    def _update(self) -> None:
+    def update(self) -> None:
         """Gradients go to the optimizer's shards; then they are scaled or cast, and used, a group
         of parameters at a time."""
-        reduced = self._reduce()
+        reduced = self.reduce()
         for key in list(self.blocks):
-            self._forget(key)
+            self.forget(key)
         training = self.strategy.training
         mixed = training.precision == "mixed"
         sizes = {
@@ -701,24 +713,25 @@ class _Walk:
         for names in update_groups(sizes):
             pieces = [sizes[name] for name in names if name in reduced]
             clipped = training.clip_norm is not None
-            copied = sum(sizes[n] for n in names if n in reduced and (clipped or self._cast(n)))
+            copied = sum(sizes[n] for n in names if n in reduced and (clipped or self.cast(n)))
             self.mark("optimizer step", copied + _update_bytes(pieces, training))
             for name in names:
                 self._refresh(name, mixed)
 
-    def _cast(self, name: str) -> bool:
+    def cast(self, name: str) -> bool:
         """Whether its gradient has another dtype than the optimizer takes."""
         return self.strategy.training.precision == "mixed"
 
-    def _reduce(self) -> dict[str, _Block]:
-        reduced: dict[str, _Block] = {}
+    def reduce(self) -> dict[str, Block]:
+        """Gradients, summed over microbatches, to the optimizer's shards."""
+        reduced: dict[str, Block] = {}
         for key, block in self.arrived.items():
             edge, where = self.edges[key], f"{key[0]} reduction"
             self.copies = block.copies
             here = gradient(edge.target) if edge.per_step else edge.destination
             for there in dict.fromkeys((edge.destination, edge.storage.optimizer)):
                 if here != there:
-                    move = self._move(edge.spec, here, there, False)
+                    move = self.move_between(edge.spec, here, there, False)
                     block.users += 1  # the caller's, until the last step
                     moved = self.moved(block, move, "gradients", where)
                     self.release(block)
@@ -731,7 +744,7 @@ class _Walk:
     def _refresh(self, name: str, mixed: bool) -> None:
         """The updated piece back to the parameter's dtype and storage."""
         storage, spec = self.strategy.storage[name], self.graph.spec(name)
-        move = self._move(spec, storage.optimizer, storage.parameter, False)
+        move = self.move_between(spec, storage.optimizer, storage.parameter, False)
         if not move.in_place:
             cast = local_bytes(spec, storage.optimizer, self.mesh) if mixed else 0
             self.mark(f"{name} update", cast + move.most_bytes)
@@ -746,7 +759,7 @@ def _footprint(
     split: Split,
     mesh: Mesh,
     differentiable: tuple[tuple[bool, ...], tuple[bool, ...]],
-) -> _Footprint:
+) -> Footprint:
     ins, outs = differentiable
     inputs, outputs = bound.shardings(split)
     wanted = tuple(canonical(s, d) for s, d in zip(inputs, ins, strict=True))
@@ -759,7 +772,7 @@ def _footprint(
     ]
     sizes = bound.local_sizes(split, mesh)
     forward, backward = workspace_bytes(operator, bound, sizes, ins, wanted_bytes, produced_bytes)
-    return _Footprint(
+    return Footprint(
         wanted=wanted,
         wanted_bytes=wanted_bytes,
         produced=produced,
@@ -840,7 +853,7 @@ def _is_scattered(placement: Placement) -> bool:
 # ---- parameters --------------------------------------------------------------------------------
 
 
-def _piece_bytes(walk: _Walk, name: str, mixed: bool) -> int:
+def _piece_bytes(walk: MemoryWalk, name: str, mixed: bool) -> int:
     """What the optimizer updates of a parameter."""
     spec, storage = walk.graph.spec(name), walk.strategy.storage[name]
     elements = prod(local_shape(spec.shape, storage.optimizer, walk.mesh))
@@ -855,7 +868,7 @@ def _update_bytes(pieces: Sequence[int], training: Training) -> int:
     return max((2 * b + a for a, b in pairwise((0, *pieces))), default=0)
 
 
-def _moved_piece_bytes(spec: TensorSpec, storage: Storage, walk: _Walk) -> int:
+def _moved_piece_bytes(spec: TensorSpec, storage: Storage, walk: MemoryWalk) -> int:
     """The optimizer's shard is a view of the parameter's, unless its pieces lie elsewhere or are
     put together from the parts of a dim."""
     if walk.strategy.training.precision == "mixed":

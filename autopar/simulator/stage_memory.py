@@ -16,7 +16,14 @@ from autopar.ir.sharding import Sharding
 from autopar.simulator.edges import canonical
 from autopar.simulator.folding import whole
 from autopar.simulator.layouts import Follow, Layouts
-from autopar.simulator.memory import KINDS, Key, _Block, _Footprint, _Walk, local_bytes
+from autopar.simulator.memory import (
+    KINDS,
+    Block,
+    Footprint,
+    Key,
+    MemoryWalk,
+    local_bytes,
+)
 from autopar.simulator.stages import StagePart
 from autopar.simulator.strides import Strides
 
@@ -93,7 +100,7 @@ class _Microbatch:
     first_given: tuple[int, ...]
 
 
-class _StageWalk(_Walk):
+class _StageWalk(MemoryWalk):
     """``base``: what was there before the microbatch. Blocks that are held beside those that
     autograd holds: ``departed`` until the last backward, ``returned`` until the end of the backward
     that reads them, ``retained`` until the end of ``W``. ``left``: by operator with parameters, the
@@ -113,11 +120,11 @@ class _StageWalk(_Walk):
         self.footprints = [self._with_copies(i) for i in range(len(self.footprints))]
         self.returns = part.returns
         self.index = {o.name: i for i, o in enumerate(self.graph.operators)}
-        self.departed: list[_Block] = []
-        self.returned: list[_Block] = []
-        self.retained: list[_Block] = []
-        self.left: dict[int, list[tuple[Key, _Block]]] = {}
-        self.put_off: dict[int, list[_Block]] = {}
+        self.departed: list[Block] = []
+        self.returned: list[Block] = []
+        self.retained: list[Block] = []
+        self.left: dict[int, list[tuple[Key, Block]]] = {}
+        self.put_off: dict[int, list[Block]] = {}
         self.always = self.base = self.reduced = NONE
         self.reduction = Moment(NONE, "")
 
@@ -125,7 +132,7 @@ class _StageWalk(_Walk):
         by_name = self.graph.by_name
 
         def in_place(name: str, source: Sharding, target: Sharding, backward: bool) -> bool:
-            return self._move(by_name[name].spec, source, target, backward).in_place
+            return self.move_between(by_name[name].spec, source, target, backward).in_place
 
         return Follow(
             self.graph,
@@ -141,7 +148,7 @@ class _StageWalk(_Walk):
             [footprint.carries_gradient for footprint in self.footprints],
         ).layouts()
 
-    def _with_copies(self, index: int) -> _Footprint:
+    def _with_copies(self, index: int) -> Footprint:
         """Of an operator, with copies of what lies otherwise than it can take."""
         found = self.footprints[index]
         if index in self.layouts.copied:
@@ -153,14 +160,14 @@ class _StageWalk(_Walk):
         return found
 
     def bytes(self) -> StageBytes:
-        self._keep()
+        self.keep_state()
         self.always = self.base = self._now()
         first = self._microbatch()
         gradients = minus(self._now(), self.always)
         self.base = self._now()
         later = self._microbatch()
         self._restart()
-        self._update()
+        self.update()
         last = "W" if self.parted else "B"
         moments = {**first.moments, last: later.moments[last]}
         moments |= {"R": self.reduction, "U": self._moment(self.always)}
@@ -179,12 +186,12 @@ class _StageWalk(_Walk):
 
     def _microbatch(self) -> _Microbatch:
         moments: dict[str, Moment] = {}
-        saved = self._begin("F", self._forward)
+        saved = self._begin("F", self.forward)
         self._keep_departing()
         moments["F"] = self._moment(self.base)
         after_forward = between = minus(self._now(), self.base)
         if self.parted:
-            given_back = self._begin("I", lambda: self._backward(saved))
+            given_back = self._begin("I", lambda: self.backward(saved))
             moments["I"] = self._moment(self.base)
             first_given = self._first_given(given_back)
             _let_go(self, given_back.values(), self.returned)
@@ -192,13 +199,13 @@ class _StageWalk(_Walk):
             self._begin("W", self._weight_gradients)
             moments["W"] = self._moment(self.always)
         else:
-            given_back = self._begin("B", lambda: self._backward(saved))
+            given_back = self._begin("B", lambda: self.backward(saved))
             moments["B"] = self._moment(self.always)
             first_given = self._first_given(given_back)
             _let_go(self, given_back.values(), self.returned, self.arrivals, self.departed)
         return _Microbatch(after_forward, between, moments, first_given)
 
-    def _first_given(self, given_back: dict[Key, _Block]) -> tuple[int, ...]:
+    def _first_given(self, given_back: dict[Key, Block]) -> tuple[int, ...]:
         blocks = [given_back.get(key) for key in self.given.items()]
         return tuple(
             place if block is None else next(i for i, b in enumerate(blocks) if b is block)
@@ -221,17 +228,17 @@ class _StageWalk(_Walk):
 
     # ---- what goes over boundaries -------------------------------------------------------------
 
-    def _given_bytes(self, name: str, sharding: Sharding) -> int:
-        return 0 if name in self.handed_on else super()._given_bytes(name, sharding)
+    def given_bytes(self, name: str, sharding: Sharding) -> int:
+        return 0 if name in self.handed_on else super().given_bytes(name, sharding)
 
     def _keep_departing(self) -> None:
         for name, sharding in self.ends.items():
             key = name, canonical(sharding, self.graph.by_name[name].differentiable)
-            self._hold(key, self.departed)
+            self.hold(key, self.departed)
         for key in list(self.blocks):
-            self._forget(key)
+            self.forget(key)
 
-    def _seeds(self) -> dict[Key, _Block]:
+    def seeds(self) -> dict[Key, Block]:
         """Gradients come back for what departed, and are kept while they are read."""
         found = {}
         for name, sharding in self.ends.items():
@@ -264,15 +271,15 @@ class _StageWalk(_Walk):
             for name in operator.inputs
         ]
 
-    def _operator_backward(
+    def operator_backward(
         self,
         operator: Operator,
-        footprint: _Footprint,
-        gradients: dict[Key, _Block],
-        saved: list[_Block],
+        footprint: Footprint,
+        gradients: dict[Key, Block],
+        saved: list[Block],
     ) -> None:
         if self.doing != "I":
-            super()._operator_backward(operator, footprint, gradients, saved)
+            super().operator_backward(operator, footprint, gradients, saved)
             return
         parameters = self._reads_parameters(operator)
         if any(parameters):
@@ -292,12 +299,12 @@ class _StageWalk(_Walk):
             block.users += 1  # autograd keeps it for W
         if not any(parameters):
             self.retained += saved
-        super()._operator_backward(operator, footprint, gradients, list(saved))
+        super().operator_backward(operator, footprint, gradients, list(saved))
 
     def _weight_gradients(self) -> None:
         """Operator by operator, in the order of the forward; then all of them to their places."""
         _let_go(self, self.arrivals, self.departed)
-        gradients: dict[Key, _Block] = {}
+        gradients: dict[Key, Block] = {}
         for index in sorted(self.left):
             operator, footprint = self.graph.operators[index], self.footprints[index]
             for key, block in self.left[index]:
@@ -305,26 +312,26 @@ class _StageWalk(_Walk):
                 gradients[key] = block
                 self.retained.append(block)
             wanted = _for_inputs(footprint, self._reads_parameters(operator))
-            super()._operator_backward(operator, wanted, gradients, self.put_off[index])
+            super().operator_backward(operator, wanted, gradients, self.put_off[index])
         for made in reversed(self.made):
-            self._move_back(made, gradients)
+            self.move_back(made, gradients)
         _let_go(self, self.retained)
         self.left, self.put_off = {}, {}
 
     # ---- the end of the step -------------------------------------------------------------------
 
-    def _cast(self, name: str) -> bool:
-        return name not in self.shared and super()._cast(name)
+    def cast(self, name: str) -> bool:
+        return name not in self.shared and super().cast(name)
 
-    def _reduce(self) -> dict[str, _Block]:
-        reduced = super()._reduce()
+    def reduce(self) -> dict[str, Block]:
+        reduced = super().reduce()
         self.reduction = self._moment(self.always)
         self.reduced = minus(self._now(), self.always)
         self._restart()
         return reduced
 
 
-def _let_go(walk: _Walk, *held: Iterable[_Block]) -> None:
+def _let_go(walk: MemoryWalk, *held: Iterable[Block]) -> None:
     for blocks in held:
         for block in list(blocks):
             walk.release(block)
@@ -332,7 +339,7 @@ def _let_go(walk: _Walk, *held: Iterable[_Block]) -> None:
             blocks.clear()
 
 
-def _with_copy(found: _Footprint) -> _Footprint:
+def _with_copy(found: Footprint) -> Footprint:
     """Of a view that is none, or of a product, which keeps the copy of its input."""
     if found.aliases:
         return replace(found, aliases=False)
@@ -345,7 +352,7 @@ def _with_copy(found: _Footprint) -> _Footprint:
     )
 
 
-def _for_inputs(footprint: _Footprint, wanted: Sequence[bool]) -> _Footprint:
+def _for_inputs(footprint: Footprint, wanted: Sequence[bool]) -> Footprint:
     """The backward into these inputs alone."""
     both = zip(footprint.differentiable, wanted, strict=True)
     return replace(footprint, differentiable=tuple(a and b for a, b in both))
