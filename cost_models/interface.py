@@ -59,8 +59,8 @@ class CostModel(Protocol):
 
     A machine of more than two tiers has ``units``, too: see ``units_of``. One whose devices wait
     for their hosts has a ``host_time``. One whose devices share what they compute with answers for
-    all of them busy, and says with ``alone_speed`` how many times as fast one is when the others
-    idle.
+    all of them busy, and has ``speeds``: (so many devices, how many times as fast each is when the
+    others idle), fewest first.
     """
 
     @property

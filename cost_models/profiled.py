@@ -17,7 +17,7 @@ FORMAT = "autopar-profile"
 VERSION = 2
 READ_VERSIONS = (1, 2)
 """The first had no ``view_s`` and no ``pass_s``, which are then taken to be nothing, and no
-``alone_speed``."""
+``speeds``."""
 COLLECTIVE_KINDS: tuple[CollectiveKind, ...] = (
     "all_reduce",
     "all_gather",
@@ -69,8 +69,8 @@ class Profile:
     All devices work at once during each measurement. ``operator_s``: what any operator takes,
     however small (Python, dispatch, autograd), averaged over forward and backward.
     ``call_s``: the part of it that every measured ``Product`` and ``Pass`` contains. ``view_s`` and
-    ``pass_s`` as in ``HostTime``. ``alone_speed``: how many times as fast a device is when the
-    others idle: processes on fewer cores, cores that share a memory.
+    ``pass_s`` as in ``HostTime``. ``speeds``: (so many devices, how many times as fast each is
+    when the others idle), fewest first: processes on fewer cores, cores that share a memory.
     """
 
     machine: str
@@ -86,7 +86,7 @@ class Profile:
     exchanges: tuple[Exchange, ...]
     view_s: float = 0.0
     pass_s: float = 0.0
-    alone_speed: float = 1.0
+    speeds: tuple[tuple[int, float], ...] = ()
 
 
 def profile_to_json(profile: Profile) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def profile_from_json(data: Any) -> Profile:
         )
     try:
         if data["version"] == 1:
-            data = {"view_s": 0.0, "pass_s": 0.0, "alone_speed": 1.0, **data}
+            data = {"view_s": 0.0, "pass_s": 0.0, "speeds": [], **data}
         values = {f.name: data[f.name] for f in fields(Profile)}
         profile = Profile(
             **{
@@ -116,6 +116,7 @@ def profile_from_json(data: Any) -> Profile:
                 ),
                 "passes": tuple(Pass(**p) for p in values["passes"]),
                 "exchanges": tuple(Exchange(**e) for e in values["exchanges"]),
+                "speeds": tuple((int(n), speed) for n, speed in values["speeds"]),
             }
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -128,7 +129,7 @@ def _check(profile: Profile) -> None:
     seconds = [p.seconds for p in profile.products] + [p.seconds for p in profile.passes]
     seconds += [e.seconds for e in profile.exchanges]
     seconds += [profile.operator_s, profile.call_s, profile.devices, profile.memory_bytes]
-    seconds += [profile.alone_speed]
+    seconds += [speed for _, speed in profile.speeds]
     beside = [profile.view_s, profile.pass_s]
     if not all(isinstance(s, int | float) and 0 < s < math.inf for s in seconds) or not all(
         isinstance(s, int | float) and 0 <= s < math.inf for s in beside
@@ -199,8 +200,8 @@ class Profiled:
         return self.profile.memory_bytes
 
     @property
-    def alone_speed(self) -> float:
-        return self.profile.alone_speed
+    def speeds(self) -> tuple[tuple[int, float], ...]:
+        return self.profile.speeds
 
     @property
     def host_time(self) -> HostTime:

@@ -79,8 +79,10 @@ MORE_BYTES_ON_GPU = 16
 LEAST_S = 1e-9
 """Of what is the difference of two measurements, which noise may have the wrong way round."""
 
-ALONE_S, ALONE_ROUNDS = 0.06, 8
-"""How long a device is measured with and without the others, and how often."""
+ALONE_SHARE, ALONE_ROUNDS = 0.015, 4
+"""How much longer measuring takes for each time that some devices are measured with and without the
+others, and how often. Shorter than some tenths of a second says nothing on a machine that is busy:
+who has waited is let go first."""
 
 FORWARD_AND_BACKWARD = 3.5
 """Flops of fused attention's forward and backward, in forwards: 2 products forward, 5 backward."""
@@ -318,7 +320,7 @@ def _measured(bench: _Bench, seconds: float, report: Report) -> Profile:
         exchanges=tuple(a for a in answers if isinstance(a, Exchange)),
         view_s=max(programs.view_s, LEAST_S),
         pass_s=max(programs.pass_s, LEAST_S),
-        alone_speed=bench.alone_speed(),
+        speeds=tuple(bench.speeds(ALONE_SHARE * seconds)),
     )
 
 
@@ -475,17 +477,25 @@ class _Bench:
             )
         return self._mean([median(times) for times in zip(*rounds, strict=True)])
 
-    def alone_speed(self) -> float:
-        """How many times as fast the first rank is when the others wait for it; at least 1."""
+    def speeds(self, budget_s: float) -> list[tuple[int, float]]:
+        """How many times as fast one rank, and each of half of them, is when the others wait."""
+        found: list[tuple[int, float]] = []
+        for few in sorted({1, self.devices // 2} - {0, self.devices}, reverse=True):
+            # fewer are no slower, and do not do more together than all
+            least, most = found[0][1] if found else 1.0, self.devices / few
+            found.insert(0, (few, min(max(least, self._speed(few, budget_s)), most)))
+        return found
+
+    def _speed(self, few: int, budget_s: float) -> float:
         calls = (self._matmul((1, 256, 256, 256), torch.float32), self._large_pass())
         questions = [_Question(call, _seconds) for call in calls]
         ratios = []
         for question in questions * ALONE_ROUNDS:
             dist.barrier()
-            (together_s,) = self._mean([self._steady_s(question, ALONE_S)])
-            alone_s = self._steady_s(question, ALONE_S) if dist.get_rank() == 0 else 0.0
-            ratios.append(together_s / (self._mean([alone_s])[0] * self.devices))
-        return min(max(1.0, median(ratios)), float(self.devices))
+            (together_s,) = self._mean([self._steady_s(question, budget_s)])
+            mine_s = self._steady_s(question, budget_s) if dist.get_rank() < few else 0.0
+            ratios.append(together_s / (self._mean([mine_s])[0] * self.devices / few))
+        return median(ratios)
 
     def _large_pass(self) -> Callable[[], Any]:
         values = torch.randn(self._sizes(PASS_BYTES)[3] // 8, device=self.device)

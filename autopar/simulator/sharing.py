@@ -19,9 +19,9 @@ from autopar.simulator.timeline import Clock, Timeline
 from cost_models.interface import Collective, CostModel, HostTime, Work, host_time_of, units_of
 
 
-def alone_speed_of(cost_model: CostModel) -> float:
-    """How many times as fast a device is when all others idle; 1 where they share nothing."""
-    return float(getattr(cost_model, "alone_speed", 1.0))
+def speeds_of(cost_model: CostModel) -> tuple[tuple[int, float], ...]:
+    """See ``CostModel``; none where devices share nothing."""
+    return tuple(getattr(cost_model, "speeds", ()))
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,18 @@ class Alone:
     """The prices of devices that share with nobody, from those of devices that are all busy."""
 
     all_busy: CostModel
-    speed: float
+
+    @property
+    def speed(self) -> float:
+        """How many times as fast as when all are busy."""
+        return max((speed for _, speed in speeds_of(self.all_busy)), default=1.0)
+
+    def slower(self, busy: NDArray[np.float64]) -> NDArray[np.float64]:
+        """How many times as long anything takes while so many devices are busy; between those that
+        are known on a straight line, as where cores are divided among all that want them."""
+        known = (*speeds_of(self.all_busy), (self.devices, 1.0))
+        counts, speeds = zip(*known, strict=True)
+        return np.interp(busy, counts, self.speed / np.array(speeds))
 
     @property
     def devices(self) -> int:
@@ -60,8 +71,7 @@ class Alone:
 
 
 def alone(cost_model: CostModel) -> CostModel:
-    speed = alone_speed_of(cost_model)
-    return cost_model if speed <= 1 else Alone(cost_model, speed)
+    return Alone(cost_model) if speeds_of(cost_model) else cost_model
 
 
 def shared(timeline: Timeline, sizes: Sequence[int], cost_model: CostModel) -> Timeline:
@@ -73,9 +83,8 @@ def shared(timeline: Timeline, sizes: Sequence[int], cost_model: CostModel) -> T
     if not isinstance(cost_model, Alone):
         return timeline
     times, busy = _busy(timeline, sizes)
-    # k busy devices do no more together than all of them
-    slower = np.maximum(1.0, cost_model.speed * busy / cost_model.devices)
-    clock = Clock(times, np.concatenate([[0.0], np.cumsum(np.diff(times) * slower)]))
+    passed = np.cumsum(np.diff(times) * cost_model.slower(busy))
+    clock = Clock(times, np.concatenate([[0.0], passed]))
     starts, ends = clock.of(timeline.starts), clock.of(timeline.ends)
     actions = timeline.arrangement.actions
     lengths: list[Time] = [b - a for a, b in zip(starts[:actions], ends[:actions], strict=True)]
@@ -106,4 +115,4 @@ def _busy(
     return times, busy
 
 
-__all__ = ["Alone", "alone", "alone_speed_of", "shared"]
+__all__ = ["Alone", "alone", "shared", "speeds_of"]

@@ -218,7 +218,7 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
         ({"products": [{"kind": "matmul"}]}, "damaged"),
         ({"operator_s": 0}, "not positive"),
         ({"view_s": -1.0}, "not positive"),
-        ({"alone_speed": 0}, "not positive"),
+        ({"speeds": [[1, 0]]}, "not positive"),
         ({"call_s": "fast"}, "not positive"),
         ({"exchanges": 3}, "damaged"),
     ],
@@ -229,14 +229,14 @@ def test_a_broken_foreign_or_newer_profile_is_refused(change: dict[str, Any], sa
 
 
 def test_a_profile_of_the_first_version_is_read_as_it_was_meant() -> None:
-    made = ideal(view_s=1e-6, pass_s=1e-5, alone_speed=2.0)
+    made = ideal(view_s=1e-6, pass_s=1e-5, speeds=((1, 2.0), (2, 1.5)))
     assert profile_from_json(profile_to_json(made)) == made
     data = {**profile_to_json(made), "version": 1}
-    for name in ("view_s", "pass_s", "alone_speed"):
+    for name in ("view_s", "pass_s", "speeds"):
         del data[name]
     assert profile_from_json(data) == ideal()
     assert host_time_of(Profiled(made)) == HostTime(1e-6, 1e-5)
-    assert Profiled(made).alone_speed == 2.0
+    assert Profiled(made).speeds == ((1, 2.0), (2, 1.5))
 
 
 def test_a_file_that_is_no_profile_is_named(tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ from tests.helpers.staged_plans import blocks, chain
 
 @dataclass(frozen=True)
 class Sharing(FakePrices):
-    alone_speed: float = 1.0
+    """Of which a device alone is twice as fast as all together, and so are two of four."""
+
+    speeds: tuple[tuple[int, float], ...] = ((1, 2.0), (2, 2.0))
 
 
 def divided_plainly(rows: Rows, pipeline: Pipeline, cores: float) -> float:
@@ -75,21 +77,26 @@ def _waits(action: Action, pipeline: Pipeline) -> set[Action]:
     return set()
 
 
-@pytest.mark.parametrize("speed", [1.5, 2.0, 4.0])
-def test_the_step_is_that_of_cores_divided_among_whoever_is_busy(speed: float) -> None:
+@pytest.mark.parametrize("cores", [1, 2])
+def test_the_step_is_that_of_cores_divided_among_whoever_is_busy(cores: int) -> None:
     for seed in range(12):
         costs = [StageCost(1.0 + (seed * k) % 3, 2.0 + (seed + k) % 4, 0.5) for k in range(4)]
         schedule = SCHEDULES[("gpipe", "1f1b")[seed % 2]]
         pipeline = Pipeline(tuple(costs), _chain(4), Instant())
         rows = schedule(stages=4, microbatches=3 + seed % 5, feeds=pipeline.shape_feeds)
         played = simulate(rows, pipeline)
-        found = shared(played, [1] * 4, Alone(FakePrices(devices=4), speed))
-        expected = divided_plainly(played.rows, pipeline, 4 / speed)
+        found = shared(played, [1] * 4, Alone(on_cores(cores)))
+        expected = divided_plainly(played.rows, pipeline, cores)
         assert found.step_time_s == pytest.approx(expected)
         # what is done takes as long as it is busy, and rows do one thing after the other
         for row in range(4):
             parts = found.parts(row)
             assert sum(parts) == pytest.approx(float(found.step_time_s))
+
+
+def on_cores(cores: int) -> Sharing:
+    """Four devices."""
+    return Sharing(devices=4, speeds=tuple((k, 4 / max(k, cores)) for k in (1, 2)))
 
 
 def _chain(stages: int) -> tuple[Feed, ...]:
@@ -99,7 +106,7 @@ def _chain(stages: int) -> tuple[Feed, ...]:
 def test_on_one_core_nothing_is_gained_by_devices() -> None:
     pipeline = Pipeline((StageCost(1.0, 2.0, 0.0),) * 4, _chain(4), Instant())
     rows = SCHEDULES["1f1b"](stages=4, microbatches=8, feeds=pipeline.shape_feeds)
-    found = shared(simulate(rows, pipeline), [1] * 4, Alone(FakePrices(devices=4), 4.0))
+    found = shared(simulate(rows, pipeline), [1] * 4, Alone(on_cores(1)))
     assert found.step_time_s == pytest.approx(4 * 8 * 3.0)
 
 
@@ -107,7 +114,7 @@ def test_a_critical_path_has_no_gaps_and_is_the_step() -> None:
     for seed in range(20):
         world = RandomWorld(seed)
         played = simulate(world.rows, world.pipeline)
-        found = shared(played, [1] * len(world.rows), Alone(FakePrices(devices=4), 2.0))
+        found = shared(played, [1] * len(world.rows), Alone(Sharing(devices=4)))
         pieces = critical_path(found)
         assert pieces[0].start_s == 0
         assert pieces[-1].end_s == pytest.approx(float(found.step_time_s))
@@ -119,7 +126,7 @@ def test_a_critical_path_has_no_gaps_and_is_the_step() -> None:
 def test_a_plan_is_priced_between_all_alone_and_all_busy() -> None:
     strategy = chain(4)
     plan = pipelined(divided(blocks(), strategy.microbatches), strategy)
-    busy, sharing = FakePrices(devices=4), Sharing(devices=4, alone_speed=2.0)
+    busy, sharing = FakePrices(devices=4), Sharing(devices=4)
     step = PricedPipeline(plan, StagePrices(busy)).step_time_s
     found = PricedPipeline(plan, StagePrices(sharing)).estimate()
     assert step / 2 < found.step_time_s < step
@@ -130,10 +137,10 @@ def test_a_plan_is_priced_between_all_alone_and_all_busy() -> None:
 
 
 def test_prices_of_a_device_alone_are_a_part_of_those_of_all() -> None:
-    busy = Sharing(devices=4, alone_speed=2.0, latency_s=1e-5)
+    busy = Sharing(devices=4, latency_s=1e-5)
     lonely = alone(busy)
     work = Work("matmul", "float32", 1e9, 0.0, (1, 8, 8, 8))
     assert lonely.compute_time_s(work) == busy.compute_time_s(work) / 2
     sent = Collective("send", 1000, 2, 1)
     assert lonely.collective_time_s(sent) == busy.collective_time_s(sent) / 2
-    assert alone(replace(busy, alone_speed=1.0)).compute_time_s(work) == busy.compute_time_s(work)
+    assert alone(replace(busy, speeds=())) == replace(busy, speeds=())
