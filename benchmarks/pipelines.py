@@ -397,6 +397,7 @@ def read(path: Path) -> list[Row]:
 
 def write(path: Path, rows: Iterable[Row]) -> None:
     """Row by row, so that what was measured stays if the rest fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         file.write(f"# autopar {__version__}, torch {torch.__version__}, ")
         file.write(f"Python {platform.python_version()}: python -m benchmarks.pipelines {path}\n")

@@ -697,7 +697,11 @@ def profile(saved: dict[str, Any]) -> str:
     lines = [
         f"{saved['name']}: {saved['devices']} devices with "
         f"{bytes_text(saved['memory_bytes'])} each, measured {data['date']}",
-        f"  an operator takes at least {time_text(data['operator_s'])}",
+        f"  an operator takes {time_text(data['operator_s'])} beside its work",
+        *(
+            f"  {count} at work: {speed:.3g} times as fast as all"
+            for count, speed in data.get("speeds", ())
+        ),
         f"  products at {products['flops'] / products['seconds'] / 1e9:.3g} GFLOP/s "
         f"({products['dtype']}, {' x '.join(map(str, products['shape']))})",
         f"  memory at {bytes_text(passes['bytes'] / passes['seconds'])}/s",
