@@ -5,7 +5,6 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from tests.helpers.step_check import check
 
 from autopar.ir.search import Budget, Problem
 from autopar.ir.sharding import Mesh
@@ -15,6 +14,7 @@ from autopar.searchers import SEARCHERS
 from autopar.simulator.edges import Rules
 from tests.helpers.cases import Case, case, divided
 from tests.helpers.fake_prices import FakePrices
+from tests.helpers.step_check import check
 from tests.helpers.strategies import random_strategy, random_strategy_in_parts
 
 MESHES = (

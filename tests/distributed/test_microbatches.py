@@ -12,7 +12,6 @@ from random import Random
 import pytest
 import torch
 import torch.distributed as dist
-from tests.helpers.step_check import check
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -38,6 +37,7 @@ from tests.helpers.cases import (
 )
 from tests.helpers.fake_prices import FakePrices
 from tests.helpers.pool import pool
+from tests.helpers.step_check import check
 from tests.helpers.strategies import random_strategy, random_strategy_in_parts, replicate
 
 pytestmark = pytest.mark.distributed

@@ -6,7 +6,6 @@ from dataclasses import replace
 from random import Random
 
 import pytest
-from tests.helpers.step_check import check as check_step
 
 from autopar.ir.sharding import Mesh
 from autopar.ir.strategy import Strategy, Training
@@ -23,6 +22,7 @@ from tests.helpers.stages import (
     looped,
     strategy_of,
 )
+from tests.helpers.step_check import check as check_step
 from tests.helpers.strategies import kept, random_strategy, recomputing, replicate
 from tests.helpers.zoo import zoo
 
