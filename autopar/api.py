@@ -59,6 +59,9 @@ Searcher = Callable[..., SearchResult]
 """``search(problem, budget, progress=...)``, as those on the shelf."""
 Loss = Callable[[Any, Any], Any]
 
+SEARCHER = "hybrid"
+"""What searches unless it is told otherwise."""
+
 LOCAL = "local"
 """The topology that is this machine, measured."""
 
@@ -142,7 +145,7 @@ def search(
     model: str | Path | nn.Module | OperatorGraph,
     inputs: Any = None,
     *,
-    searcher: str | Searcher = "ilp",
+    searcher: str | Searcher = SEARCHER,
     time_limit_s: float | None = None,
     progress: Progress | None = None,
     **wanted: Unpack[Wanted],
@@ -159,7 +162,7 @@ def plan(
     model: str | Path | nn.Module | OperatorGraph,
     inputs: Any = None,
     *,
-    searcher: str | Searcher = "ilp",
+    searcher: str | Searcher = SEARCHER,
     time_limit_s: float | None = None,
     recipe: str | Degrees | None = None,
     progress: Progress | None = None,
@@ -217,7 +220,7 @@ STAGES = "stages"
 def plan_profiled(
     graph: OperatorGraph,
     name: str = "",
-    searcher: str | Searcher = "ilp",
+    searcher: str | Searcher = SEARCHER,
     *,
     time_limit_s: float | None = None,
     progress: Progress | None = None,
@@ -283,7 +286,7 @@ def device_kind(topology: Mapping[str, Any]) -> str:
 
 
 def _only_of_models(searcher: str | Searcher, wanted: Wanted) -> None:
-    given: dict[str, Any] = {"searcher": None if searcher == "ilp" else searcher}
+    given: dict[str, Any] = {"searcher": None if searcher == SEARCHER else searcher}
     for key in ("mesh", "clip_norm", "loss", "batch", "sequence"):
         given[key] = wanted.get(key)
     given["propose"] = wanted.get("propose") or None
@@ -466,7 +469,7 @@ to halve the last percent takes longer than to find the plan."""
 
 def run_search(
     problem: Problem,
-    searcher: str | Searcher = "ilp",
+    searcher: str | Searcher = SEARCHER,
     time_limit_s: float | None = None,
     progress: Progress | None = None,
 ) -> SearchResult:

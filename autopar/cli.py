@@ -168,7 +168,7 @@ _search_options = (
         default="auto",
         show_default=True,
         help="Work on the batch in so many parts, one after the other, with the same result; auto: "
-        "those of 1, 2, 4, ... with which meshes of two axes are fastest.",
+        "those with which it is fastest.",
     ),
     click.option(
         "--recompute",
@@ -179,7 +179,9 @@ _search_options = (
         "the products of attention and what is between (attention), what is cheap (selective) or "
         "all but their result (full); auto: what is fastest within memory.",
     ),
-    click.option("--searcher", default="ilp", show_default=True, help="`autopar list searchers`."),
+    click.option(
+        "--searcher", default="hybrid", show_default=True, help="`autopar list searchers`."
+    ),
     click.option(
         "--time-limit",
         type=ABOVE_0,

@@ -1,7 +1,7 @@
 """What planning costs: CPU seconds of extraction and search, peak memory, the gap that is left.
 
 Each row is a process of its own, so that its peak is its own. Run as
-``python -m benchmarks.search_cost [--gpt3] [--json]``; ``--gpt3`` adds a row of many minutes.
+``python -m benchmarks.search_cost [--gpt3] [--json]``; ``--gpt3`` adds rows of a minute.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ Sizes = tuple[int, ...]
 class Case:
     """``build``: the model on the meta device, its batch size and its sequence length. ``mesh``:
     ``None`` means every mesh of up to three axes. ``memory_limit_bytes``: ``None`` means that of
-    the device."""
+    the device. ``searcher``: of plans of one stage, or ``hybrid``."""
 
     model: str
     build: Callable[[], tuple[Any, int, int]]
     topology: str
     mesh: Sizes | None
     memory_limit_bytes: int | None = None
+    searcher: str = "ilp"
 
 
 class LossOf(torch.nn.Module):
@@ -62,6 +63,7 @@ class Row:
     step_s: float | None
     gap: float
     microbatches: int | None
+    stages: int | None
     stop_reason: str
 
 
@@ -79,7 +81,21 @@ def llama(layers: int) -> tuple[Any, int, int]:
     return LlamaForCausalLM(config), 64, 8192
 
 
-def gpt3() -> tuple[Any, int, int]:
+def llama2(batch: int) -> tuple[Any, int, int]:
+    """Llama 2 7B (arXiv 2307.09288)."""
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        vocab_size=32000,
+        max_position_embeddings=4096,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config), batch, 4096
+
+
+def gpt3(batch: int = 1536) -> tuple[Any, int, int]:
     """GPT-3 175B (arXiv 2005.14165, table 2.1), with Megatron's batch (arXiv 2104.04473) and its
     vocabulary padded to 51200."""
     config = GPT2Config(
@@ -90,10 +106,11 @@ def gpt3() -> tuple[Any, int, int]:
         n_positions=2048,
         use_cache=False,
     )
-    return GPT2LMHeadModel(config), 1536, 2048
+    return GPT2LMHeadModel(config), batch, 2048
 
 
 H100, A100 = "32x8xh100-sxm", "128x8xa100-sxm-80gb"
+NODE, NODES = "1x8xa100-sxm-80gb", "2x8xa100-sxm-80gb"
 CASES = {
     "llama32": Case("Llama-3-8B", lambda: llama(32), H100, (32, 8)),
     "llama32-3d": Case("Llama-3-8B", lambda: llama(32), H100, (4, 8, 8)),
@@ -101,9 +118,13 @@ CASES = {
     "llama128-free": Case(
         "Llama-3-8B, 128 layers, no memory limit", lambda: llama(128), H100, (32, 8), 10**15
     ),
+    "llama2-8": Case("Llama-2-7B", lambda: llama2(16), NODE, None, None, "hybrid"),
+    "llama2-8-64": Case("Llama-2-7B, batch 64", lambda: llama2(64), NODE, None, None, "hybrid"),
+    "llama2-16-64": Case("Llama-2-7B, batch 64", lambda: llama2(64), NODES, None, None, "hybrid"),
     "gpt3": Case("GPT-3 175B", gpt3, A100, None),
+    "gpt3-stages": Case("GPT-3 175B", lambda: gpt3(3072), A100, None, None, "hybrid"),
 }
-LONG = ("gpt3",)
+LONG = ("gpt3", "gpt3-stages")
 
 
 def measure(case: Case) -> Row:
@@ -116,7 +137,9 @@ def measure(case: Case) -> Row:
     started = process_time()
     graph = api.extract(module, inputs, precision="mixed")
     extracted = process_time()
-    wanted: dict[str, Any] = {} if case.mesh is None else {"mesh": case.mesh}
+    wanted: dict[str, Any] = {"searcher": case.searcher}
+    if case.mesh is not None:
+        wanted["mesh"] = case.mesh
     if case.memory_limit_bytes is not None:
         wanted["memory_limit_bytes"] = case.memory_limit_bytes
     found = api.search(graph, topology=case.topology, precision="mixed", **wanted)
@@ -135,6 +158,7 @@ def measure(case: Case) -> Row:
         step_s=best.estimate.step_time_s if best and best.estimate else None,
         gap=found.gap,
         microbatches=best.strategy.microbatches if best and best.strategy else None,
+        stages=len(best.strategy.stages) if best and best.strategy else None,
         stop_reason=found.stop_reason,
     )
 
@@ -157,6 +181,7 @@ HEADER = (
     "peak MB",
     "gap",
     "step s",
+    "stages",
     "stopped",
 )
 
@@ -170,6 +195,7 @@ def line(row: Row) -> tuple[str, ...]:
         f"{row.peak_mb:.0f}",
         f"{row.gap:.2%}",
         "none fits" if row.step_s is None else f"{row.step_s:.3f}",
+        str(row.stages or "-"),
         row.stop_reason,
     )
 
@@ -177,7 +203,7 @@ def line(row: Row) -> tuple[str, ...]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", choices=CASES, help="only this one, here, as JSON")
-    parser.add_argument("--gpt3", action="store_true", help="GPT-3 175B on 1024 A100, all meshes")
+    parser.add_argument("--gpt3", action="store_true", help="GPT-3 175B on 1024 A100")
     parser.add_argument("--json", action="store_true", help="a JSON object for each row")
     arguments = parser.parse_args()
     if arguments.case:

@@ -404,7 +404,7 @@ def _explain_stages(plan: Plan, views: bool) -> str:
 def passed_on_text(of: PassedOn) -> str:
     """
     >>> passed_on_text(PassedOn("wte.weight", (0, 3), 4096))
-    'wte.weight is kept otherwise in stages 0, 3: 4.1 kB of its gradient are exchanged once a step'
+    'wte.weight is kept otherwise in stages 0, 3: 4.10 kB of its gradient are exchanged once a step'
     """
     return (
         f"{of.parameter} is kept otherwise in stages {ranges_text(of.stages)}: "

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from autopar.ir.search import SearchResult
-from autopar.searchers import exhaustive, ilp
+from autopar.searchers import exhaustive, hybrid, ilp
 
 Searcher = Callable[..., SearchResult]
 """``search(problem, budget, progress=...)``; ``progress`` is called with one line at a time."""
 
 SEARCHERS: dict[str, Searcher] = {
     "ilp": ilp.search,
+    "hybrid": hybrid.search,
     "exhaustive": exhaustive.search,
 }
 """By the name that ``--searcher`` takes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Protocol
@@ -77,7 +77,7 @@ class _Open:
 class MeshSearch:
     """The search for one number of microbatches; its state can be reported at any moment.
 
-    ``cutoff_s``: only what is faster is of interest.
+    ``cutoff_s``: only what is faster is of interest. ``shelf``: recipes that are priced, too.
     """
 
     problem: Problem
@@ -94,6 +94,7 @@ class MeshSearch:
     nearest_miss_bytes: int | None = None
     compute_cache: ComputeCache = field(default_factory=dict)
     started: float = field(default_factory=lambda: monotonic())
+    shelf: Mapping[str, Recipe] = field(default_factory=lambda: RECIPES)
     _listings: dict[Mesh, Listing] = field(default_factory=dict)
     _open: dict[Mesh, _Open] = field(default_factory=dict)
     _weights: Weights | None = None
@@ -117,8 +118,9 @@ class MeshSearch:
         return "gap" if left else "optimal"
 
     def _run(self) -> None:
-        self.progress("pricing the recipes")
-        for recipe in RECIPES.values():
+        if self.shelf:
+            self.progress("pricing the recipes")
+        for recipe in self.shelf.values():
             self._in_time()
             self.try_recipe(recipe)
         self.begin()

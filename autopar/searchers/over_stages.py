@@ -114,13 +114,17 @@ class StageResult:
 
 
 def search(
-    problem: StageProblem, budget: Budget, progress: Progress = lambda line: None
+    problem: StageProblem,
+    budget: Budget,
+    progress: Progress = lambda line: None,
+    cutoff_s: float = math.inf,
 ) -> StageResult:
     """The best staging, and how much better any other could be.
 
-    At Ctrl-C or the end of the time it is the best so far.
+    Only what is faster than ``cutoff_s`` is of interest. At Ctrl-C or the end of the time it is the
+    best so far.
     """
-    return _Search(problem, budget, progress).result()
+    return _Search(problem, budget, progress, cutoff_s).result()
 
 
 MOST_TRIALS = 50
@@ -156,10 +160,13 @@ def summarise(result: StageResult, searcher: str, memory_limit_bytes: int) -> Se
 
 
 class _Search:
-    def __init__(self, problem: StageProblem, budget: Budget, progress: Progress) -> None:
+    def __init__(
+        self, problem: StageProblem, budget: Budget, progress: Progress, cutoff_s: float
+    ) -> None:
         self._problem, self._budget, self._progress = problem, budget, progress
         self._start_s = monotonic()
         self._incumbent = Incumbent(problem, budget.gap, self._start_s + budget.time_s)
+        self._incumbent.best_s = cutoff_s
         self._shapes: list[Shape] = []
         self._tables: dict[tuple[int, bool], Tables] = {}
         self._all_shapes = False
@@ -185,9 +192,9 @@ class _Search:
         return self._result(reason)
 
     def _for_at_most(self, time_s: float, what: Callable[[], None]) -> None:
-        """Once there is something; before, for all the time that is left."""
+        """Once there is something to beat; before, for all the time that is left."""
         end_s = self._incumbent.late_s
-        if self._incumbent.best is not None:
+        if math.isfinite(self._incumbent.best_s):
             self._incumbent.late_s = min(end_s, monotonic() + time_s)
         try:
             what()

@@ -488,7 +488,8 @@ def shapes_of(world: World) -> Iterator[Shape]:
     """All that are not excluded by what all devices do and keep together."""
     problem, m = world.problem, world.microbatches
     room = sum(pool.devices * pool.memory_limit_bytes for pool in problem.pools)
-    least = min(layout.devices for kind in world.mixes.layouts_of for layout in kind)
+    sizes = {layout.devices for kind in world.mixes.layouts_of for layout in kind}
+    least, most = min(sizes), max(sizes)
     for schedule in problem.schedules:
         split = splits(schedule)
         for stages in range(1, len(world.units) + 1):
@@ -498,6 +499,8 @@ def shapes_of(world: World) -> Iterator[Shape]:
                 rows = stages if schedule.copies else stages // chunks
                 copies = chunks if schedule.copies else 1
                 if rows * least > problem.devices or copies * world.least_bytes > room:
+                    continue
+                if problem.all_devices and rows * most < problem.devices:
                     continue
                 if schedule.refuses(Asked(stages, m, chunks)):
                     continue

@@ -378,6 +378,39 @@ class Listing:
             fixed_memory_bytes=float(self._constant_bytes),
         )
 
+    def in_rows(self, rows: int, in_flight: float) -> PriceList:
+        """The same choices for the whole graph cut into ``rows`` stages on as many meshes.
+
+        One memory row, of all stages together: parameters, their gradients and optimizer states
+        once, and what ``in_flight`` microbatches keep. Times are those of all stages together.
+        """
+        alone = self.price_list
+        uses = len(self.structure.clusters)
+        nodes = tuple(
+            replace(
+                node,
+                memory_bytes=in_flight * node.memory_bytes[[AT_LOSS]]
+                if number < uses
+                else node.memory_bytes[[AT_END]],
+                menus=tuple(
+                    replace(menu, memory_bytes=tuple(m[[AT_END]] for m in menu.memory_bytes))
+                    for menu in node.menus
+                ),
+            )
+            for number, node in enumerate(alone.nodes)
+        )
+        return PriceList(
+            nodes,
+            alone.flows,
+            tuple(
+                replace(kept, memory_bytes=in_flight * kept.memory_bytes[[AT_LOSS]])
+                for kept in alone.kept
+            ),
+            np.array([rows * self.memory_limit_bytes], dtype=float),
+            alone.fixed_time_s,
+            float(self._constant_bytes),
+        )
+
     @property
     def _constant_bytes(self) -> int:
         return sum(
@@ -700,10 +733,15 @@ class Listing:
         sizes = [spec.bytes // _pieces(sharding(int(u), axes), self.mesh) for u in unique]
         return np.array(sizes, dtype=np.int64)[inverse]
 
-    @cached_property
+    @property
     def least_bytes(self) -> float:
         """What a device holds at least when all are alike: parameters, optimizer states and what is
         saved for the backward (as far as it is counted), each split perfectly over all devices."""
+        return self.least_kept_bytes + self.saved_share * self.least_saved_bytes
+
+    @cached_property
+    def least_saved_bytes(self) -> float:
+        """Of that, what is saved for the backward of a microbatch, counted or not."""
         saved: dict[str, float] = {}
         for link in self.structure.links:
             if any(self._savers(link)):
@@ -717,12 +755,17 @@ class Listing:
             self.structure.copies[member] * self._own_bytes(member)
             for member in self.structure.copies
         )
+        return (sum(saved.values()) + own) / self.mesh.size
+
+    @cached_property
+    def least_kept_bytes(self) -> float:
+        """Of that, what stays all step long."""
         kept = 0.0
         for tensor in self.graph.parameters:
             kept += tensor.spec.bytes
             if tensor.differentiable:
                 kept += tensor.spec.numel * optimizer_bytes_per_element(tensor.spec, self.training)
-        return (self.saved_share * (sum(saved.values()) + own) + kept) / self.mesh.size
+        return kept / self.mesh.size
 
     # ---- back to a strategy --------------------------------------------------------------------
 

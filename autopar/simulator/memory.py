@@ -71,10 +71,17 @@ def peak_memory(
 
 
 def saved_bytes(
-    graph: OperatorGraph, rules: Rules, strategy: Strategy, folded: Folded | None = None
+    graph: OperatorGraph,
+    rules: Rules,
+    strategy: Strategy,
+    folded: Folded | None = None,
+    given: Mapping[str, Sharding] = MappingProxyType({}),
+    ends: Mapping[str, Sharding] | None = None,
 ) -> int:
-    """What one microbatch keeps on a device from its forward for its backward."""
-    return MemoryWalk(folded or whole(graph), graph, rules, strategy).saved_bytes()
+    """What one microbatch keeps on a device from its forward for its backward. ``given`` and
+    ``ends`` as in ``StagePart``, where the graph is that of a stage."""
+    seen = whole(graph) if folded is None else folded
+    return MemoryWalk(seen, graph, rules, strategy, given, ends).saved_bytes()
 
 
 STAYING = ("activations", "gradients")

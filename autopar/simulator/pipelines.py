@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 from autopar.ir.graph import ITEM_BYTES
+from autopar.ir.sharding import Mesh
 from autopar.ir.simulation import (
     HOLDERS,
     WORLD,
@@ -134,16 +135,19 @@ class StagePrices:
         )
         found = self._known.get(key)
         if found is None:
-            costs = self._costs.setdefault(
-                (part.mesh, place),
-                Costs(self.cost_model, part.mesh, self.compute_cache, devices),
-            )
             found = self._known[key] = PricedStage(
                 part,
-                stage_parts(part, costs, parted=parted),
+                stage_parts(part, self.costs(part.mesh, devices), parted=parted),
                 stage_bytes(part, parted=parted, handed_on=handed_on, shared=shared),
             )
         return found
+
+    def costs(self, mesh: Mesh, devices: tuple[int, ...]) -> Costs:
+        """Prices on a mesh of devices that lie so."""
+        key = mesh, within_units(units_of(self.cost_model), mesh, devices)
+        if key not in self._costs:
+            self._costs[key] = Costs(self.cost_model, mesh, self.compute_cache, devices)
+        return self._costs[key]
 
 
 def evaluate_stages(

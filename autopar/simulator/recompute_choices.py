@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph
-from autopar.ir.sharding import local_shape
+from autopar.ir.sharding import Sharding, local_shape
 from autopar.ir.strategy import Strategy
 from autopar.simulator.blocks import Block
 from autopar.simulator.costs import Costs, inner_transfers
@@ -16,6 +16,7 @@ from autopar.simulator.folding import Folded, fold
 from autopar.simulator.memory import saved_bytes
 from autopar.simulator.recomputation import recomputation
 from autopar.simulator.redistribution import transfers
+from autopar.simulator.stages import StagePart
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class BlockChoices:
     """What may be recomputed of the copies of one block under a strategy.
 
     All answers are the same for every copy. ``costs``: on the mesh of the strategy, which has one
-    stage; ``graph`` is that of one microbatch.
+    stage; ``graph`` is that of one microbatch. ``given`` and ``ends`` as in ``StagePart``, where
+    it is that of a stage.
     """
 
     graph: OperatorGraph
@@ -31,6 +33,15 @@ class BlockChoices:
     strategy: Strategy
     costs: Costs
     block: Block
+    given: Mapping[str, Sharding] = field(default_factory=dict)
+    ends: Mapping[str, Sharding] | None = None
+
+    @staticmethod
+    def of_part(part: StagePart, costs: Costs) -> BlockChoices:
+        """Of all that a stage does, as one block."""
+        block = Block(0, len(part.graph.operators), 1)
+        rules = part.division.rules
+        return BlockChoices(part.graph, rules, part.strategy, costs, block, part.given, part.ends)
 
     def operators(self, kind: str, copies: int) -> tuple[str, ...]:
         """Those to recompute in the first ``copies`` copies, the first since theirs are kept
@@ -164,7 +175,8 @@ class BlockChoices:
         return sum(self._forward_s(self.graph.operator[n]) for n in again if n in names)
 
     def _saved_bytes(self, offsets: tuple[int, ...]) -> int:
-        return saved_bytes(self.graph, self.rules, self._with(offsets), self._folded)
+        strategy = self._with(offsets)
+        return saved_bytes(self.graph, self.rules, strategy, self._folded, self.given, self.ends)
 
     def _with(self, offsets: tuple[int, ...]) -> Strategy:
         names = self.names(offsets, range(self.block.copies))
@@ -189,7 +201,7 @@ class BlockChoices:
         start = self.block.start + copy * self.block.period
         inside = range(start, start + self.block.period)
         made = self.graph.operators[start + offset].outputs
-        ends = {self.graph.loss, *(tensor for _, tensor in self.graph.mutations)}
+        ends = {self.graph.loss, *(self.ends or ()), *(new for _, new in self.graph.mutations)}
         return not ends.isdisjoint(made) or any(
             self._number[reader.name] not in inside
             for name in made

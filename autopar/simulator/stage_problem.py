@@ -104,7 +104,8 @@ class StageProblem:
     the same ones for every m. ``microbatches``: those to try. ``network``: of rows on these
     devices. ``exchange_s``: of gradients (bytes on a device) between so many copies of a stage, for
     schedules that keep copies, and for parameters that stages share: ``shared`` has units and the
-    bytes of what they have in common. ``norm_s``: as in ``Pipeline``."""
+    bytes of what they have in common. ``norm_s``: as in ``Pipeline``. ``all_devices``: none may be
+    idle."""
 
     units: Callable[[int], tuple[Unit, ...]]
     microbatches: tuple[int, ...]
@@ -115,6 +116,7 @@ class StageProblem:
     objective: Objective = "step"
     norm_s: Time | None = None
     shared: tuple[tuple[tuple[int, ...], int], ...] = ()
+    all_devices: bool = False
 
     @property
     def devices(self) -> int:
@@ -344,7 +346,10 @@ def _arranged(
 
 
 def groups_of(problem: StageProblem, layouts: Sequence[Layout]) -> Groups | None:
-    """Devices for rows with these layouts, one row after the other; ``None``: there are too few."""
+    """Devices for rows with these layouts, one row after the other; ``None``: there are too few, or
+    some are left that may not be idle."""
+    if problem.all_devices and sum(layout.devices for layout in layouts) < problem.devices:
+        return None
     first = dict(
         zip(
             (pool.kind for pool in problem.pools),

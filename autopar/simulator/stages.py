@@ -317,7 +317,7 @@ def pipelined(division: Division, strategy: Strategy) -> Pipelined:
         AutoparError: what cannot be run so, and why.
     """
     _check(division.graph, strategy)
-    cutting = _Cutting(division, strategy)
+    cutting = Cutting(division, strategy)
     parts = tuple(cutting.part(stage) for stage in range(len(strategy.stages)))
     boundaries = tuple(cutting.boundaries)
     routes: dict[tuple[int, int, bool], tuple[Boundary, ...]] = {}
@@ -330,7 +330,9 @@ def pipelined(division: Division, strategy: Strategy) -> Pipelined:
     return Pipelined(strategy, parts, boundaries, routes, shape, groups)
 
 
-class _Cutting:
+class Cutting:
+    """The stages of a strategy, each as a program of its own; made one by one."""
+
     def __init__(self, division: Division, strategy: Strategy) -> None:
         self.division, self.strategy = division, strategy
         self.graph, self.rules = division.graph, division.rules
@@ -357,15 +359,11 @@ class _Cutting:
                     gradient = tensor.differentiable and any(
                         carries_gradient(self.graph, o) for o in inside
                     )
-                    yield Boundary(
-                        name,
-                        tensor.spec,
-                        source,
-                        target,
-                        self._departs(operator, name),
-                        self._arrives(name, target, gradient),
-                        gradient,
-                    )
+                    departs = self._departs(operator, name)
+                    meshes = [self.strategy.stages[s].mesh.sizes for s in (source, target)]
+                    like = departs if meshes[0] == meshes[1] else None
+                    arrives = self._arrives(name, target, gradient, like)
+                    yield Boundary(name, tensor.spec, source, target, departs, arrives, gradient)
 
     def _departs(self, operator: Operator, name: str) -> Sharding:
         """As it is made; whole if it is a buffer's new value, too."""
@@ -375,18 +373,21 @@ class _Cutting:
             made = (INVARIANT,) * len(made)
         return canonical(made, self.graph.by_name[name].differentiable)
 
-    def _arrives(self, name: str, target: int, gradient: bool) -> Sharding:
-        """In the pieces that all readers want, or else whole."""
-        wanted = set()
+    def _arrives(
+        self, name: str, target: int, gradient: bool, departs: Sharding | None
+    ) -> Sharding:
+        """In the pieces that all readers want. Where they want different ones, as it ``departs``
+        (if the meshes are alike), or in the smallest pieces that one of them wants."""
+        wanted = []
         for operator, position in self.graph.consumers[name]:
             if self.stage_of[operator.name] == target:
                 split = self.strategy.splits[operator.name]
                 inputs, _ = self.rules[operator.name].shardings(split)
-                wanted.add(canonical(_pieces_or_whole(inputs[position]), gradient))
-        if len(wanted) == 1:
-            return wanted.pop()
-        axes = len(self.strategy.stages[target].mesh.axes)
-        return canonical((INVARIANT,) * axes, gradient)
+                wanted.append(canonical(_pieces_or_whole(inputs[position]), gradient))
+        if departs is not None and len(set(wanted)) > 1:
+            return canonical(departs, gradient)
+        mesh = self.strategy.stages[target].mesh
+        return max(wanted, key=lambda sharding: _pieces(sharding, mesh))
 
     def part(self, number: int) -> StagePart:
         stage = self.strategy.stages[number]
@@ -476,6 +477,10 @@ class _Cutting:
 def _pieces_or_whole(sharding: Sharding) -> Sharding:
     """As it can be sent: sums are made, and copies are equal."""
     return tuple(p if sharded_dim(p) is not None else INVARIANT for p in sharding)
+
+
+def _pieces(sharding: Sharding, mesh: Mesh) -> int:
+    return prod(n for p, n in zip(sharding, mesh.sizes, strict=True) if sharded_dim(p) is not None)
 
 
 def _check(graph: OperatorGraph, strategy: Strategy) -> None:
@@ -617,4 +622,4 @@ def _groups(strategy: Strategy, rows: Rows) -> tuple[tuple[int, ...], ...]:
     return groups
 
 
-__all__ = ["Boundary", "Move", "Pipelined", "StagePart", "pipelined"]
+__all__ = ["Boundary", "Cutting", "Move", "Pipelined", "StagePart", "pipelined"]

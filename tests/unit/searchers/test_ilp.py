@@ -111,7 +111,7 @@ def check_all(seeds: Iterable[int], limits: int, most: int = FEW) -> dict[str, i
 def test_the_ilp_finds_what_trying_everything_finds_within_every_memory_limit() -> None:
     seen = check_all(range(14), limits=2)
     assert seen["free"] >= 25
-    assert seen["binding"] >= 25
+    assert seen["binding"] >= 20
     assert seen["hopeless"] >= 25
 
 
