@@ -462,7 +462,7 @@ def _as_user_errors() -> Iterator[None]:
         raise AutoparError(str(error)) from error
 
 
-USUAL = Budget(time_s=300.0, gap=1e-3, proof_s=5.0)
+USUAL = Budget(time_s=300.0, gap=1e-3, proof_s=2.0)
 """When a search ends unless it is told otherwise: predictions are not as good as a gap of 0.1%, and
 to halve the last percent takes longer than to find the plan."""
 

@@ -185,7 +185,7 @@ _search_options = (
     click.option(
         "--time-limit",
         type=ABOVE_0,
-        help="Seconds to search. Without it at most 300, of which 5, or half as long as it took "
+        help="Seconds to search. Without it at most 300, of which 2, or half as long as it took "
         "to look at everything once, to prove how good the plan is.",
     ),
     click.option(

@@ -94,7 +94,6 @@ class _Search:
     _divided: dict[int, tuple[Division, Structure]] = field(default_factory=dict)
     _open: list[tuple[float, bool, int, Prospect]] = field(default_factory=list)
     _closed: list[Prospect] = field(default_factory=list)
-    _tried: set[Prospect] = field(default_factory=set)  # of one stage
     _numbers: Iterator[int] = field(default_factory=counting)
     _complete: bool = False
 
@@ -206,7 +205,7 @@ class _Search:
         for one in sorted((*alone, *stages), key=lambda one: one.step_s):
             if one.step_s < self.best_s * PROMISING:
                 if one.prospect.rows == 1:
-                    self._try_one_stage(one.prospect)
+                    self._try_one_stage(one.prospect, FIRST_PROOF_S)
                 else:
                     self._try_stages([one], FIRST_PROOF_S)
         if len(stages) > 1:
@@ -256,8 +255,8 @@ class _Search:
                     self._push(half)
             elif prospect.rows > 1:
                 self._plan_stages(prospect)
-            elif replace(prospect, bound_s=0.0) not in self._tried:
-                self._try_one_stage(prospect)
+            else:
+                self._try_one_stage(prospect, PROOF_S)
 
     def _plan_stages(self, prospect: Prospect) -> None:
         """All of these stages, as far as they may be faster than the best."""
@@ -282,11 +281,11 @@ class _Search:
             found = replace(search.best, name="")
             self._offer(Prospect(1, found.mesh, (count,)), found.strategy, found.estimate)
 
-    def _one_stage(self, problem: Problem, count: int) -> MeshSearch:
+    def _one_stage(self, problem: Problem, count: int, proof_s: float = 0.0) -> MeshSearch:
         return MeshSearch(
             replace(problem, microbatches=count),
             self.divided(count)[1],
-            self.budget,
+            replace(self.budget, proof_s=proof_s),
             solve_within_peak,
             self.progress,
             self.started + self.budget.time_s,
@@ -295,7 +294,7 @@ class _Search:
             shelf={},
         )
 
-    def _try_one_stage(self, prospect: Prospect) -> None:
+    def _try_one_stage(self, prospect: Prospect, proof_s: float) -> None:
         """All of this mesh, as far as it may be faster than the best."""
         (count,) = prospect.counts
         self.progress(_named(prospect))
@@ -303,7 +302,7 @@ class _Search:
         ways = ("none", AUTO) if self.problem.recompute == AUTO else (self.problem.recompute,)
         for recompute in ways:
             problem = replace(self.problem, meshes=(prospect.mesh,), recompute=recompute)
-            search = self._one_stage(problem, count)
+            search = self._one_stage(problem, count, proof_s)
             reason = search.run()
             bound_s = search.trials[prospect.mesh].lower_bound_s
             self._missed(search.nearest_miss_bytes)
@@ -311,7 +310,6 @@ class _Search:
                 self._offer(prospect, search.best.strategy, search.best.estimate)
             if reason == "time":
                 raise LateError
-        self._tried.add(replace(prospect, bound_s=0.0))
         self._closed.append(replace(prospect, bound_s=max(prospect.bound_s, bound_s)))
 
     def _try_stages(self, found: Sequence[Likely], proof_s: float) -> float:
