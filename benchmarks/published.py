@@ -19,9 +19,14 @@ HEADER = ("name", "devices", "predicted", "reported", "difference", "memory", "e
 
 
 def row(entry: Published) -> tuple[str, ...]:
-    sizes = {"batch": entry.batch, "sequence": SEQUENCE} if entry.model.startswith("hf:") else {}
+    sized = entry.model.startswith("hf:")
     started = process_time()
-    graph = api.extract(entry.model, precision="mixed", **sizes)
+    graph = api.extract(
+        entry.model,
+        precision="mixed",
+        batch=entry.batch if sized else None,
+        sequence=SEQUENCE if sized else None,
+    )
     extracted = process_time()
     limit_bytes = 10**15  # what does not fit is shown as well
     plan = api.plan(
