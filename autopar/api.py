@@ -323,17 +323,25 @@ def _check_measured(problem: StageProblem, device: str) -> None:
             )
 
 
-def _no_stages(graph: OperatorGraph, result: StageResult, limit_bytes: int) -> AutoparError:
-    from autopar.exporters.units import bytes_text
-
-    limit = bytes_text(limit_bytes)
+def _ended_early(result: SearchResult | StageResult, give: str) -> AutoparError | None:
+    """Why nothing was found, where the search did not end by itself; ``give``: what would leave
+    less to search."""
     if result.stop_reason == "interrupted":
         return InterruptedSearchError("interrupted before any strategy was found")
     if result.stop_reason == "time":
         return OutOfTimeError(
             f"the search ended after {result.search_time_s:.1f} s, before it found any "
-            "strategy; allow more time, or give the number of microbatches"
+            f"strategy; allow more time, or give {give}"
         )
+    return None
+
+
+def _no_stages(graph: OperatorGraph, result: StageResult, limit_bytes: int) -> AutoparError:
+    from autopar.exporters.units import bytes_text
+
+    limit = bytes_text(limit_bytes)
+    if early := _ended_early(result, "the number of microbatches"):
+        return early
     proved = result.stop_reason == "infeasible"
     what = "nothing fits" if proved else "nothing was found that fits, nor proved that nothing does"
     return InfeasibleError(
@@ -659,13 +667,8 @@ def _nothing_found(problem: Problem, result: SearchResult) -> AutoparError:
     from autopar.exporters.units import bytes_text
 
     limit = bytes_text(problem.memory_limit_bytes)
-    if result.stop_reason == "interrupted":
-        return InterruptedSearchError("interrupted before any strategy was found")
-    if result.stop_reason == "time":
-        return OutOfTimeError(
-            f"the search ended after {result.search_time_s:.1f} s, before it found any "
-            "strategy; allow more time, or give the mesh"
-        )
+    if early := _ended_early(result, "the mesh"):
+        return early
     devices, least = problem.cost_model.devices, result.least_bytes
     needs = ""
     if least is not None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from time import process_time
 
 from autopar.ir.search import Budget
 from autopar.searchers.over_stages import search
-from autopar.simulator.machine_links import MachineLinks
+from autopar.simulator.machine_links import MachineLinks, exchange_s
 from autopar.simulator.pipeline import StageCost, StageMemory
 from autopar.simulator.stage_problem import Alternative, Layout, Pool, StageProblem, Unit
 from cost_models import cost_model
@@ -33,10 +33,8 @@ def problem(blocks: int, devices: int, batch: int, microbatches: tuple[int, ...]
         units=units_of(blocks, devices, batch, machine),
         microbatches=microbatches,
         pools=(Pool(devices, machine.memory_bytes),),
-        network=lambda groups: MachineLinks(machine, groups),
-        exchange_s=lambda size, copies: machine.collective_time_s(
-            Collective("all_reduce", size, copies, max(1, devices // copies))
-        ),
+        network=partial(MachineLinks, machine),
+        exchange_s=partial(exchange_s, machine),
     )
 
 

@@ -126,6 +126,15 @@ def shards_of(sharding: Sharding, dim: int, mesh: Mesh) -> int:
     return prod(n for p, n in zip(sharding, mesh.sizes, strict=True) if sharded_dim(p) == dim)
 
 
+def pieces(sharding: Sharding, mesh: Mesh) -> int:
+    """Into how many different parts a tensor is cut.
+
+    >>> pieces(("S(0)", "I"), Mesh((("a", 4), ("b", 2))))
+    4
+    """
+    return prod(n for p, n in zip(sharding, mesh.sizes, strict=True) if sharded_dim(p) is not None)
+
+
 def local_shape(shape: tuple[int, ...], sharding: Sharding, mesh: Mesh) -> tuple[int, ...]:
     """The shape that every rank holds; splits divide exactly, so it is the same on all.
 

@@ -93,7 +93,7 @@ class _Search:
     compute_cache: ComputeCache = field(default_factory=dict)
     _divided: dict[int, tuple[Division, Structure]] = field(default_factory=dict)
     _open: list[tuple[float, bool, int, Prospect]] = field(default_factory=list)
-    _closed: list[Prospect] = field(default_factory=list)
+    _closed: dict[tuple[int, Mesh, int], float] = field(default_factory=dict)  # with their bounds
     _numbers: Iterator[int] = field(default_factory=counting)
     _complete: bool = False
 
@@ -261,8 +261,13 @@ class _Search:
     def _plan_stages(self, prospect: Prospect) -> None:
         """All of these stages, as far as they may be faster than the best."""
         found = list(self.prospects.likely(prospect))
-        bound_s = self._try_stages(found, PROOF_S) if found else 0.0
-        self._closed.append(replace(prospect, bound_s=max(prospect.bound_s, bound_s)))
+        self._close_one(prospect, self._try_stages(found, PROOF_S) if found else 0.0)
+
+    def _close_one(self, prospect: Prospect, bound_s: float) -> None:
+        """What is proved of it; whatever was proved of it before holds, too."""
+        (count,) = prospect.counts
+        key = prospect.rows, prospect.mesh, count
+        self._closed[key] = max(prospect.bound_s, bound_s, self._closed.get(key, 0.0))
 
     # ---- plans ---------------------------------------------------------------------------------
 
@@ -310,12 +315,13 @@ class _Search:
                 self._offer(prospect, search.best.strategy, search.best.estimate)
             if reason == "time":
                 raise LateError
-        self._closed.append(replace(prospect, bound_s=max(prospect.bound_s, bound_s)))
+        self._close_one(prospect, bound_s)
 
     def _try_stages(self, found: Sequence[Likely], proof_s: float) -> float:
         """Search over stages that are laid like these, and price the best of them exactly.
 
-        Returns a bound for all of these stages.
+        Returns a bound for all of these stages: that of the limit of memory which allowed most. 0.0
+        where nothing was found, since units may say that more is needed than is.
         """
         problem = self.problem
         laid: dict[int, list[Strategy]] = {}
@@ -332,11 +338,11 @@ class _Search:
             problem.training,
             _kinds(problem.recompute),
         )
-        bound_s, exact = 0.0, 1.0
+        bound_s, exact = math.inf, 1.0
         for _ in range(CORRECTIONS):
             self._in_time()
             result = self._search_stages(traced.problem, self.best_s / exact, proof_s)
-            bound_s = bound_s or result.lower_bound_s
+            bound_s = min(bound_s, result.lower_bound_s)
             if result.best is None:
                 break
             strategy = traced.strategy(result.best)
@@ -354,7 +360,7 @@ class _Search:
             if abs(limit - traced.memory_limit_bytes) < NEAR * limit:
                 break
             traced = traced.within(limit)
-        return bound_s * exact
+        return bound_s * exact if math.isfinite(bound_s) else 0.0
 
     def _search_stages(self, problem: StageProblem, cutoff_s: float, proof_s: float) -> StageResult:
         left_s = self.started + self.budget.time_s - monotonic()
@@ -408,9 +414,10 @@ class _Search:
 
     def _result(self, reason: str) -> SearchResult:
         bounds: dict[tuple[int, Mesh], float] = {}
-        for prospect in (*(entry[3] for entry in self._open), *self._closed):
-            key = prospect.rows, prospect.mesh
-            bounds[key] = min(bounds.get(key, math.inf), prospect.bound_s)
+        left = [((p.rows, p.mesh), p.bound_s) for *_, p in self._open]
+        left += [((rows, mesh), bound_s) for (rows, mesh, _), bound_s in self._closed.items()]
+        for key, one_s in left:
+            bounds[key] = min(bounds.get(key, math.inf), one_s)
         bound_s = min([self.best_s, *bounds.values()]) if self._complete else 0.0
         if not reason:
             reason = self._reason(bound_s)

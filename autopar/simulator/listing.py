@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph, Role, TensorSpec
 from autopar.ir.rule import RESERVED, BoundRule, Choice, Split
-from autopar.ir.sharding import Mesh, Parts, Sharding, sharded_dim
+from autopar.ir.sharding import Mesh, Parts, Sharding, pieces
 from autopar.ir.strategy import Stage, Storage, Strategy, Training
 from autopar.simulator.blocks import Block, blocks
 from autopar.simulator.clusters import Cluster, Link, clusters, links
@@ -730,7 +730,7 @@ class Listing:
     def _local_bytes(self, spec: TensorSpec, found: Codes) -> Index:
         axes = len(self.mesh.axes)
         unique, inverse = np.unique(found, return_inverse=True)
-        sizes = [spec.bytes // _pieces(sharding(int(u), axes), self.mesh) for u in unique]
+        sizes = [spec.bytes // pieces(sharding(int(u), axes), self.mesh) for u in unique]
         return np.array(sizes, dtype=np.int64)[inverse]
 
     @property
@@ -838,7 +838,3 @@ class Listing:
             spread = [s for s, n in zip(offered, counts, strict=True) for _ in range(n)]
             found.update(zip(use.parameters, spread, strict=True))
         return {t.name: found[t.name] for t in self.graph.parameters}
-
-
-def _pieces(of: Sharding, mesh: Mesh) -> int:
-    return prod(n for p, n in zip(of, mesh.sizes, strict=True) if sharded_dim(p) is not None)

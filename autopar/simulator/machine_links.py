@@ -47,6 +47,12 @@ class MachineLinks:
         return 1
 
 
+def exchange_s(cost_model: CostModel, size: int, copies: int) -> float:
+    """Seconds to sum ``size`` bytes on a device over so many copies, spread over the machine."""
+    stride = max(1, cost_model.devices // copies)
+    return cost_model.collective_time_s(Collective("all_reduce", size, copies, stride))
+
+
 def _busiest_bytes(feed: Feed, backward: bool) -> int:
     known = feed.busiest_backward_bytes if backward else feed.busiest_bytes
     if known is not None:

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
-from autopar.ir.graph import ITEM_BYTES
+from autopar.ir.graph import ITEM_BYTES, OperatorGraph
 from autopar.ir.sharding import Mesh
 from autopar.ir.simulation import (
     HOLDERS,
@@ -23,7 +23,7 @@ from autopar.ir.simulation import (
     RowEstimate,
     Traffic,
 )
-from autopar.ir.strategy import Strategy
+from autopar.ir.strategy import Strategy, Training
 from autopar.simulator.arrangement import Arrangement
 from autopar.simulator.costs import ComputeCache, Costs, within_units
 from autopar.simulator.critical_path import critical_path
@@ -148,6 +148,15 @@ class StagePrices:
         if key not in self._costs:
             self._costs[key] = Costs(self.cost_model, mesh, self.compute_cache, devices)
         return self._costs[key]
+
+
+def summed_bytes(whole: OperatorGraph, training: Training) -> dict[str, int]:
+    """What all processes sum once a step, whatever the stages are."""
+    sizes = {"loss": ITEM_BYTES[whole.spec(whole.loss).dtype]}
+    if training.clip_norm is not None:
+        wide = any(p.spec.dtype == "float64" for p in whole.parameters)
+        sizes["gradient norm"] = ITEM_BYTES["float64" if wide else "float32"]
+    return sizes
 
 
 def evaluate_stages(
@@ -327,10 +336,7 @@ class PricedPipeline:
         all updates come after them."""
         whole = self.plan.parts[0].division.whole
         everyone = (tuple(device for group in self.plan.groups for device in group),)
-        sizes = {"loss": ITEM_BYTES[whole.spec(whole.loss).dtype]}
-        if self.plan.strategy.training.clip_norm is not None:
-            wide = any(p.spec.dtype == "float64" for p in whole.parameters)
-            sizes["gradient norm"] = ITEM_BYTES["float64" if wide else "float32"]
+        sizes = summed_bytes(whole, self.plan.strategy.training)
         return tuple(self._all_reduce(WORLD, n, what, everyone) for what, n in sizes.items())
 
     def _all_reduce(

@@ -9,7 +9,7 @@ gradients and optimizer states are whole in every replica.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from autopar.errors import PlanMismatchError
 from autopar.ir.graph import OperatorGraph
@@ -24,11 +24,10 @@ from autopar.ir.sharding import INVARIANT, Mesh, shard
 from autopar.ir.simulation import Estimate, Memory
 from autopar.ir.strategy import Stage, Storage, Strategy, Training
 from autopar.schedules import SCHEDULES
-from autopar.simulator.machine_links import MachineLinks
+from autopar.simulator.machine_links import MachineLinks, exchange_s
 from autopar.simulator.pipeline import StageCost, StageMemory
 from autopar.simulator.stage_problem import (
     Alternative,
-    Groups,
     Layout,
     Objective,
     Pool,
@@ -67,22 +66,10 @@ def stage_problem(
         units=_units(graph, cost_model, device, training),
         microbatches=counts,
         pools=(Pool(cost_model.devices, memory_limit_bytes),),
-        network=_Links(cost_model),
-        exchange_s=lambda size, copies: cost_model.collective_time_s(
-            Collective("all_reduce", size, copies, max(1, cost_model.devices // copies))
-        ),
+        network=partial(MachineLinks, cost_model),
+        exchange_s=partial(exchange_s, cost_model),
         objective=objective,
     )
-
-
-class _Links:
-    """The machine's links between any groups of its devices; asked for the same ones often."""
-
-    def __init__(self, cost_model: CostModel) -> None:
-        self._cost_model = cost_model
-
-    def __call__(self, groups: Groups) -> MachineLinks:
-        return MachineLinks(self._cost_model, groups)
 
 
 def _units(
@@ -186,14 +173,14 @@ def _alternative(
             backward_bytes=kept - left,
         ),
     )
-    exchange_s = 0.0
+    exchanged_s = 0.0
     if data > 1 and size:
-        exchange_s = cost_model.collective_time_s(
+        exchanged_s = cost_model.collective_time_s(
             Collective("all_reduce", size, data, measured.tensor_parallel)
         )
     degree = measured.tensor_parallel
     layout = Layout(degree * data, f"{DATA} {data} x {TENSOR} {degree}", data)
-    return Alternative(layout, cost, exchange_s, RECOMPUTED if recomputed else "")
+    return Alternative(layout, cost, exchanged_s, RECOMPUTED if recomputed else "")
 
 
 # Strategies
@@ -273,7 +260,7 @@ def estimate_of(timeline: Timeline, objective: Objective) -> Estimate:
     """Parts are those of the row that works longest; memory is that of the fullest one."""
     rows = range(len(timeline.rows))
     parts = max((timeline.parts(row) for row in rows), key=lambda p: float(-p.idle_s))
-    exchange_s = max((float(s.time_s) for s in timeline.pipeline.synchronisations), default=0.0)
+    exchanged_s = max((float(s.time_s) for s in timeline.pipeline.synchronisations), default=0.0)
     memory: Memory = max(timeline.memories(), key=lambda m: m.total_bytes)
     time_s = timeline.step_time_s if objective == "step" else busiest_s(timeline)
     return Estimate(
@@ -282,7 +269,7 @@ def estimate_of(timeline: Timeline, objective: Objective) -> Estimate:
         backward_compute_s=float(parts.backward_s),
         forward_communication_s=0.0,
         backward_communication_s=0.0,
-        gradient_synchronisation_s=exchange_s,
+        gradient_synchronisation_s=exchanged_s,
         optimizer_s=float(parts.update_s),
         memory=memory,
     )

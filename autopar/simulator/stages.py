@@ -23,6 +23,7 @@ from autopar.ir.sharding import (
     Mesh,
     Sharding,
     local_shape,
+    pieces,
     sharded_dim,
 )
 from autopar.ir.strategy import Storage, Strategy
@@ -387,7 +388,7 @@ class Cutting:
         if departs is not None and len(set(wanted)) > 1:
             return canonical(departs, gradient)
         mesh = self.strategy.stages[target].mesh
-        return max(wanted, key=lambda sharding: _pieces(sharding, mesh))
+        return max(wanted, key=lambda sharding: pieces(sharding, mesh))
 
     def part(self, number: int) -> StagePart:
         stage = self.strategy.stages[number]
@@ -477,10 +478,6 @@ class Cutting:
 def _pieces_or_whole(sharding: Sharding) -> Sharding:
     """As it can be sent: sums are made, and copies are equal."""
     return tuple(p if sharded_dim(p) is not None else INVARIANT for p in sharding)
-
-
-def _pieces(sharding: Sharding, mesh: Mesh) -> int:
-    return prod(n for p, n in zip(sharding, mesh.sizes, strict=True) if sharded_dim(p) is not None)
 
 
 def _check(graph: OperatorGraph, strategy: Strategy) -> None:

@@ -10,19 +10,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from math import prod
+from functools import cached_property, partial
 
-from autopar.ir.graph import ITEM_BYTES, OperatorGraph
+from autopar.ir.graph import OperatorGraph
 from autopar.ir.schedule import Schedule
-from autopar.ir.sharding import Mesh, Sharding, sharded_dim
+from autopar.ir.sharding import Mesh, Sharding, pieces
 from autopar.ir.strategy import Strategy, Training
 from autopar.schedules import SCHEDULES
 from autopar.simulator.listing import Structure
-from autopar.simulator.machine_links import MachineLinks
+from autopar.simulator.machine_links import MachineLinks, exchange_s
 from autopar.simulator.microbatches import Division
 from autopar.simulator.pipeline import StageCost, StageMemory
-from autopar.simulator.pipelines import PricedStage, StagePrices
+from autopar.simulator.pipelines import PricedStage, StagePrices, summed_bytes
 from autopar.simulator.recompute_choices import KINDS, BlockChoices
 from autopar.simulator.stage_problem import (
     Alternative,
@@ -68,10 +67,8 @@ class TracedStages:
             units=lambda m: self._at(m).units,
             microbatches=tuple(sorted(self.laid)),
             pools=(Pool(machine.devices, self.memory_limit_bytes),),
-            network=lambda groups: MachineLinks(machine, groups),
-            exchange_s=lambda size, copies: machine.collective_time_s(
-                Collective("all_reduce", size, copies, max(1, machine.devices // copies))
-            ),
+            network=partial(MachineLinks, machine),
+            exchange_s=partial(exchange_s, machine),
             schedules=self.schedules,
             norm_s=self._norm_s,
             shared=tuple(self._shared()),
@@ -125,10 +122,8 @@ class TracedStages:
     @property
     def _norm_s(self) -> float:
         """Sums over all devices: of the loss, and of squares where gradients are clipped."""
-        machine, graph = self.cost_model, self._graph
-        sizes = [ITEM_BYTES[graph.spec(graph.loss).dtype]]
-        if self.training.clip_norm is not None:
-            sizes.append(4)
+        machine = self.cost_model
+        sizes = summed_bytes(self._graph, self.training).values()
         if machine.devices == 1:
             return 0.0
         return sum(
@@ -299,13 +294,9 @@ def _larger(one: StageMemory, other: StageMemory) -> StageMemory:
 
 def _layout(number: int, mesh: Mesh, ends: Sequence[Mapping[str, Sharding]]) -> Layout:
     """``ends``: what departs from units, and how it lies; most are alike."""
-    pieces = Counter(
-        prod(size for p, size in zip(of, mesh.sizes, strict=True) if sharded_dim(p) is not None)
-        for departing in ends
-        for of in departing.values()
-    )
+    cut = Counter(pieces(of, mesh) for departing in ends for of in departing.values())
     sizes = "x".join(map(str, mesh.sizes))
-    return Layout(mesh.size, f"{sizes} #{number}", pieces.most_common(1)[0][0])
+    return Layout(mesh.size, f"{sizes} #{number}", cut.most_common(1)[0][0])
 
 
 __all__ = ["TracedStages"]

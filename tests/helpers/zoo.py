@@ -295,23 +295,23 @@ def unet(dropout: float = 0.0) -> Built:
     return UNet(dropout), (noisy, target)
 
 
+def tower(features: int, width: int, dropout: float) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(features, width),
+        nn.GELU(),
+        nn.Dropout(dropout),
+        nn.LayerNorm(width),
+        nn.Linear(width, 16),
+    )
+
+
 class TwoTower(nn.Module):
     """Two branches without a common operator until the contrastive loss."""
 
     def __init__(self, dropout: float) -> None:
         super().__init__()
-
-        def tower(features: int, width: int) -> nn.Sequential:
-            return nn.Sequential(
-                nn.Linear(features, width),
-                nn.GELU(),
-                nn.Dropout(dropout),
-                nn.LayerNorm(width),
-                nn.Linear(width, 16),
-            )
-
-        self.query = tower(24, 64)
-        self.item = tower(40, 32)
+        self.query = tower(24, 64, dropout)
+        self.item = tower(40, 32, dropout)
         self.temperature = nn.Parameter(torch.zeros(()))
 
     def forward(self, queries: Tensor, items: Tensor) -> Tensor:
@@ -525,18 +525,8 @@ class Towers(nn.Module):
 
     def __init__(self, dropout: float) -> None:
         super().__init__()
-
-        def tower(features: int, width: int) -> nn.Sequential:
-            return nn.Sequential(
-                nn.Linear(features, width),
-                nn.GELU(),
-                nn.Dropout(dropout),
-                nn.LayerNorm(width),
-                nn.Linear(width, 16),
-            )
-
-        self.query = tower(24, 64)
-        self.item = tower(40, 32)
+        self.query = tower(24, 64, dropout)
+        self.item = tower(40, 32, dropout)
         self.score = nn.Linear(16, 4)
 
     def forward(self, queries: Tensor, items: Tensor, target: Tensor) -> Tensor:
