@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.simulator.price_list import Flow, PriceList, Selection, cheapest_storages
+from autopar.simulator.price_list import Groups, Kept, PriceList, Selection, cheapest_storages
 
 Seconds = NDArray[np.float64]
 Index = NDArray[np.int64]
@@ -38,11 +38,12 @@ class _Edge:
     flow: int
     producer: int
     consumer: int
-    source: Index
-    target: Index
+    source: Groups
+    target: Groups
     share: Seconds | None
     a: Seconds
     b: Seconds
+    positive: Seconds  # max(0, a + b)
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Dual:
     used: list[Seconds]  # of flows with several consumers: what they take together
     reduced: list[Seconds]
     incident: list[list[_Edge]]
+    onward: dict[bool, list[list[_Edge]]]  # of each node those to later nodes, and all others
     dummy: int
 
     @property
@@ -86,7 +88,8 @@ class Dual:
 
     def excess(self, node: int) -> Seconds:
         """By how much the bound rises if the node takes each alternative."""
-        return np.asarray(self.reduced[node] - self.reduced[node].min())
+        reduced = self.reduced[node]
+        return np.asarray(reduced - np.minimum.reduce(reduced))
 
 
 def dual(
@@ -108,54 +111,68 @@ def dual(
             theta[n] = theta[n] + menu.count * np.array(best)[menu.use]
     dummy = len(theta)
     theta.append(np.zeros(1))
-    flows = list(price_list.flows)
+    ends = [(flow.producer, flow.consumers, flow.groups) for flow in price_list.flows]
+    cost = [flow.count * flow.time_s for flow in price_list.flows]
     if weights.any():
-        flows += [_kept_as_flow(price_list, i, weights, dummy) for i in range(len(price_list.kept))]
-    cost = [flow.count * flow.time_s for flow in flows]
+        # kept versions are paid like redistributions from a node without a choice
+        ends += [(dummy, kept.holders, kept.groups) for kept in price_list.kept]
+        cost += [kept.count * _price_of_versions(kept, weights) for kept in price_list.kept]
     if offered is not None:
         for n, alternatives in enumerate(offered.alternatives):
             theta[n] = theta[n] + never_s * ~alternatives
         for i, pairs in enumerate(offered.pairs):
             cost[i] = cost[i] + never_s * ~pairs
-    edges = [edge for i, flow in enumerate(flows) for edge in _edges(i, flow, cost[i].shape)]
+    edges = [edge for i, of in enumerate(ends) for edge in _edges(i, cost[i].shape, *of)]
     incident: list[list[_Edge]] = [[] for _ in theta]
     for edge in edges:
         incident[edge.producer].append(edge)
         if edge.consumer != edge.producer:
             incident[edge.consumer].append(edge)
+    onward = {
+        forward: [
+            [e for e in of_node if (_other(e, node) > node) == forward]
+            for node, of_node in enumerate(incident)
+        ]
+        for forward in (True, False)
+    }
     used = [np.zeros_like(c) for c in cost]
     reduced = [t.copy() for t in theta]
-    return Dual(price_list, weights, theta, cost, edges, used, reduced, incident, dummy)
+    return Dual(price_list, weights, theta, cost, edges, used, reduced, incident, onward, dummy)
 
 
-def _edges(number: int, flow: Flow, shape: tuple[int, ...]) -> list[_Edge]:
-    able = np.zeros((len(flow.consumers), shape[1]))
-    for i, (_, target) in enumerate(flow.consumers):
-        able[i, target] = 1.0
-    shares = able / np.maximum(able.sum(axis=0), 1.0)
+def _edges(
+    number: int,
+    shape: tuple[int, ...],
+    producer: int,
+    consumers: Sequence[tuple[int, Index]],
+    groups: tuple[Groups, tuple[Groups, ...]],
+) -> list[_Edge]:
+    source, targets = groups
+    shares: Sequence[Seconds | None] = [None]
+    if len(consumers) > 1:
+        able = np.zeros((len(consumers), shape[1]))
+        for i, target in enumerate(targets):
+            able[i, target.present] = 1.0
+        shares = list(able / np.maximum(able.sum(axis=0), 1.0))
     return [
         _Edge(
             number,
-            flow.producer,
+            producer,
             consumer,
-            flow.source,
+            source,
             target,
-            shares[i] if len(flow.consumers) > 1 else None,
+            share,
             np.zeros(shape[0]),
             np.zeros(shape[1]),
+            np.zeros(shape),
         )
-        for i, (consumer, target) in enumerate(flow.consumers)
+        for (consumer, _), target, share in zip(consumers, targets, shares, strict=True)
     ]
 
 
-def _kept_as_flow(price_list: PriceList, index: int, weights: Seconds, dummy: int) -> Flow:
-    """Kept versions are paid like redistributions from a node without a choice; version -1 becomes
-    a last version that costs nothing."""
-    kept = price_list.kept[index]
-    versions = kept.memory_bytes.shape[1]
-    cost = np.append(weights @ kept.memory_bytes, 0.0)[None, :]
-    consumers = tuple((n, np.where(v < 0, versions, v)) for n, v in kept.holders)
-    return Flow(kept.name, dummy, np.zeros(1, dtype=np.int64), consumers, cost, kept.count)
+def _price_of_versions(kept: Kept, weights: Seconds) -> Seconds:
+    """None costs nothing: the last version."""
+    return np.append(weights @ kept.memory_bytes, 0.0)[None, :]
 
 
 LOOKS = 2
@@ -221,7 +238,7 @@ def _sweep(
 def _push(problem: Dual, node: int, *, forward: bool, fair: bool) -> None:
     """Give the node's excess to its edges that lead on, and let the other ends have all that the
     edges can carry."""
-    onward = [e for e in problem.incident[node] if (_other(e, node) > node) == forward]
+    onward = problem.onward[forward][node]
     if not onward:
         return
     behind = len(problem.incident[node]) - len(onward)
@@ -238,36 +255,25 @@ def _move(problem: Dual, edge: _Edge, node: int, share: Seconds, *, fair: bool) 
     """Lower this end of the edge by ``share``, raise the other as far as the constraint allows."""
     capacity = problem.cost[edge.flow]
     if edge.share is not None:
-        left = capacity - problem.used[edge.flow] + _positive(edge)
+        left = capacity - problem.used[edge.flow] + edge.positive
         capacity = capacity * edge.share if fair else left
     if edge.producer == node:
-        give = _least(share, edge.source, len(edge.a))
+        give = edge.source.least(share)
         edge.a -= give
-        problem.reduced[node] -= give[edge.source]
-        new = (capacity - edge.a[:, None]).min(axis=0)
-        problem.reduced[edge.consumer] += (new - edge.b)[edge.target]
+        problem.reduced[node] -= give[edge.source.of]
+        new = np.minimum.reduce(capacity - edge.a[:, None], axis=0)
+        problem.reduced[edge.consumer] += (new - edge.b)[edge.target.of]
         edge.b = new
     else:
-        give = _least(share, edge.target, len(edge.b))
+        give = edge.target.least(share)
         edge.b -= give
-        problem.reduced[node] -= give[edge.target]
-        new = (capacity - edge.b[None, :]).min(axis=1)
-        problem.reduced[edge.producer] += (new - edge.a)[edge.source]
+        problem.reduced[node] -= give[edge.target.of]
+        new = np.minimum.reduce(capacity - edge.b, axis=1)
+        problem.reduced[edge.producer] += (new - edge.a)[edge.source.of]
         edge.a = new
     if edge.share is not None:
-        problem.used[edge.flow] = problem.cost[edge.flow] - left + _positive(edge)
-
-
-def _positive(edge: _Edge) -> Seconds:
-    return np.maximum(edge.a[:, None] + edge.b[None, :], 0.0)
-
-
-def _least(values: Seconds, groups: Index, count: int) -> Seconds:
-    """The least value of each group; 0 for groups that no alternative belongs to."""
-    found = np.full(count, np.inf)
-    np.minimum.at(found, groups, values)
-    found[np.isinf(found)] = 0.0
-    return found
+        edge.positive = np.maximum(edge.a[:, None] + edge.b, 0.0)
+        problem.used[edge.flow] = problem.cost[edge.flow] - left + edge.positive
 
 
 # ---- selections ---------------------------------------------------------------------------------
@@ -285,7 +291,7 @@ def decode(problem: Dual) -> tuple[int, ...]:
         chosen[node] = int(price.argmin())
         for edge in problem.incident[node]:
             if edge.consumer == node:
-                wanted[edge.flow].add(int(edge.target[chosen[node]]))
+                wanted[edge.flow].add(int(edge.target.of[chosen[node]]))
     return tuple(chosen[node] for node in range(len(price_list.nodes)))
 
 
@@ -294,16 +300,16 @@ def _edge_price(
 ) -> Seconds:
     cost = problem.cost[edge.flow]
     if edge.producer == edge.consumer:
-        return np.asarray(cost[edge.source, edge.target])
+        return np.asarray(cost[edge.source.of, edge.target.of])
     if edge.consumer == node:
         if edge.producer in chosen:
-            row = cost[edge.source[chosen[edge.producer]]].copy()
+            row = cost[edge.source.of[chosen[edge.producer]]].copy()
             row[list(wanted[edge.flow])] = 0.0
-            return np.asarray(row[edge.target])
-        return np.asarray(edge.b[edge.target])
+            return np.asarray(row[edge.target.of])
+        return np.asarray(edge.b[edge.target.of])
     if edge.consumer in chosen:
-        return np.asarray(cost[edge.source, edge.target[chosen[edge.consumer]]])
-    return np.asarray(edge.a[edge.source])
+        return np.asarray(cost[edge.source.of, edge.target.of[chosen[edge.consumer]]])
+    return np.asarray(edge.a[edge.source.of])
 
 
 def improve(problem: Dual, alternatives: Sequence[int], rounds: int = 20) -> tuple[int, ...]:
@@ -312,15 +318,21 @@ def improve(problem: Dual, alternatives: Sequence[int], rounds: int = 20) -> tup
     by_flow: dict[int, list[_Edge]] = {}
     for edge in problem.edges:
         by_flow.setdefault(edge.flow, []).append(edge)
+    open_nodes = set(range(len(alternatives)))  # at which something may have changed
     for _ in range(rounds):
-        changed = False
         for node in range(len(alternatives)):
+            if node not in open_nodes:
+                continue
+            open_nodes.remove(node)
             price = _price_of_each(problem, node, current, by_flow)
             best = int(price.argmin())
             if price[best] < price[current[node]] * (1 - 1e-12) - 1e-18:
                 current[node] = best
-                changed = True
-        if not changed:
+                for flow in {edge.flow for edge in problem.incident[node]}:
+                    for edge in by_flow[flow]:
+                        open_nodes |= {edge.producer, edge.consumer}
+        open_nodes -= {problem.dummy}
+        if not open_nodes:
             break
     return tuple(current[:-1])
 
@@ -334,22 +346,22 @@ def _price_of_each(
         edges = by_flow[flow]
         cost = problem.cost[flow]
         own = [edge for edge in edges if edge.consumer == node]
-        others = {int(e.target[current[e.consumer]]) for e in edges if e.consumer != node}
+        others = {int(e.target.of[current[e.consumer]]) for e in edges if e.consumer != node}
         if edges[0].producer == node:
-            source = edges[0].source
+            source = edges[0].source.of
             for target in others:
                 price += cost[source, target]
         else:
-            source = np.full(len(price), edges[0].source[current[edges[0].producer]])
+            source = np.full(len(price), edges[0].source.of[current[edges[0].producer]])
         paid: list[Index] = []
         unpaid = np.ones(cost.shape[1], dtype=bool)
         unpaid[list(others)] = False
         for edge in own:
-            new = unpaid[edge.target]
+            new = unpaid[edge.target.of]
             for earlier in paid:
-                new &= edge.target != earlier
-            price += np.where(new, cost[source, edge.target], 0.0)
-            paid.append(edge.target)
+                new &= edge.target.of != earlier
+            price += np.where(new, cost[source, edge.target.of], 0.0)
+            paid.append(edge.target.of)
     return price
 
 
@@ -392,16 +404,19 @@ def survivors(problem: Dual, best_s: float) -> Survivors:
 def _surviving_pairs(problem: Dual, edge: _Edge, room: float, alternatives: Sequence[Mask]) -> Mask:
     """The bound rises by the unused part of the redistribution's price, by what this consumer's
     dual gives up, and by the excess of the best alternatives on both sides."""
-    used = _positive(edge) if edge.share is None else problem.used[edge.flow]
+    both = edge.a[:, None] + edge.b
+    used = np.maximum(both, 0.0) if edge.share is None else problem.used[edge.flow]
     unused = problem.cost[edge.flow] - used
-    given_up = np.maximum(-(edge.a[:, None] + edge.b[None, :]), 0.0)
+    given_up = np.maximum(-both, 0.0)
     rise = unused + given_up
     rise = (
         rise
-        + _least_or_inf(problem, edge.producer, edge.source, len(edge.a), alternatives)[:, None]
+        + _least_or_inf(problem, edge.producer, edge.source.of, len(edge.a), alternatives)[:, None]
     )
     if edge.consumer != edge.producer:
-        rise = rise + _least_or_inf(problem, edge.consumer, edge.target, len(edge.b), alternatives)
+        rise = rise + _least_or_inf(
+            problem, edge.consumer, edge.target.of, len(edge.b), alternatives
+        )
     return np.asarray(rise <= room)
 
 

@@ -365,9 +365,9 @@ class Listing:
     def price_list(self) -> PriceList:
         nodes = [self._node(number) for number in range(len(self.structure.clusters))]
         flows = [flow for link in self.structure.links for flow in self._flows(link)]
-        for use in self._shared_uses:
-            flows += self._shared_flows(use, len(nodes))
-            nodes.append(self._shared_node(use))
+        for use, offers in self._shared_uses:
+            flows += self._shared_flows(use, offers, len(nodes))
+            nodes.append(self._shared_node(use, offers))
         output = Node("(output)", np.zeros(1), np.zeros((2, 1)))
         return PriceList(
             (*nodes, output),
@@ -574,9 +574,11 @@ class Listing:
     # ---- parameters ----------------------------------------------------------------------------
 
     @cached_property
-    def _shared_uses(self) -> tuple[Use, ...]:
+    def _shared_uses(self) -> tuple[tuple[Use, Offers], ...]:
         """Parameters with several kinds of users: their storage is a decision of its own."""
-        return tuple(use for use in self.structure.uses if len(use.readers) > 1)
+        return tuple(
+            (use, self._shared_offers(use)) for use in self.structure.uses if len(use.readers) > 1
+        )
 
     @cached_property
     def parameters(self) -> ParameterPrices:
@@ -608,13 +610,8 @@ class Listing:
         (priced,) = self._priced(use, [code(used)])
         return self._as_storages(priced.offers)
 
-    def shared_storages(self, use: Use) -> tuple[Storage, ...]:
-        """The alternatives of a parameter with several users."""
-        return self._as_storages(self._shared_offers(use))
-
     def _as_storages(self, offers: Offers) -> tuple[Storage, ...]:
-        rows = range(len(offers.target))
-        return tuple(offers.storage(row, len(self.mesh.axes)) for row in rows)
+        return tuple(map(offers.storage, range(len(offers.target))))
 
     def _shared_offers(self, use: Use) -> Offers:
         divided = ["P" in a.letters for a in self.allowed] or [False] * len(self.mesh.axes)
@@ -625,18 +622,17 @@ class Listing:
                 parts.update(parts_by_dim((bound.placements(factor)[0][position],)))
         return self.parameters.any_storage(self.graph.spec(use.parameters[0]), divided, parts)
 
-    def _shared_node(self, use: Use) -> Node:
-        tensor = self.graph.by_name[use.parameters[0]]
-        offers, prices = self._shared_offers(use), self.parameters
+    def _shared_node(self, use: Use, offers: Offers) -> Node:
+        tensor, prices = self.graph.by_name[use.parameters[0]], self.parameters
         update = prices.update_s(tensor.spec, offers) * tensor.differentiable
         memory = prices.memory_bytes(tensor.spec, offers, trained=tensor.differentiable)
         return Node(use.parameters[0], update, memory, len(use.parameters))
 
-    def _shared_flows(self, use: Use, node: int) -> Iterator[Flow]:
+    def _shared_flows(self, use: Use, offers: Offers, node: int) -> Iterator[Flow]:
         """To each distinct use once, back from those that have a gradient, and again in the
         backward of each operator that needs it."""
         tensor = self.graph.by_name[use.parameters[0]]
-        offers, prices = self._shared_offers(use), self.parameters
+        prices = self.parameters
         found = [self._codes(c, "input", p, tensor.differentiable) for c, p in use.readers]
         targets, index = np.unique(np.concatenate(found), return_inverse=True)
         starts = np.cumsum([0, *(len(codes_) for codes_ in found)])
@@ -644,8 +640,12 @@ class Listing:
             (self.structure.home[c], index[a:b].astype(np.int64))
             for (c, _), a, b in zip(use.readers, starts, starts[1:], strict=False)
         ]
-        to_each = [replace(offers, target=np.full(len(offers.target), t)) for t in targets]
-        there = np.stack([prices.use_s(tensor.spec, o, trained=False) for o in to_each], axis=1)
+        to_each = offers.for_each(targets)
+
+        def by_target(of_each: NDArray[np.float64]) -> NDArray[np.float64]:
+            return np.ascontiguousarray(of_each.reshape(len(targets), -1).T)
+
+        there = by_target(prices.use_s(tensor.spec, to_each, trained=False))
         returning = [
             consumer
             for consumer, (c, _) in zip(consumers, use.readers, strict=True)
@@ -653,8 +653,8 @@ class Listing:
         ]
         both = there
         if returning:
-            both = np.stack([prices.use_s(tensor.spec, o, trained=True) for o in to_each], axis=1)
-        again = [prices.gather_s(tensor.spec, o) for o in to_each]
+            both = by_target(prices.use_s(tensor.spec, to_each, trained=True))
+        again = by_target(prices.gather_s(tensor.spec, to_each))
         every = np.arange(len(offers.target), dtype=np.int64)
         count, name = len(use.parameters), use.parameters[0]
         if len(returning) in (0, len(consumers)):
@@ -664,8 +664,7 @@ class Listing:
             yield Flow(name, node, every, tuple(returning), both - there, count)
         for consumer, saving in zip(consumers, use.saving, strict=True):
             if saving:
-                more = np.stack(again, axis=1) * saving
-                yield Flow(name, node, every, (consumer,), more, count)
+                yield Flow(name, node, every, (consumer,), again * saving, count)
 
     # ---- memory --------------------------------------------------------------------------------
 
@@ -822,8 +821,8 @@ class Listing:
 
     def _chosen_storage(self, selection: Selection, chosen: dict[int, Split]) -> dict[str, Storage]:
         found: dict[str, Storage] = {}
-        for number, use in enumerate(self._shared_uses, start=len(self.structure.clusters)):
-            storage = self.shared_storages(use)[selection.alternatives[number]]
+        for number, (use, offers) in enumerate(self._shared_uses, len(self.structure.clusters)):
+            storage = offers.storage(selection.alternatives[number])
             found.update(dict.fromkeys(use.parameters, storage))
         menu_of = self._storage_counts(selection)
         for use in self.structure.uses:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from functools import cached_property, lru_cache
+from itertools import accumulate, product
+from math import prod
 from types import MappingProxyType
 
 import numpy as np
@@ -28,6 +30,7 @@ from autopar.simulator.redistribution_table import (
     RedistributionTable,
     code,
     codes,
+    paths,
     placement_code,
     sharding,
 )
@@ -44,24 +47,81 @@ LEVELS = (0, 1, 2, 3)
 
 @dataclass(frozen=True)
 class Offers:
-    """Storages as codes, one row each: for which use, and how the three are kept."""
+    """Storages on a mesh of so many axes as codes, one row each: for which use, and how the three
+    are kept. What follows from the codes alone serves all tensors and meshes."""
 
+    axes: int
     target: Codes
     parameter: Codes
     gradient: Codes
     optimizer: Codes
 
     def __getitem__(self, rows: Index | NDArray[np.bool_]) -> Offers:
-        return Offers(
-            self.target[rows], self.parameter[rows], self.gradient[rows], self.optimizer[rows]
+        of = self.target, self.parameter, self.gradient, self.optimizer
+        return Offers(self.axes, *(each[rows] for each in of))
+
+    def for_each(self, targets: Codes) -> Offers:
+        """All for the first of these uses, then all for the second, ..."""
+        of = self.parameter, self.gradient, self.optimizer
+        times = len(targets)
+        each = (np.tile(kept, times) for kept in of)
+        return Offers(self.axes, np.repeat(targets, len(self.parameter)), *each)
+
+    def storage(self, row: int) -> Storage:
+        return Storage(
+            sharding(int(self.parameter[row]), self.axes),
+            sharding(int(self.gradient[row]), self.axes),
+            sharding(int(self.optimizer[row]), self.axes),
         )
 
-    def storage(self, row: int, axes: int) -> Storage:
-        return Storage(
-            sharding(int(self.parameter[row]), axes),
-            sharding(int(self.gradient[row]), axes),
-            sharding(int(self.optimizer[row]), axes),
-        )
+    @cached_property
+    def there(self) -> Index:
+        """The paths (``redistribution_table.Paths``) to the use."""
+        return paths(self.axes).pairs(self.parameter, self.target)
+
+    @cached_property
+    def back(self) -> Index:
+        """Of the gradient, from the use."""
+        return paths(self.axes).pairs(self._made, self._kept)
+
+    @cached_property
+    def again(self) -> Index:
+        """From the optimizer's shard to the parameter."""
+        return paths(self.axes).pairs(self.optimizer, self.parameter)
+
+    @cached_property
+    def per_step(self) -> NDArray[np.bool_]:
+        """As ``ParameterEdge.per_step``."""
+        gathers = paths(self.axes).communicates(self.there)
+        return np.asarray((self.gradient == self.parameter) & ~gathers)
+
+    @cached_property
+    def _made(self) -> Codes:
+        """How the use leaves the gradient."""
+        unique, inverse = np.unique(self.target, return_inverse=True)
+        return np.array([code(gradient(sharding(int(t), self.axes))) for t in unique])[inverse]
+
+    @cached_property
+    def _kept(self) -> Codes:
+        """Where it is sent."""
+        return np.where(self.per_step, self.optimizer, self.gradient)
+
+    @cached_property
+    def cuts(self) -> Cuts:
+        summed = np.where(self.per_step, self._made, self._kept)
+        of = self.target, self.parameter, self.gradient, self.optimizer, summed
+        return Cuts(*(cut_axes(each, self.axes) for each in of))
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Which axes cut what, as bits; ``summed``: the gradients of microbatches that are added."""
+
+    target: Index
+    parameter: Index
+    gradient: Index
+    optimizer: Index
+    summed: Index
 
 
 @dataclass(frozen=True)
@@ -98,57 +158,46 @@ class ParameterPrices:
         key = (spec, saving, trained)
         missing = [t for t in dict.fromkeys(targets) if (key, t) not in self._known]
         if missing:
-            offers = [self.offers(spec, t, trained=trained) for t in missing]
-            together = _joined(offers)
-            time_s = self.time_s(spec, together, trained=trained)
+            offered = tuple((t, self._levels_of(spec, t, trained=trained)) for t in missing)
+            offers, starts = _offered(self.axes, offered)
+            time_s = self.time_s(spec, offers, trained=trained)
             if saving:
-                time_s = time_s + saving * self.gather_s(spec, together)
-            memory = self.memory_bytes(spec, together, trained=trained, used=True)
-            starts = np.cumsum([0, *(len(o.target) for o in offers)])
-            for target, offer, a, b in zip(missing, offers, starts, starts[1:], strict=False):
-                keep = _undominated(time_s[a:b], memory[:, a:b])
-                self._known[key, target] = Priced(
-                    offer[keep], time_s[a:b][keep], memory[:, a:b][:, keep]
-                )
+                time_s = time_s + saving * self.gather_s(spec, offers)
+            memory = self.memory_bytes(spec, offers, trained=trained, used=True)
+            for target, a, b in zip(missing, starts, starts[1:], strict=False):
+                kept = a + _undominated(time_s[a:b], memory[:, a:b])
+                self._known[key, target] = Priced(offers[kept], time_s[kept], memory[:, kept])
         return [self._known[key, t] for t in targets]
 
     # ---- what is offered -----------------------------------------------------------------------
 
-    def offers(self, spec: TensorSpec, target: int, *, trained: bool) -> Offers:
-        """How a parameter that is used as ``target`` may be kept.
+    def _levels_of(
+        self, spec: TensorSpec, target: int, *, trained: bool
+    ) -> tuple[tuple[Level, ...], ...]:
+        """How each axis may keep a parameter that is used as ``target``.
 
         An axis that shards the use shards the storage. On any other axis: replicated, or ZeRO of
         one of its ``levels`` along the first dim that the axis divides and that no later axis cuts
         in the use (such a piece of a piece could not be gathered alone); a dim that the use divides
-        in parts is divided in the same parts. Nor is a gradient offered
-        that arrives with every microbatch in pieces that the optimizer's shard would have to be put
-        together from.
+        in parts is divided in the same parts.
         """
         used = sharding(target, self.axes)
-        per_axis = [
+        placed = zero_placements(spec.shape, used, self.table.costs.mesh.sizes)
+        return tuple(
             self._axis_levels(placement, sharded, offered, trained)
-            for placement, sharded, offered in zip(
-                used,
-                zero_placements(spec.shape, used, self.table.costs.mesh.sizes),
-                self.levels,
-                strict=True,
-            )
-        ]
-        found = _combined(per_axis, target)
-        late = self._per_step(found)
-        assembled = self._communicates(found.gradient, found.optimizer)
-        return found[late | ~assembled]
+            for placement, sharded, offered in zip(used, placed, self.levels, strict=True)
+        )
 
     @staticmethod
     def _axis_levels(
         placement: Placement, sharded: Placement | None, offered: tuple[int, ...], trained: bool
-    ) -> list[Level]:
+    ) -> tuple[Level, ...]:
         if sharded_dim(placement) is not None:
-            return [(placement,) * 3]
+            return ((placement,) * 3,)
         if sharded is None:
-            return [at_level(0, "")]
+            return (at_level(0, ""),)
         useful = offered if trained else tuple(n for n in offered if n in (0, 3)) or (0,)
-        return [at_level(n, sharded) for n in useful]
+        return tuple(at_level(n, sharded) for n in useful)
 
     def any_storage(
         self,
@@ -169,8 +218,9 @@ class ParameterPrices:
                 [at_level(n, s) for n in sorted(wanted) for s in (dims if n else ["I"])]
             )
         found = _combined(per_axis, 0)
-        fits = [_divides(units, sharding(int(c), self.axes), sizes) for c in found.optimizer]
-        return found[np.array(fits, dtype=bool)]
+        unique, inverse = np.unique(found.optimizer, return_inverse=True)
+        fits = [_divides(units, sharding(int(c), self.axes), sizes) for c in unique]
+        return found[np.array(fits, dtype=bool)[inverse]]
 
     # ---- what it costs -------------------------------------------------------------------------
 
@@ -182,35 +232,31 @@ class ParameterPrices:
 
     def use_s(self, spec: TensorSpec, offers: Offers, *, trained: bool) -> Seconds:
         """To its use, and its gradient back."""
-        forward = self._forward_s(spec, offers.parameter, offers.target) * self.microbatches
+        forward = self.table.seconds(spec, offers.there)[0] * self.microbatches
         if not trained:
             return np.asarray(forward)
-        late = self._per_step(offers)
-        unique, inverse = np.unique(offers.target, return_inverse=True)
-        back = np.array([code(gradient(sharding(int(t), self.axes))) for t in unique])[inverse]
-        destination = np.where(late, offers.optimizer, offers.gradient)
-        backward = self._forward_s(spec, back, destination)
-        moved = forward + backward * np.where(late, 1, self.microbatches)
-        return np.asarray(moved + self._sum_s(spec, np.where(late, back, destination)))
+        backward = self.table.seconds(spec, offers.back)[0]
+        moved = forward + backward * np.where(offers.per_step, 1, self.microbatches)
+        return np.asarray(moved + self._sum_s(spec, offers.cuts.summed))
 
-    def _sum_s(self, spec: TensorSpec, summed: Codes) -> Seconds:
+    def _sum_s(self, spec: TensorSpec, cuts: Index) -> Seconds:
         """Adding up the gradients of all microbatches where they lie so."""
-        pieces, inverse = np.unique(self._pieces(summed), return_inverse=True)
+        pieces, inverse = np.unique(self._pieces(cuts), return_inverse=True)
         costs = self.table.costs
         sums = [sum_time_s(spec.bytes / int(n), self.microbatches, spec, costs) for n in pieces]
         return np.array(sums)[inverse]
 
     def update_s(self, spec: TensorSpec, offers: Offers) -> Seconds:
         """The optimizer on its shard, and the parameter made whole again from the shards."""
-        again = self._forward_s(spec, offers.optimizer, offers.parameter, copies=False)
-        pieces, inverse = np.unique(self._pieces(offers.optimizer), return_inverse=True)
+        again = self.table.seconds(spec, offers.again, copies=False)[0]
+        pieces, inverse = np.unique(self._pieces(offers.cuts.optimizer), return_inverse=True)
         costs = self.table.costs
         update = [update_time_s(spec.numel // int(n), spec, self.training, costs) for n in pieces]
         return np.asarray(again + np.array(update)[inverse])
 
     def gather_s(self, spec: TensorSpec, offers: Offers) -> Seconds:
         """Gathering the parameter once more, in the backward of one operator."""
-        once = self._forward_s(spec, offers.parameter, offers.target, copies=False)
+        once = self.table.seconds(spec, offers.there, copies=False)[0]
         return np.asarray(self.microbatches * once)
 
     def memory_bytes(
@@ -219,48 +265,30 @@ class ParameterPrices:
         """Two rows: with the optimizer state, and with the gradient too. ``used``: as the offers'
         targets say; the sum of earlier microbatches' gradients is then there always, as it is kept
         or as the use leaves it."""
-        parameter = spec.bytes / self._pieces(offers.parameter)
+        cuts = offers.cuts
+        parameter = spec.bytes / self._pieces(cuts.parameter)
         if not trained:
             return np.stack([parameter, parameter])
         state_bytes = spec.numel * optimizer_bytes_per_element(spec, self.training)
-        kept = parameter + state_bytes / self._pieces(offers.optimizer)
-        pieces = self._pieces(offers.gradient)
+        kept = parameter + state_bytes / self._pieces(cuts.optimizer)
+        pieces = self._pieces(cuts.gradient)
         at_end = kept + spec.bytes / pieces
         if used and self.microbatches > 1:
-            kept = kept + spec.bytes / np.maximum(pieces, self._pieces(offers.target))
+            kept = kept + spec.bytes / np.maximum(pieces, self._pieces(cuts.target))
         return np.stack([kept, at_end])
 
-    def _forward_s(
-        self, spec: TensorSpec, source: Codes, target: Codes, *, copies: bool = True
-    ) -> Seconds:
-        numbers = self.table.paths.pairs(source, target)
-        return self.table.seconds(spec, numbers, copies=copies)[0]
+    def _pieces(self, cuts: Index) -> NDArray[np.float64]:
+        """Into how many pieces these axes cut a tensor."""
+        return self._pieces_of[cuts]
 
-    def _per_step(self, offers: Offers) -> NDArray[np.bool_]:
-        """As ``ParameterEdge.per_step``."""
-        gathers = self._communicates(offers.parameter, offers.target)
-        return np.asarray((offers.gradient == offers.parameter) & ~gathers)
-
-    def _communicates(self, source: Codes, target: Codes) -> NDArray[np.bool_]:
-        return self.table.paths.communicates(self.table.paths.pairs(source, target))
-
-    def _pieces(self, of: Codes) -> NDArray[np.float64]:
-        """Into how many pieces the shardings cut a tensor."""
+    @cached_property
+    def _pieces_of(self) -> NDArray[np.float64]:
         sizes = self.table.costs.mesh.sizes
-        unique, inverse = np.unique(of, return_inverse=True)
-        pieces = [
-            float(
-                np.prod(
-                    [
-                        n
-                        for p, n in zip(sharding(int(c), self.axes), sizes, strict=True)
-                        if sharded_dim(p) is not None
-                    ]
-                )
-            )
-            for c in unique
+        of = [
+            prod(n for axis, n in enumerate(sizes) if cuts >> axis & 1)
+            for cuts in range(1 << len(sizes))
         ]
-        return np.array(pieces)[inverse]
+        return np.array(of, dtype=np.float64)
 
 
 def zero_placements(
@@ -299,21 +327,40 @@ def at_level(level: int, sharded: Placement) -> Level:
     )
 
 
+@lru_cache(maxsize=4096)
+def _offered(
+    axes: int, wanted: tuple[tuple[int, tuple[tuple[Level, ...], ...]], ...]
+) -> tuple[Offers, tuple[int, ...]]:
+    """For each use, with what the axes offer for it, every combination, one use after the other;
+    and where each begins. Not those with a gradient that arrives with every microbatch in pieces
+    that the optimizer's shard would have to be put together from."""
+    found = []
+    for target, per_axis in wanted:
+        every = _combined(per_axis, target)
+        apart = paths(axes).pairs(every.gradient, every.optimizer)
+        found.append(every[every.per_step | ~paths(axes).communicates(apart)])
+    starts = (0, *accumulate(len(offers.target) for offers in found))
+    of = zip(*((o.target, o.parameter, o.gradient, o.optimizer) for o in found), strict=True)
+    return Offers(axes, *(np.concatenate(each) for each in of)), starts
+
+
 def _combined(per_axis: Sequence[Sequence[Level]], target: int) -> Offers:
     """Every combination of what the axes offer."""
     digits = [[[placement_code(p) for p in level] for level in levels] for levels in per_axis]
     rows = np.array(list(product(*digits)), dtype=np.int64)  # (rows, axes, which of the three)
     parameter, grad, optimizer = (codes(rows[:, :, i]) for i in range(3))
-    return Offers(np.full(len(rows), target, dtype=np.int64), parameter, grad, optimizer)
+    towards = np.full(len(rows), target, dtype=np.int64)
+    return Offers(len(per_axis), towards, parameter, grad, optimizer)
 
 
-def _joined(offers: Sequence[Offers]) -> Offers:
-    return Offers(
-        np.concatenate([o.target for o in offers]),
-        np.concatenate([o.parameter for o in offers]),
-        np.concatenate([o.gradient for o in offers]),
-        np.concatenate([o.optimizer for o in offers]),
-    )
+def cut_axes(of: Codes, axes: int) -> Index:
+    """The axes that divide a dim, as bits."""
+    unique, inverse = np.unique(of, return_inverse=True)
+    found = [
+        sum(1 << axis for axis, p in enumerate(sharding(int(c), axes)) if p[0] == "S")
+        for c in unique
+    ]
+    return np.array(found, dtype=np.int64)[inverse]
 
 
 def parts_by_dim(of: Sharding) -> dict[int, Parts]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +46,37 @@ class Node:
     menus: tuple[Menu, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """``of``: to which of ``count`` groups each alternative belongs; ``present``: those that any
+    belongs to. ``order`` puts the alternatives of each together; ``starts``: where these begin."""
+
+    of: Index
+    count: int
+    present: Index
+    order: Index
+    starts: Index
+
+    @classmethod
+    def by(cls, of: Index, count: int) -> Groups:
+        order = np.argsort(of, kind="stable")
+        present, starts = np.unique(of[order], return_index=True)
+        return cls(of, count, present, order, starts)
+
+    def least(self, values: Seconds) -> Seconds:
+        """The least value of each group; 0 for groups that no alternative belongs to.
+
+        >>> Groups.by(np.array([2, 0, 2]), 3).least(np.array([5.0, 1.0, 4.0])).tolist()
+        [1.0, 0.0, 4.0]
+        """
+        found = np.minimum.reduceat(values[self.order], self.starts)
+        if len(found) == self.count:
+            return found
+        every = np.zeros(self.count)
+        every[self.present] = found
+        return every
+
+
 @dataclass(frozen=True)
 class Flow:
     """A tensor on its way from one node to others.
@@ -61,6 +93,15 @@ class Flow:
     time_s: Seconds
     count: int = 1
 
+    @cached_property
+    def groups(self) -> tuple[Groups, tuple[Groups, ...]]:
+        """The producer's alternatives by what they make, each consumer's by what they want."""
+        sources, targets = self.time_s.shape
+        return (
+            Groups.by(self.source, sources),
+            tuple(Groups.by(target, targets) for _, target in self.consumers),
+        )
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -74,6 +115,18 @@ class Kept:
     holders: tuple[tuple[int, Index], ...]
     memory_bytes: Bytes
     count: int = 1
+
+    @cached_property
+    def groups(self) -> tuple[Groups, tuple[Groups, ...]]:
+        """As those of a flow that each holder pays for its version; none is one more version."""
+        versions = self.memory_bytes.shape[1]
+        return (
+            Groups.by(np.zeros(1, dtype=np.int64), 1),
+            tuple(
+                Groups.by(np.where(version < 0, versions, version), versions + 1)
+                for _, version in self.holders
+            ),
+        )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from autopar.ir.sharding import (
+    GRADIENT,
     INVARIANT,
     REPLICATE,
     Mesh,
@@ -62,8 +63,8 @@ def reverse(step: Step) -> Step:
     >>> reverse(Step(0, "S(0)", "R"))
     Step(axis=0, source='P', target='S(0)')
     """
-    (source,), (target,) = gradient((step.source,)), gradient((step.target,))
-    return Step(step.axis, target, source)
+    source, target = step.source, step.target
+    return Step(step.axis, GRADIENT.get(target, target), GRADIENT.get(source, source))
 
 
 def backward_collective(step: Step) -> CollectiveKind | None:
@@ -88,24 +89,24 @@ def steps(source: Sharding, target: Sharding) -> tuple[Step, ...]:
     """
     done: list[Step] = []
     current = list(source)
+    cut, wanted = list(map(sharded_dim, source)), list(map(sharded_dim, target))
 
     def change(axis: int, placement: Placement) -> None:
         done.append(Step(axis, current[axis], placement))
-        current[axis] = placement
+        current[axis], cut[axis] = placement, sharded_dim(placement)
 
-    while tuple(current) != target:
-        open_axes = [a for a in range(len(target)) if current[a] != target[a]]
+    while open_axes := [a for a in range(len(target)) if current[a] != target[a]]:
         possible = [
             a
             for a in open_axes
-            if not _blockers(current, a, target[a]) and not _too_early(current, a, target)
+            if not _blockers(cut, a, wanted[a]) and not _too_early(cut, wanted, a, open_axes)
         ]
         if possible:
-            axis = min(possible, key=lambda a: (_growth(current[a], target[a]), a))
+            axis = min(possible, key=lambda a: _growth(current[a], target[a]))
             change(axis, INVARIANT if _other_parts(current[axis], target[axis]) else target[axis])
             continue
         # every open axis waits for a later one on the same dim: gather the last such
-        blocker = max(b for a in open_axes for b in _blockers(current, a, target[a]))
+        blocker = max(b for a in open_axes for b in _blockers(cut, a, wanted[a]))
         change(blocker, INVARIANT if target[blocker] == INVARIANT else REPLICATE)
     return tuple(done)
 
@@ -116,19 +117,22 @@ def _other_parts(source: Placement, target: Placement) -> bool:
     return dim is not None and dim == sharded_dim(target)
 
 
-def _blockers(current: list[Placement], axis: int, target: Placement) -> list[int]:
+def _blockers(cut: list[int | None], axis: int, wanted: int | None) -> list[int]:
     """Later axes that cut a dim which this step cuts or joins."""
-    dims = {sharded_dim(current[axis]), sharded_dim(target)} - {None}
-    return [b for b in range(axis + 1, len(current)) if sharded_dim(current[b]) in dims]
+    joined = cut[axis]
+    return [
+        b
+        for b in range(axis + 1, len(cut))
+        if (dim := cut[b]) is not None and dim in (joined, wanted)
+    ]
 
 
-def _too_early(current: list[Placement], axis: int, target: Sharding) -> bool:
+def _too_early(
+    cut: list[int | None], wanted: list[int | None], axis: int, open_axes: list[int]
+) -> bool:
     """Whether an earlier axis has still to cut or join the dim that this step would cut."""
-    dim = sharded_dim(target[axis])
-    return dim is not None and any(
-        current[a] != target[a] and dim in (sharded_dim(current[a]), sharded_dim(target[a]))
-        for a in range(axis)
-    )
+    dim = wanted[axis]
+    return dim is not None and any(dim == cut[a] or dim == wanted[a] for a in open_axes if a < axis)
 
 
 _GROWTH = {"P>S": 0, "I>S": 0, "R>S": 0, "S>S": 1, "S>R": 3, "S>I": 3, "S>P": 3}

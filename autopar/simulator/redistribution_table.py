@@ -15,7 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.ir.graph import TensorSpec
-from autopar.ir.sharding import Placement, Sharding, gradient, shard, sharded_dim, sharded_parts
+from autopar.ir.sharding import (
+    INVARIANT,
+    Placement,
+    Sharding,
+    gradient,
+    shard,
+    sharded_dim,
+    sharded_parts,
+)
 from autopar.simulator.costs import Costs
 from autopar.simulator.redistribution import Step, forward_collective, reverse, steps
 from cost_models.interface import CollectiveKind
@@ -90,8 +98,7 @@ class Paths:
     """
 
     axes: int
-    _numbers: dict[tuple[int, int], int] = field(default_factory=dict)
-    _patterns: dict[tuple[Sharding, Sharding], int] = field(default_factory=dict)
+    _patterns: dict[tuple[int, ...], int] = field(default_factory=dict)
     _encoded: dict[tuple[Encoded, Encoded], int] = field(default_factory=dict)
     _codes: list[int] = field(default_factory=list)
     _sorted: Codes = field(default_factory=lambda: np.array([_LARGER]))
@@ -99,13 +106,6 @@ class Paths:
     _matrix: NDArray[np.int64] = field(default_factory=lambda: np.full((64, 64), -1))
     _collective: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool))
     _arrays: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
-
-    def number(self, source: int, target: int) -> int:
-        found = self._numbers.get((source, target))
-        if found is None:
-            found = self._number(sharding(source, self.axes), sharding(target, self.axes))
-            self._numbers[source, target] = found
-        return found
 
     def pairs(self, sources: Codes, targets: Codes) -> NDArray[np.int64]:
         """Numbers for arrays of the same shape."""
@@ -138,8 +138,10 @@ class Paths:
         found = self._matrix[rows, columns]
         if (found < 0).any():
             unknown = found < 0
-            for r, c in set(zip(rows[unknown].tolist(), columns[unknown].tolist(), strict=True)):
-                self._matrix[r, c] = self.number(self._codes[r], self._codes[c])
+            places = rows[unknown], columns[unknown]
+            met = np.array(self._codes)
+            rows_alike = _rows_alike(met[places[0]], met[places[1]], self.axes)
+            self._matrix[places] = [self._number(tuple(row)) for row in rows_alike.tolist()]
             found = self._matrix[rows, columns]
         return found
 
@@ -161,13 +163,11 @@ class Paths:
             self._arrays = np.asarray(what), np.asarray(mask)
         return self._arrays
 
-    def _number(self, source: Sharding, target: Sharding) -> int:
-        """The steps do not depend on which dims are cut, only on which are the same."""
-        names: dict[int, int] = {}
-        pattern = (_renamed(source, names), _renamed(target, names))
+    def _number(self, pattern: tuple[int, ...]) -> int:
         found = self._patterns.get(pattern)
         if found is None:
-            a, b = pattern
+            placed = [_placements[digit] for digit in pattern]
+            a, b = tuple(placed[: self.axes]), tuple(placed[self.axes :])
             path = steps(a, b)
             there = self._encode(a, path)
             back = self._encode(gradient(b), [reverse(step) for step in reversed(path)])
@@ -177,33 +177,50 @@ class Paths:
 
     def _encode(self, start: Sharding, path: Sequence[Step]) -> Encoded:
         what, mask = [_NOTHING] * _MOST_STEPS, [0] * _MOST_STEPS
-        current = list(start)
+        before = sum(1 << axis for axis, placement in enumerate(start) if placement[0] == "S")
         for i, step in enumerate(path):
-            before = _mask(current)
-            current[step.axis] = step.target
-            after = _mask(current)
+            bit = 1 << step.axis
+            after = before | bit if step.target[0] == "S" else before & ~bit
             kind = forward_collective(step)
             if kind is not None:
                 what[i] = 2 + _KINDS.index(kind) * self.axes + step.axis
                 mask[i] = before & after  # the larger buffer is divided by fewer axes
             elif step.target[0] in "SP":
                 what[i], mask[i] = _COPY, after
+            before = after
         return tuple(what), tuple(mask)
 
 
-def _renamed(of: Sharding, names: dict[int, int]) -> Sharding:
-    """Dims numbered in the order in which they are met."""
-    renamed = []
-    for placement in of:
-        dim = sharded_dim(placement)
-        if dim is not None:
-            placement = shard(names.setdefault(dim, len(names)), sharded_parts(placement))
-        renamed.append(placement)
-    return tuple(renamed)
-
-
-def _mask(current: list[Placement]) -> int:
-    return sum(1 << axis for axis, p in enumerate(current) if p[0] == "S")
+def _rows_alike(sources: Codes, targets: Codes, axes: int) -> NDArray[np.int64]:
+    """Placement codes of each source and target, in rows that are equal where the steps are: these
+    do not depend on which dims are cut, only on which are the same, nor on what is whole on an axis
+    and stays as it is."""
+    shift = BASE ** np.arange(axes - 1, -1, -1)
+    found = np.concatenate([of[:, None] // shift % BASE for of in (sources, targets)], axis=1)
+    used, of_used = np.unique(found, return_inverse=True)
+    dims = [sharded_dim(_placements[digit]) for digit in used]
+    dim = np.array([-1 if d is None else d for d in dims])[of_used.reshape(found.shape)]
+    # dims are numbered in the order in which they are met
+    number = np.full(found.shape, -1)
+    count = np.zeros(len(found), dtype=np.int64)
+    for column in range(found.shape[1]):
+        new = dim[:, column] >= 0
+        for earlier in range(column):
+            same = new & (dim[:, earlier] == dim[:, column])
+            number[same, column] = number[same, earlier]
+            new &= ~same
+        number[new, column] = count[new]
+        count += new
+    for digit in used[[d is not None for d in dims]]:
+        parts = sharded_parts(_placements[digit])
+        of_digit = found == digit
+        renamed = np.array([placement_code(shard(d, parts)) for d in range(2 * axes)])
+        number[of_digit] = renamed[number[of_digit]]
+    found = np.where(dim < 0, found, number)
+    there, back = found[:, :axes], found[:, axes:]
+    stays = (there == back) & (dim[:, :axes] < 0)
+    whole = placement_code(INVARIANT)
+    return np.concatenate([np.where(stays, whole, there), np.where(stays, whole, back)], axis=1)
 
 
 @lru_cache(maxsize=None)
@@ -242,7 +259,8 @@ class RedistributionTable:
             if not copies:
                 by_step = by_step.copy()
                 by_step[_COPY] = 0.0
-            times = by_step[what, mask].sum(axis=-1)
+            new = by_step[what[known:], mask[known:]].sum(axis=-1)
+            times = np.concatenate([times, new])
             self._times[key] = (self.paths.count, times)
         return times
 
