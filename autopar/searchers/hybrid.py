@@ -30,7 +30,7 @@ from autopar.searchers.within_peak import solve_within_peak
 from autopar.simulator import meshes
 from autopar.simulator.costs import ComputeCache
 from autopar.simulator.listing import Structure
-from autopar.simulator.microbatches import Division, batch_size, division
+from autopar.simulator.microbatches import Divisible, Division
 from autopar.simulator.pipelines import PricedPipeline, StagePrices
 from autopar.simulator.recompute_choices import KINDS
 from autopar.simulator.stage_problem import StageProblem
@@ -99,6 +99,7 @@ class _Search:
 
     def __post_init__(self) -> None:
         self.units = units(self.problem.graph)
+        self.divisible = Divisible(self.problem.graph, self.problem.proposals)
         self.stage_prices = StagePrices(self.problem.cost_model)
         if self.stage_prices.cost_model is self.problem.cost_model:
             self.stage_prices.compute_cache = self.compute_cache
@@ -140,7 +141,7 @@ class _Search:
         problem = self.problem
         if problem.microbatches is not None:
             return (problem.microbatches,)
-        size = batch_size(problem.graph, problem.proposals)
+        size = self.divisible.batch_size
         several = [count for count in range(2, size + 1) if size % count == 0]
         if several and self._is_refused(several[0]):
             return (1,)
@@ -155,7 +156,7 @@ class _Search:
 
     def divided(self, count: int) -> tuple[Division, Structure]:
         if count not in self._divided:
-            found = division(self.problem.graph, count, self.problem.proposals)
+            found = self.divisible.into(count)
             self._divided[count] = found, Structure(found.graph, found.rules)
         return self._divided[count]
 

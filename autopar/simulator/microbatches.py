@@ -15,13 +15,15 @@ alone, which is what dividing it into its single elements means, works on any of
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
+from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
+from typing import Any
 
 from autopar.errors import AutoparError, UnsupportedModelError
-from autopar.ir.graph import Input, Operator, OperatorGraph, Role, TensorSpec
+from autopar.ir.graph import Input, Operator, OperatorGraph, Role, Tensor, TensorSpec
 from autopar.ir.rule import REPLICATED, SUMMED, BoundRule, Choice, Dim, Inner, OpRule, bind
 from autopar.ir.sharding import INVARIANT, PARTIAL, Placement, shard
 from autopar.ops import Proposals, bind_operator, bound_rules, with_parts
@@ -72,25 +74,79 @@ def division(graph: OperatorGraph, count: int, proposals: Proposals = ()) -> Div
         AutoparError: ``count`` does not divide the batch.
         UnsupportedModelError: an operator needs the whole batch; or has no rule at all.
     """
-    rules = bound_rules(graph, proposals)
-    if count == 1:
-        return undivided(graph, rules)
-    refusal: UnsupportedModelError | None = None
-    first, *others = _batches(graph)
-    for batch in (first, *others):
-        if count < 1 or batch.size % count:
-            continue
-        try:
-            return _Propagation(graph, rules, count, batch).division()
-        except UnsupportedModelError as error:
-            refusal = error if batch is first else refusal
-    if refusal is not None:
-        raise refusal
-    size = batch_size(graph, proposals)
-    work = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
-    raise AutoparError(
-        f"{count} microbatches do not divide the batch of {size}; {work} would, or another batch"
-    )
+    return Divisible(graph, proposals).into(count)
+
+
+class Divisible:
+    """A graph that is divided into several numbers of microbatches: where the batch goes is worked
+    out once, and equal operators are divided once."""
+
+    def __init__(self, graph: OperatorGraph, proposals: Proposals = ()) -> None:
+        self.graph, self.proposals = graph, proposals
+        self.rules = bound_rules(graph, proposals)
+        self._batches = _batches(graph)
+        self._walked: dict[_Batch, _Propagation] = {}  # whose division is known to be possible
+
+    def into(self, count: int) -> Division:
+        """As ``division``."""
+        if count == 1:
+            return undivided(self.graph, self.rules)
+        refusal: UnsupportedModelError | None = None
+        first, *others = self._batches
+        for batch in (first, *others):
+            if count < 1 or batch.size % count:
+                continue
+            try:
+                return self.of_batch(batch, count)
+            except UnsupportedModelError as error:
+                refusal = error if batch is first else refusal
+        if refusal is not None:
+            raise refusal
+        size = self.batch_size
+        work = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+        raise AutoparError(
+            f"{count} microbatches do not divide the batch of {size}; {work} would, or another "
+            "batch"
+        )
+
+    def of_batch(self, batch: _Batch, count: int) -> Division:
+        walked = self._walked.get(batch)
+        walked = None if walked is None else walked.into(count)
+        if walked is None:
+            walked = _Propagation(self.graph, self.rules, count, batch)
+        found = walked.division()
+        self._walked[batch] = walked
+        return found
+
+    @property
+    def batch_size(self) -> int:
+        """How many samples the inputs hold: the size of the first dim that may be the batch and
+        that can be divided at all."""
+        for batch in self._batches:
+            count = _least_factor(batch.size)
+            try:
+                if count > 1:
+                    self.of_batch(batch, count)
+                    return batch.size
+            except UnsupportedModelError:
+                continue
+        return self._batches[0].size
+
+    def powers(self) -> Iterator[Division]:
+        """Into 1, 2, 4, ... microbatches as far as they divide the batch, and samples one by one;
+        only the first when the model needs its batch whole."""
+        yield undivided(self.graph, self.rules)
+        for batch in self._batches:
+            divided = False
+            for count in _powers_of_two(batch.size):
+                try:
+                    found = self.of_batch(batch, count)
+                except UnsupportedModelError:
+                    break
+                divided = True
+                yield found
+            if divided:
+                return
 
 
 def undivided(graph: OperatorGraph, rules: Rules) -> Division:
@@ -126,18 +182,8 @@ def _commonest(shapes: dict[str, tuple[int, ...]], dim: int) -> _Batch:
 
 
 def batch_size(graph: OperatorGraph, proposals: Proposals = ()) -> int:
-    """How many samples the inputs hold: the size of the first dim that may be the batch and that
-    can be divided at all."""
-    batches = _batches(graph)
-    for batch in batches:
-        count = _least_factor(batch.size)
-        try:
-            if count > 1:
-                _Propagation(graph, bound_rules(graph, proposals), count, batch).division()
-                return batch.size
-        except UnsupportedModelError:
-            continue
-    return batches[0].size
+    """How many samples the inputs hold."""
+    return Divisible(graph, proposals).batch_size
 
 
 def batch_factors(graph: OperatorGraph, rules: Rules) -> dict[str, Choice] | None:
@@ -156,21 +202,8 @@ def _least_factor(size: int) -> int:
 
 
 def divisions(graph: OperatorGraph, proposals: Proposals = ()) -> Iterator[Division]:
-    """Those that are tried: into 1, 2, 4, ... microbatches as far as they divide the batch, and
-    samples one by one; only the first when the model needs its batch whole."""
-    rules = bound_rules(graph, proposals)
-    yield undivided(graph, rules)
-    for batch in _batches(graph):
-        divided = False
-        for count in _powers_of_two(batch.size):
-            try:
-                found = _Propagation(graph, rules, count, batch).division()
-            except UnsupportedModelError:
-                break
-            divided = True
-            yield found
-        if divided:
-            return
+    """Those that are tried where not all are."""
+    return Divisible(graph, proposals).powers()
 
 
 def _powers_of_two(size: int) -> Iterator[int]:
@@ -233,19 +266,31 @@ class _Propagation:
         self.positions: set[str] = set()  # tensors that hold where in the batch a sample stands
         self.cuts: dict[str, _Cut] = {}
         self.shares: dict[str, tuple[int, ...]] = {}
+        self.checked: set[tuple[int, int]] = set()  # sizes that are divided, and in how many blocks
+
+    def into(self, count: int) -> _Propagation | None:
+        """What the walks, which are done, come to for another number of microbatches; ``None``
+        where they would have met another answer."""
+        if any(size % (blocks * count) for size, blocks in self.checked):
+            return None
+        found = copy(self)
+        found.count = count
+        return found
 
     def division(self) -> Division:
         self.factors()
+        return replace(self._undivided, count=self.count, **self._divided())
+
+    @cached_property
+    def _undivided(self) -> Division:
+        """What is the same for every number of microbatches."""
         means = tuple(o.name for o in self.graph.operators if self._counts(o))
-        divided = self._divided()
         return Division(
             whole=self.graph,
-            graph=divided,
-            count=self.count,
+            graph=self.graph,
+            count=1,
             whole_rules=self.rules,
-            rules=with_parts(
-                divided, {o.name: self._divided_rule(divided, o) for o in divided.operators}
-            ),
+            rules=self.rules,
             choices={
                 name: REPLICATED if self._is_counter(name) else cut.factor
                 for name, cut in self.cuts.items()
@@ -353,6 +398,7 @@ class _Propagation:
         factor, rule = cut.factor, bound.rule
         if not _separable(bound, factor):
             raise _RefusedError("needs all samples at once")
+        self.checked.add((bound.sizes[factor], cut.blocks))
         if bound.sizes[factor] % (cut.blocks * self.count):
             raise _RefusedError(f"has them in groups, {bound.sizes[factor]} in all")
         if factor in rule.sums:
@@ -503,20 +549,73 @@ class _Propagation:
 
     # ---- one microbatch ------------------------------------------------------------------------
 
-    def _divided(self) -> OperatorGraph:
-        tensors = tuple(
-            replace(tensor, spec=self._local_spec(tensor.name)) for tensor in self.graph.tensors
-        )
-        specs = {tensor.name: tensor.spec for tensor in tensors}
-        operators = tuple(self._local(operator, specs) for operator in self.graph.operators)
-        return replace(self.graph, tensors=tensors, operators=operators)
+    @cached_property
+    def _alike(self) -> list[int]:
+        """For each operator the first that is divided as it is."""
+        first: dict[Hashable, int] = {}
+        pieces, graph = self.pieces, self.graph
+        lies = {t.name: (t.spec.shape, t.spec.dtype, pieces.get(t.name)) for t in graph.tensors}
+        found = []
+        for i, o in enumerate(graph.operators):
+            key = (
+                o.op,
+                o.arguments,
+                o.keywords,
+                id(self.rules[o.name]),
+                self.cuts[o.name],
+                self._is_counter(o.name),
+                *(lies[name] for name in o.inputs),
+                -1,
+                *(lies[name] for name in o.outputs),
+            )
+            found.append(first.setdefault(key, i))
+        return found
 
-    def _local_spec(self, name: str) -> TensorSpec:
-        spec, piece = self.graph.spec(name), self.pieces.get(name)
-        if piece is None:
-            return spec
+    def _divided(self) -> dict[str, Any]:
+        """The graph of one microbatch, and its rules."""
+        local: dict[tuple[TensorSpec, int], TensorSpec] = {}
+        tensors = []
+        for tensor in self.graph.tensors:
+            piece = self.pieces.get(tensor.name)
+            if piece is not None:
+                key = tensor.spec, piece.dim
+                if key not in local:
+                    local[key] = self._local_spec(*key)
+                tensor = Tensor(tensor.name, local[key], tensor.role, tensor.differentiable)
+            tensors.append(tensor)
+        specs = {tensor.name: tensor.spec for tensor in tensors}
+        operators: list[Operator] = []
+        for i, (operator, alike) in enumerate(zip(self.graph.operators, self._alike, strict=True)):
+            if alike == i:
+                operators.append(self._local(operator, specs))
+            elif operators[alike] is self.graph.operators[alike]:
+                operators.append(operator)
+            else:
+                of = operators[alike]
+                operators.append(
+                    Operator(
+                        operator.name,
+                        of.op,
+                        operator.inputs,
+                        operator.outputs,
+                        of.arguments,
+                        of.keywords,
+                        operator.module,
+                    )
+                )
+        divided = replace(self.graph, tensors=tuple(tensors), operators=tuple(operators))
+        rules: dict[str, BoundRule] = {}
+        for i, (operator, alike) in enumerate(zip(operators, self._alike, strict=True)):
+            rules[operator.name] = (
+                self._divided_rule(divided, operator)
+                if alike == i
+                else rules[operators[alike].name]
+            )
+        return {"graph": divided, "rules": with_parts(divided, rules)}
+
+    def _local_spec(self, spec: TensorSpec, dim: int) -> TensorSpec:
         shape = list(spec.shape)
-        shape[piece.dim] //= self.count
+        shape[dim] //= self.count
         return TensorSpec(tuple(shape), spec.dtype)
 
     def _local(self, operator: Operator, specs: dict[str, TensorSpec]) -> Operator:
@@ -616,4 +715,4 @@ def _counts_samples(operator: Operator) -> bool:
     return bool(start == 0 and operator.argument(2, "step", 1) == 1)
 
 
-__all__ = ["Division", "batch_size", "divide", "division", "divisions", "undivided"]
+__all__ = ["Divisible", "Division", "batch_size", "divide", "division", "divisions", "undivided"]

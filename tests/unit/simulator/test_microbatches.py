@@ -13,7 +13,14 @@ from autopar.errors import AutoparError, UnsupportedModelError
 from autopar.extractor import extract
 from autopar.ir.graph import OperatorGraph
 from autopar.ops import bound_rules
-from autopar.simulator.microbatches import batch_size, divide, division, divisions
+from autopar.simulator.microbatches import (
+    Divisible,
+    Division,
+    batch_size,
+    divide,
+    division,
+    divisions,
+)
 from tests.helpers.cases import case
 
 Head = Callable[[Tensor, Tensor], Tensor]
@@ -63,6 +70,23 @@ def test_it_is_what_would_be_extracted_with_such_a_batch(name: str) -> None:
     extracted = extract(model, few, name=name)
     assert half.tensors == extracted.tensors
     assert half.operators == extracted.operators
+
+
+@pytest.mark.parametrize("name", ["gpt", "bert", "t5", "vit", "unet", "dlrm", "two_tower"])
+def test_several_numbers_of_microbatches_in_any_order_are_as_each_alone(name: str) -> None:
+    """Refused ones, which leave the others as they are, among them."""
+    whole = case(name).graph
+    several = Divisible(whole)
+    for count in (4, 3, 2, 16, 8, 1, 2):
+        assert _outcome(several.into, count) == _outcome(lambda n: division(whole, n), count)
+
+
+def _outcome(into: Callable[[int], Division], count: int) -> object:
+    try:
+        found = into(count)
+    except AutoparError as refusal:
+        return type(refusal), str(refusal)
+    return found, list(found.rules.items())
 
 
 def test_the_batch_is_the_commonest_leading_dim() -> None:
