@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from math import gcd, prod
 
@@ -80,7 +80,7 @@ def gradient(sharding: Sharding) -> Sharding:
     return tuple(GRADIENT.get(placement, placement) for placement in sharding)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Mesh:
     """Named logical axes; the last varies fastest over the ranks.
 
@@ -94,7 +94,7 @@ class Mesh:
     def names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.axes)
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         return tuple(size for _, size in self.axes)
 

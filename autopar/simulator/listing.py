@@ -128,6 +128,19 @@ class Structure:
         return {m: i for i, cluster in enumerate(self.clusters) for m in cluster.members}
 
     @cached_property
+    def choice_of(self) -> dict[int, Index]:
+        """For each class, what each option of its cluster does to it: the number of a factor, or of
+        one of ``RESERVED``, which come after these."""
+        found = {}
+        for cluster in self.clusters:
+            for member in cluster.members:
+                choices = (*self.bound(member).factors, *RESERVED)
+                number = {choice: i for i, choice in enumerate(choices)}
+                of = [number[option[member]] for option in cluster.options]
+                found[member] = np.array(of, dtype=np.int64)
+        return found
+
+    @cached_property
     def uses(self) -> tuple[Use, ...]:
         position = self.number
         grouped: dict[object, list[str]] = {}
@@ -353,8 +366,7 @@ class Listing:
         """For each alternative: the choice of each axis (as a number), and into how many pieces
         each factor of the operator is cut."""
         bound = self.structure.bound(member)
-        number = {c: i for i, c in enumerate((*bound.factors, *RESERVED))}
-        choice = np.array([number[o[member]] for o in cluster.options], dtype=np.int64)[option]
+        choice = self.structure.choice_of[member][option]
         sizes = np.array(self.mesh.sizes, dtype=np.int64)
         cuts = [np.where(choice == f, sizes, 1).prod(axis=1) for f in range(len(bound.factors))]
         return choice, np.stack(cuts, axis=1) if cuts else np.ones((len(option), 0), np.int64)
@@ -434,23 +446,36 @@ class Listing:
         return Node(name, time_s, memory, copies, menus)
 
     def _operator_time_s(self, candidates: Candidates, member: int) -> NDArray[np.float64]:
+        """Compute of each alternative; those that do the same to the operator are priced once."""
         operator, bound = self.graph.operators[member], self.structure.bound(member)
-        choice, cuts = self._cuts(candidates.cluster, member, candidates.option)
-        keys = choice if bound.rule.inner else cuts
-        _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-        return np.array(
-            [self._split_time_s(operator, bound, candidates.split(k, member)) for k in first]
-        )[inverse.reshape(-1)]
-
-    def _split_time_s(self, operator: Operator, bound: BoundRule, split: Split) -> float:
         backward = carries_gradient(self.graph, operator)
         differentiable = tuple(
             backward and self.graph.by_name[name].differentiable for name in operator.inputs
         )
+        choice, cuts = self._cuts(candidates.cluster, member, candidates.option)
+        if bound.rule.inner:
+            rows = choice
+        elif bound.rule.kind == "view":  # costs the same however it is divided
+            rows = np.zeros((len(choice), 0), dtype=np.int64)
+        else:
+            rows = cuts
+        known: dict[tuple[int, ...], float] = {}
+        found = []
+        for k, row in enumerate(map(tuple, rows.tolist())):
+            time_s = known.get(row)
+            if time_s is None:
+                split = candidates.split(k, member)
+                time_s = known[row] = self._split_time_s(bound, split, differentiable)
+            found.append(time_s)
+        return np.array(found, dtype=np.float64)
+
+    def _split_time_s(
+        self, bound: BoundRule, split: Split, differentiable: tuple[bool, ...]
+    ) -> float:
         total = sum(self.costs.operator_s(bound, split, differentiable))
         if bound.rule.inner:
             total += self.costs.inner_s(bound, split, "forward")
-            total += self.costs.inner_s(bound, split, "backward") if backward else 0.0
+            total += self.costs.inner_s(bound, split, "backward") if any(differentiable) else 0.0
         return total
 
     def _own_saved_bytes(self, candidates: Candidates, member: int) -> NDArray[np.float64]:
