@@ -19,6 +19,7 @@ from autopar.searchers.stage_proposals import cuts, spread
 from autopar.searchers.stage_shapes import (
     Incumbent,
     LateError,
+    LayoutSums,
     Shape,
     World,
     first_in_flight,
@@ -230,44 +231,40 @@ class _Search:
     def _propose(self) -> None:
         """Equal stages on one layout, those first that are likely to be fast.
 
-        First without a thought of memory, which is quick for all; then those that come up with it.
+        First without a thought of memory, which is quick for all; then those that come up with it,
+        and those that come up again with whole units.
         """
-        line: list[tuple[float, bool, int, int]] = []
+        line: list[tuple[float, int, int, int]] = []
         for number, shape in enumerate(self._shapes):
             found_s, _ = shape.likely_s()
             for place in np.argsort(found_s)[:PER_SHAPE]:
                 if math.isfinite(found_s[place]):
-                    line.append((float(found_s[place]), False, number, int(place)))
+                    line.append((float(found_s[place]), 0, number, int(place)))
             if number % 1024 == 0:
                 self._incumbent.check_time()
         heapq.heapify(line)
         guesses, tries = MOST_GUESSES, MOST_PROPOSALS
         tried: Counter[tuple[Schedule, Layout, int, int]] = Counter()
         while line and guesses and tries:
-            likely_s, fits, number, place = heapq.heappop(line)
+            likely_s, known, number, place = heapq.heappop(line)
             if likely_s >= self._incumbent.best_s * NEARLY:
                 return
             shape = self._shapes[number]
             sums = shape.world.layout_sums(shape.split)
-            if not fits:
-                guesses -= 1
-                likely_s *= shape.likely_slowdown(sums.layouts[place])
-                if math.isfinite(likely_s):
-                    heapq.heappush(line, (likely_s, True, number, place))
-                continue
-            family = (shape.schedule, sums.layouts[place], shape.rows, shape.microbatches)
+            layout = sums.layouts[place]
+            family = (shape.schedule, layout, shape.rows, shape.microbatches)
             if tried[family] == ALIKE:
+                continue
+            if known < len(GUESSES):
+                guesses -= 1
+                likely_s = GUESSES[known](shape, sums, place, likely_s)
+                if math.isfinite(likely_s):
+                    heapq.heappush(line, (likely_s, known + 1, number, place))
                 continue
             tried[family] += 1
             tries -= 1
-            layouts = [sums.layouts[place]] * shape.stages
-            weights = sums.weights[place]
-            even = spread(weights, shape.first_facts().held) if shape.world.is_chain else None
-            if even is not None:
-                self._try(shape, even, layouts)
-            parts = cuts(weights, shape.stages)
-            if parts != even:
-                self._try(shape, parts, layouts)
+            for parts in _even(shape, sums, place):
+                self._try(shape, parts, [layout] * shape.stages)
 
     def _improve(self) -> None:
         """Moves a unit of the best staging to another stage, or gives it another layout, as long as
@@ -410,6 +407,32 @@ class _Search:
                     tuple(range(end - size, end)) for end, (size, _) in zip(ends, walk, strict=True)
                 ]
                 self._try(shape, parts, [layout for _, layout in walk])
+
+
+def _even(shape: Shape, sums: LayoutSums, place: int) -> list[list[tuple[int, ...]]]:
+    """Stages that take about as long, on the layout with this place in the sums."""
+    weights = sums.weights[place]
+    found = [cuts(weights, shape.stages)]
+    even = spread(weights, shape.first_facts().held) if shape.world.is_chain else None
+    if even is not None and even != found[0]:
+        found.insert(0, even)
+    return found
+
+
+def _with_memory(shape: Shape, sums: LayoutSums, place: int, likely_s: float) -> float:
+    """A likely time with what it takes to fit."""
+    return likely_s * shape.likely_slowdown(sums.layouts[place])
+
+
+def _with_units(shape: Shape, sums: LayoutSums, place: int, likely_s: float) -> float:
+    """A likely time with stages of whole units."""
+    ways = _even(shape, sums, place)
+    whole_s = min(shape.likely_of_s(parts, sums, place) for parts in ways)
+    return max(likely_s, whole_s)
+
+
+GUESSES = (_with_memory, _with_units)
+"""Of how long equal stages take, each better than the ones before."""
 
 
 def _neighbours(

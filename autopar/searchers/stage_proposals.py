@@ -120,15 +120,14 @@ class Filling:
     ) -> tuple[StageChoice, ...] | None:
         """``margin``: share of memory that is left alone. ``None``: it cannot be done."""
         chosen: dict[int, dict[int, int]] = {}
+        copies = self._in_copies(facts)
         for row, of_row in enumerate(facts.held):
             limit = self._problem.limit_bytes[layouts[of_row[0]].kind] * (1 - margin)
-            rows_with_one = [[s] for s in of_row] if self._in_copies(facts) else [list(of_row)]
+            rows_with_one = [[s] for s in of_row] if copies else [list(of_row)]
+            kept = facts.in_flight[row] if copies or facts.split else facts.at_once[row]
             for stages in rows_with_one:
                 items = [(s, u) for s in stages for u in parts[s]]
-                hulls = [
-                    self._hull(self._kind_of[u], layouts[s], facts.in_flight[row][s])
-                    for s, u in items
-                ]
+                hulls = [self._hull(self._kind_of[u], layouts[s], kept[s]) for s, u in items]
                 ways = _fitting(hulls, limit * len(stages) / len(of_row))
                 if ways is None:
                     return None

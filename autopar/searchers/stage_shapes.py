@@ -436,7 +436,9 @@ class Shape:
         if self.stages * self.rows > MOST_ACTIONS:
             few = self.rows
         else:
-            counts = [n for row in self.first_facts().in_flight for n in row.values()]
+            facts = self.first_facts()
+            of_rows = facts.in_flight if facts.split else facts.at_once
+            counts = [n for row in of_rows for n in row.values()]
             few = max(1, round(sum(counts) / len(counts)))
         return few * max(1, self.microbatches // self.rows) if keeps_all(self.schedule) else few
 
@@ -475,13 +477,32 @@ class Shape:
         # the last unit finds room where not all rows have as many units
         last_s = sums.last_s if of_row * self.rows == between else np.zeros_like(sums.last_s)
         row_s = np.maximum(sums.work_s / self.rows, of_row * sums.between_s + last_s)
-        ramp = self.rows / 2 if self.schedule.copies else self.rows - 1
         stage_s = np.maximum(sums.work_s / self.stages, of_stage * sums.between_s)
-        # of several stages on a row only the last one's gradients are exchanged after all backwards
-        tail_s = sums.tail_s / (self.rows if self.one_each else self.stages)
-        found = self.microbatches * row_s + ramp * stage_s + tail_s
+        found = self.microbatches * row_s + self._likely_ramp * stage_s + self._tail_s(sums)
         found[sums.devices * self.rows > self.world.problem.devices] = math.inf
         return found, sums
+
+    def likely_of_s(self, parts: Sequence[Sequence[int]], sums: LayoutSums, place: int) -> float:
+        """The same for these stages on the layout with this place in the sums. Rows with several
+        stages come to their first ones together, to their second ones, and so on: each time the
+        slowest counts."""
+        weights = sums.weights[place]
+        of_stages = [sum(weights[u] for u in part) for part in parts]
+        together = zip(*self.first_facts().held, strict=True)
+        row_s = sum(max(of_stages[s] for s in places) for places in together) / self.copies
+        ramp_s = self._likely_ramp * max(of_stages)
+        return self.microbatches * row_s + ramp_s + float(self._tail_s(sums)[place])
+
+    @property
+    def _likely_ramp(self) -> float:
+        """In times of a stage."""
+        return self.rows / 2 if self.schedule.copies else self.rows - 1
+
+    def _tail_s(self, sums: LayoutSums) -> NDArray[np.float64]:
+        """Of several stages on a row only the last one's gradients are exchanged after all
+        backwards."""
+        tail_s: NDArray[np.float64] = sums.tail_s / (self.rows if self.one_each else self.stages)
+        return tail_s
 
 
 def shapes_of(world: World) -> Iterator[Shape]:
