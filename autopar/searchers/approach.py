@@ -16,7 +16,7 @@ import numpy as np
 from ortools.math_opt.python import mathopt
 
 from autopar.searchers.bounds import TOLERANCE, Dual, ascend, dual
-from autopar.simulator.price_list import PriceList, Selection, storages_within
+from autopar.simulator.price_list import PriceList, Selection, cheapest_storages, storages_within
 
 SWEEPS = 60
 FEW_SWEEPS, LITTLE = 12, 1e-3
@@ -26,6 +26,9 @@ PRICES = 8
 """How many prices of memory are tried at most,"""
 NEAR = 1e-3
 """or until the bound is this near (relative) to where the lines meet, or the price to one tried."""
+
+DEARER = (1.0, 1.05, 1.2, 1.5, 2.0, 4.0, 16.0)
+"""Times the price of memory of the bound: at which more and more is exchanged until all fits."""
 
 MOST = 1e6
 """Times of the slowest selection met: above any bound."""
@@ -73,6 +76,22 @@ class Approach:
             key=self.price_list.time_of,
             default=None,
         )
+
+    def fastest_exchanged(self) -> tuple[Selection, float] | None:
+        """The fastest of the alternatives met that fits with what is exchanged at the price of
+        memory of the bound, or at a higher one; and its time."""
+        found = []
+        limit_bytes = self.price_list.limit_bytes
+        for alternatives in dict.fromkeys(self.met):
+            for times in DEARER:
+                weights = times * self.tight.weights
+                selection = cheapest_storages(self.price_list, alternatives, weights)
+                time_s, memory_bytes = self.price_list.exchanged(selection, weights)
+                if (memory_bytes <= limit_bytes).all():
+                    found.append((time_s, selection))
+                    break
+        time_s, selection = min(found, key=lambda pair: pair[0], default=(math.inf, None))
+        return None if selection is None else (selection, time_s)
 
     def within(self, less_bytes: float) -> Iterator[Selection]:
         """For all alternatives met a selection that fits with so much less memory."""
@@ -128,7 +147,7 @@ class _Prices:
         price_list, wanted = self.found.price_list, self.wanted
         box = price_list.time_of(best) / np.maximum(price_list.limit_bytes, 1.0)
         weights = wanted.hint if wanted.hint is not None and wanted.hint.any() else None
-        lines = [self._line(best)]
+        lines = [self._line(best, np.zeros(len(box)))]
         tried: list[Weights] = []
         for _ in range(PRICES):
             if weights is None:
@@ -141,19 +160,21 @@ class _Prices:
                 break
             selection = self._try(weights, FEW_SWEEPS, LITTLE)
             tried.append(weights)
-            lines.append(self._line(selection))
+            lines.append(self._line(selection, weights))
             at_edge = (weights >= box) & (lines[-1].over_bytes > 0)
             box = np.where(at_edge, 4 * box, box)
             weights = None
         if self.found.tight.weights.any() and self.found.tight.bound_s <= wanted.cutoff_s:
             self._try(self.found.tight.weights, SWEEPS, 1e-6)
 
-    def _line(self, selection: Selection) -> _Line:
+    def _line(self, selection: Selection, weights: Weights) -> _Line:
+        """With what is exchanged at these prices of memory."""
         price_list = self.found.price_list
         limit = price_list.limit_bytes
-        over = price_list.memory_of(selection) - limit
+        time_s, memory_bytes = price_list.exchanged(selection, weights)
+        over = memory_bytes - limit
         over = np.where(abs(over) <= TOLERANCE * abs(limit), 0.0, over)  # rounding is no slope
-        return _Line(price_list.time_of(selection), np.where(np.isfinite(limit), over, -np.inf))
+        return _Line(time_s, np.where(np.isfinite(limit), over, -np.inf))
 
     def _try(self, weights: Weights, sweeps: int, rise: float) -> Selection:
         problem = dual(self.found.price_list, weights)
@@ -202,6 +223,13 @@ def cannot_fit(price_list: PriceList) -> bool:
             for node in price_list.nodes
         ),
         flows=(),
+        kept=tuple(
+            replace(
+                kept,
+                instead=tuple(replace(i, time_s=np.zeros_like(i.time_s)) for i in kept.instead),
+            )
+            for kept in price_list.kept
+        ),
         fixed_time_s=0.0,
     )
     for row in range(len(price_list.limit_bytes)):

@@ -172,7 +172,8 @@ def _edges(
 
 def _price_of_versions(kept: Kept, weights: Seconds) -> Seconds:
     """None costs nothing: the last version."""
-    return np.append(weights @ kept.memory_bytes, 0.0)[None, :]
+    time_s, memory_bytes = kept.cheapest(weights)
+    return np.append(time_s + weights @ memory_bytes, 0.0)[None, :]
 
 
 LOOKS = 2
@@ -203,8 +204,8 @@ def ascend(
 
 def weighed_s(problem: Dual, selection: Selection) -> float:
     """Time and, with the multipliers, memory of a selection."""
-    memory = float(problem.weights @ problem.price_list.memory_of(selection))
-    return problem.price_list.time_of(selection) + memory
+    time_s, memory_bytes = problem.price_list.exchanged(selection, problem.weights)
+    return time_s + float(problem.weights @ memory_bytes)
 
 
 def _sweep(

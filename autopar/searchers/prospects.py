@@ -21,7 +21,6 @@ from autopar.ir.sharding import Mesh
 from autopar.ir.strategy import Strategy
 from autopar.schedules import SCHEDULES
 from autopar.searchers.approach import Wanted, Weights, approach
-from autopar.searchers.recompute import AUTO
 from autopar.searchers.stage_proposals import cuts
 from autopar.simulator import meshes
 from autopar.simulator.costs import ComputeCache, Costs
@@ -177,42 +176,41 @@ class Prospects:
 
     def likely(self, prospect: Prospect) -> Iterator[Likely]:
         """Strategies that a row may have: the fastest of which as many microbatches fit as the
-        fullest row has in flight; with recomputation, also the fastest of all."""
+        fullest row has in flight; with recomputation, also the fastest that fits with it."""
+        (count,) = prospect.counts
+        prices = self._prices(prospect, count, least_in_flight(prospect.rows, count), again=False)
+        fitting = replace(prices, limit_bytes=prices.limit_bytes * MARGIN)
+        selection = approach(fitting, Wanted()).fastest()
+        if selection is not None:
+            yield self._likely(prospect, selection, prices.time_of(selection))
+        if self._again:
+            prices = self._prices(prospect, count, least_in_flight(prospect.rows, count))
+            fitting = replace(prices, limit_bytes=prices.limit_bytes * MARGIN)
+            found = approach(fitting, Wanted()).fastest_exchanged()
+            if found is not None and found[0] != selection:
+                yield self._likely(prospect, *found)
+
+    def _likely(self, prospect: Prospect, selection: Selection, of_rows_s: float) -> Likely:
         (count,) = prospect.counts
         rows = prospect.rows
-        listing = self.listing(prospect.mesh, count)
-        whole = listing.in_rows(rows, least_in_flight(rows, count))
-        shares = (1.0, 0.0) if self.problem.recompute == AUTO else (self.saved_share,)
-        seen: set[Selection] = set()
-        for share in shares:
-            counted = self._prices(prospect, count, least_in_flight(rows, count), share)
-            fitting = replace(counted, limit_bytes=counted.limit_bytes * MARGIN)
-            selection = approach(fitting, Wanted()).fastest()
-            if selection is not None and selection not in seen:
-                seen.add(selection)
-                step_s = whole.time_of(selection) / rows
-                step_s *= self.imbalance(rows) * self._ramp(rows, count)
-                step_s *= self._recomputing(whole, listing.in_rows(rows, 0.0), selection)
-                yield Likely(prospect, listing.strategy(selection), step_s)
+        step_s = of_rows_s / rows * self.imbalance(rows) * self._ramp(rows, count)
+        return Likely(prospect, self.listing(prospect.mesh, count).strategy(selection), step_s)
 
-    @staticmethod
-    def _recomputing(whole: PriceList, nothing: PriceList, selection: Selection) -> float:
-        """How much longer a step likely takes because so much is recomputed that the rest fits:
-        all of it costs a forward, about a third of the work, and what keeps much for little goes
-        first."""
-        (most,), (least,) = whole.memory_of(selection), nothing.memory_of(selection)
-        over = max(0.0, most - float(whole.limit_bytes[0]))
-        return 1.0 + min(1.0, over / (most - least)) / 4 if over else 1.0
+    @property
+    def _again(self) -> bool:
+        """Whether what is kept may be made again instead."""
+        return self.problem.recompute != "none"
 
     def _prices(
-        self, prospect: Prospect, count: int, in_flight: float, saved_share: float | None = None
+        self, prospect: Prospect, count: int, in_flight: float, *, again: bool = True
     ) -> PriceList:
+        """``again``: if that is allowed at all."""
         listing = self.listing(prospect.mesh, count)
-        share = self.saved_share if saved_share is None else saved_share
         if prospect.rows == 1 and prospect.counts == (1,):
             # gradients and all that is kept are never there together
+            share = 0.0 if self._again else 1.0
             return listing.below(math.inf, share).price_list
-        return listing.in_rows(prospect.rows, in_flight * share)
+        return listing.in_rows(prospect.rows, in_flight, again=again and self._again)
 
     def _ramp(self, rows: int, count: int) -> float:
         chunks = max(1, min(CHUNKS, len(self.units) // rows))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, product
@@ -30,7 +30,7 @@ from autopar.simulator.parameter_prices import (
     Priced,
     parts_by_dim,
 )
-from autopar.simulator.price_list import Flow, Kept, Menu, Node, PriceList, Selection
+from autopar.simulator.price_list import Flow, Instead, Kept, Menu, Node, PriceList, Selection
 from autopar.simulator.redistribution_table import (
     Codes,
     RedistributionTable,
@@ -390,18 +390,20 @@ class Listing:
             fixed_memory_bytes=float(self._constant_bytes),
         )
 
-    def in_rows(self, rows: int, in_flight: float) -> PriceList:
+    def in_rows(self, rows: int, in_flight: float, *, again: bool = False) -> PriceList:
         """The same choices for the whole graph cut into ``rows`` stages on as many meshes.
 
         One memory row, of all stages together: parameters, their gradients and optimizer states
         once, and what ``in_flight`` microbatches keep. Times are those of all stages together.
+        ``again``: what is kept can be exchanged for no more than making it again takes at least.
         """
         alone = self.price_list
         uses = len(self.structure.clusters)
+        own_apart = in_flight * (not again)
         nodes = tuple(
             replace(
                 node,
-                memory_bytes=in_flight * node.memory_bytes[[AT_LOSS]]
+                memory_bytes=own_apart * node.memory_bytes[[AT_LOSS]]
                 if number < uses
                 else node.memory_bytes[[AT_END]],
                 menus=tuple(
@@ -411,16 +413,70 @@ class Listing:
             )
             for number, node in enumerate(alone.nodes)
         )
+        every = (*self._kept_or_again, *self._own_or_again) if again else alone.kept
         return PriceList(
             nodes,
             alone.flows,
-            tuple(
-                replace(kept, memory_bytes=in_flight * kept.memory_bytes[[AT_LOSS]])
-                for kept in alone.kept
-            ),
+            tuple(_in_flight(kept, in_flight) for kept in every),
             np.array([rows * self.memory_limit_bytes], dtype=float),
             alone.fixed_time_s,
             float(self._constant_bytes),
+        )
+
+    @cached_property
+    def _kept_or_again(self) -> tuple[Kept, ...]:
+        """What is kept, or a part of it that has to be gathered, or nothing of it: then its
+        producer has to run again."""
+        found = []
+        for kept in self.price_list.kept:
+            producer = self.graph.operators[self.structure.position[kept.name]]
+            member = self.structure.class_of[self.structure.position[kept.name]]
+            forward_s = float(self._forward_s(member).min()) / len(producer.outputs)
+            sizes = kept.memory_bytes[AT_LOSS]
+            part = np.minimum(sizes, self.graph.spec(kept.name).bytes / self.mesh.size)
+            gather_s = np.array([self._least_gather_s(int(size)) for size in sizes])
+            instead = (
+                Instead(self.microbatches * gather_s, np.stack([part, part])),
+                Instead(
+                    np.full(len(sizes), self.microbatches * forward_s),
+                    np.zeros_like(kept.memory_bytes),
+                ),
+            )
+            found.append(replace(kept, instead=instead))
+        return tuple(found)
+
+    @cached_property
+    def _own_or_again(self) -> tuple[Kept, ...]:
+        """What operators keep that is neither their input nor their output, or nothing of it: then
+        they have to run again."""
+        found = []
+        for number, candidates in enumerate(self.candidates):
+            for member in candidates.cluster.members:
+                own = self._own_saved_bytes(candidates, member)
+                if not own.any():
+                    continue
+                sizes, version = np.unique(own, return_inverse=True)
+                forward_s = np.full(len(sizes), math.inf)
+                np.minimum.at(forward_s, version, self._forward_s(member))
+                memory = np.stack([sizes, np.zeros_like(sizes)])
+                instead = Instead(self.microbatches * forward_s, np.zeros_like(memory))
+                holder = number, version.astype(np.int64)
+                copies = self.structure.copies[member]
+                name = self.graph.operators[member].name
+                found.append(Kept(name, (holder,), memory, copies, (instead,)))
+        return tuple(found)
+
+    def _forward_s(self, member: int) -> NDArray[np.float64]:
+        """Of an operator, for each alternative of its cluster."""
+        candidates = self.candidates[self.structure.home[member]]
+        return self._of_each_split(candidates, member, self._forward_of_split_s)
+
+    def _least_gather_s(self, size_bytes: int) -> float:
+        """Before a device has so much of a tensor that it did not have whole."""
+        axes = [axis for axis, size in enumerate(self.mesh.sizes) if size > 1]
+        return min(
+            (self.costs.collective_s("all_gather", axis, size_bytes) for axis in axes),
+            default=math.inf,
         )
 
     @property
@@ -446,7 +502,16 @@ class Listing:
         return Node(name, time_s, memory, copies, menus)
 
     def _operator_time_s(self, candidates: Candidates, member: int) -> NDArray[np.float64]:
-        """Compute of each alternative; those that do the same to the operator are priced once."""
+        """Compute of each alternative."""
+        return self._of_each_split(candidates, member, self._split_time_s)
+
+    def _of_each_split(
+        self,
+        candidates: Candidates,
+        member: int,
+        seconds: Callable[[BoundRule, Split, tuple[bool, ...]], float],
+    ) -> NDArray[np.float64]:
+        """For each alternative; those that do the same to the operator are asked for once."""
         operator, bound = self.graph.operators[member], self.structure.bound(member)
         backward = carries_gradient(self.graph, operator)
         differentiable = tuple(
@@ -465,7 +530,7 @@ class Listing:
             time_s = known.get(row)
             if time_s is None:
                 split = candidates.split(k, member)
-                time_s = known[row] = self._split_time_s(bound, split, differentiable)
+                time_s = known[row] = seconds(bound, split, differentiable)
             found.append(time_s)
         return np.array(found, dtype=np.float64)
 
@@ -477,6 +542,11 @@ class Listing:
             total += self.costs.inner_s(bound, split, "forward")
             total += self.costs.inner_s(bound, split, "backward") if any(differentiable) else 0.0
         return total
+
+    def _forward_of_split_s(
+        self, bound: BoundRule, split: Split, differentiable: tuple[bool, ...]
+    ) -> float:
+        return self.costs.operator_s(bound, split, differentiable)[0]
 
     def _own_saved_bytes(self, candidates: Candidates, member: int) -> NDArray[np.float64]:
         """What the operator keeps that is neither its input nor its output."""
@@ -862,3 +932,15 @@ class Listing:
             spread = [s for s, n in zip(offered, counts, strict=True) for _ in range(n)]
             found.update(zip(use.parameters, spread, strict=True))
         return {t.name: found[t.name] for t in self.graph.parameters}
+
+
+def _in_flight(kept: Kept, microbatches: float) -> Kept:
+    """In one memory row, of so many microbatches."""
+    return replace(
+        kept,
+        memory_bytes=microbatches * kept.memory_bytes[[AT_LOSS]],
+        instead=tuple(
+            replace(other, memory_bytes=microbatches * other.memory_bytes[[AT_LOSS]])
+            for other in kept.instead
+        ),
+    )

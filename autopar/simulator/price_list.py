@@ -104,17 +104,43 @@ class Flow:
 
 
 @dataclass(frozen=True)
+class Instead:
+    """What keeping a tensor can be exchanged for, by version: other bytes (memory rows, versions),
+    for so many seconds."""
+
+    time_s: Seconds
+    memory_bytes: Bytes
+
+
+@dataclass(frozen=True)
 class Kept:
     """Versions of a tensor that stay in memory together with the nodes that need them.
 
     ``holders``: (node, ``version`` by its alternatives, -1 for none); ``memory_bytes`` (memory
-    rows, versions) is taken once for each version that any holder needs.
+    rows, versions) is taken once for each version that any holder needs. ``instead``: what each
+    can be exchanged for; only bounds know of it (``exchanged``).
     """
 
     name: str
     holders: tuple[tuple[int, Index], ...]
     memory_bytes: Bytes
     count: int = 1
+    instead: tuple[Instead, ...] = ()
+
+    def versions_of(self, selection: Selection) -> set[int]:
+        """Those that are needed."""
+        return {int(v[selection.alternatives[n]]) for n, v in self.holders} - {-1}
+
+    def cheapest(self, weights: Bytes) -> tuple[Seconds, Bytes]:
+        """Seconds and bytes of each version, kept or exchanged as is cheapest at these prices of
+        memory (seconds per byte, by memory row)."""
+        time_s, memory_bytes = np.zeros(self.memory_bytes.shape[1]), self.memory_bytes
+        for other in self.instead:
+            price_s = time_s + weights @ memory_bytes
+            better = other.time_s + weights @ other.memory_bytes < price_s
+            time_s = np.where(better, other.time_s, time_s)
+            memory_bytes = np.where(better, other.memory_bytes, memory_bytes)
+        return time_s, memory_bytes
 
     @cached_property
     def groups(self) -> tuple[Groups, tuple[Groups, ...]]:
@@ -172,11 +198,22 @@ class PriceList:
             for menu, counts in zip(node.menus, storages, strict=True):
                 total = total + menu.memory_bytes[menu.use[k]] @ np.asarray(counts, dtype=float)
         for kept in self.kept:
-            versions = {int(v[selection.alternatives[n]]) for n, v in kept.holders} - {-1}
-            total = total + kept.count * sum(
-                (kept.memory_bytes[:, v] for v in versions), np.zeros(len(total))
-            )
+            versions = list(kept.versions_of(selection))
+            total = total + kept.count * kept.memory_bytes[:, versions].sum(axis=1)
         return total
+
+    def exchanged(self, selection: Selection, weights: Bytes) -> tuple[float, Bytes]:
+        """Seconds and bytes of a selection, where what it keeps is exchanged for what is there
+        instead if that is cheaper at these prices of memory."""
+        time_s, memory_bytes = self.time_of(selection), self.memory_of(selection)
+        for kept in self.kept:
+            if kept.instead:
+                versions = list(kept.versions_of(selection))
+                times, sizes = kept.cheapest(weights)
+                time_s += kept.count * float(times[versions].sum())
+                more = (sizes - kept.memory_bytes)[:, versions].sum(axis=1)
+                memory_bytes = memory_bytes + kept.count * more
+        return time_s, memory_bytes
 
     def fits(self, selection: Selection) -> bool:
         return bool(np.all(self.memory_of(selection) <= self.limit_bytes * (1 + 1e-12)))
