@@ -80,18 +80,21 @@ class Approach:
     def fastest_exchanged(self) -> tuple[Selection, float] | None:
         """The fastest of the alternatives met that fits with what is exchanged at the price of
         memory of the bound, or at a higher one; and its time."""
-        found = []
-        limit_bytes = self.price_list.limit_bytes
+        best: tuple[Selection, float] | None = None
         for alternatives in dict.fromkeys(self.met):
-            for times in DEARER:
-                weights = times * self.tight.weights
-                selection = cheapest_storages(self.price_list, alternatives, weights)
-                time_s, memory_bytes = self.price_list.exchanged(selection, weights)
-                if (memory_bytes <= limit_bytes).all():
-                    found.append((time_s, selection))
-                    break
-        time_s, selection = min(found, key=lambda pair: pair[0], default=(math.inf, None))
-        return None if selection is None else (selection, time_s)
+            found = self._exchanged(alternatives)
+            if found is not None and (best is None or found[1] < best[1]):
+                best = found
+        return best
+
+    def _exchanged(self, alternatives: Sequence[int]) -> tuple[Selection, float] | None:
+        for times in DEARER:
+            weights = times * self.tight.weights
+            selection = cheapest_storages(self.price_list, alternatives, weights)
+            time_s, memory_bytes = self.price_list.exchanged(selection, weights)
+            if (memory_bytes <= self.price_list.limit_bytes).all():
+                return selection, time_s
+        return None
 
     def within(self, less_bytes: float) -> Iterator[Selection]:
         """For all alternatives met a selection that fits with so much less memory."""

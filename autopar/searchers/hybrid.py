@@ -51,6 +51,10 @@ CORRECTIONS, NEAR = 4, 0.003
 """How often another limit of memory is tried where what was found needs more, or less, than units
 alone say; and how near (relative) is near enough."""
 
+SLOWER = 1.3
+"""Times what is likely: no longer may a step take at first, so that no time is lost where nothing
+fits."""
+
 PROMISING_MESHES = 6
 """Of which all numbers of microbatches are tried."""
 
@@ -208,9 +212,9 @@ class _Search:
                 if one.prospect.rows == 1:
                     self._try_one_stage(one.prospect, FIRST_PROOF_S)
                 else:
-                    self._try_stages([one], FIRST_PROOF_S)
+                    self._try_stages([one], FIRST_PROOF_S, SLOWER * one.step_s)
         if len(stages) > 1:
-            self._try_stages(stages[:TOGETHER], FIRST_PROOF_S)
+            self._try_stages(stages[:TOGETHER], FIRST_PROOF_S, SLOWER * stages[0].step_s)
 
     def _other_counts(
         self, rows: int, mesh: Mesh, counts: Sequence[int], known: Sequence[Likely]
@@ -318,8 +322,11 @@ class _Search:
                 raise LateError
         self._close_one(prospect, bound_s)
 
-    def _try_stages(self, found: Sequence[Likely], proof_s: float) -> float:
-        """Search over stages that are laid like these, and price the best of them exactly.
+    def _try_stages(
+        self, found: Sequence[Likely], proof_s: float, cutoff_s: float = math.inf
+    ) -> float:
+        """Search over stages that are laid like these, and price the best of them exactly, if they
+        are faster than the cutoff and than the best so far.
 
         Returns a bound for all of these stages: that of the limit of memory which allowed most. 0.0
         where nothing was found, since units may say that more is needed than is.
@@ -342,7 +349,8 @@ class _Search:
         bound_s, exact = math.inf, 1.0
         for _ in range(CORRECTIONS):
             self._in_time()
-            result = self._search_stages(traced.problem, self.best_s / exact, proof_s)
+            below_s = min(cutoff_s, self.best_s / exact)
+            result = self._search_stages(traced.problem, below_s, proof_s)
             bound_s = min(bound_s, result.lower_bound_s)
             if result.best is None:
                 break
@@ -358,8 +366,11 @@ class _Search:
             exact = min(exact, estimate.step_time_s / result.time_s)
             planned_bytes = traced.peak_bytes(result.best)
             limit = problem.memory_limit_bytes * planned_bytes // estimate.peak_memory_bytes
-            if abs(limit - traced.memory_limit_bytes) < NEAR * limit:
+            fits = estimate.peak_memory_bytes <= problem.memory_limit_bytes
+            if fits and abs(limit - traced.memory_limit_bytes) < NEAR * limit:
                 break
+            if not fits:  # units are whole: a bit less may be what was found again
+                limit = min(limit, int(traced.memory_limit_bytes * (1 - NEAR)))
             traced = traced.within(limit)
         return bound_s * exact if math.isfinite(bound_s) else 0.0
 

@@ -487,7 +487,7 @@ class Shape:
         stages come to their first ones together, to their second ones, and so on: each time the
         slowest counts."""
         weights = sums.weights[place]
-        of_stages = [sum(weights[u] for u in part) for part in parts]
+        of_stages: list[float] = [sum(weights[u] for u in part) for part in parts]
         together = zip(*self.first_facts().held, strict=True)
         row_s = sum(max(of_stages[s] for s in places) for places in together) / self.copies
         ramp_s = self._likely_ramp * max(of_stages)
