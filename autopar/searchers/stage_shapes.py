@@ -489,7 +489,7 @@ class Shape:
         weights = sums.weights[place]
         of_stages: list[float] = [sum(weights[u] for u in part) for part in parts]
         together = zip(*self.first_facts().held, strict=True)
-        row_s = sum(max(of_stages[s] for s in places) for places in together) / self.copies
+        row_s = sum((max(of_stages[s] for s in places) for places in together), 0.0) / self.copies
         ramp_s = self._likely_ramp * max(of_stages)
         return self.microbatches * row_s + ramp_s + float(self._tail_s(sums)[place])
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
 from time import monotonic
 
 import numpy as np
@@ -15,6 +18,9 @@ from autopar.searchers.enumeration import count_selections
 from autopar.searchers.exhaustive import best_selection
 from autopar.searchers.optimum import Optimum, optimum
 from autopar.simulator.price_list import (
+    Bytes,
+    Instead,
+    Kept,
     Node,
     PriceList,
     Selection,
@@ -216,6 +222,50 @@ def test_an_approach_bounds_the_optimum_and_what_it_meets_fits() -> None:
                 assert price_list.time_of(fastest) >= best_s * (1 - 1e-9)
                 near += price_list.time_of(fastest) <= best_s * 1.05
     assert near > len(SEEDS) * 3 / 2
+
+
+def test_an_approach_bounds_what_is_exchanged_too() -> None:
+    """What is kept for something instead, in every way: never faster than the bound; and what is
+    said to fit with exchanges does."""
+    near = looked = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        here = world(seed, 40)
+        exchanged = tuple(_with_instead(kept, rng) for kept in here.price_list.kept)
+        free = replace(here.price_list, kept=exchanged)
+        every = [exchange for s in here.selections for exchange in _exchanges(free, s)]
+        times_s, sizes = np.array([t for t, _ in every]), np.array([b for _, b in every])
+        for limit in limits(here, seed, 2):
+            best_s = times_s[(sizes <= limit * (1 + 1e-12)).all(axis=1)].min(initial=math.inf)
+            found = approach(replace(free, limit_bytes=limit), Wanted())
+            assert found.bound_s <= best_s * (1 + 1e-9)
+            fastest = found.fastest_exchanged()
+            looked += math.isfinite(best_s)
+            if fastest is not None:
+                assert fastest[1] >= best_s * (1 - 1e-9)
+                near += fastest[1] <= best_s * 1.2
+    assert near > looked / 2
+
+
+def _with_instead(kept: Kept, rng: np.random.Generator) -> Kept:
+    shape = kept.memory_bytes.shape
+    instead = Instead(rng.random(shape[1]) * 3, kept.memory_bytes * rng.random(shape) * 0.5)
+    return replace(kept, instead=(instead,))
+
+
+def _exchanges(price_list: PriceList, selection: Selection) -> Iterator[tuple[float, Bytes]]:
+    """Seconds and bytes, each version that is needed kept or exchanged."""
+    time_s, memory_bytes = price_list.time_of(selection), price_list.memory_of(selection)
+    needed = [(k, v) for k in price_list.kept for v in sorted(k.versions_of(selection))]
+    for choice in product((False, True), repeat=len(needed)):
+        more_s, more = 0.0, np.zeros(len(memory_bytes))
+        for (kept, version), is_exchanged in zip(needed, choice, strict=True):
+            if is_exchanged:
+                (other,) = kept.instead
+                more_s += kept.count * float(other.time_s[version])
+                change = other.memory_bytes[:, version] - kept.memory_bytes[:, version]
+                more = more + kept.count * change
+        yield time_s + more_s, memory_bytes + more
 
 
 def test_storages_that_are_found_fit_and_are_mostly_the_best() -> None:
