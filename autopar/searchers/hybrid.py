@@ -33,7 +33,7 @@ from autopar.simulator.listing import Structure
 from autopar.simulator.microbatches import Divisible, Division
 from autopar.simulator.pipelines import PricedPipeline, StagePrices
 from autopar.simulator.recompute_choices import KINDS
-from autopar.simulator.stage_problem import StageProblem
+from autopar.simulator.stage_problem import StageProblem, Staging
 from autopar.simulator.stages import pipelined
 from autopar.simulator.traced_stages import NOT_RECOMPUTED, TracedStages
 from autopar.simulator.units import units
@@ -54,6 +54,10 @@ alone say; and how near (relative) is near enough."""
 SLOWER = 1.3
 """Times what is likely: no longer may a step take at first, so that no time is lost where nothing
 fits."""
+
+PESSIMISTIC = 0.05
+"""Of the memory, by how much units may say that more is needed than is: so much more is allowed
+where nothing fits (decision 22 has how far units are off)."""
 
 PROMISING_MESHES = 6
 """Of which all numbers of microbatches are tried."""
@@ -346,24 +350,24 @@ class _Search:
             problem.training,
             _kinds(problem.recompute),
         )
-        bound_s, exact = math.inf, 1.0
+        bound_s, exact, more = math.inf, 1.0, PESSIMISTIC
+        below_s = min(cutoff_s, PROMISING * self.best_s)  # units may say that more time is needed
         for _ in range(CORRECTIONS):
             self._in_time()
-            below_s = min(cutoff_s, self.best_s / exact)
             result = self._search_stages(traced.problem, below_s, proof_s)
             bound_s = min(bound_s, result.lower_bound_s)
+            if result.best is None and more:
+                traced = traced.within(int(problem.memory_limit_bytes * (1 + more)))
+                more = 0.0
+                continue
             if result.best is None:
                 break
-            strategy = traced.strategy(result.best)
-            division = self.divided(strategy.microbatches)[0]
-            try:
-                pipeline = PricedPipeline(pipelined(division, strategy), self.stage_prices)
-                estimate = pipeline.estimate()
-            except AutoparError as refusal:
-                self.progress(f"left out: {refusal}")
+            estimate = self._exactly(traced, result.best)
+            if estimate is None:
                 return 0.0
-            self._offer(_prospect_of(strategy), strategy, estimate)
+            more = 0.0
             exact = min(exact, estimate.step_time_s / result.time_s)
+            below_s = min(cutoff_s, self.best_s / exact)
             planned_bytes = traced.peak_bytes(result.best)
             limit = problem.memory_limit_bytes * planned_bytes // estimate.peak_memory_bytes
             fits = estimate.peak_memory_bytes <= problem.memory_limit_bytes
@@ -373,6 +377,19 @@ class _Search:
                 limit = min(limit, int(traced.memory_limit_bytes * (1 - NEAR)))
             traced = traced.within(limit)
         return bound_s * exact if math.isfinite(bound_s) else 0.0
+
+    def _exactly(self, traced: TracedStages, staging: Staging) -> Estimate | None:
+        """What a staging comes to, which is offered; ``None``: it cannot be done."""
+        strategy = traced.strategy(staging)
+        division = self.divided(strategy.microbatches)[0]
+        try:
+            pipeline = PricedPipeline(pipelined(division, strategy), self.stage_prices)
+            estimate = pipeline.estimate()
+        except AutoparError as refusal:
+            self.progress(f"left out: {refusal}")
+            return None
+        self._offer(_prospect_of(strategy), strategy, estimate)
+        return estimate
 
     def _search_stages(self, problem: StageProblem, cutoff_s: float, proof_s: float) -> StageResult:
         left_s = self.started + self.budget.time_s - monotonic()
