@@ -1,8 +1,9 @@
-"""Predicted against measured: plans of several stages, trained on four processes of this machine.
+"""Predicted against measured: plans of one stage and of several, on four processes of this machine.
 
-For each model the machine is measured, plans are written and priced, and each is trained for some
-steps, one after the other in the same four processes. Run as ``python -m benchmarks.pipelines
-OUT.csv``; ``--report OUT.csv`` prints what a file says.
+For each model, plans are written and searched. Then the same four processes measure the machine and
+train every plan in turn, in several rounds, so that what else runs on the machine meets all alike;
+the plans are priced with what the machine did in the quietest of these rounds. Run as ``python -m
+benchmarks.pipelines OUT.csv``; ``--report OUT.csv`` prints what a file says.
 """
 
 from __future__ import annotations
@@ -16,10 +17,8 @@ import platform
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import UTC, datetime
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
@@ -27,26 +26,32 @@ from typing import Any, get_type_hints
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F  # noqa: N812
 
 from autopar import __version__, api
 from autopar.ir.graph import OperatorGraph
 from autopar.ir.plan import Plan, load_plan, save_plan
 from autopar.ir.rule import NOTHING
 from autopar.ir.sharding import Mesh
+from autopar.ir.simulation import Estimate
 from autopar.ir.strategy import Stage, Storage, Strategy
+from autopar.runtime.bench import Bench, Rounds, profile_of, quietest_half
+from autopar.runtime.devices import MeasuredDevice, cores
 from autopar.runtime.launch import torchrun
-from autopar.runtime.profiler import cores, profile
-from autopar.runtime.rehearsal import rehearse
+from autopar.runtime.profiler import machine_fingerprint, profile, save
+from autopar.runtime.rehearsal import Ready, prepare
 from autopar.simulator.blocks import blocks
 from autopar.simulator.staged import block_starts, even_cuts, runs, staged
-from cost_models.profiled import Profile, Profiled
+from cost_models.profiled import Profile, Profiled, read_profile
 
 DEVICES = 4
-STEPS = 9
-"""The first of which warms up."""
+ROUNDS, STEPS = 8, 3
+"""In each round each plan takes so many steps, after one that warms up."""
 
-PROFILE_S = 14.0
+PROFILE_S, ROUND_S, SPEEDS_S = 10.0, 3.0, 0.3
+"""How long the machine is measured: for the search, in a round, and each time that some devices are
+measured with and without the others."""
+
+SEARCH_S = 30.0
 MODELS = {
     "gpt": "examples/gpt/model.py",
     "llama": "benchmarks/models/llama.py",
@@ -68,6 +73,19 @@ class Case:
     inside: str = "alone"
     recompute: bool = False
 
+    @property
+    def text(self) -> str:
+        """What the table calls it."""
+        if self.stages == SEARCHED:
+            return "searched"
+        inside = [name for name in (self.inside,) if name != "alone"]
+        inside += ["recompute"] if self.recompute else []
+        towers = "two towers and a pair" if self.stages == TOWERS else f"{self.groups} groups"
+        return ", ".join(([] if self.stages == 1 else [towers]) + inside)
+
+
+SEARCHED = 0
+"""Stages: as the search finds them, and everything else, too."""
 
 TOWERS = -1
 """Stages: each tower, and what joins them on a pair of devices."""
@@ -101,14 +119,26 @@ CASES = (
     Case("two_towers", "zero_bubble_h1", TOWERS, 3, 4),
     Case("two_towers", "1f1b", 2, 2, 4, "data_parallel"),
     Case("two_towers", "1f1b", 4, 4, 8),
+    Case("gpt", "", 1, 1, 1, "data_parallel"),
+    Case("gpt", "", 1, 1, 1, "zero3"),
+    Case("gpt", "", 1, 1, 2, "megatron"),
+    Case("gpt", "", SEARCHED, 1, 1),
+    Case("llama", "", 1, 1, 1, "data_parallel"),
+    Case("llama", "", 1, 1, 2, "zero1"),
+    Case("llama", "", 1, 1, 1, "megatron"),
+    Case("llama", "", SEARCHED, 1, 1),
+    Case("unet", "", 1, 1, 1, "data_parallel"),
+    Case("unet", "", SEARCHED, 1, 1),
+    Case("two_towers", "", 1, 1, 1, "data_parallel"),
+    Case("two_towers", "", SEARCHED, 1, 1),
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """One plan. ``load_average``: before its steps, the benchmark's own processes included.
-    ``slower``: how many times as long as in the profile a product and a pass took with all
-    processes busy, just before the plan's steps and after them: what others did on the machine."""
+    """One plan. Times are those of a quiet machine, as far as ``leave`` can tell, but for the least
+    and the most of all rounds, which are as they were. ``others``: the share of the processors that
+    other programs used in the rounds that count, of the plan and of the profile."""
 
     model: str
     plan: str
@@ -121,8 +151,9 @@ class Row:
     most_step_s: float
     predicted_peak_bytes: int
     measured_peak_bytes: int
-    load_average: float
-    slower: float
+    rounds: int
+    others: float
+    others_of_profile: float
     machine: str
     cores: int
     date: str
@@ -130,11 +161,6 @@ class Row:
     @property
     def ratio(self) -> float:
         return self.predicted_step_s / self.measured_step_s
-
-    @property
-    def ratio_then(self) -> float:
-        """With the machine as it was while the plan ran."""
-        return self.ratio * self.slower
 
 
 # ---- plans ---------------------------------------------------------------------------------------
@@ -147,6 +173,11 @@ def graph_of(model: str) -> OperatorGraph:
 
 def plan_of(case: Case, machine: Profiled) -> Plan:
     graph = graph_of(case.model)
+    if case.stages == SEARCHED:
+        return api.plan(MODELS[case.model], topology=machine, time_limit_s=SEARCH_S)
+    if case.stages == 1:
+        strategy = recipes(case.model, case.microbatches, DEVICES, machine)[case.inside]
+        return api.plan_by_hand(graph, strategy, machine, model=MODELS[case.model])
     if case.stages == TOWERS:
         operators = towers(graph)
         like = [recipe(case, machine, size, name) for size, name in TOWER_DEVICES]
@@ -224,109 +255,133 @@ def alone(graph: OperatorGraph) -> Strategy:
 # ---- measuring -----------------------------------------------------------------------------------
 
 
-def measured(model: str) -> Iterator[Row]:
-    """All plans of a model, priced with what the machine does now."""
-    say(f"{model}: measuring the machine")
-    before = profile(DEVICES, PROFILE_S)
-    machine = Profiled(before)
+def measured(model: str, folder: Path, rounds: int) -> Iterator[Row]:
+    """All plans of a model, written with what the machine does now and priced with what it did in
+    the rounds in which they were trained."""
+    say(f"{model}: measuring the machine, to search with")
+    machine = Profiled(profile(DEVICES, PROFILE_S))
     cases = [case for case in CASES if case.model == model]
-    with tempfile.TemporaryDirectory(prefix="autopar-benchmark-") as name:
-        folder = Path(name)
-        for number, case in enumerate(cases):
-            save_plan(plan_of(case, machine), folder / f"{number}.json")
-        say(f"{model}: training {len(cases)} plans")
-        code = torchrun(DEVICES, "benchmarks.pipelines", ["--worker", str(folder)])
-        if code:
-            raise SystemExit(f"the processes of {model} ended with {code}")
-        for number, case in enumerate(cases):
-            plan = load_plan(folder / f"{number}.json")
-            found = json.loads((folder / f"{number}.result").read_text())
-            yield row_of(case, plan, found, slower(before, found["reference_s"]), before.device)
+    for number, case in enumerate(cases):
+        say(f"{model}: {case.text}")
+        save_plan(plan_of(case, machine), folder / f"{number}.json")
+    say(f"{model}: {rounds} rounds of {len(cases)} plans and the machine")
+    code = torchrun(
+        DEVICES, "benchmarks.pipelines", ["--worker", str(folder), "--rounds", str(rounds)]
+    )
+    if code:
+        raise SystemExit(f"the processes of {model} ended with {code}")
+    found = Profiled(read_profile(folder / "profile.json"))
+    for number, case in enumerate(cases):
+        plan = load_plan(folder / f"{number}.json")
+        result = json.loads((folder / f"{number}.result").read_text())
+        yield row_of(case, api.simulate(plan, found), plan, result, found.profile)
 
 
-def row_of(case: Case, plan: Plan, found: dict[str, Any], slower: float, device: str) -> Row:
-    steps_s = found["step_times_s"][1:]
-    inside = [name for name in (case.inside,) if name != "alone"]
-    inside += ["recompute"] if case.recompute else []
-    groups = "two towers and a pair" if case.stages == TOWERS else f"{case.groups} groups"
+def row_of(
+    case: Case, estimate: Estimate, plan: Plan, found: dict[str, Any], profile: Profile
+) -> Row:
+    steps_s = [moment["step_s"] for moment in found["moments"]]
     return Row(
         model=case.model,
-        plan=", ".join((groups, *inside)),
-        schedule=case.schedule,
+        plan=case.text,
+        schedule=str(plan.strategy.schedule) if len(plan.strategy.stages) > 1 else "one stage",
         stages=len(plan.strategy.stages),
-        microbatches=case.microbatches,
-        predicted_step_s=plan.estimate.step_time_s,
-        measured_step_s=statistics.median(steps_s),
+        microbatches=plan.strategy.microbatches,
+        predicted_step_s=estimate.step_time_s,
+        measured_step_s=found["step_s"],
         least_step_s=min(steps_s),
         most_step_s=max(steps_s),
         predicted_peak_bytes=plan.estimate.peak_memory_bytes,
         measured_peak_bytes=found["peak_memory_bytes"],
-        load_average=found["load_average"],
-        slower=slower,
-        machine=device,
+        rounds=len(steps_s),
+        others=found["others"],
+        others_of_profile=profile.others,
+        machine=profile.device,
         cores=cores(),
-        date=datetime.now(UTC).date().isoformat(),
+        date=profile.date,
     )
 
 
-def slower(profile: Profile, reference_s: Sequence[float]) -> float:
-    """The geometric mean of how many times as long a product and a pass took."""
-    (product_s,) = (
-        p.seconds for p in profile.products if (p.dtype, p.shape) == ("float32", (1, *PRODUCT))
-    )
-    (pass_s,) = (p.seconds for p in profile.passes if (p.dtype, p.bytes) == ("float32", PASS_BYTES))
-    ratios = [s / known_s for s, known_s in zip(reference_s, (product_s, pass_s), strict=True)]
-    return math.sqrt(math.prod(ratios))
+@dataclass(frozen=True)
+class Moment:
+    """A plan's step in one round: of the slowest process, the median of some steps. ``stretch``:
+    how many times as stretched as the devices do it to each other time was just before and after;
+    ``others``: the share of the processors that other programs used."""
+
+    step_s: float
+    stretch: float
+    others: float
 
 
-PRODUCT, PASS_BYTES = (256, 256, 256), 2**21
-"""Of what the profile has, in float32."""
-
-REFERENCE_S = 0.4
-
-
-def work(folder: Path) -> None:
-    """One of the processes: train each plan in turn."""
+def work(folder: Path, rounds: int) -> None:
+    """One of the processes: in each round measure the machine, and take steps of every plan."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    for path in sorted(folder.glob("[0-9]*.json"), key=lambda path: int(path.stem)):
-        plan, load_average = load_plan(path), os.getloadavg()[0]
-        before_s = references_s()
-        found = rehearse(plan, api.source_of(plan), STEPS, seed=0)
-        around_s = [math.sqrt(a * b) for a, b in zip(before_s, references_s(), strict=True)]
+    machine = Bench(DEVICES, 1, MeasuredDevice("cpu"), dtypes=("float32",))
+    known = Rounds()
+    paths = sorted(folder.glob("[0-9]*.json"), key=lambda path: int(path.stem))
+    plans = [load_plan(path) for path in paths]
+    ready = [prepare(plan, api.source_of(plan), seed=0) for plan in plans]
+    moments: list[list[Moment]] = [[] for _ in ready]
+    speeds = []
+    for number in range(rounds):
         if dist.get_rank() == 0:
-            result = {**asdict(found), "load_average": load_average, "reference_s": around_s}
-            (folder / f"{path.stem}.result").write_text(json.dumps(result))
+            say(f"round {number + 1} of {rounds}, load average {os.getloadavg()[0]:.1f}")
+        for part in machine.parts:
+            known.moments[part.name].append(machine.ask(part, ROUND_S))
+        for one, of_plan in zip(ready, moments, strict=True):
+            of_plan.append(moment(machine, one))
+        speeds.append(machine.speeds(SPEEDS_S))
+    known.speeds = tuple(
+        (of[0][0], statistics.median(speed for _, speed in of)) for of in zip(*speeds, strict=True)
+    )
+    peaks = [int(largest([float(one.peak_bytes())])[0]) for one in ready]
+    if dist.get_rank() == 0:
+        leave(folder, paths, known, machine, moments, peaks)
 
 
-def references_s() -> list[float]:
-    """Seconds of a product and of a pass while all processes do the same, as the profiler does
-    them."""
-    m, n, k = PRODUCT
-    left, right = torch.randn(m, k), torch.randn(n, k)
-    values = torch.randn(PASS_BYTES // 2 // 4 // 64, 64)  # read and written
-    found = []
-    for call in (lambda: F.linear(left, right), lambda: three_passes(values)):
-        dist.barrier()
-        found.append(steady_s(call, REFERENCE_S))
-    total = torch.tensor(found, dtype=torch.float64)
-    dist.all_reduce(total)
-    product_s, passes_s = (total / DEVICES).tolist()
-    return [product_s, passes_s / 3]
+def moment(machine: Bench, one: Ready) -> Moment:
+    one.take_step()  # after other plans, caches are cold
+    before, stretched = machine.spent(), [machine.stretch()]
+    steps_s = largest([one.take_step()[1] for _ in range(STEPS)])
+    stretched.append(machine.stretch())
+    stretch = statistics.fmean(stretched) / machine.usual_stretch
+    return Moment(statistics.median(steps_s), stretch, machine.others(before))
 
 
-def three_passes(values: torch.Tensor) -> None:
-    torch.mul(values, 2.0)
-    F.gelu(values)
-    F.layer_norm(values, (64,))
+def leave(
+    folder: Path,
+    paths: Sequence[Path],
+    known: Rounds,
+    machine: Bench,
+    moments: Sequence[Sequence[Moment]],
+    peaks: Sequence[int],
+) -> None:
+    """All that was seen, and what it comes to in a quiet machine: the median of the half of the
+    rounds in which others used least, by how stretched time was beside them."""
+    found = profile_of(machine, known, machine_fingerprint())
+    assert found is not None
+    save(found, folder / "profile.json")
+    (folder / "machine.moments").write_text(
+        json.dumps({name: [asdict(m) for m in of] for name, of in known.moments.items()})
+    )
+    for path, of_plan, peak_bytes in zip(paths, moments, peaks, strict=True):
+        quietest = quietest_half(of_plan)
+        step_s = statistics.median(m.step_s / m.stretch for m in quietest)
+        result = {
+            "step_s": step_s,
+            "others": statistics.fmean(m.others for m in quietest),
+            "peak_memory_bytes": peak_bytes,
+            "moments": [asdict(m) for m in of_plan],
+        }
+        (folder / f"{path.stem}.result").write_text(json.dumps(result))
 
 
-def steady_s(call: Callable[[], Any], budget_s: float) -> float:
-    began_s, calls = time.perf_counter(), 0
-    while (elapsed_s := time.perf_counter() - began_s) < budget_s:
-        call()
-        calls += 1
-    return elapsed_s / calls
+def largest(values: Sequence[float]) -> list[float]:
+    """Element by element over all ranks."""
+    everywhere = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(everywhere, op=dist.ReduceOp.MAX)
+    return [float(value) for value in everywhere]
 
 
 # ---- what a file says ----------------------------------------------------------------------------
@@ -334,8 +389,7 @@ def steady_s(call: Callable[[], Any], budget_s: float) -> float:
 
 def report(rows: Sequence[Row]) -> str:
     columns = ["model", "plan", "schedule", "stages", "microbatches"]
-    columns += ["predicted ms", "measured ms", "error", "machine then", "error then"]
-    columns += ["peak MB predicted", "measured"]
+    columns += ["predicted ms", "measured ms", "error", "others", "peak MB predicted", "measured"]
     lines = [columns, ["---"] * len(columns)]
     for row in rows:
         spread = f"{1e3 * row.least_step_s:.0f}-{1e3 * row.most_step_s:.0f}"
@@ -343,42 +397,58 @@ def report(rows: Sequence[Row]) -> str:
             [
                 row.model,
                 row.plan,
-                f"`{row.schedule}`",
+                f"`{row.schedule}`" if row.stages > 1 else row.schedule,
                 str(row.stages),
                 str(row.microbatches),
                 f"{1e3 * row.predicted_step_s:.0f}",
                 f"{1e3 * row.measured_step_s:.0f} ({spread})",
                 f"{row.ratio - 1:+.0%}",
-                f"{row.slower:.2f}",
-                f"{row.ratio_then - 1:+.0%}",
+                f"{row.others:.0%}",
                 f"{row.predicted_peak_bytes / 1e6:.1f}",
                 f"{row.measured_peak_bytes / 1e6:.1f}",
             ]
         )
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{table}\n\n{summary(rows)}"
+    return f"{table}\n\n{by_model(rows)}\n\n{summary(rows)}"
+
+
+def by_model(rows: Sequence[Row]) -> str:
+    """Also how much slower than the best is the plan that the predictions prefer."""
+    columns = ["model", "plans", "median error", "Kendall's tau", "predicted best", "is slower by"]
+    lines = [columns, ["---"] * len(columns)]
+    for model in dict.fromkeys(row.model for row in rows):
+        of = [row for row in rows if row.model == model]
+        chosen = min(of, key=lambda row: row.predicted_step_s)
+        best_s = min(row.measured_step_s for row in of)
+        lines.append(
+            [
+                model,
+                str(len(of)),
+                f"{statistics.median(abs(row.ratio - 1) for row in of):.0%}",
+                f"{kendall_tau(times(of)):.2f}",
+                f"{chosen.plan}, {chosen.schedule}",
+                f"{chosen.measured_step_s / best_s - 1:.0%}",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def summary(rows: Sequence[Row]) -> str:
-    loads = [row.load_average for row in rows]
+    worst = max(rows, key=lambda row: abs(math.log(row.ratio)))
     of_peaks = [abs(row.predicted_peak_bytes / row.measured_peak_bytes - 1) for row in rows]
+    others = [row.others for row in rows]
     return (
-        f"{len(rows)} plans on {rows[0].machine}, {rows[0].cores} cores, {rows[0].date}, load "
-        f"average {min(loads):.1f} to {max(loads):.1f}. Step time: "
-        f"{errors(rows, lambda row: row.ratio)}; with the machine as it was then: "
-        f"{errors(rows, lambda row: row.ratio_then)}. Peak memory: median error "
+        f"{len(rows)} plans on {rows[0].machine}, {rows[0].cores} cores, {rows[0].date}; others "
+        f"used {min(others):.0%} to {max(others):.0%} of the processors. Step time: median error "
+        f"{statistics.median(abs(row.ratio - 1) for row in rows):.0%}, worst {worst.ratio - 1:+.0%}"
+        f" ({worst.model}, {worst.plan}, {worst.schedule}), Kendall's tau "
+        f"{kendall_tau(times(rows)):.2f}. Peak memory: median error "
         f"{statistics.median(of_peaks):.1%}, worst {max(of_peaks):.1%}."
     )
 
 
-def errors(rows: Sequence[Row], ratio: Callable[[Row], float]) -> str:
-    worst = max(rows, key=lambda row: abs(math.log(ratio(row))))
-    median = statistics.median(abs(ratio(row) - 1) for row in rows)
-    times = [(ratio(row) * row.measured_step_s, row.measured_step_s) for row in rows]
-    return (
-        f"median error {median:.0%}, worst {ratio(worst) - 1:+.0%} ({worst.model}, {worst.plan}, "
-        f"`{worst.schedule}`), Kendall's tau {kendall_tau(times):.2f}"
-    )
+def times(rows: Sequence[Row]) -> list[tuple[float, float]]:
+    return [(row.predicted_step_s, row.measured_step_s) for row in rows]
 
 
 def kendall_tau(pairs: Sequence[tuple[float, float]]) -> float:
@@ -408,6 +478,14 @@ def write(path: Path, rows: Iterable[Row]) -> None:
             file.flush()
 
 
+def all_measured(models: Sequence[str], keep: Path | None, rounds: int) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory(prefix="autopar-benchmark-") as name:
+        for model in models:
+            folder = (keep or Path(name)) / model
+            folder.mkdir(parents=True, exist_ok=True)
+            yield from measured(model, folder, rounds)
+
+
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -417,17 +495,19 @@ def main() -> None:
     parser.add_argument("out", type=Path, nargs="?", help="the CSV file to write")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--report", type=Path, help="print what this file says; measure nothing")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="how often all is measured")
+    parser.add_argument("--keep", type=Path, help="a folder for plans, profiles and all moments")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        work(arguments.worker)
+        work(arguments.worker, arguments.rounds)
         return
     path = arguments.report
     if path is None:
         path = arguments.out
         if path is None:
             parser.error("say which file to write, or --report which to read")
-        write(path, (row for model in arguments.models for row in measured(model)))
+        write(path, all_measured(arguments.models, arguments.keep, arguments.rounds))
     print(report(read(path)))
 
 
