@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import gc
+import platform
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from fractions import Fraction
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, Unpack
 
@@ -1112,31 +1114,59 @@ def _step_s(plan: Plan, profile: Profile) -> float:
 
 
 def _profile_of(record: RunRecord) -> Profile:
-    from cost_models.profiled import profile_from_json
-
     if "profiled" not in record.machine:
         raise AutoparError(
             f"the run of {record.plan} was planned for {record.machine.get('name')}, which is from "
             "data sheets; a calibration corrects a profile: give one with --profile, or plan with "
             "--topology local or a file of `autopar profile`"
         )
+    return _profile_in(record.machine)
+
+
+def _profile_in(machine: Mapping[str, Any]) -> Profile:
+    from cost_models.profiled import profile_from_json
+
     with _as_user_errors():
-        return profile_from_json(record.machine["profiled"])
+        return profile_from_json(machine["profiled"])
+
+
+def doubts(plan: Plan, *, running: bool = False) -> list[str]:
+    """What of this machine is not as where the plan's profile was measured: software and, when it
+    is ``running`` here, the device; in words. Nothing of plans without a profile."""
+    if "profiled" not in plan.topology:
+        return []
+    profile = _profile_in(plan.topology)
+    if running:
+        from autopar.runtime.profiler import here
+
+        differing = _differences(profile, *here(plan.world_size))
+    else:
+        installed = {"python": platform.python_version(), "torch": version("torch")}
+        known = tuple((k, installed.get(k, v)) for k, v in profile.software)
+        differing = _differences(profile, profile.device, known)
+    return [
+        f"the times of this plan are of a profile of {profile.date} with {difference}; they may "
+        "not hold here: measure with `autopar profile`"
+        for difference in differing
+    ]
+
+
+def _differences(profile: Profile, device: str, software: Iterable[tuple[str, str]]) -> list[str]:
+    here = {"device": device, **dict(software)}
+    there = {"device": profile.device, **dict(profile.software)}
+    return [
+        f"{what} {there[what]!r} instead of {here.get(what)!r}"
+        for what in there
+        if there[what] != here.get(what)
+    ]
 
 
 def _check_same_machine(record: RunRecord, profile: Profile) -> None:
-    differences = [
-        f"{what} {theirs!r} where the profile has {ours!r}"
-        for what, theirs, ours in (
-            ("device", record.device, profile.device),
-            *((k, dict(record.software).get(k), v) for k, v in profile.software),
-        )
-        if theirs != ours
-    ]
+    differences = _differences(profile, record.device, record.software)
     if differences:
         raise AutoparError(
-            f"the run of {record.plan} was on another machine or software than the profile of "
-            f"{profile.date}: {'; '.join(differences)}; measure there with `autopar profile`"
+            f"the run of {record.plan} was not on the machine of the profile of {profile.date}, "
+            f"which has {'; '.join(differences)}; measure where it ran with `autopar profile`"
         )
 
 

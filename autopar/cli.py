@@ -333,6 +333,7 @@ def plan_command(
         check_writable(output)
     with progress() as tell:
         found = api.plan(model, recipe=recipe, progress=tell, **_wanted(options))
+    _say_doubts(api.doubts(found))
     if output is not None:
         api.save_plan(found, output)
     profiled = is_profiled(found.graph)
@@ -475,6 +476,7 @@ def run_command(
     with progress() as tell:
         api.check_processes(loaded)
         api.check_model(loaded, name, tell)
+        _say_doubts(api.doubts(loaded, running=True))
         tell(f"training {steps} steps, processes: {loaded.world_size}")
         found = api.rehearse(loaded, plan, name, steps, seed, timeout_s=timeout)
         if compare:
@@ -522,6 +524,11 @@ def _run_here(
         click.echo(json.dumps(_run_json(plan, path, found)))
     else:
         click.echo(text.measurement(plan, found, None))
+
+
+def _say_doubts(doubts: list[str]) -> None:
+    for doubt in doubts:
+        click.echo(f"autopar: {doubt}", err=True)
 
 
 def _run_json(plan: Plan, path: Path, found: Measurement) -> dict[str, Any]:

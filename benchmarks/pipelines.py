@@ -17,6 +17,7 @@ import platform
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
@@ -35,7 +36,7 @@ from autopar.ir.sharding import Mesh
 from autopar.ir.simulation import Estimate
 from autopar.ir.strategy import Stage, Storage, Strategy
 from autopar.runtime.bench import Bench, Rounds, profile_of, quietest_half
-from autopar.runtime.devices import MeasuredDevice, cores
+from autopar.runtime.devices import MeasuredDevice, cores, processor_seconds
 from autopar.runtime.launch import torchrun
 from autopar.runtime.profiler import machine_fingerprint, profile, save
 from autopar.runtime.rehearsal import Ready, prepare
@@ -255,7 +256,7 @@ def alone(graph: OperatorGraph) -> Strategy:
 # ---- measuring -----------------------------------------------------------------------------------
 
 
-def measured(model: str, folder: Path, rounds: int) -> Iterator[Row]:
+def measured(model: str, folder: Path, rounds: int, patience_s: float) -> Iterator[Row]:
     """All plans of a model, written with what the machine does now and priced with what it did in
     the rounds in which they were trained."""
     say(f"{model}: measuring the machine, to search with")
@@ -265,9 +266,8 @@ def measured(model: str, folder: Path, rounds: int) -> Iterator[Row]:
         say(f"{model}: {case.text}")
         save_plan(plan_of(case, machine), folder / f"{number}.json")
     say(f"{model}: {rounds} rounds of {len(cases)} plans and the machine")
-    code = torchrun(
-        DEVICES, "benchmarks.pipelines", ["--worker", str(folder), "--rounds", str(rounds)]
-    )
+    asked = ["--worker", str(folder), "--rounds", str(rounds), "--patience", str(patience_s)]
+    code = torchrun(DEVICES, "benchmarks.pipelines", asked)
     if code:
         raise SystemExit(f"the processes of {model} ended with {code}")
     found = Profiled(read_profile(folder / "profile.json"))
@@ -306,14 +306,16 @@ def row_of(
 class Moment:
     """A plan's step in one round: of the slowest process, the median of some steps. ``stretch``:
     how many times as stretched as the devices do it to each other time was just before and after;
-    ``others``: the share of the processors that other programs used."""
+    ``others``: the share of the processors that other programs used. ``processor_s``: what a
+    step took of them, all processes together."""
 
     step_s: float
+    processor_s: float
     stretch: float
     others: float
 
 
-def work(folder: Path, rounds: int) -> None:
+def work(folder: Path, rounds: int, patience: Patience) -> None:
     """One of the processes: in each round measure the machine, and take steps of every plan."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -328,9 +330,10 @@ def work(folder: Path, rounds: int) -> None:
         if dist.get_rank() == 0:
             say(f"round {number + 1} of {rounds}, load average {os.getloadavg()[0]:.1f}")
         for part in machine.parts:
+            patience.wait()
             known.moments[part.name].append(machine.ask(part, ROUND_S))
         for one, of_plan in zip(ready, moments, strict=True):
-            of_plan.append(moment(machine, one))
+            of_plan.append(moment(machine, one, patience))
         speeds.append(machine.speeds(SPEEDS_S))
     known.speeds = tuple(
         (of[0][0], statistics.median(speed for _, speed in of)) for of in zip(*speeds, strict=True)
@@ -340,13 +343,42 @@ def work(folder: Path, rounds: int) -> None:
         leave(folder, paths, known, machine, moments, peaks)
 
 
-def moment(machine: Bench, one: Ready) -> Moment:
+@dataclass
+class Patience:
+    """Before a measurement, waits for others to pause, together not longer than ``left_s``."""
+
+    left_s: float
+
+    def wait(self) -> None:
+        """On the first process; the others wait for it without a processor."""
+        began_s = time.perf_counter()
+        while dist.get_rank() == 0 and time.perf_counter() - began_s < min(self.left_s, LONGEST_S):
+            busy_s, all_s = processor_seconds()
+            time.sleep(LOOK_S)
+            now_busy_s, now_all_s = processor_seconds()
+            if now_busy_s - busy_s < QUIET * (now_all_s - all_s):
+                break
+        self.left_s -= time.perf_counter() - began_s
+        dist.barrier()
+
+
+LOOK_S, LONGEST_S, QUIET = 0.15, 6.0, 0.15
+"""How long to look at what others do, how long to wait for them at a time, and which share of the
+processors is taken for a pause."""
+
+
+def moment(machine: Bench, one: Ready, patience: Patience) -> Moment:
     one.take_step()  # after other plans, caches are cold
+    patience.wait()
     before, stretched = machine.spent(), [machine.stretch()]
+    began_s = time.process_time()
     steps_s = largest([one.take_step()[1] for _ in range(STEPS)])
+    processor_s = torch.tensor((time.process_time() - began_s) / STEPS)
+    dist.all_reduce(processor_s)
     stretched.append(machine.stretch())
     stretch = statistics.fmean(stretched) / machine.usual_stretch
-    return Moment(statistics.median(steps_s), stretch, machine.others(before))
+    others = machine.others(before)
+    return Moment(statistics.median(steps_s), float(processor_s), stretch, others)
 
 
 def leave(
@@ -478,12 +510,12 @@ def write(path: Path, rows: Iterable[Row]) -> None:
             file.flush()
 
 
-def all_measured(models: Sequence[str], keep: Path | None, rounds: int) -> Iterator[Row]:
+def all_measured(asked: argparse.Namespace) -> Iterator[Row]:
     with tempfile.TemporaryDirectory(prefix="autopar-benchmark-") as name:
-        for model in models:
-            folder = (keep or Path(name)) / model
+        for model in asked.models:
+            folder = (asked.keep or Path(name)) / model
             folder.mkdir(parents=True, exist_ok=True)
-            yield from measured(model, folder, rounds)
+            yield from measured(model, folder, asked.rounds, asked.patience)
 
 
 def say(line: str) -> None:
@@ -496,18 +528,24 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--report", type=Path, help="print what this file says; measure nothing")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="how often all is measured")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=120.0,
+        help="seconds to wait, for a model, for other programs to pause before measurements",
+    )
     parser.add_argument("--keep", type=Path, help="a folder for plans, profiles and all moments")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        work(arguments.worker, arguments.rounds)
+        work(arguments.worker, arguments.rounds, Patience(arguments.patience))
         return
     path = arguments.report
     if path is None:
         path = arguments.out
         if path is None:
             parser.error("say which file to write, or --report which to read")
-        write(path, all_measured(arguments.models, arguments.keep, arguments.rounds))
+        write(path, all_measured(arguments))
     print(report(read(path)))
 
 

@@ -20,52 +20,22 @@ from cost_models.profiled import (
     Correction,
     Exchange,
     Overlap,
-    Pass,
-    Product,
-    Profile,
+    corrected,
     fit_line,
     profile_from_json,
     profile_to_json,
     read_profile,
 )
-
-FLOPS_PER_S, BYTES_PER_S, CALL_S, OPERATOR_S = 4e10, 5e9, 3e-6, 8e-6
-SIZES = (2**13, 2**15, 2**18, 2**22)
-SHAPES = ((1, 64, 64, 64), (1, 512, 64, 512), (1, 512, 512, 512), (16, 64, 64, 32))
-
-
-def exchange_s(kind: str, group_size: int, size: int) -> float:
-    rounds = {"all_reduce": 2.0, "send": 0.5}.get(kind, 1.0)
-    return rounds * (1e-4 * group_size + size * (group_size - 1) / group_size / 1e9)
-
-
-def ideal(**changes: Any) -> Profile:
-    """The profile of a machine without noise."""
-    made = Profile(
-        machine="0123456789abcdef",
-        device="a test",
-        devices=8,
-        memory_bytes=2**30,
-        software=(("torch", "2.13"),),
-        date="2026-11-20",
-        operator_s=OPERATOR_S,
-        call_s=CALL_S,
-        products=tuple(
-            Product(kind, dtype, shape, flops, CALL_S + flops * slow / FLOPS_PER_S)
-            for kind in ("matmul", "attention")
-            for dtype, slow in (("float32", 1), ("float64", 2))
-            for shape in SHAPES
-            for flops in [2.0 * math.prod(shape)]
-        ),
-        passes=tuple(Pass("float32", n, CALL_S + n / BYTES_PER_S) for n in SIZES),
-        exchanges=tuple(
-            Exchange(kind, g, n, exchange_s(kind, g, n))
-            for kind in COLLECTIVE_KINDS
-            for g in (2, 8)
-            for n in SIZES
-        ),
-    )
-    return replace(made, **changes)
+from tests.helpers.profiles import (
+    BYTES_PER_S,
+    CALL_S,
+    FLOPS_PER_S,
+    OPERATOR_S,
+    SHAPES,
+    SIZES,
+    exchange_s,
+    ideal,
+)
 
 
 def product(
@@ -319,6 +289,23 @@ def test_convolutions_have_prices_of_their_own() -> None:
     assert with_them == pytest.approx(OPERATOR_S + 3 * work.flops / FLOPS_PER_S)
     without = Profiled(ideal()).compute_time_s(work)
     assert without == pytest.approx(OPERATOR_S + work.flops / FLOPS_PER_S)
+
+
+@given(*[st.floats(0.1, 10.0)] * 3)
+def test_a_correction_changes_the_seconds_of_its_part(
+    compute: float, communication: float, overhead: float
+) -> None:
+    made = ideal(view_s=1e-6, pass_s=1e-5)
+    factors = {"compute": compute, "communication": communication, "overhead": overhead}
+    before, after = Profiled(made), Profiled(corrected(made, factors))
+    for work in (product(SHAPES[2]), Work("memory", "float32", 0.0, float(SIZES[-1]))):
+        beyond_s = before.compute_time_s(work) - OPERATOR_S
+        expected = overhead * OPERATOR_S + compute * beyond_s
+        assert after.compute_time_s(work) == pytest.approx(expected)
+    exchanged = Collective("all_gather", 2**18, 8, 1)
+    expected = communication * before.collective_time_s(exchanged)
+    assert after.collective_time_s(exchanged) == pytest.approx(expected)
+    assert after.host_time.pass_s == pytest.approx(overhead * 1e-5)
 
 
 def test_a_file_that_is_no_profile_is_named(tmp_path: Path) -> None:
