@@ -33,7 +33,6 @@ from autopar.ir.graph import OperatorGraph
 from autopar.ir.plan import Plan, load_plan, save_plan
 from autopar.ir.rule import NOTHING
 from autopar.ir.sharding import Mesh
-from autopar.ir.simulation import Estimate
 from autopar.ir.strategy import Stage, Storage, Strategy
 from autopar.runtime.bench import Bench, Rounds, profile_of, quietest_half
 from autopar.runtime.devices import MeasuredDevice, cores, processor_seconds
@@ -41,8 +40,9 @@ from autopar.runtime.launch import torchrun
 from autopar.runtime.profiler import machine_fingerprint, profile, save
 from autopar.runtime.rehearsal import Ready, prepare
 from autopar.simulator.blocks import blocks
+from autopar.simulator.calibration import MeasuredStep, factors
 from autopar.simulator.staged import block_starts, even_cuts, runs, staged
-from cost_models.profiled import Profile, Profiled, read_profile
+from cost_models.profiled import Profile, Profiled, corrected, read_profile
 
 DEVICES = 4
 ROUNDS, STEPS = 8, 3
@@ -137,9 +137,11 @@ CASES = (
 
 @dataclass(frozen=True)
 class Row:
-    """One plan. Times are those of a quiet machine, as far as ``leave`` can tell, but for the least
-    and the most of all rounds, which are as they were. ``others``: the share of the processors that
-    other programs used in the rounds that count, of the plan and of the profile."""
+    """One plan. The measured step is that of a quiet machine, as far as ``Taken`` can tell; the
+    least and the most are those of all rounds, as they were, and ``processor_s`` is what the
+    processes together had of the processors. ``corrected_step_s``: predicted with the profile that
+    two plans have corrected, of which this may be one (``corrects``). ``others``: the share of the
+    processors that other programs used in the rounds that count, of the plan and of the profile."""
 
     model: str
     plan: str
@@ -147,9 +149,12 @@ class Row:
     stages: int
     microbatches: int
     predicted_step_s: float
+    corrected_step_s: float
+    corrects: int
     measured_step_s: float
     least_step_s: float
     most_step_s: float
+    processor_s: float
     predicted_peak_bytes: int
     measured_peak_bytes: int
     rounds: int
@@ -159,9 +164,9 @@ class Row:
     cores: int
     date: str
 
-    @property
-    def ratio(self) -> float:
-        return self.predicted_step_s / self.measured_step_s
+    def ratio(self, *, corrected: bool) -> float:
+        predicted_s = self.corrected_step_s if corrected else self.predicted_step_s
+        return predicted_s / self.measured_step_s
 
 
 # ---- plans ---------------------------------------------------------------------------------------
@@ -256,12 +261,11 @@ def alone(graph: OperatorGraph) -> Strategy:
 # ---- measuring -----------------------------------------------------------------------------------
 
 
-def measured(model: str, folder: Path, rounds: int, patience_s: float) -> Iterator[Row]:
-    """All plans of a model, written with what the machine does now and priced with what it did in
-    the rounds in which they were trained."""
+def measure(model: str, folder: Path, rounds: int, patience_s: float) -> None:
+    """All plans of a model, written with what the machine does now, and what it and they took."""
     say(f"{model}: measuring the machine, to search with")
     machine = Profiled(profile(DEVICES, PROFILE_S))
-    cases = [case for case in CASES if case.model == model]
+    cases = cases_of(model)
     for number, case in enumerate(cases):
         say(f"{model}: {case.text}")
         save_plan(plan_of(case, machine), folder / f"{number}.json")
@@ -270,36 +274,90 @@ def measured(model: str, folder: Path, rounds: int, patience_s: float) -> Iterat
     code = torchrun(DEVICES, "benchmarks.pipelines", asked)
     if code:
         raise SystemExit(f"the processes of {model} ended with {code}")
-    found = Profiled(read_profile(folder / "profile.json"))
-    for number, case in enumerate(cases):
-        plan = load_plan(folder / f"{number}.json")
-        result = json.loads((folder / f"{number}.result").read_text())
-        yield row_of(case, api.simulate(plan, found), plan, result, found.profile)
 
 
-def row_of(
-    case: Case, estimate: Estimate, plan: Plan, found: dict[str, Any], profile: Profile
-) -> Row:
-    steps_s = [moment["step_s"] for moment in found["moments"]]
-    return Row(
-        model=case.model,
-        plan=case.text,
-        schedule=str(plan.strategy.schedule) if len(plan.strategy.stages) > 1 else "one stage",
-        stages=len(plan.strategy.stages),
-        microbatches=plan.strategy.microbatches,
-        predicted_step_s=estimate.step_time_s,
-        measured_step_s=found["step_s"],
-        least_step_s=min(steps_s),
-        most_step_s=max(steps_s),
-        predicted_peak_bytes=plan.estimate.peak_memory_bytes,
-        measured_peak_bytes=found["peak_memory_bytes"],
-        rounds=len(steps_s),
-        others=found["others"],
-        others_of_profile=profile.others,
-        machine=profile.device,
-        cores=cores(),
-        date=profile.date,
-    )
+def cases_of(model: str) -> list[Case]:
+    return [case for case in CASES if case.model == model]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A plan and what its steps took."""
+
+    case: Case
+    plan: Plan
+    found: dict[str, Any]
+
+    def priced_s(self, profile: Profile) -> float:
+        return api.simulate(self.plan, Profiled(profile)).step_time_s
+
+    @property
+    def quietest(self) -> list[Moment]:
+        return quietest_half([Moment(**moment) for moment in self.found["moments"]])
+
+    @property
+    def step_s(self) -> float:
+        """In a quiet machine, as far as one can tell: the median of the half of the rounds in which
+        others used least, by how stretched time was beside them."""
+        return statistics.median(m.step_s / m.stretch for m in self.quietest)
+
+    @property
+    def spread(self) -> float:
+        logs = [math.log(m.step_s / m.stretch) for m in self.quietest]
+        return statistics.stdev(logs) if len(logs) > 1 else 0.0
+
+    @property
+    def corrects(self) -> bool:
+        return (self.case.schedule, self.case.groups, self.case.inside) in CORRECTING
+
+
+CORRECTING = (("", 1, "data_parallel"), ("1f1b", 4, "alone"))
+"""Schedule, groups and recipe of the plans of each model by which its profile is corrected: one
+that computes and then communicates, and one that computes in turns; the first of each."""
+
+
+def rows(model: str, folder: Path) -> Iterator[Row]:
+    """What was measured, and predicted with the profile as it was and as two plans correct it."""
+    measured_as = read_profile(folder / "profile.json")
+    taken = [
+        Taken(
+            case,
+            load_plan(folder / f"{number}.json"),
+            json.loads((folder / f"{number}.result").read_text()),
+        )
+        for number, case in enumerate(cases_of(model))
+    ]
+    by = [next(t for t in taken if t.corrects and t.case.groups == n) for _, n, _ in CORRECTING]
+    steps = [MeasuredStep(t.priced_s, t.step_s, t.spread) for t in by]
+    known = factors(measured_as, steps)
+    say(f"{model}: {', '.join(f'{f.part} {f.factor:.2f}' for f in known)}")
+    corrected_by = corrected(measured_as, {f.part: f.factor for f in known})
+    for one in taken:
+        moments = one.quietest
+        all_s = [moment["step_s"] for moment in one.found["moments"]]
+        strategy = one.plan.strategy
+        yield Row(
+            model=model,
+            plan=one.case.text,
+            schedule=str(strategy.schedule) if len(strategy.stages) > 1 else "one stage",
+            stages=len(strategy.stages),
+            microbatches=strategy.microbatches,
+            predicted_step_s=one.priced_s(measured_as),
+            corrected_step_s=one.priced_s(corrected_by),
+            corrects=int(one in by),
+            measured_step_s=one.step_s,
+            least_step_s=min(all_s),
+            most_step_s=max(all_s),
+            processor_s=statistics.median(m.processor_s for m in moments),
+            predicted_peak_bytes=one.plan.estimate.peak_memory_bytes,
+            measured_peak_bytes=one.found["peak_memory_bytes"],
+            rounds=len(all_s),
+            others=statistics.fmean(m.others for m in moments),
+            others_of_profile=measured_as.others,
+            machine=measured_as.device,
+            cores=cores(),
+            date=measured_as.date,
+        )
 
 
 @dataclass(frozen=True)
@@ -319,6 +377,7 @@ def work(folder: Path, rounds: int, patience: Patience) -> None:
     """One of the processes: in each round measure the machine, and take steps of every plan."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    share_groups()
     machine = Bench(DEVICES, 1, MeasuredDevice("cpu"), dtypes=("float32",))
     known = Rounds()
     paths = sorted(folder.glob("[0-9]*.json"), key=lambda path: int(path.stem))
@@ -341,6 +400,21 @@ def work(folder: Path, rounds: int, patience: Patience) -> None:
     peaks = [int(largest([float(one.peak_bytes())])[0]) for one in ready]
     if dist.get_rank() == 0:
         leave(folder, paths, known, machine, moments, peaks)
+
+
+def share_groups() -> None:
+    """Plans take turns, and may have the same process groups: the threads of each poll as long as
+    its process lives, and those of 14 plans would be the load of the machine."""
+    made: dict[tuple[int, ...], Any] = {}
+    new_group = dist.new_group
+
+    def shared(ranks: Sequence[int], *rest: Any, **options: Any) -> Any:
+        members = tuple(ranks)
+        if members not in made:
+            made[members] = new_group(list(members), *rest, **options)
+        return made[members]
+
+    dist.new_group = shared
 
 
 @dataclass
@@ -389,8 +463,7 @@ def leave(
     moments: Sequence[Sequence[Moment]],
     peaks: Sequence[int],
 ) -> None:
-    """All that was seen, and what it comes to in a quiet machine: the median of the half of the
-    rounds in which others used least, by how stretched time was beside them."""
+    """All that was seen."""
     found = profile_of(machine, known, machine_fingerprint())
     assert found is not None
     save(found, folder / "profile.json")
@@ -398,14 +471,7 @@ def leave(
         json.dumps({name: [asdict(m) for m in of] for name, of in known.moments.items()})
     )
     for path, of_plan, peak_bytes in zip(paths, moments, peaks, strict=True):
-        quietest = quietest_half(of_plan)
-        step_s = statistics.median(m.step_s / m.stretch for m in quietest)
-        result = {
-            "step_s": step_s,
-            "others": statistics.fmean(m.others for m in quietest),
-            "peak_memory_bytes": peak_bytes,
-            "moments": [asdict(m) for m in of_plan],
-        }
+        result = {"peak_memory_bytes": peak_bytes, "moments": [asdict(m) for m in of_plan]}
         (folder / f"{path.stem}.result").write_text(json.dumps(result))
 
 
@@ -420,11 +486,13 @@ def largest(values: Sequence[float]) -> list[float]:
 
 
 def report(rows: Sequence[Row]) -> str:
-    columns = ["model", "plan", "schedule", "stages", "microbatches"]
-    columns += ["predicted ms", "measured ms", "error", "others", "peak MB predicted", "measured"]
+    columns = ["model", "plan", "schedule", "stages", "microbatches", "predicted ms", "corrected"]
+    columns += ["measured ms", "error", "corrected", "processor ms", "others"]
+    columns += ["peak MB predicted", "measured"]
     lines = [columns, ["---"] * len(columns)]
     for row in rows:
         spread = f"{1e3 * row.least_step_s:.0f}-{1e3 * row.most_step_s:.0f}"
+        after = "(corrects)" if row.corrects else f"{row.ratio(corrected=True) - 1:+.0%}"
         lines.append(
             [
                 row.model,
@@ -433,8 +501,11 @@ def report(rows: Sequence[Row]) -> str:
                 str(row.stages),
                 str(row.microbatches),
                 f"{1e3 * row.predicted_step_s:.0f}",
+                f"{1e3 * row.corrected_step_s:.0f}",
                 f"{1e3 * row.measured_step_s:.0f} ({spread})",
-                f"{row.ratio - 1:+.0%}",
+                f"{row.ratio(corrected=False) - 1:+.0%}",
+                after,
+                f"{1e3 * row.processor_s:.0f}",
                 f"{row.others:.0%}",
                 f"{row.predicted_peak_bytes / 1e6:.1f}",
                 f"{row.measured_peak_bytes / 1e6:.1f}",
@@ -445,42 +516,58 @@ def report(rows: Sequence[Row]) -> str:
 
 
 def by_model(rows: Sequence[Row]) -> str:
-    """Also how much slower than the best is the plan that the predictions prefer."""
-    columns = ["model", "plans", "median error", "Kendall's tau", "predicted best", "is slower by"]
+    """Errors, order, and how much slower than the best is the plan that predictions prefer."""
+    columns = ["model", "predicted with", "plans", "median error", "bias", "Kendall's tau"]
+    columns += ["predicted best", "is slower by"]
     lines = [columns, ["---"] * len(columns)]
-    for model in dict.fromkeys(row.model for row in rows):
-        of = [row for row in rows if row.model == model]
-        chosen = min(of, key=lambda row: row.predicted_step_s)
-        best_s = min(row.measured_step_s for row in of)
-        lines.append(
-            [
-                model,
-                str(len(of)),
-                f"{statistics.median(abs(row.ratio - 1) for row in of):.0%}",
-                f"{kendall_tau(times(of)):.2f}",
-                f"{chosen.plan}, {chosen.schedule}",
-                f"{chosen.measured_step_s / best_s - 1:.0%}",
-            ]
-        )
+    for model in [*dict.fromkeys(row.model for row in rows), ALL]:
+        for after in (False, True):
+            of = [row for row in rows if model in (row.model, ALL)]
+            judged = [row for row in of if not (after and row.corrects)]
+            ratios = [row.ratio(corrected=after) for row in judged]
+            chosen = [_chosen(of, name, after) for name in dict.fromkeys(r.model for r in of)]
+            lines.append(
+                [
+                    model,
+                    "the profile, corrected" if after else "the profile",
+                    str(len(judged)),
+                    f"{statistics.median(abs(ratio - 1) for ratio in ratios):.0%}",
+                    f"{statistics.median(ratios) - 1:+.0%}",
+                    f"{kendall_tau(times(judged, after)):.2f}",
+                    "" if model == ALL else chosen[0][0],
+                    f"{max(slower for _, slower in chosen):.0%}",
+                ]
+            )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+ALL = "all"
+
+
+def _chosen(rows: Sequence[Row], model: str, after: bool) -> tuple[str, float]:
+    """Of a model, the plan that is predicted to be best, and how much slower than the best one."""
+    of = [row for row in rows if row.model == model]
+    chosen = min(of, key=lambda row: row.ratio(corrected=after) * row.measured_step_s)
+    best_s = min(row.measured_step_s for row in of)
+    return f"{chosen.plan}, {chosen.schedule}", chosen.measured_step_s / best_s - 1
+
+
 def summary(rows: Sequence[Row]) -> str:
-    worst = max(rows, key=lambda row: abs(math.log(row.ratio)))
+    worst = max(rows, key=lambda row: abs(math.log(row.ratio(corrected=False))))
     of_peaks = [abs(row.predicted_peak_bytes / row.measured_peak_bytes - 1) for row in rows]
     others = [row.others for row in rows]
     return (
         f"{len(rows)} plans on {rows[0].machine}, {rows[0].cores} cores, {rows[0].date}; others "
-        f"used {min(others):.0%} to {max(others):.0%} of the processors. Step time: median error "
-        f"{statistics.median(abs(row.ratio - 1) for row in rows):.0%}, worst {worst.ratio - 1:+.0%}"
-        f" ({worst.model}, {worst.plan}, {worst.schedule}), Kendall's tau "
-        f"{kendall_tau(times(rows)):.2f}. Peak memory: median error "
-        f"{statistics.median(of_peaks):.1%}, worst {max(of_peaks):.1%}."
+        f"used {min(others):.0%} to {max(others):.0%} of the processors. Worst step: "
+        f"{worst.ratio(corrected=False) - 1:+.0%} ({worst.model}, {worst.plan}, {worst.schedule}). "
+        f"Peak memory: median error {statistics.median(of_peaks):.1%}, worst {max(of_peaks):.1%}."
     )
 
 
-def times(rows: Sequence[Row]) -> list[tuple[float, float]]:
-    return [(row.predicted_step_s, row.measured_step_s) for row in rows]
+def times(rows: Sequence[Row], corrected: bool) -> list[tuple[float, float]]:
+    return [
+        (row.ratio(corrected=corrected) * row.measured_step_s, row.measured_step_s) for row in rows
+    ]
 
 
 def kendall_tau(pairs: Sequence[tuple[float, float]]) -> float:
@@ -515,7 +602,9 @@ def all_measured(asked: argparse.Namespace) -> Iterator[Row]:
         for model in asked.models:
             folder = (asked.keep or Path(name)) / model
             folder.mkdir(parents=True, exist_ok=True)
-            yield from measured(model, folder, asked.rounds, asked.patience)
+            if not asked.again:
+                measure(model, folder, asked.rounds, asked.patience)
+            yield from rows(model, folder)
 
 
 def say(line: str) -> None:
@@ -534,6 +623,7 @@ def main() -> None:
         default=120.0,
         help="seconds to wait, for a model, for other programs to pause before measurements",
     )
+    parser.add_argument("--again", action="store_true", help="price what --keep has; no measuring")
     parser.add_argument("--keep", type=Path, help="a folder for plans, profiles and all moments")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

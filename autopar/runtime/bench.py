@@ -41,7 +41,10 @@ MATMULS = (
     (1, 64, 1024, 1024),
     (1, 1024, 1024, 64),
     (1, 512, 512, 512),
+    (1, 128, 512, 1024),
     (1, 256, 1024, 2048),
+    (1, 256, 256, 2048),
+    (1, 2048, 256, 256),
     (1, 1024, 1024, 1024),
     (16, 64, 64, 32),
     (16, 256, 64, 64),
@@ -272,8 +275,8 @@ class Bench:
 
     @cached_property
     def _reference(self) -> Question:
-        sizes = self.device.product_sizes(256, 256, 256)
-        return Question(self._matmul((1, *sizes), torch.float32), _seconds)
+        m, n, k = self.device.product_sizes(256, 256, 256)
+        return Question(partial(torch.mm, self._random(m, k), self._random(k, n)), _seconds)
 
     def _one_has(self, ended: bool) -> bool:
         return self._mean([float(ended)])[0] > 0
@@ -306,23 +309,32 @@ class Bench:
         shapes = [(b, *self.device.product_sizes(m, n, k)) for b, m, n, k in MATMULS]
         return [
             Question(
-                self._matmul(shape, getattr(torch, dtype)),
-                partial(Product, "matmul", dtype, shape, 2.0 * math.prod(shape)),
+                self._matmuls_of(shape, getattr(torch, dtype)),
+                partial(_product_of_three, dtype, shape),
             )
             for dtype in self.dtypes
             for shape in shapes
         ]
 
+    def _matmuls_of(self, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], Any]:
+        """As a layer has them forward, for the gradient of its input and for that of its weights:
+        of the two operands one, none, or the other lies transposed."""
+        batch, m, n, k = shape
+        left, right = self._random(batch, m, k, dtype=dtype), self._random(batch, k, n, dtype=dtype)
+        left_t = left.transpose(1, 2).contiguous().transpose(1, 2)
+        right_t = right.transpose(1, 2).contiguous().transpose(1, 2)
+        pairs = [(left, right_t), (left, right), (left_t, right)]
+        if batch == 1:
+            pairs = [(a[0], b[0]) for a, b in pairs]
+
+        def three() -> None:
+            for a, b in pairs:
+                torch.matmul(a, b)
+
+        return three
+
     def _random(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.randn(*shape, device=self.device.torch_device).to(dtype)
-
-    def _matmul(self, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], Any]:
-        batch, m, n, k = shape
-        left = self._random(batch, m, k, dtype=dtype)
-        right = self._random(batch, n, k, dtype=dtype)
-        if batch == 1:
-            return partial(F.linear, left[0], right[0])
-        return partial(torch.bmm, left, right.transpose(1, 2))
 
     def _convolutions(self) -> list[Question]:
         images = MORE_IMAGES_ON_GPU if self.device.on_gpu else 1
@@ -571,6 +583,10 @@ def _three_passes(rows: torch.Tensor) -> None:
     torch.mul(rows, 2.0)
     F.gelu(rows)
     F.layer_norm(rows, (rows.shape[1],))
+
+
+def _product_of_three(dtype: str, shape: tuple[int, ...], seconds: float) -> Product:
+    return Product("matmul", dtype, shape, 2.0 * math.prod(shape), seconds / 3)
 
 
 def _third(dtype: str, size_bytes: int, seconds: float) -> Pass:
