@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from autopar.api import (
+        calibrate,
         diff,
         explain,
         export,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AutoparError": "autopar.errors",
     "Plan": "autopar.ir.plan",
+    "calibrate": "autopar.api",
     "diff": "autopar.api",
     "explain": "autopar.api",
     "export": "autopar.api",
@@ -46,6 +48,7 @@ __all__ = [
     "AutoparError",
     "Plan",
     "__version__",
+    "calibrate",
     "diff",
     "explain",
     "export",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 import gc
+import platform
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from fractions import Fraction
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, Unpack
 
@@ -22,7 +25,8 @@ from autopar.errors import (
     PlanMismatchError,
 )
 from autopar.ir.graph import OperatorGraph
-from autopar.ir.plan import Plan, PlanDiff, load_plan, save_plan, summarise
+from autopar.ir.measurement import Measurement, RunRecord, read_run
+from autopar.ir.plan import Plan, PlanDiff, digest_of, load_plan, save_plan, summarise
 from autopar.ir.plan import diff as diff_plans
 from autopar.ir.profiled_graph import is_profiled, is_profiled_file, load_profiled_graph
 from autopar.ir.search import Budget, Problem, SearchResult, SearchSummary
@@ -35,7 +39,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from autopar.exporters import Exporter
-    from autopar.ir.measurement import Measurement
     from autopar.ops import Proposals
     from autopar.recipes import Degrees
     from autopar.recipes import Recipe as RestrictedSearch
@@ -44,10 +47,12 @@ if TYPE_CHECKING:
     from autopar.runtime.verify import Report
     from autopar.runtime.verify_stages import StagesReport
     from autopar.searchers.over_stages import StageResult
+    from autopar.simulator.calibration import Factor
     from autopar.simulator.edges import Rules
     from autopar.simulator.microbatches import Division
     from autopar.simulator.stage_problem import StageProblem
     from autopar.simulator.timeline import Timeline
+    from cost_models.profiled import Profile
 
 Progress = Callable[[str], None]
 """Is told what is done, at the start of everything that may take over a second."""
@@ -1028,6 +1033,152 @@ def profile(
     )
 
 
+def profile_cluster(
+    *, seconds: float | None = None, progress: Progress | None = None
+) -> CostModel | None:
+    """On each process that torchrun started, on one host or several: measure all of them together.
+    The cost model on the first, ``None`` on the others."""
+    from autopar.runtime import profiler
+    from cost_models.profiled import Profiled
+
+    wanted = profiler.MEASURE_S if seconds is None else seconds
+    found = profiler.profile_cluster(wanted, report=lambda line: _tell(progress, line))
+    return None if found is None else Profiled(found)
+
+
+def run_record(plan: Plan, plan_path: str | Path, found: Measurement) -> RunRecord:
+    """What ``calibrate`` needs to know of steps that were just taken."""
+    from autopar.runtime.profiler import here
+
+    device, software = here(plan.world_size)
+    return RunRecord(
+        plan=str(Path(plan_path).resolve()),
+        plan_digest=digest_of(plan),
+        graph=plan.graph.name,
+        machine=plan.topology,
+        device=device,
+        software=software,
+        date=datetime.now(UTC).date().isoformat(),
+        predicted_step_time_s=plan.estimate.step_time_s,
+        predicted_peak_memory_bytes=plan.estimate.peak_memory_bytes,
+        measurement=found,
+    )
+
+
+def calibrate(
+    runs: Sequence[str | Path], *, profile: str | Path | None = None
+) -> tuple[CostModel, tuple[Factor, ...]]:
+    """Correct a profile by measured steps: the files that ``autopar run --json`` prints.
+
+    ``profile``: which to correct (default: the one that the first run's plan was made with). The
+    result has the corrections in it, and is a ``topology`` for plans; beside it the factor on the
+    seconds of each part.
+
+    Raises:
+        AutoparError: the plans were not made with a profile, or one of another machine or software
+            than the runs'.
+    """
+    from autopar.simulator.calibration import MeasuredStep, factors
+    from cost_models.profiled import Correction, Profiled, corrected, read_profile
+
+    if not runs:
+        raise AutoparError("a calibration needs a run; give a file that `autopar run --json` made")
+    records = [read_run(path) for path in runs]
+    with _as_user_errors():
+        given = None if profile is None else read_profile(Path(profile))
+    found = _profile_of(records[0]) if given is None else given
+    steps = []
+    for record in records:
+        _check_same_machine(record, found)
+        steps.append(
+            MeasuredStep(partial(_step_s, _plan_of_run(record)), record.step_time_s, record.spread)
+        )
+    known = factors(found, steps)
+    told = Correction(
+        of=found.digest,
+        date=datetime.now(UTC).date().isoformat(),
+        runs=tuple(
+            (record.plan, step.price(found), step.seconds)
+            for record, step in zip(records, steps, strict=True)
+        ),
+        factors=tuple((factor.part, factor.factor) for factor in known),
+    )
+    changed = corrected(found, dict(told.factors))
+    return Profiled(replace(changed, corrections=(*found.corrections, told))), known
+
+
+def _step_s(plan: Plan, profile: Profile) -> float:
+    from cost_models.profiled import Profiled
+
+    return simulate(plan, Profiled(profile)).step_time_s
+
+
+def _profile_of(record: RunRecord) -> Profile:
+    if "profiled" not in record.machine:
+        raise AutoparError(
+            f"the run of {record.plan} was planned for {record.machine.get('name')}, which is from "
+            "data sheets; a calibration corrects a profile: give one with --profile, or plan with "
+            "--topology local or a file of `autopar profile`"
+        )
+    return _profile_in(record.machine)
+
+
+def _profile_in(machine: Mapping[str, Any]) -> Profile:
+    from cost_models.profiled import profile_from_json
+
+    with _as_user_errors():
+        return profile_from_json(machine["profiled"])
+
+
+def doubts(plan: Plan, *, running: bool = False) -> list[str]:
+    """What of this machine is not as where the plan's profile was measured: software and, when it
+    is ``running`` here, the device; in words. Nothing of plans without a profile."""
+    if "profiled" not in plan.topology:
+        return []
+    profile = _profile_in(plan.topology)
+    if running:
+        from autopar.runtime.profiler import here
+
+        differing = _differences(profile, *here(plan.world_size))
+    else:
+        installed = {"python": platform.python_version(), "torch": version("torch")}
+        known = tuple((k, installed.get(k, v)) for k, v in profile.software)
+        differing = _differences(profile, profile.device, known)
+    return [
+        f"the times of this plan are of a profile of {profile.date} with {difference}; they may "
+        "not hold here: measure with `autopar profile`"
+        for difference in differing
+    ]
+
+
+def _differences(profile: Profile, device: str, software: Iterable[tuple[str, str]]) -> list[str]:
+    here = {"device": device, **dict(software)}
+    there = {"device": profile.device, **dict(profile.software)}
+    return [
+        f"{what} {there[what]!r} instead of {here.get(what)!r}"
+        for what in there
+        if there[what] != here.get(what)
+    ]
+
+
+def _check_same_machine(record: RunRecord, profile: Profile) -> None:
+    differences = _differences(profile, record.device, record.software)
+    if differences:
+        raise AutoparError(
+            f"the run of {record.plan} was not on the machine of the profile of {profile.date}, "
+            f"which has {'; '.join(differences)}; measure where it ran with `autopar profile`"
+        )
+
+
+def _plan_of_run(record: RunRecord) -> Plan:
+    plan = load_plan(record.plan)
+    if digest_of(plan) != record.plan_digest:
+        raise PlanMismatchError(
+            f"{record.plan} has changed since it was run; run it again, and calibrate from that run"
+        )
+    return plan
+
+
 # Names
 
 
@@ -1089,6 +1240,7 @@ def _tell(progress: Progress | None, what: str) -> None:
 __all__ = [
     "Progress",
     "Wanted",
+    "calibrate",
     "diff",
     "explain",
     "export",

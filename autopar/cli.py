@@ -333,6 +333,7 @@ def plan_command(
         check_writable(output)
     with progress() as tell:
         found = api.plan(model, recipe=recipe, progress=tell, **_wanted(options))
+    _say_doubts(api.doubts(found))
     if output is not None:
         api.save_plan(found, output)
     profiled = is_profiled(found.graph)
@@ -468,20 +469,21 @@ def run_command(
     api.refuse_profiled(loaded, "run")
     name = api.named(loaded, model)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _run_here(loaded, name, steps, seed, timeout, result, as_json)
+        _run_here(loaded, plan, name, steps, seed, timeout, result, as_json)
         return
     from autopar.exporters import text
 
     with progress() as tell:
         api.check_processes(loaded)
         api.check_model(loaded, name, tell)
+        _say_doubts(api.doubts(loaded, running=True))
         tell(f"training {steps} steps, processes: {loaded.world_size}")
         found = api.rehearse(loaded, plan, name, steps, seed, timeout_s=timeout)
         if compare:
             tell(f"training {steps} steps in one process")
         alone = api.single_process(loaded, name, steps, seed) if compare else None
     if as_json:
-        click.echo(json.dumps({**_measurement_json(loaded, found), "single_process_losses": alone}))
+        click.echo(json.dumps({**_run_json(loaded, plan, found), "single_process_losses": alone}))
     else:
         random = compare and alone is None
         click.echo(text.measurement(loaded, found, alone, random=random))
@@ -489,6 +491,7 @@ def run_command(
 
 def _run_here(
     plan: Plan,
+    path: Path,
     name: str,
     steps: int,
     seed: int,
@@ -518,18 +521,21 @@ def _run_here(
     if result is not None:
         rehearsal.leave(result, found)
     elif as_json:
-        click.echo(json.dumps(_measurement_json(plan, found)))
+        click.echo(json.dumps(_run_json(plan, path, found)))
     else:
         click.echo(text.measurement(plan, found, None))
 
 
-def _measurement_json(plan: Plan, found: Measurement) -> dict[str, Any]:
-    return {
-        **asdict(found),
-        "step_time_s": found.step_time_s,
-        "predicted_step_time_s": plan.estimate.step_time_s,
-        "predicted_peak_memory_bytes": plan.estimate.peak_memory_bytes,
-    }
+def _say_doubts(doubts: list[str]) -> None:
+    for doubt in doubts:
+        click.echo(f"autopar: {doubt}", err=True)
+
+
+def _run_json(plan: Plan, path: Path, found: Measurement) -> dict[str, Any]:
+    from autopar import api
+    from autopar.ir.measurement import run_to_json
+
+    return run_to_json(api.run_record(plan, path, found))
 
 
 @commands.command("profile")
@@ -542,20 +548,77 @@ def _measurement_json(plan: Plan, found: Measurement) -> dict[str, Any]:
 def profile_command(
     devices: int | None, seconds: float | None, output: Path | None, as_json: bool
 ) -> None:
-    """Measure this machine again, and keep it as --topology local."""
+    """Measure this machine again, and keep it as --topology local.
+
+    Or a cluster: `torchrun ... -m autopar profile -o FILE` on all its hosts measures each axis of
+    it, in a host and from host to host; --topology FILE then plans for it. Ctrl-C ends early and
+    keeps what was measured.
+    """
     from autopar import api
     from autopar.exporters import text
     from autopar.ir.plan import check_writable, write_atomically
     from cost_models.saved import cost_model_to_json
 
+    started = "TORCHELASTIC_RUN_ID" in os.environ
+    if started and devices is not None:
+        raise AutoparError("torchrun says how many devices there are; leave --devices out")
+    if started and output is None:
+        raise AutoparError("a cluster is measured into a file; say which with -o FILE")
     if output is not None:
         check_writable(output)
     with progress() as tell:
-        found = api.profile(devices, seconds=seconds, progress=tell)
+        found = (
+            api.profile_cluster(seconds=seconds, progress=tell)
+            if started
+            else api.profile(devices, seconds=seconds, progress=tell)
+        )
+    if found is None:  # another process tells
+        return
     saved = cost_model_to_json(found)
     if output is not None:
         write_atomically(output, json.dumps(saved["profiled"], indent=1) + "\n")
     click.echo(json.dumps(saved) if as_json else text.profile(saved))
+
+
+@commands.command("calibrate")
+@click.option(
+    "--from-run",
+    "runs",
+    type=Path,
+    multiple=True,
+    required=True,
+    help="What `autopar run PLAN --json` printed. Several tell more.",
+)
+@click.option(
+    "--profile", type=Path, help="What to correct.  [default: what the plan was made with]"
+)
+@click.option(
+    "-o", "--output", type=Path, required=True, help="Write the corrected profile, for --topology."
+)
+@_json_option
+def calibrate_command(
+    runs: tuple[Path, ...], profile: Path | None, output: Path, as_json: bool
+) -> None:
+    """Correct a profile by steps that were measured.
+
+    The seconds of compute, of communication and of what the host adds get a factor each, as far as
+    the runs tell them apart; the profile says what it was corrected from.
+    """
+    from autopar import api
+    from autopar.exporters import text
+    from autopar.ir.plan import check_writable, write_atomically
+    from cost_models.saved import cost_model_to_json
+
+    check_writable(output)
+    with progress() as tell:
+        tell("pricing the plans of the runs")
+        found, factors = api.calibrate(runs, profile=profile)
+    saved = cost_model_to_json(found)
+    write_atomically(output, json.dumps(saved["profiled"], indent=1) + "\n")
+    if as_json:
+        click.echo(json.dumps({"factors": [asdict(f) for f in factors], **saved}))
+    else:
+        click.echo(text.calibration(saved, factors, str(output)))
 
 
 @commands.command("simulate")

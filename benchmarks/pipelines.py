@@ -1,8 +1,9 @@
-"""Predicted against measured: plans of several stages, trained on four processes of this machine.
+"""Predicted against measured: plans of one stage and of several, on four processes of this machine.
 
-For each model the machine is measured, plans are written and priced, and each is trained for some
-steps, one after the other in the same four processes. Run as ``python -m benchmarks.pipelines
-OUT.csv``; ``--report OUT.csv`` prints what a file says.
+For each model, plans are written and searched. Then the same four processes measure the machine and
+train every plan in turn, in several rounds, so that what else runs on the machine meets all alike;
+the plans are priced with what the machine did in the quietest of these rounds. Run as ``python -m
+benchmarks.pipelines OUT.csv``; ``--report OUT.csv`` prints what a file says.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import UTC, datetime
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
@@ -27,7 +27,6 @@ from typing import Any, get_type_hints
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F  # noqa: N812
 
 from autopar import __version__, api
 from autopar.ir.graph import OperatorGraph
@@ -35,18 +34,25 @@ from autopar.ir.plan import Plan, load_plan, save_plan
 from autopar.ir.rule import NOTHING
 from autopar.ir.sharding import Mesh
 from autopar.ir.strategy import Stage, Storage, Strategy
+from autopar.runtime.bench import Bench, Rounds, profile_of, quietest_half
+from autopar.runtime.devices import MeasuredDevice, cores, processor_seconds
 from autopar.runtime.launch import torchrun
-from autopar.runtime.profiler import cores, profile
-from autopar.runtime.rehearsal import rehearse
+from autopar.runtime.profiler import machine_fingerprint, profile, save
+from autopar.runtime.rehearsal import Ready, prepare
 from autopar.simulator.blocks import blocks
+from autopar.simulator.calibration import MeasuredStep, factors
 from autopar.simulator.staged import block_starts, even_cuts, runs, staged
-from cost_models.profiled import Profile, Profiled
+from cost_models.profiled import Profile, Profiled, corrected, read_profile
 
 DEVICES = 4
-STEPS = 9
-"""The first of which warms up."""
+ROUNDS, STEPS = 8, 3
+"""In each round each plan takes so many steps, after one that warms up."""
 
-PROFILE_S = 14.0
+PROFILE_S, ROUND_S, SPEEDS_S = 10.0, 3.0, 0.3
+"""How long the machine is measured: for the search, in a round, and each time that some devices are
+measured with and without the others."""
+
+SEARCH_S = 30.0
 MODELS = {
     "gpt": "examples/gpt/model.py",
     "llama": "benchmarks/models/llama.py",
@@ -68,6 +74,19 @@ class Case:
     inside: str = "alone"
     recompute: bool = False
 
+    @property
+    def text(self) -> str:
+        """What the table calls it."""
+        if self.stages == SEARCHED:
+            return "searched"
+        inside = [name for name in (self.inside,) if name != "alone"]
+        inside += ["recompute"] if self.recompute else []
+        towers = "two towers and a pair" if self.stages == TOWERS else f"{self.groups} groups"
+        return ", ".join(([] if self.stages == 1 else [towers]) + inside)
+
+
+SEARCHED = 0
+"""Stages: as the search finds them, and everything else, too."""
 
 TOWERS = -1
 """Stages: each tower, and what joins them on a pair of devices."""
@@ -101,14 +120,28 @@ CASES = (
     Case("two_towers", "zero_bubble_h1", TOWERS, 3, 4),
     Case("two_towers", "1f1b", 2, 2, 4, "data_parallel"),
     Case("two_towers", "1f1b", 4, 4, 8),
+    Case("gpt", "", 1, 1, 1, "data_parallel"),
+    Case("gpt", "", 1, 1, 1, "zero3"),
+    Case("gpt", "", 1, 1, 2, "megatron"),
+    Case("gpt", "", SEARCHED, 1, 1),
+    Case("llama", "", 1, 1, 1, "data_parallel"),
+    Case("llama", "", 1, 1, 2, "zero1"),
+    Case("llama", "", 1, 1, 1, "megatron"),
+    Case("llama", "", SEARCHED, 1, 1),
+    Case("unet", "", 1, 1, 1, "data_parallel"),
+    Case("unet", "", SEARCHED, 1, 1),
+    Case("two_towers", "", 1, 1, 1, "data_parallel"),
+    Case("two_towers", "", SEARCHED, 1, 1),
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """One plan. ``load_average``: before its steps, the benchmark's own processes included.
-    ``slower``: how many times as long as in the profile a product and a pass took with all
-    processes busy, just before the plan's steps and after them: what others did on the machine."""
+    """One plan. The measured step is that of a quiet machine, as far as ``Taken`` can tell; the
+    least and the most are those of all rounds, as they were, and ``processor_s`` is what the
+    processes together had of the processors. ``corrected_step_s``: predicted with the profile that
+    two plans have corrected, of which this may be one (``corrects``). ``others``: the share of the
+    processors that other programs used in the rounds that count, of the plan and of the profile."""
 
     model: str
     plan: str
@@ -116,25 +149,24 @@ class Row:
     stages: int
     microbatches: int
     predicted_step_s: float
+    corrected_step_s: float
+    corrects: int
     measured_step_s: float
     least_step_s: float
     most_step_s: float
+    processor_s: float
     predicted_peak_bytes: int
     measured_peak_bytes: int
-    load_average: float
-    slower: float
+    rounds: int
+    others: float
+    others_of_profile: float
     machine: str
     cores: int
     date: str
 
-    @property
-    def ratio(self) -> float:
-        return self.predicted_step_s / self.measured_step_s
-
-    @property
-    def ratio_then(self) -> float:
-        """With the machine as it was while the plan ran."""
-        return self.ratio * self.slower
+    def ratio(self, *, corrected: bool) -> float:
+        predicted_s = self.corrected_step_s if corrected else self.predicted_step_s
+        return predicted_s / self.measured_step_s
 
 
 # ---- plans ---------------------------------------------------------------------------------------
@@ -147,6 +179,11 @@ def graph_of(model: str) -> OperatorGraph:
 
 def plan_of(case: Case, machine: Profiled) -> Plan:
     graph = graph_of(case.model)
+    if case.stages == SEARCHED:
+        return api.plan(MODELS[case.model], topology=machine, time_limit_s=SEARCH_S)
+    if case.stages == 1:
+        strategy = recipes(case.model, case.microbatches, DEVICES, machine)[case.inside]
+        return api.plan_by_hand(graph, strategy, machine, model=MODELS[case.model])
     if case.stages == TOWERS:
         operators = towers(graph)
         like = [recipe(case, machine, size, name) for size, name in TOWER_DEVICES]
@@ -224,161 +261,313 @@ def alone(graph: OperatorGraph) -> Strategy:
 # ---- measuring -----------------------------------------------------------------------------------
 
 
-def measured(model: str) -> Iterator[Row]:
-    """All plans of a model, priced with what the machine does now."""
-    say(f"{model}: measuring the machine")
-    before = profile(DEVICES, PROFILE_S)
-    machine = Profiled(before)
-    cases = [case for case in CASES if case.model == model]
-    with tempfile.TemporaryDirectory(prefix="autopar-benchmark-") as name:
-        folder = Path(name)
-        for number, case in enumerate(cases):
-            save_plan(plan_of(case, machine), folder / f"{number}.json")
-        say(f"{model}: training {len(cases)} plans")
-        code = torchrun(DEVICES, "benchmarks.pipelines", ["--worker", str(folder)])
-        if code:
-            raise SystemExit(f"the processes of {model} ended with {code}")
-        for number, case in enumerate(cases):
-            plan = load_plan(folder / f"{number}.json")
-            found = json.loads((folder / f"{number}.result").read_text())
-            yield row_of(case, plan, found, slower(before, found["reference_s"]), before.device)
+def measure(model: str, folder: Path, rounds: int, patience_s: float) -> None:
+    """All plans of a model, written with what the machine does now, and what it and they took."""
+    say(f"{model}: measuring the machine, to search with")
+    machine = Profiled(profile(DEVICES, PROFILE_S))
+    cases = cases_of(model)
+    for number, case in enumerate(cases):
+        say(f"{model}: {case.text}")
+        save_plan(plan_of(case, machine), folder / f"{number}.json")
+    say(f"{model}: {rounds} rounds of {len(cases)} plans and the machine")
+    asked = ["--worker", str(folder), "--rounds", str(rounds), "--patience", str(patience_s)]
+    code = torchrun(DEVICES, "benchmarks.pipelines", asked)
+    if code:
+        raise SystemExit(f"the processes of {model} ended with {code}")
 
 
-def row_of(case: Case, plan: Plan, found: dict[str, Any], slower: float, device: str) -> Row:
-    steps_s = found["step_times_s"][1:]
-    inside = [name for name in (case.inside,) if name != "alone"]
-    inside += ["recompute"] if case.recompute else []
-    groups = "two towers and a pair" if case.stages == TOWERS else f"{case.groups} groups"
-    return Row(
-        model=case.model,
-        plan=", ".join((groups, *inside)),
-        schedule=case.schedule,
-        stages=len(plan.strategy.stages),
-        microbatches=case.microbatches,
-        predicted_step_s=plan.estimate.step_time_s,
-        measured_step_s=statistics.median(steps_s),
-        least_step_s=min(steps_s),
-        most_step_s=max(steps_s),
-        predicted_peak_bytes=plan.estimate.peak_memory_bytes,
-        measured_peak_bytes=found["peak_memory_bytes"],
-        load_average=found["load_average"],
-        slower=slower,
-        machine=device,
-        cores=cores(),
-        date=datetime.now(UTC).date().isoformat(),
-    )
+def cases_of(model: str) -> list[Case]:
+    return [case for case in CASES if case.model == model]
 
 
-def slower(profile: Profile, reference_s: Sequence[float]) -> float:
-    """The geometric mean of how many times as long a product and a pass took."""
-    (product_s,) = (
-        p.seconds for p in profile.products if (p.dtype, p.shape) == ("float32", (1, *PRODUCT))
-    )
-    (pass_s,) = (p.seconds for p in profile.passes if (p.dtype, p.bytes) == ("float32", PASS_BYTES))
-    ratios = [s / known_s for s, known_s in zip(reference_s, (product_s, pass_s), strict=True)]
-    return math.sqrt(math.prod(ratios))
+@dataclass(frozen=True)
+class Taken:
+    """A plan and what its steps took."""
+
+    case: Case
+    plan: Plan
+    found: dict[str, Any]
+
+    def priced_s(self, profile: Profile) -> float:
+        return api.simulate(self.plan, Profiled(profile)).step_time_s
+
+    @property
+    def quietest(self) -> list[Moment]:
+        return quietest_half([Moment(**moment) for moment in self.found["moments"]])
+
+    @property
+    def step_s(self) -> float:
+        """In a quiet machine, as far as one can tell: the median of the half of the rounds in which
+        others used least, by how stretched time was beside them."""
+        return statistics.median(m.step_s / m.stretch for m in self.quietest)
+
+    @property
+    def spread(self) -> float:
+        logs = [math.log(m.step_s / m.stretch) for m in self.quietest]
+        return statistics.stdev(logs) if len(logs) > 1 else 0.0
+
+    @property
+    def corrects(self) -> bool:
+        return (self.case.schedule, self.case.groups, self.case.inside) in CORRECTING
 
 
-PRODUCT, PASS_BYTES = (256, 256, 256), 2**21
-"""Of what the profile has, in float32."""
+CORRECTING = (("", 1, "data_parallel"), ("1f1b", 4, "alone"))
+"""Schedule, groups and recipe of the plans of each model by which its profile is corrected: one
+that computes and then communicates, and one that computes in turns; the first of each."""
 
-REFERENCE_S = 0.4
+
+def rows(model: str, folder: Path) -> Iterator[Row]:
+    """What was measured, and predicted with the profile as it was and as two plans correct it."""
+    measured_as = read_profile(folder / "profile.json")
+    taken = [
+        Taken(
+            case,
+            load_plan(folder / f"{number}.json"),
+            json.loads((folder / f"{number}.result").read_text()),
+        )
+        for number, case in enumerate(cases_of(model))
+    ]
+    by = [next(t for t in taken if t.corrects and t.case.groups == n) for _, n, _ in CORRECTING]
+    steps = [MeasuredStep(t.priced_s, t.step_s, t.spread) for t in by]
+    known = factors(measured_as, steps)
+    say(f"{model}: {', '.join(f'{f.part} {f.factor:.2f}' for f in known)}")
+    corrected_by = corrected(measured_as, {f.part: f.factor for f in known})
+    for one in taken:
+        moments = one.quietest
+        all_s = [moment["step_s"] for moment in one.found["moments"]]
+        strategy = one.plan.strategy
+        yield Row(
+            model=model,
+            plan=one.case.text,
+            schedule=str(strategy.schedule) if len(strategy.stages) > 1 else "one stage",
+            stages=len(strategy.stages),
+            microbatches=strategy.microbatches,
+            predicted_step_s=one.priced_s(measured_as),
+            corrected_step_s=one.priced_s(corrected_by),
+            corrects=int(one in by),
+            measured_step_s=one.step_s,
+            least_step_s=min(all_s),
+            most_step_s=max(all_s),
+            processor_s=statistics.median(m.processor_s for m in moments),
+            predicted_peak_bytes=one.plan.estimate.peak_memory_bytes,
+            measured_peak_bytes=one.found["peak_memory_bytes"],
+            rounds=len(all_s),
+            others=statistics.fmean(m.others for m in moments),
+            others_of_profile=measured_as.others,
+            machine=measured_as.device,
+            cores=cores(),
+            date=measured_as.date,
+        )
 
 
-def work(folder: Path) -> None:
-    """One of the processes: train each plan in turn."""
+@dataclass(frozen=True)
+class Moment:
+    """A plan's step in one round: of the slowest process, the median of some steps. ``stretch``:
+    how many times as stretched as the devices do it to each other time was just before and after;
+    ``others``: the share of the processors that other programs used. ``processor_s``: what a
+    step took of them, all processes together."""
+
+    step_s: float
+    processor_s: float
+    stretch: float
+    others: float
+
+
+def work(folder: Path, rounds: int, patience: Patience) -> None:
+    """One of the processes: in each round measure the machine, and take steps of every plan."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    for path in sorted(folder.glob("[0-9]*.json"), key=lambda path: int(path.stem)):
-        plan, load_average = load_plan(path), os.getloadavg()[0]
-        before_s = references_s()
-        found = rehearse(plan, api.source_of(plan), STEPS, seed=0)
-        around_s = [math.sqrt(a * b) for a, b in zip(before_s, references_s(), strict=True)]
+    share_groups()
+    machine = Bench(DEVICES, 1, MeasuredDevice("cpu"), dtypes=("float32",))
+    known = Rounds()
+    paths = sorted(folder.glob("[0-9]*.json"), key=lambda path: int(path.stem))
+    plans = [load_plan(path) for path in paths]
+    ready = [prepare(plan, api.source_of(plan), seed=0) for plan in plans]
+    moments: list[list[Moment]] = [[] for _ in ready]
+    speeds = []
+    for number in range(rounds):
         if dist.get_rank() == 0:
-            result = {**asdict(found), "load_average": load_average, "reference_s": around_s}
-            (folder / f"{path.stem}.result").write_text(json.dumps(result))
+            say(f"round {number + 1} of {rounds}, load average {os.getloadavg()[0]:.1f}")
+        for part in machine.parts:
+            patience.wait()
+            known.moments[part.name].append(machine.ask(part, ROUND_S))
+        for one, of_plan in zip(ready, moments, strict=True):
+            of_plan.append(moment(machine, one, patience))
+        speeds.append(machine.speeds(SPEEDS_S))
+    known.speeds = tuple(
+        (of[0][0], statistics.median(speed for _, speed in of)) for of in zip(*speeds, strict=True)
+    )
+    peaks = [int(largest([float(one.peak_bytes())])[0]) for one in ready]
+    if dist.get_rank() == 0:
+        leave(folder, paths, known, machine, moments, peaks)
 
 
-def references_s() -> list[float]:
-    """Seconds of a product and of a pass while all processes do the same, as the profiler does
-    them."""
-    m, n, k = PRODUCT
-    left, right = torch.randn(m, k), torch.randn(n, k)
-    values = torch.randn(PASS_BYTES // 2 // 4 // 64, 64)  # read and written
-    found = []
-    for call in (lambda: F.linear(left, right), lambda: three_passes(values)):
+def share_groups() -> None:
+    """Plans take turns, and may have the same process groups: the threads of each poll as long as
+    its process lives, and those of 14 plans would be the load of the machine."""
+    made: dict[tuple[int, ...], Any] = {}
+    new_group = dist.new_group
+
+    def shared(ranks: Sequence[int], *rest: Any, **options: Any) -> Any:
+        members = tuple(ranks)
+        if members not in made:
+            made[members] = new_group(list(members), *rest, **options)
+        return made[members]
+
+    dist.new_group = shared
+
+
+@dataclass
+class Patience:
+    """Before a measurement, waits for others to pause, together not longer than ``left_s``."""
+
+    left_s: float
+
+    def wait(self) -> None:
+        """On the first process; the others wait for it without a processor."""
+        began_s = time.perf_counter()
+        while dist.get_rank() == 0 and time.perf_counter() - began_s < min(self.left_s, LONGEST_S):
+            busy_s, all_s = processor_seconds()
+            time.sleep(LOOK_S)
+            now_busy_s, now_all_s = processor_seconds()
+            if now_busy_s - busy_s < QUIET * (now_all_s - all_s):
+                break
+        self.left_s -= time.perf_counter() - began_s
         dist.barrier()
-        found.append(steady_s(call, REFERENCE_S))
-    total = torch.tensor(found, dtype=torch.float64)
-    dist.all_reduce(total)
-    product_s, passes_s = (total / DEVICES).tolist()
-    return [product_s, passes_s / 3]
 
 
-def three_passes(values: torch.Tensor) -> None:
-    torch.mul(values, 2.0)
-    F.gelu(values)
-    F.layer_norm(values, (64,))
+LOOK_S, LONGEST_S, QUIET = 0.15, 6.0, 0.15
+"""How long to look at what others do, how long to wait for them at a time, and which share of the
+processors is taken for a pause."""
 
 
-def steady_s(call: Callable[[], Any], budget_s: float) -> float:
-    began_s, calls = time.perf_counter(), 0
-    while (elapsed_s := time.perf_counter() - began_s) < budget_s:
-        call()
-        calls += 1
-    return elapsed_s / calls
+def moment(machine: Bench, one: Ready, patience: Patience) -> Moment:
+    one.take_step()  # after other plans, caches are cold
+    patience.wait()
+    before, stretched = machine.spent(), [machine.stretch()]
+    began_s = time.process_time()
+    steps_s = largest([one.take_step()[1] for _ in range(STEPS)])
+    processor_s = torch.tensor((time.process_time() - began_s) / STEPS)
+    dist.all_reduce(processor_s)
+    stretched.append(machine.stretch())
+    stretch = statistics.fmean(stretched) / machine.usual_stretch
+    others = machine.others(before)
+    return Moment(statistics.median(steps_s), float(processor_s), stretch, others)
+
+
+def leave(
+    folder: Path,
+    paths: Sequence[Path],
+    known: Rounds,
+    machine: Bench,
+    moments: Sequence[Sequence[Moment]],
+    peaks: Sequence[int],
+) -> None:
+    """All that was seen."""
+    found = profile_of(machine, known, machine_fingerprint())
+    assert found is not None
+    save(found, folder / "profile.json")
+    (folder / "machine.moments").write_text(
+        json.dumps({name: [asdict(m) for m in of] for name, of in known.moments.items()})
+    )
+    for path, of_plan, peak_bytes in zip(paths, moments, peaks, strict=True):
+        result = {"peak_memory_bytes": peak_bytes, "moments": [asdict(m) for m in of_plan]}
+        (folder / f"{path.stem}.result").write_text(json.dumps(result))
+
+
+def largest(values: Sequence[float]) -> list[float]:
+    """Element by element over all ranks."""
+    everywhere = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(everywhere, op=dist.ReduceOp.MAX)
+    return [float(value) for value in everywhere]
 
 
 # ---- what a file says ----------------------------------------------------------------------------
 
 
 def report(rows: Sequence[Row]) -> str:
-    columns = ["model", "plan", "schedule", "stages", "microbatches"]
-    columns += ["predicted ms", "measured ms", "error", "machine then", "error then"]
+    columns = ["model", "plan", "schedule", "stages", "microbatches", "predicted ms", "corrected"]
+    columns += ["measured ms", "error", "corrected", "processor ms", "others"]
     columns += ["peak MB predicted", "measured"]
     lines = [columns, ["---"] * len(columns)]
     for row in rows:
         spread = f"{1e3 * row.least_step_s:.0f}-{1e3 * row.most_step_s:.0f}"
+        after = "(corrects)" if row.corrects else f"{row.ratio(corrected=True) - 1:+.0%}"
         lines.append(
             [
                 row.model,
                 row.plan,
-                f"`{row.schedule}`",
+                f"`{row.schedule}`" if row.stages > 1 else row.schedule,
                 str(row.stages),
                 str(row.microbatches),
                 f"{1e3 * row.predicted_step_s:.0f}",
+                f"{1e3 * row.corrected_step_s:.0f}",
                 f"{1e3 * row.measured_step_s:.0f} ({spread})",
-                f"{row.ratio - 1:+.0%}",
-                f"{row.slower:.2f}",
-                f"{row.ratio_then - 1:+.0%}",
+                f"{row.ratio(corrected=False) - 1:+.0%}",
+                after,
+                f"{1e3 * row.processor_s:.0f}",
+                f"{row.others:.0%}",
                 f"{row.predicted_peak_bytes / 1e6:.1f}",
                 f"{row.measured_peak_bytes / 1e6:.1f}",
             ]
         )
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{table}\n\n{summary(rows)}"
+    return f"{table}\n\n{by_model(rows)}\n\n{summary(rows)}"
+
+
+def by_model(rows: Sequence[Row]) -> str:
+    """Errors, order, and how much slower than the best is the plan that predictions prefer."""
+    columns = ["model", "predicted with", "plans", "median error", "bias", "Kendall's tau"]
+    columns += ["predicted best", "is slower by"]
+    lines = [columns, ["---"] * len(columns)]
+    for model in [*dict.fromkeys(row.model for row in rows), ALL]:
+        for after in (False, True):
+            of = [row for row in rows if model in (row.model, ALL)]
+            judged = [row for row in of if not (after and row.corrects)]
+            ratios = [row.ratio(corrected=after) for row in judged]
+            chosen = [_chosen(of, name, after) for name in dict.fromkeys(r.model for r in of)]
+            lines.append(
+                [
+                    model,
+                    "the profile, corrected" if after else "the profile",
+                    str(len(judged)),
+                    f"{statistics.median(abs(ratio - 1) for ratio in ratios):.0%}",
+                    f"{statistics.median(ratios) - 1:+.0%}",
+                    f"{kendall_tau(times(judged, after)):.2f}",
+                    "" if model == ALL else chosen[0][0],
+                    f"{max(slower for _, slower in chosen):.0%}",
+                ]
+            )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+ALL = "all"
+
+
+def _chosen(rows: Sequence[Row], model: str, after: bool) -> tuple[str, float]:
+    """Of a model, the plan that is predicted to be best, and how much slower than the best one."""
+    of = [row for row in rows if row.model == model]
+    chosen = min(of, key=lambda row: row.ratio(corrected=after) * row.measured_step_s)
+    best_s = min(row.measured_step_s for row in of)
+    return f"{chosen.plan}, {chosen.schedule}", chosen.measured_step_s / best_s - 1
 
 
 def summary(rows: Sequence[Row]) -> str:
-    loads = [row.load_average for row in rows]
+    worst = max(rows, key=lambda row: abs(math.log(row.ratio(corrected=False))))
     of_peaks = [abs(row.predicted_peak_bytes / row.measured_peak_bytes - 1) for row in rows]
+    others = [row.others for row in rows]
     return (
-        f"{len(rows)} plans on {rows[0].machine}, {rows[0].cores} cores, {rows[0].date}, load "
-        f"average {min(loads):.1f} to {max(loads):.1f}. Step time: "
-        f"{errors(rows, lambda row: row.ratio)}; with the machine as it was then: "
-        f"{errors(rows, lambda row: row.ratio_then)}. Peak memory: median error "
-        f"{statistics.median(of_peaks):.1%}, worst {max(of_peaks):.1%}."
+        f"{len(rows)} plans on {rows[0].machine}, {rows[0].cores} cores, {rows[0].date}; others "
+        f"used {min(others):.0%} to {max(others):.0%} of the processors. Worst step: "
+        f"{worst.ratio(corrected=False) - 1:+.0%} ({worst.model}, {worst.plan}, {worst.schedule}). "
+        f"Peak memory: median error {statistics.median(of_peaks):.1%}, worst {max(of_peaks):.1%}."
     )
 
 
-def errors(rows: Sequence[Row], ratio: Callable[[Row], float]) -> str:
-    worst = max(rows, key=lambda row: abs(math.log(ratio(row))))
-    median = statistics.median(abs(ratio(row) - 1) for row in rows)
-    times = [(ratio(row) * row.measured_step_s, row.measured_step_s) for row in rows]
-    return (
-        f"median error {median:.0%}, worst {ratio(worst) - 1:+.0%} ({worst.model}, {worst.plan}, "
-        f"`{worst.schedule}`), Kendall's tau {kendall_tau(times):.2f}"
-    )
+def times(rows: Sequence[Row], corrected: bool) -> list[tuple[float, float]]:
+    return [
+        (row.ratio(corrected=corrected) * row.measured_step_s, row.measured_step_s) for row in rows
+    ]
 
 
 def kendall_tau(pairs: Sequence[tuple[float, float]]) -> float:
@@ -408,6 +597,16 @@ def write(path: Path, rows: Iterable[Row]) -> None:
             file.flush()
 
 
+def all_measured(asked: argparse.Namespace) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory(prefix="autopar-benchmark-") as name:
+        for model in asked.models:
+            folder = (asked.keep or Path(name)) / model
+            folder.mkdir(parents=True, exist_ok=True)
+            if not asked.again:
+                measure(model, folder, asked.rounds, asked.patience)
+            yield from rows(model, folder)
+
+
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -417,17 +616,26 @@ def main() -> None:
     parser.add_argument("out", type=Path, nargs="?", help="the CSV file to write")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--report", type=Path, help="print what this file says; measure nothing")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="how often all is measured")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=120.0,
+        help="seconds to wait, for a model, for other programs to pause before measurements",
+    )
+    parser.add_argument("--again", action="store_true", help="price what --keep has; no measuring")
+    parser.add_argument("--keep", type=Path, help="a folder for plans, profiles and all moments")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        work(arguments.worker)
+        work(arguments.worker, arguments.rounds, Patience(arguments.patience))
         return
     path = arguments.report
     if path is None:
         path = arguments.out
         if path is None:
             parser.error("say which file to write, or --report which to read")
-        write(path, (row for model in arguments.models for row in measured(model)))
+        write(path, all_measured(arguments))
     print(report(read(path)))
 
 

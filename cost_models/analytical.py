@@ -149,6 +149,7 @@ class Analytical:
 
 COMPUTE: dict[str, Callable[[Analytical, Work], float]] = {
     "matmul": Analytical._product_s,
+    "convolution": Analytical._product_s,  # implicit products, as libraries for GPUs have them
     "attention": Analytical._attention_s,
     "memory": lambda _model, _work: 0.0,  # the bytes are counted for every kind
 }

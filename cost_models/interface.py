@@ -13,12 +13,14 @@ CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_a
 class Work:
     """Compute on one device.
 
-    ``kind``: ``matmul`` with ``shape`` (batch, m, n, k); ``attention`` with ``shape`` (batch x
-    heads, query length, key length, head dim), fused; ``memory`` (bound by bytes) with no shape.
+    ``kind``: ``matmul`` with ``shape`` (batch, m, n, k); ``convolution`` with that of the product
+    that it is (groups, places of all windows, channels out, channels in x window), or of the one
+    that gives a gradient; ``attention`` with ``shape`` (batch x heads, query length, key length,
+    head dim), fused; ``memory`` (bound by bytes) with no shape.
     ``flops``: floating-point operations; ``bytes``: read and written in device memory.
     """
 
-    kind: Literal["matmul", "attention", "memory"]
+    kind: Literal["matmul", "convolution", "attention", "memory"]
     dtype: str
     flops: float
     bytes: float

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import pairwise
+from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from cost_models.analytical import members_in_unit
 from cost_models.interface import Collective, CollectiveKind, HostTime, Work
 
 FORMAT = "autopar-profile"
-VERSION = 2
-READ_VERSIONS = (1, 2)
-"""The first had no ``view_s`` and no ``pass_s``, which are then taken to be nothing, and no
-``speeds``."""
+VERSION = 3
+"""Up to 2, there were no convolutions, and collectives without what the runtime adds to them."""
+
+Where = Literal["inside", "across", "all"]
+"""Where the ranks of a measured group are: on one host, each on another, or all devices."""
+
 COLLECTIVE_KINDS: tuple[CollectiveKind, ...] = (
     "all_reduce",
     "all_gather",
@@ -33,7 +38,7 @@ class ProfileError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """Seconds of one matmul or attention of ``flops``; ``shape`` as in ``Work``."""
+    """Seconds of one matmul, convolution or attention of ``flops``; ``shape`` as in ``Work``."""
 
     kind: str
     dtype: str
@@ -53,24 +58,61 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """Seconds of a collective of ``bytes`` (as in ``Collective``) while all groups of the machine
-    do the same."""
+    """Seconds of a collective of ``bytes``, ``group_size`` and ``stride`` (as in ``Collective``)
+    while all such groups of the machine do the same."""
 
     kind: str
     group_size: int
     bytes: int
     seconds: float
+    stride: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """Seconds of a product, of a collective over all devices, and of both begun together."""
+
+    kind: str
+    bytes: int
+    product_s: float
+    collective_s: float
+    together_s: float
+
+    @property
+    def slowdown(self) -> float:
+        """How many times as long the longer of the two takes beside the other; what they would
+        take one after the other is the most that makes sense.
+
+        >>> Overlap("all_reduce", 1, product_s=1.0, collective_s=2.0, together_s=2.5).slowdown
+        1.25
+        """
+        return self.together_s / max(self.product_s, self.collective_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """``of``: the ``digest`` of the profile that was corrected. ``runs``: by which measured steps
+    (plan, seconds predicted by that profile, seconds measured). ``factors``: on the seconds of each
+    of ``PARTS``."""
+
+    of: str
+    date: str
+    runs: tuple[tuple[str, float, float], ...]
+    factors: tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
 class Profile:
     """What was measured, on which machine, when and with what.
 
-    All devices work at once during each measurement. ``operator_s``: what any operator takes,
-    however small (Python, dispatch, autograd), averaged over forward and backward.
-    ``call_s``: the part of it that every measured ``Product`` and ``Pass`` contains. ``view_s`` and
+    ``devices`` are on ``hosts`` of equally many, those of a host one after the other. All work at
+    once during each measurement. ``operator_s``: what any operator takes, however small (Python,
+    dispatch, autograd), averaged over forward and backward. ``call_s``: the part of it that every
+    measured ``Product`` and ``Pass`` contains. ``view_s`` and
     ``pass_s`` as in ``HostTime``. ``speeds``: (so many devices, how many times as fast each is
     when the others idle), fewest first: processes on fewer cores, cores that share a memory.
+    ``others``: the share of the processors that other programs used meanwhile. ``left_out``: what
+    was still to be measured when somebody ended it.
     """
 
     machine: str
@@ -87,6 +129,17 @@ class Profile:
     view_s: float = 0.0
     pass_s: float = 0.0
     speeds: tuple[tuple[int, float], ...] = ()
+    hosts: int = 1
+    overlaps: tuple[Overlap, ...] = ()
+    others: float = 0.0
+    left_out: tuple[str, ...] = ()
+    corrections: tuple[Correction, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal digits that two profiles share only if they are the same."""
+        content = json.dumps(profile_to_json(self), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
 def profile_to_json(profile: Profile) -> dict[str, Any]:
@@ -97,14 +150,12 @@ def profile_from_json(data: Any) -> Profile:
     """Raises ``ProfileError`` when this is not a profile of this version."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ProfileError("this is not a profile; `autopar profile` makes one")
-    if data.get("version") not in READ_VERSIONS:
+    if data.get("version") != VERSION:
         raise ProfileError(
             f"the profile has version {data.get('version')!r}, this autopar reads {VERSION}; "
-            "measure again with `autopar profile`"
+            "measure again with `autopar profile` on the machine that it is of"
         )
     try:
-        if data["version"] == 1:
-            data = {"view_s": 0.0, "pass_s": 0.0, "speeds": [], **data}
         values = {f.name: data[f.name] for f in fields(Profile)}
         profile = Profile(
             **{
@@ -117,6 +168,17 @@ def profile_from_json(data: Any) -> Profile:
                 "passes": tuple(Pass(**p) for p in values["passes"]),
                 "exchanges": tuple(Exchange(**e) for e in values["exchanges"]),
                 "speeds": tuple((int(n), speed) for n, speed in values["speeds"]),
+                "overlaps": tuple(Overlap(**o) for o in values["overlaps"]),
+                "left_out": tuple(map(str, values["left_out"])),
+                "corrections": tuple(
+                    Correction(
+                        str(c["of"]),
+                        str(c["date"]),
+                        tuple((str(plan), said, took) for plan, said, took in c["runs"]),
+                        tuple((str(part), factor) for part, factor in c["factors"]),
+                    )
+                    for c in values["corrections"]
+                ),
             }
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -128,7 +190,9 @@ def profile_from_json(data: Any) -> Profile:
 def _check(profile: Profile) -> None:
     seconds = [p.seconds for p in profile.products] + [p.seconds for p in profile.passes]
     seconds += [e.seconds for e in profile.exchanges]
+    seconds += [s for o in profile.overlaps for s in (o.product_s, o.collective_s, o.together_s)]
     seconds += [profile.operator_s, profile.call_s, profile.devices, profile.memory_bytes]
+    seconds += [f for c in profile.corrections for _, f in c.factors]
     seconds += [speed for _, speed in profile.speeds]
     beside = [profile.view_s, profile.pass_s]
     if not all(isinstance(s, int | float) and 0 < s < math.inf for s in seconds) or not all(
@@ -137,6 +201,36 @@ def _check(profile: Profile) -> None:
         raise ProfileError("the profile has times that are not positive; measure again")
     if not profile.passes or not any(p.kind == "matmul" for p in profile.products):
         raise ProfileError("the profile has no matmul or no pass over memory; measure again")
+    if not isinstance(profile.hosts, int) or profile.hosts < 1 or profile.devices % profile.hosts:
+        raise ProfileError(
+            f"the profile says that {profile.devices} devices are evenly on {profile.hosts} hosts; "
+            "measure again"
+        )
+
+
+PARTS = ("compute", "communication", "overhead")
+"""What a profile can be wrong about as a whole: work on devices; collectives; what the host adds to
+every operator, view and microbatch."""
+
+
+def corrected(profile: Profile, factors: Mapping[str, float]) -> Profile:
+    """The profile with the seconds of each part times its factor."""
+    compute, communication, overhead = (factors.get(part, 1.0) for part in PARTS)
+
+    def worked(seconds: float) -> float:
+        beyond = _beyond_call_s(seconds, profile.call_s)
+        return overhead * (seconds - beyond) + compute * beyond
+
+    return replace(
+        profile,
+        operator_s=overhead * profile.operator_s,
+        call_s=overhead * profile.call_s,
+        view_s=overhead * profile.view_s,
+        pass_s=overhead * profile.pass_s,
+        products=tuple(replace(p, seconds=worked(p.seconds)) for p in profile.products),
+        passes=tuple(replace(p, seconds=worked(p.seconds)) for p in profile.passes),
+        exchanges=tuple(replace(e, seconds=communication * e.seconds) for e in profile.exchanges),
+    )
 
 
 def read_profile(path: Path) -> Profile:
@@ -183,7 +277,7 @@ class Profiled:
 
     profile: Profile
     _computed: dict[Work, float] = field(default_factory=dict, repr=False, compare=False)
-    _coefficients: dict[tuple[CollectiveKind, int], tuple[float, float]] = field(
+    _coefficients: dict[tuple[CollectiveKind, int, int], tuple[float, float]] = field(
         default_factory=dict, repr=False, compare=False
     )
 
@@ -193,7 +287,7 @@ class Profiled:
 
     @property
     def scale_up_devices(self) -> int:
-        return self.profile.devices
+        return self.profile.devices // self.profile.hosts
 
     @property
     def memory_bytes(self) -> int:
@@ -215,12 +309,12 @@ class Profiled:
 
     def collective_time_s(self, collective: Collective) -> float:
         latency_s, s_per_byte = self.collective_coefficients(
-            collective.kind, collective.group_size, collective.stride
+            collective.kind, collective.group_size, collective.stride, collective.within
         )
         return latency_s + s_per_byte * collective.bytes
 
     def collective_coefficients(
-        self, kind: CollectiveKind, group_size: int, stride: int
+        self, kind: CollectiveKind, group_size: int, stride: int, within: tuple[int, ...] = ()
     ) -> tuple[float, float]:
         """(latency_s, s_per_byte): a collective of b bytes takes latency_s + s_per_byte * b."""
         if group_size < 2 or stride < 1 or group_size * stride > self.devices:
@@ -228,10 +322,15 @@ class Profiled:
                 f"a {kind} over {group_size} ranks that are {stride} apart does not fit on the "
                 f"{self.devices} devices of the profile (a group has at least 2)"
             )
-        key = (kind, group_size)
+        host = self.scale_up_devices
+        of_host = min(
+            within[0] if within else members_in_unit(group_size, stride, host, self.devices),
+            group_size,
+        )
+        key = (kind, group_size, of_host)
         known = self._coefficients.get(key)
         if known is None:
-            known = self._coefficients[key] = self._interpolated(kind, group_size)
+            known = self._coefficients[key] = self._over_hosts(*key)
         return known
 
     # ------------------------------------------------------------------ compute
@@ -242,11 +341,12 @@ class Profiled:
         match work.kind:
             case "memory":
                 return self._pass_s(work)
-            case "matmul" | "attention":
+            case "matmul" | "convolution" | "attention":
                 return self._product_s(work)
             case _:
                 raise KeyError(
-                    f"no price for work of kind {work.kind!r}; known: matmul, attention, memory"
+                    f"no price for work of kind {work.kind!r}; known: matmul, convolution, "
+                    "attention, memory"
                 )
 
     def _pass_s(self, work: Work) -> float:
@@ -260,7 +360,7 @@ class Profiled:
         dtypes = sorted({p.dtype for p in self.profile.passes}, key=lambda d: (d != "float32", d))
         return {
             dtype: _rising(
-                (float(p.bytes), self._beyond_call_s(p.seconds))
+                (float(p.bytes), _beyond_call_s(p.seconds, self.profile.call_s))
                 for p in self.profile.passes
                 if p.dtype == dtype
             )
@@ -285,7 +385,7 @@ class Profiled:
         other = SAME_SPEED.get(dtype, "")
         if found := self._rates.get((kind, other)):
             return found, max(1.0, ITEM_BYTES[dtype] / ITEM_BYTES[other])
-        if kind == "attention" and self._rates.keys() & {("matmul", dtype), ("matmul", other)}:
+        if kind != "matmul" and self._rates.keys() & {("matmul", dtype), ("matmul", other)}:
             return self._points("matmul", dtype)
         measured = ", ".join(sorted({d for k, d in self._rates if k in (kind, "matmul")}))
         raise ValueError(
@@ -298,40 +398,79 @@ class Profiled:
         found: dict[tuple[str, str], list[tuple[list[float], float]]] = {}
         for p in self.profile.products:
             logs = [math.log(size) for size in p.shape]
-            rate = p.flops / self._beyond_call_s(p.seconds)
+            rate = p.flops / _beyond_call_s(p.seconds, self.profile.call_s)
             found.setdefault((p.kind, p.dtype), []).append((logs, rate))
         return found
 
-    def _beyond_call_s(self, seconds: float) -> float:
-        return max(seconds - self.profile.call_s, LEAST_SHARE * seconds)
-
     # -------------------------------------------------------------- collectives
 
-    def _interpolated(self, kind: CollectiveKind, group_size: int) -> tuple[float, float]:
+    def _over_hosts(
+        self, kind: CollectiveKind, group_size: int, of_host: int
+    ) -> tuple[float, float]:
+        """``of_host``: how many of the group share a host. Those that are on one host, and those of
+        which each is on another, were measured. Between these: the parts on the hosts, then one of
+        each, times what all devices take for what they should take so."""
+        if of_host in (1, group_size) and (group_size == of_host or self.profile.hosts > 1):
+            return self._interpolated(kind, group_size, across=of_host < group_size)
+        found = self._in_turn(kind, of_host, ceil(group_size / of_host))
+        whole = self._fits.get((kind, "all"))
+        if whole is None:
+            return found
+        (_, *measured), in_turn = whole[0], self._in_turn(kind, *self._shape_of_all)
+        a, b = (f * m / t for f, m, t in zip(found, measured, in_turn, strict=True))
+        return a, b
+
+    @property
+    def _shape_of_all(self) -> tuple[int, int]:
+        return self.scale_up_devices, self.profile.hosts
+
+    def _in_turn(self, kind: CollectiveKind, of_host: int, hosts: int) -> tuple[float, float]:
+        inside = self._interpolated(kind, of_host, across=False)
+        outside = self._interpolated(kind, hosts, across=True)
+        return inside[0] + outside[0], inside[1] + outside[1]
+
+    def _interpolated(
+        self, kind: CollectiveKind, group_size: int, *, across: bool
+    ) -> tuple[float, float]:
         """Both coefficients on lines in log-log over the group sizes that were measured."""
-        fits, times = self._fits_of(kind)
+        fits, times = self._fits_of(kind, "across" if across else "inside")
         latency_s = _interpolate([(g, a) for g, a, _ in fits], group_size)
         s_per_byte = _interpolate([(g, b) for g, _, b in fits], group_size)
         return times * latency_s, times * s_per_byte
 
-    def _fits_of(self, kind: CollectiveKind) -> tuple[list[tuple[float, float, float]], float]:
+    def _fits_of(
+        self, kind: CollectiveKind, where: Where
+    ) -> tuple[list[tuple[float, float, float]], float]:
         if kind not in COLLECTIVE_KINDS:
             raise KeyError(f"no price for a {kind!r}; known: {', '.join(COLLECTIVE_KINDS)}")
         for other, times in ((kind, 1.0), *STAND_IN[kind]):
-            if fits := self._fits.get(other):
+            if fits := self._fits.get((other, where)):
                 return fits, times
-        raise ValueError("no collective was measured on this machine; measure again")
+        raise ValueError(
+            "no collective "
+            f"{'from host to host' if where == 'across' else 'in a host'} was measured on this "
+            "machine; measure again"
+        )
 
     @cached_property
-    def _fits(self) -> dict[str, list[tuple[float, float, float]]]:
-        """(group size, latency_s, s_per_byte) by kind, ascending."""
-        by_group: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    def _fits(self) -> dict[tuple[str, Where], list[tuple[float, float, float]]]:
+        """(group size, latency_s, s_per_byte) by kind and place, ascending."""
+        by_group: dict[tuple[str, Where, int], list[tuple[float, float]]] = {}
+        host = self.scale_up_devices
         for e in self.profile.exchanges:
-            by_group.setdefault((e.kind, e.group_size), []).append((e.bytes, e.seconds))
-        found: dict[str, list[tuple[float, float, float]]] = {}
-        for (kind, group_size), points in sorted(by_group.items()):
-            found.setdefault(kind, []).append((group_size, *fit_line(points)))
+            where: Where = "inside" if e.group_size * e.stride <= host else "all"
+            if self.profile.hosts > 1 and e.stride >= host:
+                where = "across"
+            points = by_group.setdefault((e.kind, where, e.group_size), [])
+            points.append((e.bytes, e.seconds))
+        found: dict[tuple[str, Where], list[tuple[float, float, float]]] = {}
+        for (kind, where, group_size), points in sorted(by_group.items()):
+            found.setdefault((kind, where), []).append((group_size, *fit_line(points)))
         return found
+
+
+def _beyond_call_s(seconds: float, call_s: float) -> float:
+    return max(seconds - call_s, LEAST_SHARE * seconds)
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:

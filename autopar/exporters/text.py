@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ from autopar.simulator.edges import Rules
 if TYPE_CHECKING:
     from autopar.runtime.verify import Report
     from autopar.runtime.verify_stages import StagesReport
+    from autopar.simulator.calibration import Factor
 
 WIDTH = 120
 
@@ -686,33 +687,86 @@ def verification_of_stages(report: StagesReport) -> str:
     )
 
 
-# Profile: what `autopar profile` prints
+# Profile: what `autopar profile` and `autopar calibrate` print
 
 
 def profile(saved: dict[str, Any]) -> str:
     """The machine that was measured, and its fastest of each kind."""
     data = saved["profiled"]
-    products = max(data["products"], key=lambda p: p["flops"] / p["seconds"])
     passes = max(data["passes"], key=lambda p: p["bytes"] / p["seconds"])
+    hosts = f" on {data['hosts']} hosts" if data["hosts"] > 1 else ""
     lines = [
-        f"{saved['name']}: {saved['devices']} devices with "
-        f"{bytes_text(saved['memory_bytes'])} each, measured {data['date']}",
+        f"{saved['name']}: {saved['devices']} devices{hosts} with "
+        f"{bytes_text(saved['memory_bytes'])} each, measured {data['date']} with "
+        f"{', '.join(f'{name} {version}' for name, version in data['software'])}",
+        *(
+            f"  corrected {one['date']} by runs of {', '.join(plan for plan, *_ in one['runs'])}"
+            for one in data["corrections"]
+        ),
+        f"  others used {data['others']:.0%} of the processors meanwhile",
+        *([f"  ended early, without {', '.join(data['left_out'])}"] * bool(data["left_out"])),
         f"  an operator takes {time_text(data['operator_s'])} beside its work",
         *(
             f"  {count} at work: {speed:.3g} times as fast as all"
             for count, speed in data.get("speeds", ())
         ),
-        f"  products at {products['flops'] / products['seconds'] / 1e9:.3g} GFLOP/s "
-        f"({products['dtype']}, {' x '.join(map(str, products['shape']))})",
+        *_fastest_products(data["products"]),
         f"  memory at {bytes_text(passes['bytes'] / passes['seconds'])}/s",
+        *_fastest_exchanges(data["exchanges"], data["devices"] // data["hosts"]),
+        *(
+            f"  {o['kind']} of {bytes_text(o['bytes'])} beside products: the longer takes "
+            f"{o['together_s'] / max(o['product_s'], o['collective_s']):.3g} times as long"
+            for o in data["overlaps"]
+        ),
     ]
-    fastest: dict[str, float] = {}
-    for e in data["exchanges"]:
-        if e["group_size"] == saved["devices"]:
-            rate = e["bytes"] / e["seconds"]
-            fastest[e["kind"]] = max(rate, fastest.get(e["kind"], 0.0))
-    lines += [f"  {kind} at {bytes_text(rate)}/s" for kind, rate in fastest.items()]
     return "\n".join(lines)
+
+
+_PRODUCTS = {"matmul": "products", "convolution": "convolutions", "attention": "attention"}
+
+
+def _fastest_products(products: list[dict[str, Any]]) -> Iterator[str]:
+    for kind, name in _PRODUCTS.items():
+        of_kind = [p for p in products if p["kind"] == kind]
+        if of_kind:
+            best = max(of_kind, key=lambda p: p["flops"] / p["seconds"])
+            yield (
+                f"  {name} at {best['flops'] / best['seconds'] / 1e9:.3g} GFLOP/s "
+                f"({best['dtype']}, {' x '.join(map(str, best['shape']))})"
+            )
+
+
+def _fastest_exchanges(exchanges: list[dict[str, Any]], per_host: int) -> Iterator[str]:
+    """Of each axis and kind."""
+    fastest: dict[tuple[str, int, int], float] = {}
+    for e in exchanges:
+        key = (e["kind"], e["group_size"], e["stride"])
+        fastest[key] = max(e["bytes"] / e["seconds"], fastest.get(key, 0.0))
+    for (kind, size, stride), rate in fastest.items():
+        inside = size * stride <= per_host
+        where = "a host" if inside else f"{size} hosts" if stride >= per_host else "all hosts"
+        yield f"  {kind} over {size} devices of {where} at {bytes_text(rate)}/s"
+
+
+def calibration(saved: dict[str, Any], factors: Sequence[Factor], output: str) -> str:
+    last = saved["profiled"]["corrections"][-1]
+    runs = [
+        [plan, time_text(said), time_text(took), _error(said, took)]
+        for plan, said, took in last["runs"]
+    ]
+    told = [
+        [f.part, f"{f.factor:.3g}" if f.learnt else "1 (not told by these runs)", f"{f.learnt:.0%}"]
+        for f in factors
+    ]
+    return "\n".join(
+        [
+            table(["run of", "predicted", "measured", "prediction is"], runs, right=(1, 2)),
+            "",
+            table(["seconds of", "factor", "of what was unknown, told"], told, right=(2,)),
+            "",
+            f"written to {output}; plan with --topology {output}",
+        ]
+    )
 
 
 # Layout

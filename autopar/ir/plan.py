@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -309,6 +310,11 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "proposed": [[op, rule_to_json(rule)] for op, rule in plan.proposed],
         "graph": graph_to_json(plan.graph),
     }
+
+
+def digest_of(plan: Plan) -> str:
+    """Hexadecimal digits that two plans share only if they are the same."""
+    return hashlib.sha256(plan_to_text(plan).encode()).hexdigest()[:16]
 
 
 def plan_to_text(plan: Plan) -> str:

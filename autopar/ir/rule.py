@@ -37,6 +37,12 @@ Choice = str
 Split = tuple[Choice, ...]
 """A choice for each mesh axis. Several axes may divide one factor; the first cuts it first."""
 
+Kind = Literal["view", "memory", "matmul", "attention", "convolution"]
+"""What an operator costs: see ``OpRule``."""
+
+PRODUCTS: tuple[Kind, ...] = ("matmul", "attention", "convolution")
+"""The kinds whose work is products."""
+
 Dim = tuple[str, ...]
 """The factors that make up a dim of a tensor, the outermost first; ``()`` is a dim of size 1."""
 
@@ -121,7 +127,7 @@ class OpRule:
     - ``agreed``: outputs that every rank has whole although they lack the factor, because the
       implementation agrees on them (statistics of batch norm): replicated, and no factor's sum.
     - ``kind`` and ``products`` say what it costs: ``view`` nothing (no memory is touched),
-      ``memory`` bytes read and written, ``matmul`` and ``attention`` the products.
+      ``memory`` bytes read and written, the kinds of ``PRODUCTS`` the products.
     - ``saves``: what is kept for the backward.
     - ``inner``: collectives of its local implementation; ``special``: factors whose split needs an
       implementation of its own in ``autopar/runtime/local_ops.py`` (``"*"``: it is always used).
@@ -137,7 +143,7 @@ class OpRule:
     addends: tuple[int, ...] = ()
     linear: tuple[int, ...] = ()
     agreed: tuple[int, ...] = ()
-    kind: Literal["view", "memory", "matmul", "attention"] = "memory"
+    kind: Kind = "memory"
     products: tuple[Product, ...] = ()
     saves: tuple[Saved, ...] = ()
     inner: tuple[Inner, ...] = ()

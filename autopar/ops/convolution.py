@@ -93,7 +93,7 @@ def convolution(where: Arguments) -> RuleMaker:
             sums=("in",) if ci == "in" else (),
             addends=(2,) if biased else (),
             linear=(0, 2) if biased else (0,),
-            kind="matmul",
+            kind="convolution",
             products=(product,),
             saves=(Saved("input 0"), Saved("input 1")),
             localize=_local_groups(where.groups, x[-rank - 1] // groups, -rank - 1)

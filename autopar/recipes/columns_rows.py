@@ -12,7 +12,16 @@ from dataclasses import dataclass, field
 
 from autopar.errors import AutoparError
 from autopar.ir.graph import Operator, OperatorGraph, Role
-from autopar.ir.rule import NOTHING, REPLICATED, RESERVED, SUMMED, BoundRule, Choice, Split
+from autopar.ir.rule import (
+    NOTHING,
+    PRODUCTS,
+    REPLICATED,
+    RESERVED,
+    SUMMED,
+    BoundRule,
+    Choice,
+    Split,
+)
 from autopar.ir.sharding import INVARIANT, PARTIAL, Mesh, Placement, sharded_dim
 from autopar.simulator.edges import Rules, carries_gradient
 from autopar.simulator.listing import VOCABULARY, Structure
@@ -215,7 +224,7 @@ class _Tensor(_Axis):
             if factor in bound.rule.sums:
                 if factor in VOCABULARY and not self._is_same(operator):
                     return factor
-            elif bound.rule.kind in ("matmul", "attention") and self._go_on(operator, factor):
+            elif bound.rule.kind in PRODUCTS and self._go_on(operator, factor):
                 return factor
         return None
 

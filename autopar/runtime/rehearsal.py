@@ -7,8 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +46,58 @@ def rehearse(
 ) -> Measurement:
     """On one of the plan's processes: train so many steps on one batch, then once more to see how
     much memory is alive at once."""
-    step = run(plan, lambda: build()[0], seed=seed, timeout_s=timeout_s, tell=tell)
-    args, kwargs = batch_of(plan.graph, _inputs(build, seed), plan.strategy.training)
-    everybody = partial(range, plan.world_size)
+    ready = prepare(plan, build, seed, timeout_s, tell)
     losses, times_s = [], []
     for number in range(steps):
-        with step.peers.doing(f"the start of step {number}", everybody):
+        loss, step_s = ready.take_step(f"step {number}")
+        losses.append(loss)
+        times_s.append(step_s)
+    peak_bytes = ready.peak_bytes()
+    with ready.step.peers.doing("comparing times and memory", ready.everybody):
+        of_ranks = _of_all([*times_s, peak_bytes])
+    *slowest_s, largest_bytes = of_ranks.max(dim=0).values.tolist()
+    return Measurement(
+        tuple(losses),
+        tuple(slowest_s),
+        int(largest_bytes),
+        tuple(tuple(of_rank) for of_rank in of_ranks[:, :-1].tolist()),
+    )
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A plan on this process, ready for steps on one batch."""
+
+    step: TrainingStep | PipelineStep
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def everybody(self) -> Sequence[int]:
+        return range(dist.get_world_size())
+
+    def take_step(self, name: str = "a step") -> tuple[float, float]:
+        """Its loss and seconds, which begin when all processes have come."""
+        with self.step.peers.doing(f"the start of {name}", self.everybody):
             dist.barrier()
         began_s = time.perf_counter()
         with _index_errors_explained():
-            loss = step(*args, **kwargs)
-            losses.append(float(loss))  # waits for the device
-        times_s.append(time.perf_counter() - began_s)
-    peak_bytes = _peak_bytes(step, args, kwargs)
-    with step.peers.doing("comparing times and memory", everybody):
-        *slowest_s, largest_bytes = _largest([*times_s, peak_bytes])
-    return Measurement(tuple(losses), tuple(slowest_s), int(largest_bytes))
+            loss = float(self.step(*self.args, **self.kwargs))  # waits for the device
+        return loss, time.perf_counter() - began_s
+
+    def peak_bytes(self) -> int:
+        """Of what is alive at once in one more step."""
+        return _peak_bytes(self.step, self.args, self.kwargs)
+
+
+def prepare(
+    plan: Plan,
+    build: Build,
+    seed: int,
+    timeout_s: float | None = None,
+    tell: Tell = tell_nobody,
+) -> Ready:
+    step = run(plan, lambda: build()[0], seed=seed, timeout_s=timeout_s, tell=tell)
+    return Ready(step, *batch_of(plan.graph, _inputs(build, seed), plan.strategy.training))
 
 
 @contextmanager
@@ -114,11 +149,12 @@ def batch_of(graph: OperatorGraph, inputs: Any, training: Training) -> Batch:
     return tuple(map(cast, inputs)), {}
 
 
-def _largest(values: list[float]) -> list[float]:
-    """Element by element over all ranks."""
-    everywhere = torch.tensor(values, dtype=torch.float64, device=local_device())
-    dist.all_reduce(everywhere, op=dist.ReduceOp.MAX)
-    return [float(value) for value in everywhere]
+def _of_all(values: list[float]) -> Tensor:
+    """A row for each rank."""
+    mine = torch.tensor(values, dtype=torch.float64, device=local_device())
+    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, mine)
+    return torch.stack(rows).cpu()
 
 
 def _peak_bytes(
@@ -222,7 +258,10 @@ def start(plan: Plan, arguments: Sequence[str]) -> Measurement:
         if result.exists():
             data = json.loads(result.read_text())
             return Measurement(
-                tuple(data["losses"]), tuple(data["step_times_s"]), data["peak_memory_bytes"]
+                tuple(data["losses"]),
+                tuple(data["step_times_s"]),
+                data["peak_memory_bytes"],
+                tuple(map(tuple, data["rank_step_times_s"])),
             )
         said = errors.read_text()
         cause = first_cause(folder, plan.world_size, said)

@@ -9,7 +9,7 @@ import torch
 from autopar.errors import InfeasibleError
 from autopar.ir.graph import ITEM_BYTES, OperatorGraph
 from autopar.ir.strategy import Strategy
-from autopar.runtime.profiler import memory_bytes
+from autopar.runtime.devices import memory_bytes
 from autopar.simulator.memory import local_bytes, optimizer_bytes_per_element
 from autopar.simulator.stages import Pipelined
 

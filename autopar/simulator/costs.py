@@ -211,7 +211,7 @@ def work(
     if bound.rule.kind == "attention":
         return _attention(bound, sizes, dtype, float(sum(read) + sum(written)), any(differentiable))
     if bound.rule.products:
-        return _products(bound.rule.products, sizes, dtype, differentiable)
+        return _products(bound, sizes, dtype, differentiable)
     moved = float(sum(read) + sum(written))
     if moved == 0:
         return [], []
@@ -235,19 +235,19 @@ def _attention(
 
 
 def _products(
-    products: tuple[Product, ...],
-    sizes: dict[str, int],
-    dtype: str,
-    differentiable: tuple[bool, ...],
+    bound: BoundRule, sizes: dict[str, int], dtype: str, differentiable: tuple[bool, ...]
 ) -> tuple[list[Work], list[Work]]:
     """One product more in the backward for each operand that needs a gradient (at most two; a
     bias' gradient is a sum that is not counted)."""
+    kind: Literal["matmul", "convolution"] = (
+        "convolution" if bound.rule.kind == "convolution" else "matmul"
+    )
     forward, backward = [], []
-    for product in products:
+    for product in bound.rule.products:
         batch, m, n, k = _shape(product, sizes)
-        forward.append(_matmul(dtype, (batch, m, n, k)))
-        operands = min(2, sum(differentiable))
-        backward += [_matmul(dtype, (batch, m, k, n)), _matmul(dtype, (batch, k, n, m))][:operands]
+        forward.append(_product(kind, dtype, (batch, m, n, k)))
+        gradients = [(batch, m, k, n), (batch, k, n, m)][: sum(differentiable)]
+        backward += [_product(kind, dtype, shape) for shape in gradients]
     return forward, backward
 
 
@@ -259,10 +259,12 @@ def _shape(product: Product, sizes: dict[str, int]) -> tuple[int, int, int, int]
     return batch, m, n, k
 
 
-def _matmul(dtype: str, shape: tuple[int, int, int, int]) -> Work:
+def _product(
+    kind: Literal["matmul", "convolution"], dtype: str, shape: tuple[int, int, int, int]
+) -> Work:
     batch, m, n, k = shape
     moved = batch * (m * k + k * n + m * n) * ITEM_BYTES[dtype]
-    return Work("matmul", dtype, 2.0 * batch * m * n * k, float(moved), shape)
+    return Work(kind, dtype, 2.0 * batch * m * n * k, float(moved), shape)
 
 
 def _bytes(spec: TensorSpec, sharding: Sharding, mesh: Mesh) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph, Role, TensorSpec
-from autopar.ir.rule import RESERVED, BoundRule, Choice, Split
+from autopar.ir.rule import PRODUCTS, RESERVED, BoundRule, Choice, Split
 from autopar.ir.sharding import Mesh, Parts, Sharding, pieces
 from autopar.ir.strategy import Stage, Storage, Strategy, Training
 from autopar.simulator.blocks import Block, blocks
@@ -346,10 +346,7 @@ class Listing:
     def _divides_weights(self, cluster: Cluster, option: dict[int, Choice]) -> bool:
         return any(
             self.structure.letters[m].get(option[m]) == "P"
-            and (
-                self.structure.bound(m).rule.kind in ("matmul", "attention")
-                or option[m] in VOCABULARY
-            )
+            and (self.structure.bound(m).rule.kind in PRODUCTS or option[m] in VOCABULARY)
             for m in cluster.members
         )
 

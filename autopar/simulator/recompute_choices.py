@@ -153,7 +153,7 @@ class BlockChoices:
     def _multiplies_activations(self, operator: Operator) -> bool:
         kind = self.rules[operator.name].rule.kind
         made = [name for name in operator.inputs if name in self.graph.producer]
-        return kind == "attention" or (kind == "matmul" and len(set(made)) > 1)
+        return kind == "attention" or (kind in ("matmul", "convolution") and len(set(made)) > 1)
 
     # ---- runs of operators ---------------------------------------------------------------------
 

@@ -11,7 +11,8 @@ from cost_models.interface import Collective, Work
 
 @dataclass(frozen=True)
 class FakePrices:
-    """``work``: seconds per flop (``matmul``, ``attention``) or per byte (``memory``).
+    """``work``: seconds per flop (``matmul``, also of convolutions, and ``attention``) or per byte
+    (``memory``).
 
     ``collectives``: seconds per byte, by kind; ``(kind, group_size)`` goes before ``kind``.
     ``latency_s`` is added to every collective. What is not in the dicts raises ``KeyError``.
@@ -34,7 +35,8 @@ class FakePrices:
         return self.devices
 
     def compute_time_s(self, work: Work) -> float:
-        return self.work[work.kind] * (work.bytes if work.kind == "memory" else work.flops)
+        kind = "matmul" if work.kind == "convolution" else work.kind
+        return self.work[kind] * (work.bytes if kind == "memory" else work.flops)
 
     def collective_time_s(self, collective: Collective) -> float:
         key = (collective.kind, collective.group_size)

@@ -17,53 +17,25 @@ from cost_models import Collective, CollectiveKind, Profiled, ProfileError, Work
 from cost_models.interface import HostTime, host_time_of
 from cost_models.profiled import (
     COLLECTIVE_KINDS,
+    Correction,
     Exchange,
-    Pass,
-    Product,
-    Profile,
+    Overlap,
+    corrected,
     fit_line,
     profile_from_json,
     profile_to_json,
     read_profile,
 )
-
-FLOPS_PER_S, BYTES_PER_S, CALL_S, OPERATOR_S = 4e10, 5e9, 3e-6, 8e-6
-SIZES = (2**13, 2**15, 2**18, 2**22)
-SHAPES = ((1, 64, 64, 64), (1, 512, 64, 512), (1, 512, 512, 512), (16, 64, 64, 32))
-
-
-def exchange_s(kind: str, group_size: int, size: int) -> float:
-    rounds = {"all_reduce": 2.0, "send": 0.5}.get(kind, 1.0)
-    return rounds * (1e-4 * group_size + size * (group_size - 1) / group_size / 1e9)
-
-
-def ideal(**changes: Any) -> Profile:
-    """The profile of a machine without noise."""
-    made = Profile(
-        machine="0123456789abcdef",
-        device="a test",
-        devices=8,
-        memory_bytes=2**30,
-        software=(("torch", "2.13"),),
-        date="2026-11-20",
-        operator_s=OPERATOR_S,
-        call_s=CALL_S,
-        products=tuple(
-            Product(kind, dtype, shape, flops, CALL_S + flops * slow / FLOPS_PER_S)
-            for kind in ("matmul", "attention")
-            for dtype, slow in (("float32", 1), ("float64", 2))
-            for shape in SHAPES
-            for flops in [2.0 * math.prod(shape)]
-        ),
-        passes=tuple(Pass("float32", n, CALL_S + n / BYTES_PER_S) for n in SIZES),
-        exchanges=tuple(
-            Exchange(kind, g, n, exchange_s(kind, g, n))
-            for kind in COLLECTIVE_KINDS
-            for g in (2, 8)
-            for n in SIZES
-        ),
-    )
-    return replace(made, **changes)
+from tests.helpers.profiles import (
+    BYTES_PER_S,
+    CALL_S,
+    FLOPS_PER_S,
+    OPERATOR_S,
+    SHAPES,
+    SIZES,
+    exchange_s,
+    ideal,
+)
 
 
 def product(
@@ -176,7 +148,7 @@ def test_questions_without_an_answer_are_refused() -> None:
         costs.compute_time_s(Work("magic", "float32", 1.0, 1.0))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="shape of four"):
         costs.compute_time_s(Work("matmul", "float32", 1.0, 1.0))
-    with pytest.raises(ValueError, match="no collective was measured"):
+    with pytest.raises(ValueError, match="no collective in a host was measured"):
         Profiled(ideal(exchanges=())).collective_time_s(Collective("send", 1, 2, 1))
 
 
@@ -220,6 +192,8 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
         ({"view_s": -1.0}, "not positive"),
         ({"speeds": [[1, 0]]}, "not positive"),
         ({"call_s": "fast"}, "not positive"),
+        ({"hosts": 3}, "8 devices are evenly on 3 hosts"),
+        ({"overlaps": [{"kind": "all_reduce"}]}, "damaged"),
         ({"exchanges": 3}, "damaged"),
     ],
 )
@@ -228,15 +202,110 @@ def test_a_broken_foreign_or_newer_profile_is_refused(change: dict[str, Any], sa
         profile_from_json({**profile_to_json(ideal()), **change})
 
 
-def test_a_profile_of_the_first_version_is_read_as_it_was_meant() -> None:
-    made = ideal(view_s=1e-6, pass_s=1e-5, speeds=((1, 2.0), (2, 1.5)))
-    assert profile_from_json(profile_to_json(made)) == made
-    data = {**profile_to_json(made), "version": 1}
-    for name in ("view_s", "pass_s", "speeds"):
-        del data[name]
-    assert profile_from_json(data) == ideal()
+def test_all_that_is_measured_is_kept_and_told() -> None:
+    made = ideal(
+        view_s=1e-6,
+        pass_s=1e-5,
+        speeds=((1, 2.0), (2, 1.5)),
+        hosts=2,
+        overlaps=(Overlap("all_reduce", 2**20, 1.0, 1.1, 1.4),),
+        left_out=("attention",),
+        corrections=(Correction("01", "2026-11-26", (("p.json", 1.0, 2.0),), (("compute", 1.5),)),),
+    )
+    assert profile_from_json(json.loads(json.dumps(profile_to_json(made)))) == made
     assert host_time_of(Profiled(made)) == HostTime(1e-6, 1e-5)
     assert Profiled(made).speeds == ((1, 2.0), (2, 1.5))
+    assert Profiled(made).scale_up_devices == 4
+    assert made.digest != ideal().digest == ideal().digest
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_old_profile_is_refused_with_what_to_do(version: int) -> None:
+    data = {**profile_to_json(ideal()), "version": version}
+    with pytest.raises(ProfileError, match=rf"version {version}.*autopar profile.*on the machine"):
+        profile_from_json(data)
+
+
+# ---- hosts -----------------------------------------------------------------------------------
+
+SLOWER_ACROSS = 8
+
+
+def on_hosts(measured_all: float = 1.0) -> Profiled:
+    """Two hosts of four; from host to host everything takes 8 times as long, and over all devices
+    ``measured_all`` times as long as inside the hosts and across, one after the other."""
+    made = ideal(hosts=2, devices=8)
+
+    def inside(kind: str, size: int, n: int) -> float:
+        return exchange_s(kind, size, n)
+
+    axes = {
+        (2, 1): lambda k, n: inside(k, 2, n),
+        (4, 1): lambda k, n: inside(k, 4, n),
+        (2, 4): lambda k, n: SLOWER_ACROSS * inside(k, 2, n),
+        (8, 1): lambda k, n: measured_all * (inside(k, 4, n) + SLOWER_ACROSS * inside(k, 2, n)),
+    }
+    exchanges = tuple(
+        Exchange(kind, size, n, seconds(kind, n), stride)
+        for kind in COLLECTIVE_KINDS
+        for (size, stride), seconds in axes.items()
+        for n in SIZES
+    )
+    return Profiled(replace(made, exchanges=exchanges))
+
+
+@pytest.mark.parametrize("kind", COLLECTIVE_KINDS)
+def test_each_axis_of_a_cluster_costs_what_was_measured_on_it(kind: CollectiveKind) -> None:
+    costs, n = on_hosts(measured_all=1.5), 2**18
+
+    def seconds(group_size: int, stride: int, *within: int) -> float:
+        return costs.collective_time_s(Collective(kind, n, group_size, stride, within))
+
+    inside, across = exchange_s(kind, 4, n), SLOWER_ACROSS * exchange_s(kind, 2, n)
+    assert seconds(4, 1) == pytest.approx(inside)
+    assert seconds(2, 4) == pytest.approx(across)
+    assert seconds(8, 1) == pytest.approx(1.5 * (inside + across))
+    # two devices of each host: inside, then across, as much dearer as all devices are
+    assert seconds(4, 2) == pytest.approx(1.5 * (exchange_s(kind, 2, n) + across))
+    # which devices they are is known: all on one host after all, or each on another
+    assert seconds(2, 4, 2, 2) == pytest.approx(exchange_s(kind, 2, n))
+    assert seconds(2, 1, 1, 2) == pytest.approx(across)
+
+
+def test_hosts_that_were_not_measured_together_have_no_price() -> None:
+    costs = Profiled(ideal(hosts=2, exchanges=tuple(e for e in ideal().exchanges if e.stride > 1)))
+    with pytest.raises(ValueError, match="from host to host"):
+        costs.collective_time_s(Collective("all_reduce", 1, 2, 4))
+
+
+def test_convolutions_have_prices_of_their_own() -> None:
+    slow = tuple(
+        replace(p, kind="convolution", seconds=CALL_S + 3 * p.flops / FLOPS_PER_S)
+        for p in ideal().products
+        if (p.kind, p.dtype) == ("matmul", "float32")
+    )
+    work = replace(product(SHAPES[1]), kind="convolution")
+    with_them = Profiled(ideal(products=ideal().products + slow)).compute_time_s(work)
+    assert with_them == pytest.approx(OPERATOR_S + 3 * work.flops / FLOPS_PER_S)
+    without = Profiled(ideal()).compute_time_s(work)
+    assert without == pytest.approx(OPERATOR_S + work.flops / FLOPS_PER_S)
+
+
+@given(*[st.floats(0.1, 10.0)] * 3)
+def test_a_correction_changes_the_seconds_of_its_part(
+    compute: float, communication: float, overhead: float
+) -> None:
+    made = ideal(view_s=1e-6, pass_s=1e-5)
+    factors = {"compute": compute, "communication": communication, "overhead": overhead}
+    before, after = Profiled(made), Profiled(corrected(made, factors))
+    for work in (product(SHAPES[2]), Work("memory", "float32", 0.0, float(SIZES[-1]))):
+        beyond_s = before.compute_time_s(work) - OPERATOR_S
+        expected = overhead * OPERATOR_S + compute * beyond_s
+        assert after.compute_time_s(work) == pytest.approx(expected)
+    exchanged = Collective("all_gather", 2**18, 8, 1)
+    expected = communication * before.collective_time_s(exchanged)
+    assert after.collective_time_s(exchanged) == pytest.approx(expected)
+    assert after.host_time.pass_s == pytest.approx(overhead * 1e-5)
 
 
 def test_a_file_that_is_no_profile_is_named(tmp_path: Path) -> None:

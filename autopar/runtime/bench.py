@@ -1,0 +1,630 @@
+"""What is measured of a machine: questions that all its processes ask together, in rounds.
+
+Somebody else may use the machine meanwhile. So everything is asked in several rounds, of which the
+half counts in which others used the processors least. Compute on a CPU is counted in the seconds
+that the processor spent on it; collectives, which wait for each other, in seconds by how stretched
+time is: how long a process that only computes waits for a processor, beside each part of a round.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cached_property, partial
+from statistics import fmean, median
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812, torch's own name for it
+
+from autopar.ir.sharding import Mesh, Placement
+from autopar.runtime.collectives import Communicator, connect
+from autopar.runtime.devices import MeasuredDevice, cores, processor_seconds, software
+from autopar.runtime.sample_program import LONG, SHORT, Programs, alone, microbatch, sample_graph
+from autopar.simulator.redistribution import Step
+from cost_models.profiled import Exchange, Overlap, Pass, Product, Profile
+
+Report = Callable[[str], None]
+
+MATMULS = (
+    (1, 32, 32, 32),
+    (1, 64, 256, 64),
+    (1, 256, 64, 256),
+    (1, 256, 256, 256),
+    (1, 1024, 64, 1024),
+    (1, 4, 1024, 1024),
+    (1, 64, 1024, 1024),
+    (1, 1024, 1024, 64),
+    (1, 512, 512, 512),
+    (1, 128, 512, 1024),
+    (1, 256, 1024, 2048),
+    (1, 256, 256, 2048),
+    (1, 2048, 256, 256),
+    (1, 1024, 1024, 1024),
+    (16, 64, 64, 32),
+    (16, 256, 64, 64),
+)
+"""(batch, m, n, k): small and large, and each of the three sizes the short one."""
+
+ATTENTIONS = ((8, 64, 64, 32), (8, 256, 256, 64), (2, 1024, 1024, 64))
+
+
+@dataclass(frozen=True, slots=True)
+class Convolution:
+    """Of square images: ``size`` of the smaller side of the two, as ``stride`` makes it."""
+
+    batch: int
+    channels: int
+    out: int
+    size: int
+    window: int
+    stride: int = 1
+    groups: int = 1
+
+    @property
+    def product(self) -> tuple[int, int, int, int]:
+        """The product that it is, as in ``Work``."""
+        rows = self.batch * self.size**2
+        each = self.channels // self.groups
+        return self.groups, rows, self.out // self.groups, each * self.window**2
+
+    @property
+    def products(self) -> tuple[tuple[int, int, int, int], ...]:
+        """Of the forward, of the gradient of its input, of that of its weights."""
+        batch, m, n, k = self.product
+        return self.product, (batch, m, k, n), (batch, k, n, m)
+
+
+CONVOLUTIONS = (
+    Convolution(4, 4, 32, 32, 3),
+    Convolution(4, 32, 32, 32, 3),
+    Convolution(4, 64, 64, 16, 3),
+    Convolution(4, 128, 128, 8, 3),
+    Convolution(1, 64, 64, 16, 3),
+    Convolution(8, 64, 256, 16, 1),
+    Convolution(4, 64, 128, 8, 2, stride=2),
+    Convolution(2, 3, 64, 32, 7, stride=2),
+    Convolution(4, 64, 64, 16, 3, groups=64),
+)
+"""Of images and of features, windows from one point to 7 x 7, patches, channels apart."""
+
+PASS_BYTES = (2**12, 2**15, 2**18, 2**21, 2**23, 2**25)
+EXCHANGE_BYTES = (2**10, 2**14, 2**17, 2**20, 2**22, 2**24)
+OVERLAP_BYTES = (2**20, 2**24)
+DTYPES = ("float32", "float64", "bfloat16")
+ROUNDS, LEAST_ROUND_S = 4, 4.0
+"""How often all is asked; less often, where that would be less than so long."""
+
+MOVES: Mapping[str, tuple[Placement, Placement]] = {
+    "all_reduce": ("P", "I"),
+    "all_gather": ("S(0)", "R"),
+    "reduce_scatter": ("P", "S(0)"),
+    "all_to_all": ("S(0)", "S(1)"),
+}
+"""The redistribution that is each collective."""
+
+LEAST_S = 1e-9
+"""Of what is the difference of two measurements, which noise may have the wrong way round."""
+
+ALONE_SHARE, ALONE_ROUNDS = 0.015, 3
+"""How much longer measuring takes for each time that some devices are measured with and without the
+others, and how often. Shorter than some tenths of a second says nothing on a machine that is busy:
+who has waited is let go first."""
+
+STRETCH_S = 0.12
+"""For each part of a round and both before and after it, so long all compute, to see how stretched
+time is. Shorter than some turns of waiting for a processor says nothing."""
+
+FORWARD_AND_BACKWARD = 3.5
+"""Flops of fused attention's forward and backward, in forwards: 2 products forward, 5 backward."""
+
+Answer = Product | Pass | Exchange | float
+
+
+@dataclass(frozen=True)
+class Question:
+    """A call to be timed, and what its seconds mean. ``together``: it is a collective."""
+
+    call: Callable[[], Any]
+    answer: Callable[[float], Answer]
+    together: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """Questions of a kind. ``share``: of the time for all."""
+
+    name: str
+    questions: Sequence[Question]
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """What a part took in one round, as it would where time is as stretched as the devices do it
+    to each other. ``others``: the share of the processors that other programs used."""
+
+    seconds: tuple[float, ...]
+    others: float
+
+
+@dataclass
+class Rounds:
+    """What was measured so far, by part."""
+
+    moments: defaultdict[str, list[Moment]] = field(default_factory=lambda: defaultdict(list))
+    speeds: tuple[tuple[int, float], ...] | None = None
+    overlaps: tuple[Overlap, ...] | None = None
+
+    def seconds(self, part: str) -> list[float]:
+        """Of each question: the median of the quietest rounds."""
+        chosen = [moment.seconds for moment in quietest_half(self.moments[part])]
+        return [median(of_question) for of_question in zip(*chosen, strict=True)]
+
+    @property
+    def others(self) -> float:
+        return fmean(m.others for of in self.moments.values() for m in quietest_half(of))
+
+
+class _Disturbed(Protocol):
+    @property
+    def others(self) -> float: ...
+
+
+Some = TypeVar("Some", bound=_Disturbed)
+
+
+def quietest_half(moments: Sequence[Some]) -> list[Some]:
+    """Those in which others used least; of an odd number the one in the middle, too."""
+    return sorted(moments, key=lambda moment: moment.others)[: (len(moments) + 1) // 2]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measurements on one rank; all ranks make the same ones in the same order. ``hosts``: on which
+    equally many of the ``devices`` are, those of a host one after the other."""
+
+    devices: int
+    hosts: int
+    device: MeasuredDevice
+    dtypes: tuple[str, ...] = DTYPES
+
+    @property
+    def per_host(self) -> int:
+        return self.devices // self.hosts
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        return (
+            Part("overheads", self._overheads(), 0.12),
+            Part("products", self._matmuls(), 0.28),
+            Part("convolutions", self._convolutions(), 0.1),
+            Part("attention", self._attentions(), 0.08),
+            Part("passes over memory", self._passes(), 0.17),
+            Part("collectives", [*self._exchanges()], 0.25),
+        )
+
+    # ---- rounds --------------------------------------------------------------------------------
+
+    def measured(self, seconds: float, report: Report, ended: Callable[[], bool]) -> Rounds:
+        """All parts in rounds, until somebody has ``ended`` it; every rank is asked whether."""
+        found, rounds = Rounds(), max(1, min(ROUNDS, round(seconds / LEAST_ROUND_S)))
+        for number in range(rounds):
+            for part in self.parts:
+                if self._one_has(ended()):
+                    return found
+                report(f"round {number + 1} of {rounds}: {part.name}")
+                found.moments[part.name].append(self.ask(part, seconds / rounds))
+        if not self._one_has(ended()):
+            report("devices with and without the others")
+            found.speeds = tuple(self.speeds(ALONE_SHARE * seconds))
+        if not self._one_has(ended()):
+            report("collectives beside products")
+            found.overlaps = tuple(self._overlaps())
+        return found
+
+    def ask(self, part: Part, round_s: float) -> Moment:
+        """For so much of a round as is the part's share."""
+        budget_s = part.share * round_s / max(1, len(part.questions))
+        before, stretched = self.spent(), [self.stretch()]
+        for question in part.questions:
+            question.call()  # after another part, caches are cold; and kernels are to be chosen
+        dist.barrier()
+        times = self._mean(
+            self._often_s(question, budget_s)
+            if question.together
+            # the other ranks are busy meanwhile, with this question or the next
+            else self._steady_s(question, budget_s)
+            for question in part.questions
+        )
+        stretched.append(self.stretch())
+        less = self.usual_stretch / fmean(stretched)
+        return Moment(
+            tuple(
+                time_s * (less if question.together or not self._by_processor else 1.0)
+                for question, time_s in zip(part.questions, times, strict=True)
+            ),
+            self.others(before),
+        )
+
+    @property
+    def _by_processor(self) -> bool:
+        """Whether a process's own time tells what it computes: no device does it, nor threads."""
+        return not self.device.on_gpu and torch.get_num_threads() == 1
+
+    @property
+    def usual_stretch(self) -> float:
+        """What the devices do to each other: more of them than processors take turns."""
+        return max(1.0, self.per_host / cores()) if self._by_processor else 1.0
+
+    def stretch(self) -> float:
+        """Seconds that pass for one that a process computes, while all do."""
+        dist.barrier()
+        if not self._by_processor:
+            return 1.0
+        began_s, spent_s = time.perf_counter(), time.process_time()
+        while (passed_s := time.perf_counter() - began_s) < STRETCH_S:
+            self._reference.call()
+        passed_s, spent_s = self._mean([passed_s, time.process_time() - spent_s])
+        return max(self.usual_stretch, passed_s / spent_s)
+
+    @cached_property
+    def _reference(self) -> Question:
+        m, n, k = self.device.product_sizes(256, 256, 256)
+        return Question(partial(torch.mm, self._random(m, k), self._random(k, n)), _seconds)
+
+    def _one_has(self, ended: bool) -> bool:
+        return self._mean([float(ended)])[0] > 0
+
+    def spent(self) -> tuple[float, float, float]:
+        """Processor seconds of the host, used and in all, as its first rank tells, and of this
+        process."""
+        busy_s, all_s = processor_seconds() if dist.get_rank() % self.per_host == 0 else (0.0, 0.0)
+        return busy_s, all_s, time.process_time()
+
+    def others(self, before: tuple[float, float, float]) -> float:
+        """The share of the processors that other programs have used since."""
+        spent = [now - then for now, then in zip(self.spent(), before, strict=True)]
+        busy_s, all_s, own_s = self._mean(spent)
+        return min(1.0, max(0.0, (busy_s - own_s) / all_s)) if all_s > 0 else 0.0
+
+    # ---- questions -----------------------------------------------------------------------------
+
+    def _overheads(self) -> list[Question]:
+        """A single small call, and a microbatch of each of the sample programs."""
+        device = self.device.torch_device
+        small = torch.ones(16, device=device)
+        communicator = alone()
+        graphs = (sample_graph(SHORT), sample_graph(LONG), sample_graph(LONG, views=True))
+        calls: list[Callable[[], Any]] = [lambda: torch.mul(small, small)]
+        calls += [microbatch(graph, communicator, device) for graph in graphs]
+        return [Question(call, _seconds) for call in calls]
+
+    def _matmuls(self) -> list[Question]:
+        shapes = [(b, *self.device.product_sizes(m, n, k)) for b, m, n, k in MATMULS]
+        return [
+            Question(
+                self._matmuls_of(shape, getattr(torch, dtype)),
+                partial(_product_of_three, dtype, shape),
+            )
+            for dtype in self.dtypes
+            for shape in shapes
+        ]
+
+    def _matmuls_of(self, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], Any]:
+        """As a layer has them forward, for the gradient of its input and for that of its weights:
+        of the two operands one, none, or the other lies transposed."""
+        batch, m, n, k = shape
+        left, right = self._random(batch, m, k, dtype=dtype), self._random(batch, k, n, dtype=dtype)
+        left_t = left.transpose(1, 2).contiguous().transpose(1, 2)
+        right_t = right.transpose(1, 2).contiguous().transpose(1, 2)
+        pairs = [(left, right_t), (left, right), (left_t, right)]
+        if batch == 1:
+            pairs = [(a[0], b[0]) for a, b in pairs]
+
+        def three() -> None:
+            for a, b in pairs:
+                torch.matmul(a, b)
+
+        return three
+
+    def _random(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(*shape, device=self.device.torch_device).to(dtype)
+
+    def _convolutions(self) -> list[Question]:
+        images = MORE_IMAGES_ON_GPU if self.device.on_gpu else 1
+        return [
+            Question(call, partial(Product, "convolution", dtype, shape, 2.0 * math.prod(shape)))
+            for dtype in self.dtypes
+            if dtype != "float64"  # CPUs take their time, and nobody trains with it
+            for one in (replace(of, batch=of.batch * images) for of in CONVOLUTIONS)
+            for call, shape in zip(
+                self._convolution(one, getattr(torch, dtype)), one.products, strict=True
+            )
+        ]
+
+    def _convolution(self, of: Convolution, dtype: torch.dtype) -> list[Callable[[], Any]]:
+        """Forward, gradient of the input, gradient of the weights."""
+        side = of.size * of.stride
+        margin = (of.window - 1) // 2 if of.window != of.stride else 0
+        x = self._random(of.batch, of.channels, side, side, dtype=dtype)
+        weight = self._random(of.out, of.channels // of.groups, of.window, of.window, dtype=dtype)
+        shared = ([of.stride] * 2, [margin] * 2, [1, 1])
+        forward = partial(torch.ops.aten.conv2d, x, weight, None, *shared, of.groups)
+        given = torch.randn_like(forward())
+        backward = partial(
+            torch.ops.aten.convolution_backward,
+            *(given, x, weight, None, *shared, False, [0, 0], of.groups),
+        )
+        return [forward, *(partial(backward, [i == 0, i == 1, False]) for i in range(2))]
+
+    def _attentions(self) -> list[Question]:
+        return [
+            Question(
+                self._attention(shape, getattr(torch, dtype)),
+                partial(
+                    Product,
+                    "attention",
+                    dtype,
+                    shape,
+                    FORWARD_AND_BACKWARD * 4.0 * math.prod(shape),
+                ),
+            )
+            for dtype in self.dtypes
+            for shape in ATTENTIONS
+        ]
+
+    def _attention(self, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Callable[[], Any]:
+        heads, queries, keys, dim = shape
+        q, k, v = (
+            self._random(1, heads, length, dim, dtype=dtype).requires_grad_()
+            for length in (queries, keys, keys)
+        )
+
+        def both() -> None:
+            out = F.scaled_dot_product_attention(q, k, v)
+            torch.autograd.grad(out.sum(), (q, k, v))
+
+        return both
+
+    def _passes(self) -> list[Question]:
+        """The mean of a cheap and two dear elementwise operators, since ``Work`` does not say
+        which it is."""
+        found, sizes = [], self.device.byte_sizes(PASS_BYTES)
+        for dtype in self.dtypes:
+            kind = getattr(torch, dtype)
+            largest = self._random(sizes[-1] // 2 // kind.itemsize, dtype=kind)
+            for size in sizes:
+                rows = largest[: size // 2 // kind.itemsize].view(-1, 64)
+                found.append(Question(partial(_three_passes, rows), partial(_third, dtype, size)))
+        return found
+
+    # ---- collectives ---------------------------------------------------------------------------
+
+    @property
+    def axes(self) -> list[tuple[int, int]]:
+        """(size, stride) of the mesh axes that are measured: in a host pairs, about half and all;
+        one device of each host, and of pairs of hosts; all devices."""
+        found = [(size, 1) for size in _some_divisors(self.per_host)]
+        found += [(size, self.per_host) for size in _some_divisors(self.hosts)]
+        return list(dict.fromkeys([*found, *[(self.devices, 1)] * (self.devices > 1)]))
+
+    def _exchanges(self) -> Iterator[Question]:
+        sizes = self.device.byte_sizes(EXCHANGE_BYTES)
+        for size, stride in self.axes:
+            communicator, axis = self._over(size, stride)
+            for kind in (*MOVES, "send"):
+                for count in sizes:
+                    yield Question(
+                        self._exchange(kind, communicator, axis, count),
+                        partial(Exchange, kind, size, count, stride=stride),
+                        together=True,
+                    )
+
+    def _over(self, size: int, stride: int) -> tuple[Communicator, int]:
+        """A mesh of all devices with such an axis, and which it is."""
+        axes = (("outer", self.devices // size // stride), ("group", size), ("inner", stride))
+        mesh = Mesh(tuple((name, n) for name, n in axes if n > 1))
+        return connect(mesh, self.device.kind), mesh.names.index("group")
+
+    def _exchange(
+        self, kind: str, communicator: Communicator, axis: int, size_bytes: int
+    ) -> Callable[[], Any]:
+        """As lowered programs call them, for tensors with a gradient."""
+        ranks = communicator.mesh.sizes[axis]
+        rows = max(1, size_bytes // 4 // ranks**2) * ranks
+        whole = self._random(rows, ranks)  # float32, both dims are multiples of the group
+        if kind == "send":
+            return partial(_pass_on, whole, communicator.groups[communicator.mesh.names[axis]])
+        held = whole[: rows // ranks] if kind == "all_gather" else whole
+        source, target = MOVES[kind]
+        return partial(communicator.move, held.clone().requires_grad_(), Step(axis, source, target))
+
+    def _overlaps(self) -> Iterator[Overlap]:
+        """An all-reduce over all devices beside products that take about as long."""
+        if self.devices == 1:
+            return
+        product = self._reference
+        for size in self.device.byte_sizes(OVERLAP_BYTES):
+            whole = self._random(size // 4)
+            begin = partial(dist.all_reduce, whole, async_op=True)
+            both: list[tuple[float, float, float]] = []
+            for _ in range(OVERLAP_ROUNDS):
+                (one_s,) = self._mean([self._repeated_s(product, 4)])
+                (exchange_s,) = self._mean([self._repeated_s(_waited(begin), 2)])
+                calls = max(1, round(exchange_s / one_s))
+                (product_s,) = self._mean([self._repeated_s(product, calls)])
+                beside = Question(partial(_beside, begin, product.call, calls), _seconds)
+                (together_s,) = self._mean([self._repeated_s(beside, 1)])
+                both.append((calls * product_s, exchange_s, together_s))
+            middle = sorted(both, key=lambda times: times[2] / max(times[:2]))[len(both) // 2]
+            yield Overlap("all_reduce", size, *middle)
+
+    # ---- time ----------------------------------------------------------------------------------
+
+    def speeds(self, budget_s: float) -> list[tuple[int, float]]:
+        """How many times as fast one rank, and each of half of them, is when the others wait."""
+        found: list[tuple[int, float]] = []
+        for few in sorted({1, self.devices // 2} - {0, self.devices}, reverse=True):
+            # fewer are no slower, and do not do more together than all
+            least, most = found[0][1] if found else 1.0, self.devices / few
+            found.insert(0, (few, min(max(least, self._speed(few, budget_s)), most)))
+        return found
+
+    def _speed(self, few: int, budget_s: float) -> float:
+        questions = [self._reference, Question(self._large_pass(), _seconds)]
+        ratios = []
+        for question in questions * ALONE_ROUNDS:
+            dist.barrier()
+            (together_s,) = self._mean([self._passing_s(question, budget_s)])
+            mine_s = self._passing_s(question, budget_s) if dist.get_rank() < few else 0.0
+            ratios.append(together_s / (self._mean([mine_s])[0] * self.devices / few))
+        return median(ratios)
+
+    def _passing_s(self, question: Question, budget_s: float) -> float:
+        """Of a call, as it passes for this process."""
+        began_s, calls = time.perf_counter(), 0
+        while (passed_s := time.perf_counter() - began_s) < budget_s or calls == 0:
+            question.call()
+            self.device.synchronize()
+            calls += 1
+        return passed_s / calls
+
+    def _large_pass(self) -> Callable[[], Any]:
+        return partial(torch.mul, self._random(self.device.byte_sizes(PASS_BYTES)[3] // 8), 2.0)
+
+    def _often_s(self, question: Question, budget_s: float) -> float:
+        """All ranks call a collective equally often."""
+        (once_s,) = self._mean([self._repeated_s(question, 1)])
+        return self._repeated_s(question, min(MOST_CALLS, max(2, int(budget_s / once_s))))
+
+    def _repeated_s(self, question: Question, calls: int) -> float:
+        self.device.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            question.call()
+        self.device.synchronize()
+        return (time.perf_counter() - start) / calls
+
+    def _steady_s(self, question: Question, budget_s: float) -> float:
+        """While the other ranks do the same: for as long, however often. On a CPU the seconds that
+        it computes, times what devices wait for each other."""
+        start, spent_s, calls = time.perf_counter(), time.process_time(), 0
+        while (elapsed := time.perf_counter() - start) < budget_s or calls == 0:
+            batch = max(1, calls // 4)
+            for _ in range(batch):
+                question.call()
+            calls += batch
+            self.device.synchronize()
+        if self._by_processor:
+            return (time.process_time() - spent_s) * self.usual_stretch / calls
+        return elapsed / calls
+
+    def _mean(self, seconds: Iterable[float]) -> list[float]:
+        total = torch.tensor([*seconds], dtype=torch.float64, device=self.device.torch_device)
+        dist.all_reduce(total)
+        return [float(value) for value in total / self.devices]
+
+
+MOST_CALLS = 1000
+MORE_IMAGES_ON_GPU = 16
+OVERLAP_ROUNDS = 3
+
+
+def profile_of(bench: Bench, rounds: Rounds, machine: str) -> Profile | None:
+    """What the rounds say; ``None`` if it is too little to price anything."""
+    asked = [part for part in bench.parts if rounds.moments[part.name]]
+    names = {part.name for part in asked}
+    if not names >= {"overheads", "products", "passes over memory"}:
+        return None
+    answers = [
+        question.answer(seconds)
+        for part in asked
+        for question, seconds in zip(part.questions, rounds.seconds(part.name), strict=True)
+    ]
+    call_s, *of_programs = (a for a in answers if isinstance(a, float))
+    programs = Programs(*of_programs)
+    left_out = [part.name for part in bench.parts if part.name not in names]
+    left_out += ["devices with and without the others"] * (rounds.speeds is None)
+    left_out += ["collectives beside products"] * (rounds.overlaps is None)
+    return Profile(
+        machine=machine,
+        device=bench.device.name,
+        devices=bench.devices,
+        memory_bytes=bench.device.memory_bytes(bench.per_host),
+        software=software(bench.device.backend),
+        date=datetime.now(UTC).date().isoformat(),
+        # no operator is quicker than the cheapest call; noise may say so of the rest
+        operator_s=max(programs.operator_s, call_s),
+        call_s=call_s,
+        products=tuple(a for a in answers if isinstance(a, Product)),
+        passes=tuple(a for a in answers if isinstance(a, Pass)),
+        exchanges=tuple(a for a in answers if isinstance(a, Exchange)),
+        view_s=max(programs.view_s, LEAST_S),
+        pass_s=max(programs.pass_s, LEAST_S),
+        speeds=rounds.speeds or (),
+        hosts=bench.hosts,
+        overlaps=rounds.overlaps or (),
+        others=round(rounds.others, 3),
+        left_out=tuple(left_out),
+    )
+
+
+def _seconds(seconds: float) -> float:
+    return seconds
+
+
+def _three_passes(rows: torch.Tensor) -> None:
+    torch.mul(rows, 2.0)
+    F.gelu(rows)
+    F.layer_norm(rows, (rows.shape[1],))
+
+
+def _product_of_three(dtype: str, shape: tuple[int, ...], seconds: float) -> Product:
+    return Product("matmul", dtype, shape, 2.0 * math.prod(shape), seconds / 3)
+
+
+def _third(dtype: str, size_bytes: int, seconds: float) -> Pass:
+    return Pass(dtype, size_bytes, seconds / 3)
+
+
+def _some_divisors(count: int) -> list[int]:
+    """2, about half, and all.
+
+    >>> _some_divisors(1), _some_divisors(2), _some_divisors(8), _some_divisors(6)
+    ([], [2], [2, 4, 8], [2, 3, 6])
+    """
+    divisors = [d for d in range(2, count + 1) if count % d == 0]
+    middle = [d for d in divisors if 2 < d < count]
+    return sorted({*divisors[:1], *middle[-1:], *divisors[-1:]})
+
+
+def _waited(begin: Callable[[], Any]) -> Question:
+    return Question(lambda: begin().wait(), _seconds)
+
+
+def _beside(begin: Callable[[], Any], product: Callable[[], Any], calls: int) -> None:
+    work = begin()
+    for _ in range(calls):
+        product()
+    work.wait()
+
+
+def _pass_on(tensor: torch.Tensor, group: Any) -> None:
+    """Every rank sends to the next of its group and receives from the one before."""
+    ranks = dist.get_process_group_ranks(group)
+    here = ranks.index(dist.get_rank())
+    operations = [
+        dist.P2POp(dist.isend, tensor, ranks[(here + 1) % len(ranks)], group),
+        dist.P2POp(dist.irecv, torch.empty_like(tensor), ranks[here - 1], group),
+    ]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+
+
+__all__ = ["Bench", "Moment", "Part", "Question", "Report", "Rounds", "profile_of"]
