@@ -7,10 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from autopar.ir.graph import OperatorGraph
 from autopar.ir.rule import BoundRule, Split
-from autopar.ir.sharding import Mesh
 from autopar.ir.simulation import HOLDERS, WORLD, Estimate, PromisedCollective
 from autopar.ir.strategy import Stage, Strategy
-from autopar.simulator.costs import within_units, work
+from autopar.simulator.costs import Costs, within_units, work
 from autopar.simulator.edges import Rules, carries_gradient
 from cost_models.analytical import members_in_unit
 from cost_models.interface import CostModel, Work, host_time_of, units_of
@@ -87,6 +86,7 @@ def computed(
     """Seconds of one microbatch on one device of each stage, those of what is run again, too."""
     found = Spent(float)
     known: dict[object, tuple[Spent, Spent]] = {}
+    costs = {stage.mesh: Costs(cost_model, stage.mesh) for stage in strategy.stages}
     again, host = frozenset(strategy.recompute), host_time_of(cost_model)
     for operator in graph.operators:
         bound, split = rules[operator.name], strategy.splits[operator.name]
@@ -99,7 +99,7 @@ def computed(
             wanted = (False,) * len(wanted)
         key = (id(bound), split, mesh, wanted)
         if key not in known:
-            known[key] = _operator(bound, split, mesh, wanted, cost_model)
+            known[key] = _operator(bound, split, wanted, costs[mesh])
         forward, backward = known[key]
         _add(found, forward, 2.0 if operator.name in again else 1.0)
         _add(found, backward)
@@ -108,10 +108,16 @@ def computed(
 
 
 def _operator(
-    bound: BoundRule, split: Split, mesh: Mesh, wanted: tuple[bool, ...], cost_model: CostModel
+    bound: BoundRule, split: Split, wanted: tuple[bool, ...], costs: Costs
 ) -> tuple[Spent, Spent]:
-    forward, backward = work(bound, split, mesh, wanted)
-    return _works(forward, cost_model), _works(backward, cost_model)
+    """Forward and backward; what is not the work of its kernels is waiting for their launches."""
+    works = work(bound, split, costs.mesh, wanted)
+    forward, backward = (_works(of, costs.cost_model) for of in works)
+    for found, time_s in zip(
+        (forward, backward), costs.operator_s(bound, split, wanted), strict=True
+    ):
+        found["launches"] += max(0.0, time_s - sum(found.values()))
+    return forward, backward
 
 
 def _works(works: Iterable[Work], cost_model: CostModel) -> Spent:
