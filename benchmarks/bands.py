@@ -63,12 +63,14 @@ MEASURED = Path(__file__).with_name("measured")
 @dataclass(frozen=True)
 class Residual:
     """``error``: the logarithm of measured / predicted. ``shares``: of the step, by kind.
+    ``device``: the name of one.
     ``alike``: the same for runs among which a plan is chosen: of one model, batch and machine."""
 
     source: str
     alike: str
     error: float
     shares: dict[str, float]
+    device: str = ""
 
 
 @dataclass(frozen=True)
@@ -225,8 +227,13 @@ def widths(
         _short(level(memory, coverage)) if memory else max(kinds.values()),
         len(residuals),
         len(memory),
+        devices(residuals),
         sources,
     )
+
+
+def devices(residuals: Sequence[Residual]) -> tuple[str, ...]:
+    return tuple(sorted({one.device for one in residuals}))
 
 
 def level(residuals: Sequence[Residual], coverage: float) -> float:
@@ -261,6 +268,7 @@ def measured_widths(
         _short(level(memory, coverage)),
         len(residuals),
         len(memory),
+        devices(residuals),
         tuple(sources),
     )
 
@@ -281,7 +289,8 @@ def residuals_of(compared: Iterable[Compared]) -> list[Residual]:
         if run.step_s is not None and one.band is not None:
             shares = {doubt.kind: doubt.time_s / one.step_s for doubt in one.band.doubts}
             alike = repr((run.machine, run.model, run.batch))
-            found.append(Residual(run.source, alike, math.log(run.step_s / one.step_s), shares))
+            error, device = math.log(run.step_s / one.step_s), run.machine.split("x", 2)[-1]
+            found.append(Residual(run.source, alike, error, shares, device))
     return found
 
 
@@ -299,7 +308,7 @@ def memory_residuals_of(compared: Iterable[Compared]) -> list[Residual]:
     return found
 
 
-LOCAL_COLUMNS = ("model", "predicted_step_s", "measured_step_s")
+LOCAL_COLUMNS = ("model", "machine", "predicted_step_s", "measured_step_s")
 LOCAL_MEMORY = ("predicted_peak_bytes", "measured_peak_bytes")
 
 
@@ -319,7 +328,7 @@ def local_residuals(folder: Path) -> tuple[list[Residual], list[Residual]]:
 
 def _local(row: dict[str, str], predicted: str, measured: str) -> Residual:
     error = math.log(float(row[measured]) / float(row[predicted]))
-    return Residual(row["model"], row["model"], error, {})
+    return Residual(row["model"], row["model"], error, {}, row["machine"])
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -352,9 +361,9 @@ def text(bands: Bands) -> str:
     lines = []
     for name, found in bands.machines.items():
         lines += [
-            f"{name}: {found.rows} runs; memory of {found.memory_rows} may be off by "
-            f"{math.expm1(found.memory):.1%}, differences of alike runs by "
-            f"{math.expm1(found.own):.1%} beside their kinds",
+            f"{name}: {found.rows} runs on {', '.join(found.devices)}",
+            f"  memory, by {found.memory_rows} runs     {math.expm1(found.memory):6.1%}",
+            f"  differences of alike runs   {math.expm1(found.own):6.1%} beside their kinds",
             *(f"  {what:28} {_width_text(found, kind)}" for kind, what in KINDS.items()),
             f"  in bands of other sources ({bands.coverage:.0%} should be):",
             *(

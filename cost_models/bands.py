@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from cost_models.analytical import Analytical
 from cost_models.interface import CostModel
 from cost_models.profiled import Profiled
 
@@ -60,9 +61,10 @@ class Told:
 class Widths:
     """Of predictions for machines that are known in one way.
 
-    ``kinds``: by how much the logarithm of a kind's price may be off, either way; those that no run
-    told anything of are left out. ``own``: by how much the difference of two plans of one model and
-    machine may be off beside what their kinds explain. ``memory``: the logarithm of peak memory.
+    ``devices``: those that runs were on. ``kinds``: by how much the logarithm of a kind's price may
+    be off, either way; those that no run told anything of are left out. ``own``: by how much the
+    difference of two plans of one model and machine may be off beside what their kinds explain.
+    ``memory``: the logarithm of peak memory.
     """
 
     kinds: Mapping[str, float]
@@ -70,6 +72,7 @@ class Widths:
     memory: float
     rows: int
     memory_rows: int
+    devices: tuple[str, ...] = ()
     sources: tuple[Told, ...] = ()
 
     def of(self, kind: str) -> float:
@@ -133,6 +136,7 @@ def _widths(data: Mapping[str, Any]) -> Widths:
         float(data["memory"]),
         int(data["rows"]),
         int(data["memory_rows"]),
+        tuple(map(str, data["devices"])),
         tuple(Told(**source) for source in data["sources"]),
     )
 
@@ -144,6 +148,17 @@ def read_bands(path: Path = FILE) -> Bands:
         raise BandsError(f"cannot read the widths {path}: {error.strerror}") from error
     except ValueError as error:
         raise BandsError(f"{path}: {error}") from error
+
+
+def device_of(cost_model: CostModel) -> str:
+    """What a machine is made of, by the name that its description gives it."""
+    match cost_model:
+        case Analytical():
+            return cost_model.topology.device.name
+        case Profiled():
+            return cost_model.profile.device
+        case _:
+            return type(cost_model).__name__
 
 
 @lru_cache(maxsize=1)

@@ -13,7 +13,7 @@ from cost_models.bands import KINDS
 class LargestDoubt:
     """``share``: of the width of the band (of its square, which adds up). ``time_s``: of the step.
     ``off_s``: by so much its price alone may make the step longer. ``told``: some run said so.
-    ``remedy``: what would measure it."""
+    ``remedy``: what would measure it. ``elsewhere``: as of the band."""
 
     kind: str
     what: str
@@ -22,25 +22,16 @@ class LargestDoubt:
     off_s: float
     told: bool
     remedy: str
+    elsewhere: str
 
 
-ONE_DEVICE = "`autopar profile --devices 1` on one of these devices"
-ONE_HOST = "`autopar profile` on one of these hosts"
-ALL_HOSTS = "`autopar profile` under torchrun on all hosts"
-A_STEP = "a measured step: `autopar calibrate --from-run`"
+THE_HOST = "`autopar profile -o FILE` on this machine, for --topology FILE"
+ONE_HOST = "`autopar profile` on one of its hosts"
+ALL_HOSTS = "`torchrun ... -m autopar profile -o FILE` on all its hosts, for --topology FILE"
+A_STEP = "a step: `autopar run PLAN --json > RUN`, then `autopar calibrate --from-run RUN -o FILE`"
 
-REMEDIES = {
-    "products": ONE_DEVICE,
-    "attention": ONE_DEVICE,
-    "memory": ONE_DEVICE,
-    "launches": ONE_DEVICE,
-    "optimizer": ONE_DEVICE,
-    "inside": ONE_HOST,
-    "between": ALL_HOSTS,
-    "transfers": ALL_HOSTS,
-}
-"""What measures a price. Of a machine that was measured, and of what is no price, only a step tells
-more."""
+BEYOND_A_HOST = ("between", "transfers", "idle")
+"""Kinds that no host by itself can tell of."""
 
 
 def largest_doubt(plan: Plan) -> LargestDoubt | None:
@@ -49,7 +40,6 @@ def largest_doubt(plan: Plan) -> LargestDoubt | None:
     if band is None or not band.doubts:
         return None
     most = band.doubts[0]
-    measured = "profiled" in plan.topology
     return LargestDoubt(
         kind=most.kind,
         what=KINDS.get(most.kind, most.kind),
@@ -57,8 +47,18 @@ def largest_doubt(plan: Plan) -> LargestDoubt | None:
         time_s=most.time_s,
         off_s=most.relative * plan.estimate.step_time_s,
         told=most.told,
-        remedy=A_STEP if measured else REMEDIES.get(most.kind, A_STEP),
+        remedy=_remedy(plan, most.kind),
+        elsewhere=band.elsewhere,
     )
+
+
+def _remedy(plan: Plan, kind: str) -> str:
+    """A machine that was measured is known better by a step only."""
+    if "profiled" in plan.topology:
+        return A_STEP
+    if len(plan.topology.get("analytical", {}).get("tiers", ())) == 1:
+        return THE_HOST
+    return ALL_HOSTS if kind in BEYOND_A_HOST else ONE_HOST
 
 
 def doubt_text(found: LargestDoubt) -> list[str]:
@@ -68,5 +68,9 @@ def doubt_text(found: LargestDoubt) -> list[str]:
         f"largest doubt: {found.what}, {time_text(found.time_s)} of the step, which may be longer "
         f"by {time_text(found.off_s)} for it alone "
         f"({share_text(found.share, 1)} of the band{told})",
+        *(
+            [f"  no run on {found.elsewhere} is known; bands are those of other devices"]
+            * bool(found.elsewhere)
+        ),
         f"  what would tell: {found.remedy}",
     ]

@@ -220,8 +220,21 @@ def _ties(plan: Plan) -> list[str]:
     return [
         "ties, as far as is known; what they have otherwise:",
         table(columns, rows, right=range(1, len(columns))),
+        *_left_out(plan),
         "",
     ]
+
+
+def _left_out(plan: Plan) -> list[str]:
+    """Meshes that were not searched, since a bound was above the best, but not by more than two
+    plans may differ without our knowing."""
+    band = plan.estimate.band
+    if band is None:
+        return []
+    limit_s = plan.estimate.step_time_s * math.exp(band.own)
+    tried = (t for t in plan.search.trials if t.outcome == "bounded")
+    count = sum(trial.lower_bound_s <= limit_s for trial in tried)
+    return [f"  not searched, and their bounds do not exclude a tie: {count}"] if count else []
 
 
 def _fits(trial: TrialSummary, search: SearchSummary) -> bool:
@@ -356,8 +369,8 @@ def _proposed(plan: Plan) -> list[str]:
 # Parts of it that other commands print
 
 
-def search(found: SearchSummary) -> str:
-    """Every trial, in the order in which they were made."""
+def search(found: SearchSummary, best: Estimate | None = None) -> str:
+    """Every trial, in the order in which they were made, and what the best may take."""
     rows = [
         [
             trial.name,
@@ -375,6 +388,7 @@ def search(found: SearchSummary) -> str:
         [
             f"{len(rows)} trials of {found.searcher} in {time_text(found.search_time_s)}, "
             f"{found.stop_reason}, gap {found.gap:.2%}",
+            *([] if best is None else [f"the best: step {step_text(best)}, {peak_text(best)}"]),
             table(columns, rows),
         ]
     )

@@ -117,7 +117,8 @@ class Doubt:
 class Band:
     """Between which times, and bytes at the peak, measurements are expected: the share ``coverage``
     of them. ``doubts``: what makes it wide, most first. ``own``: what the logarithms of two plans'
-    steps may differ by beside what is in their doubts. ``learnt``: the date of the widths.
+    steps may differ by beside what is in their doubts. ``learnt``: the date of the widths;
+    ``elsewhere``: the name of the device, if no run on such a one told of them.
     """
 
     low_s: float
@@ -127,6 +128,7 @@ class Band:
     coverage: float
     own: float
     learnt: str
+    elsewhere: str
     doubts: tuple[Doubt, ...] = field(repr=False)
 
 

@@ -15,7 +15,7 @@ from autopar.ir.simulation import Band, Doubt, Estimate, PromisedCollective
 from autopar.ir.strategy import Strategy
 from autopar.simulator.edges import Rules
 from autopar.simulator.shares import Seconds, seconds_by_kind
-from cost_models.bands import Bands, known_bands
+from cost_models.bands import Bands, device_of, known_bands
 from cost_models.interface import CostModel
 
 
@@ -38,6 +38,7 @@ def with_band(
     """``spent``: the seconds of the step by kind."""
     bands = known_bands() if bands is None else bands
     widths, step_s = bands.of(cost_model), estimate.step_time_s
+    device = device_of(cost_model)
     if step_s <= 0:
         return estimate
     doubts = [
@@ -56,6 +57,7 @@ def with_band(
             coverage=bands.coverage,
             own=widths.own,
             learnt=bands.date,
+            elsewhere="" if device in widths.devices else device,
             doubts=tuple(sorted(doubts, key=lambda doubt: -doubt.relative)),
         ),
     )

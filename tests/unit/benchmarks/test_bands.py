@@ -89,8 +89,8 @@ def test_the_command_learns_from_tables_and_writes_what_is_read(
     local.mkdir()
     table.write_text("\n".join([",".join(ROW), *(",".join(row.values()) for row in rows)]) + "\n")
     (local / "plans.csv").write_text(
-        "# how it was made\nmodel,predicted_step_s,measured_step_s,predicted_peak_bytes,"
-        "measured_peak_bytes\ngpt,1,1.1,100,100\nunet,2,1.9,100,101\n"
+        "# how it was made\nmodel,machine,predicted_step_s,measured_step_s,"
+        "predicted_peak_bytes,measured_peak_bytes\ngpt,cpu,1,1.1,100,100\nunet,cpu,2,1.9,100,101\n"
     )
     (local / "others.csv").write_text("a,b\n1,2\n")
     arguments = ["bands", str(table), "--measured", str(local), "-o", str(out)]
@@ -99,6 +99,7 @@ def test_the_command_learns_from_tables_and_writes_what_is_read(
     found = read_bands(out)
     sheet, local_widths = found.machines[DATASHEET], found.machines[PROFILED]
     assert [told.source for told in sheet.sources] == ["a", "b"]
+    assert (sheet.devices, local_widths.devices) == (("a100-sxm-80gb",), ("cpu",))
     assert (sheet.rows, local_widths.rows, local_widths.memory_rows) == (4, 2, 2)
     assert local_widths.of("products") < sheet.of("products")
     assert local_widths.memory == pytest.approx(math.log(1.01), rel=0.01)

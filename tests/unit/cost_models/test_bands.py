@@ -24,7 +24,9 @@ from cost_models.bands import (
 )
 from cost_models.profiled import Pass, Product, Profile, Profiled
 
-SOME = Widths({"products": 0.1, "between": 0.4}, 0.05, 0.2, 10, 3, (Told("them", 10, None),))
+SOME = Widths(
+    {"products": 0.1, "between": 0.4}, 0.05, 0.2, 10, 3, ("it",), (Told("them", 10, None),)
+)
 BANDS = Bands(0.8, "2026-11-26", "autopar", {DATASHEET: SOME, PROFILED: SOME})
 
 
@@ -52,7 +54,7 @@ def test_the_file_that_comes_with_autopar_covers_most_runs_and_knows_products() 
     bands = known_bands()
     assert 0.5 < bands.coverage < 1
     for widths in bands.machines.values():
-        assert widths.rows > 0 and widths.sources
+        assert widths.rows > 0 and widths.sources and widths.devices
         assert "products" in widths.kinds
         assert all(widths.of(kind) > 0 for kind in KINDS)
 

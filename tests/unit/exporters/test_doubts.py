@@ -9,7 +9,7 @@ import pytest
 
 from autopar import api
 from autopar.exporters import EXPORTERS, stages, text
-from autopar.exporters.doubts import REMEDIES, largest_doubt
+from autopar.exporters.doubts import BEYOND_A_HOST, largest_doubt
 from autopar.exporters.units import peak_text, step_text
 from autopar.ir.measurement import Measurement
 from autopar.ir.plan import Plan, plan_from_json, plan_to_json
@@ -18,6 +18,7 @@ from autopar.ops import bound_rules
 from autopar.simulator.bands import with_band
 from cost_models import cost_model
 from cost_models.bands import DATASHEET, KINDS, PROFILED, Bands, Widths
+from cost_models.saved import cost_model_to_json
 from tests.helpers import fake_plans
 
 WIDTHS = Widths({"products": 0.1, "between": 0.4}, 0.02, 0.1, 9, 9)
@@ -79,7 +80,7 @@ def test_the_explanation_names_the_largest_doubt_and_what_would_tell() -> None:
     said = text.explain(found, bound_rules(found.graph))
     assert "largest doubt: collectives between hosts, 13.2 us of the step" in said
     assert "may be longer by 5.26 us for it alone (75% of the band)" in said
-    assert "what would tell: `autopar profile` under torchrun on all hosts" in said
+    assert "what would tell: `torchrun ... -m autopar profile -o FILE` on all its hosts" in said
     data = json.loads(EXPORTERS["json"](found, bound_rules(found.graph)))
     assert data["largest_doubt"]["kind"] == "between"
     assert data["largest_doubt"]["share"] == pytest.approx(0.12**2 / (0.12**2 + 0.07**2))
@@ -92,13 +93,46 @@ def test_a_kind_that_no_run_tells_of_is_said() -> None:
     assert "fused attention" in said and "no run that is known tells more" in said
 
 
+@pytest.mark.parametrize(
+    ("machine", "kind", "remedy"),
+    [
+        ("2x4xa100-sxm-80gb", "products", "`autopar profile` on one of its hosts"),
+        ("2x4xa100-sxm-80gb", "between", "`torchrun ... -m autopar profile -o FILE` on all"),
+        ("1x8xa100-sxm-80gb", "inside", "`autopar profile -o FILE` on this machine"),
+    ],
+)
+def test_what_would_tell_is_what_can_measure_it(machine: str, kind: str, remedy: str) -> None:
+    topology = cost_model_to_json(cost_model(machine))
+    doubt = largest_doubt(replace(plan(**{kind: 1.0}), topology=topology))
+    assert doubt is not None and remedy in doubt.remedy
+    assert set(BEYOND_A_HOST) < set(KINDS)
+
+
 def test_of_a_machine_that_was_measured_only_a_step_tells_more() -> None:
     found = plan(products=1.0)
-    measured = replace(found, topology={**found.topology, "profiled": {}})
-    for of, remedy in ((found, REMEDIES["products"]), (measured, "calibrate --from-run")):
-        doubt = largest_doubt(of)
-        assert doubt is not None and remedy in doubt.remedy
-    assert set(REMEDIES) < set(KINDS)
+    doubt = largest_doubt(replace(found, topology={**found.topology, "profiled": {}}))
+    assert doubt is not None and "`autopar calibrate --from-run RUN -o FILE`" in doubt.remedy
+
+
+def test_a_device_that_no_run_was_on_is_named() -> None:
+    found = plan(products=1.0)
+    said = text.explain(found, bound_rules(found.graph))
+    assert "no run on a100-sxm-80gb is known; bands are those of other devices" in said
+    there = Bands(0.8, "", "", {DATASHEET: replace(WIDTHS, devices=("a100-sxm-80gb",))})
+    spent = {"products": found.estimate.step_time_s}
+    known = replace(found, estimate=with_band(found.estimate, spent, HOSTS, there))
+    assert "no run on" not in text.explain(known, bound_rules(found.graph))
+
+
+def test_meshes_whose_bounds_do_not_exclude_a_tie_are_counted() -> None:
+    found = tied()
+    step_s = found.estimate.step_time_s
+    trials = tuple(
+        replace(trial, outcome="bounded", lower_bound_s=step_s * more)
+        for trial, more in zip(found.search.trials, (1.0, 1.01, 1.03, 2.0, 3.0), strict=True)
+    )
+    said = text.summary(replace(found, search=replace(found.search, trials=trials)))
+    assert "not searched, and their bounds do not exclude a tie: 2" in said
 
 
 def test_plans_without_bands_and_ties_are_read_and_shown_as_before() -> None:
