@@ -41,8 +41,8 @@ def test_the_deviations_of_a_made_up_world_are_found() -> None:
 
 def test_bands_hold_as_many_runs_of_new_sources_as_they_say() -> None:
     new, inside, of_others = Table.of(world(100)), [], []
-    for seed in range(4):
-        learnt = widths(world(seed, sources=10), [])
+    for seed in range(3):
+        learnt = widths(world(seed, sources=8), [])
         by_kind = np.array([learnt.kinds.get(kind, 0.0) ** 2 for kind in KINDS])
         inside.append((np.abs(new.errors) <= bands.half_widths(new, by_kind)).mean())
         of_others += [told.covered for told in learnt.sources if told.covered is not None]
