@@ -28,9 +28,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar import __version__
-from benchmarks.runs import Compared, validate
+from benchmarks.runs import Compared, Row, validate
 from benchmarks.validate import read
 from cost_models.bands import (
+    CORRECTED,
     DATASHEET,
     KINDS,
     PROFILED,
@@ -162,13 +163,21 @@ def quantile(values: Numbers, weights: Numbers, share: float) -> float:
     return float(values[order][np.argmax(reached)])
 
 
-def covered(of: Table, source: str, coverage: float) -> float | None:
-    """Of the runs of a source, the share in bands that know nothing of it."""
+def told_by(of: Table, source: str, coverage: float) -> Told:
+    """How many of the runs of a source, and of their differences, are in bands that know nothing of
+    it."""
     others, own = of.without(source), of.only(source)
     if not others.sources:
-        return None
+        return Told(source, len(own.sources), None)
     by_kind = variances(others) * stretch(others, coverage) ** 2
-    return float((np.abs(own.errors) <= half_widths(own, by_kind)).mean())
+    missing, width = missing_squares(own, by_kind), own_width(others, by_kind, coverage)
+    return Told(
+        source,
+        len(own.sources),
+        float((np.abs(own.errors) <= half_widths(own, by_kind)).mean()),
+        len(missing),
+        float((missing <= width**2).mean()) if len(missing) else None,
+    )
 
 
 def own_width(of: Table, by_kind: Numbers, coverage: float) -> float:
@@ -217,10 +226,7 @@ def widths(
         for kind, of_kind in zip(KINDS, by_kind.tolist(), strict=True)
         if kind in known
     }
-    sources = tuple(
-        Told(source, table.sources.count(source), covered(table, source, coverage))
-        for source in dict.fromkeys(table.sources)
-    )
+    sources = tuple(told_by(table, source, coverage) for source in dict.fromkeys(table.sources))
     return Widths(
         kinds,
         _short(own_width(table, by_kind, coverage)),
@@ -249,9 +255,9 @@ def measured_widths(
     typical: Sequence[Residual],
     coverage: float = COVERAGE,
 ) -> Widths:
-    """Of machines that were measured. Their tables do not say what steps consist of, so all kinds
-    have one width, with which a step of shares as those of the ``typical`` runs has the band that
-    holds so many of the residuals."""
+    """Of machines that were measured, or corrected after that. Their tables do not say what steps
+    consist of, so all kinds have one width, with which a step of shares as those of the ``typical``
+    runs has the band that holds so many of the residuals."""
     concentrated = float(np.median(half_widths(Table.of(typical), np.ones(len(KINDS)))))
     width = _short(level(residuals, coverage) / concentrated)
     pairs = own_width(Table.of(residuals), np.zeros(len(KINDS)), coverage)
@@ -308,22 +314,23 @@ def memory_residuals_of(compared: Iterable[Compared]) -> list[Residual]:
     return found
 
 
-LOCAL_COLUMNS = ("model", "machine", "predicted_step_s", "measured_step_s")
-LOCAL_MEMORY = ("predicted_peak_bytes", "measured_peak_bytes")
+LOCAL_COLUMNS = (
+    *("model", "machine", "predicted_step_s", "measured_step_s"),
+    *("predicted_peak_bytes", "measured_peak_bytes"),
+)
+CORRECTED_STEP = "corrected_step_s"
+"""In tables that have it, predicted by a profile that the runs with 1 in ``corrects`` corrected."""
 
 
-def local_residuals(folder: Path) -> tuple[list[Residual], list[Residual]]:
-    """Of steps and of memory, from the tables that have plans predicted by ``autopar profile``."""
-    steps, memory = [], []
+def local_rows(folder: Path) -> list[Row]:
+    """Of the tables that have plans predicted by ``autopar profile``."""
+    found: list[Row] = []
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="") as file:
             rows = csv.DictReader(line for line in file if not line.startswith("#"))
-            columns = rows.fieldnames or ()
-            for row in rows if set(LOCAL_COLUMNS) <= set(columns) else ():
-                steps.append(_local(row, "predicted_step_s", "measured_step_s"))
-                if set(LOCAL_MEMORY) <= set(columns):
-                    memory.append(_local(row, *LOCAL_MEMORY))
-    return steps, memory
+            if set(LOCAL_COLUMNS) <= set(rows.fieldnames or ()):
+                found += rows
+    return found
 
 
 def _local(row: dict[str, str], predicted: str, measured: str) -> Residual:
@@ -340,16 +347,23 @@ def learn(compared: Sequence[Compared], measured: Path, date: str) -> Bands:
         SystemExit: there is nothing to learn from.
     """
     steps, memory = residuals_of(compared), memory_residuals_of(compared)
-    local, local_memory = local_residuals(measured)
+    rows = local_rows(measured)
+    local = [_local(row, "predicted_step_s", "measured_step_s") for row in rows]
+    local_memory = [_local(row, "predicted_peak_bytes", "measured_peak_bytes") for row in rows]
+    corrected = [
+        _local(row, CORRECTED_STEP, "measured_step_s") for row in rows if row.get("corrects") == "0"
+    ]
     if not steps:
         raise SystemExit("no row has a measured step that is predicted; give other tables")
-    if not local or not local_memory:
-        raise SystemExit(f"{measured} has no table with {', '.join(LOCAL_COLUMNS + LOCAL_MEMORY)}")
+    if not local:
+        raise SystemExit(f"{measured} has no table with {', '.join(LOCAL_COLUMNS)}")
     datasheet = widths(steps, memory)
     machines = {
         DATASHEET: datasheet,
         PROFILED: measured_widths(local, local_memory, steps),
     }
+    if corrected:
+        machines[CORRECTED] = measured_widths(corrected, local_memory, steps)
     measured_alone = {"measured": _short(level(local, COVERAGE))}  # as a price of its own
     machines = {
         name: replace(of, kinds={**of.kinds, **measured_alone}) for name, of in machines.items()
@@ -365,9 +379,10 @@ def text(bands: Bands) -> str:
             f"  memory, by {found.memory_rows} runs     {math.expm1(found.memory):6.1%}",
             f"  differences of alike runs   {math.expm1(found.own):6.1%} beside their kinds",
             *(f"  {what:28} {_width_text(found, kind)}" for kind, what in KINDS.items()),
-            f"  in bands of other sources ({bands.coverage:.0%} should be):",
+            f"  in bands of other sources ({bands.coverage:.0%} should be): runs, differences",
             *(
-                f"    {_share(one.covered):>6} of {one.rows:4}  {one.source}"
+                f"    {_share(one.covered):>5} of {one.rows:4} {_share(one.pairs_covered):>5} of "
+                f"{one.pairs:5}  {one.source}"
                 for one in found.sources
             ),
         ]

@@ -39,8 +39,9 @@ KINDS = {
 """What a step consists of; ``idle`` is beside the others: what the schedule adds to the work of the
 busiest devices."""
 
-DATASHEET, PROFILED = "datasheet", "profiled"
-"""Machines that are known by their data sheets, and those that were measured."""
+DATASHEET, PROFILED, CORRECTED = "datasheet", "profiled", "corrected"
+"""Machines that are known by their data sheets, those that were measured, and those of which
+measured steps have corrected that. Of the last, there may be no widths of their own."""
 
 
 class BandsError(ValueError):
@@ -50,11 +51,14 @@ class BandsError(ValueError):
 @dataclass(frozen=True, slots=True)
 class Told:
     """What runs of one source said: of ``rows`` runs, the share that lay in bands that were learnt
-    from all other sources; ``None`` where there are no others."""
+    from all other sources, and of ``pairs`` of runs of one model, batch and machine, the share that
+    differed by no more than these allow; ``None`` where there is nothing to tell."""
 
     source: str
     rows: int
     covered: float | None
+    pairs: int = 0
+    pairs_covered: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,10 @@ class Bands:
 
     def of(self, cost_model: CostModel) -> Widths:
         """One that was not measured is as uncertain as one from a data sheet."""
-        return self.machines[PROFILED if isinstance(cost_model, Profiled) else DATASHEET]
+        if not isinstance(cost_model, Profiled):
+            return self.machines[DATASHEET]
+        is_corrected = bool(getattr(cost_model.profile, "corrections", ()))
+        return self.machines[CORRECTED if is_corrected and CORRECTED in self.machines else PROFILED]
 
 
 def bands_to_json(bands: Bands) -> dict[str, Any]:
@@ -114,7 +121,8 @@ def bands_from_json(data: Any) -> Bands:
             "make them again with `python -m benchmarks.bands`"
         )
     try:
-        machines = {name: _widths(data["machines"][name]) for name in (DATASHEET, PROFILED)}
+        known = (DATASHEET, PROFILED, *([CORRECTED] if CORRECTED in data["machines"] else []))
+        machines = {name: _widths(data["machines"][name]) for name in known}
         found = Bands(float(data["coverage"]), data["date"], data["software"], machines)
     except (KeyError, TypeError, ValueError) as error:
         raise BandsError(f"the widths are damaged ({error!r}); make them again") from error

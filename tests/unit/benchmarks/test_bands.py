@@ -13,7 +13,7 @@ from benchmarks import bands
 from benchmarks.bands import COVERAGE, Residual, Table, own_width, quantile, variances, widths
 from benchmarks.runs import validate
 from benchmarks.validate import read
-from cost_models.bands import DATASHEET, KINDS, PROFILED, read_bands
+from cost_models.bands import CORRECTED, DATASHEET, KINDS, PROFILED, read_bands
 from tests.unit.benchmarks.test_validation import ROW
 
 TRUE = {"products": 0.05, "between": 0.5, "memory": 0.2}
@@ -61,6 +61,9 @@ def test_differences_of_plans_are_covered_by_what_they_do_not_share_and_their_ow
     missing = bands.missing_squares(residuals, by_kind)
     assert (missing <= own**2).mean() == pytest.approx(COVERAGE, abs=0.01)
     assert own < 1.2816 * math.sqrt(2) * 0.1 * 1.5  # some of it is explained by kinds
+    pairs = [told for told in widths(world(5, sources=6, noise=0.1), []).sources if told.pairs]
+    assert [told.pairs for told in pairs] == [15] * 6
+    assert 0.5 < np.mean([told.pairs_covered or 0.0 for told in pairs]) <= 1
     quiet = Table.of(world(4))
     assert own_width(quiet, by_kind, COVERAGE) < own
 
@@ -92,6 +95,12 @@ def test_the_command_learns_from_tables_and_writes_what_is_read(
         "# how it was made\nmodel,machine,predicted_step_s,measured_step_s,"
         "predicted_peak_bytes,measured_peak_bytes\ngpt,cpu,1,1.1,100,100\nunet,cpu,2,1.9,100,101\n"
     )
+    (local / "corrected.csv").write_text(
+        "model,machine,predicted_step_s,corrected_step_s,corrects,measured_step_s,"
+        "predicted_peak_bytes,measured_peak_bytes\n"
+        "gpt,cpu,1,1.2,0,1.21,100,101\nunet,cpu,1,1.1,0,1.11,100,101\n"
+        "unet,cpu,1,1.2,1,1.2,100,101\n"
+    )
     (local / "others.csv").write_text("a,b\n1,2\n")
     arguments = ["bands", str(table), "--measured", str(local), "-o", str(out)]
     monkeypatch.setattr(sys, "argv", arguments)
@@ -100,7 +109,9 @@ def test_the_command_learns_from_tables_and_writes_what_is_read(
     sheet, local_widths = found.machines[DATASHEET], found.machines[PROFILED]
     assert [told.source for told in sheet.sources] == ["a", "b"]
     assert (sheet.devices, local_widths.devices) == (("a100-sxm-80gb",), ("cpu",))
-    assert (sheet.rows, local_widths.rows, local_widths.memory_rows) == (4, 2, 2)
+    assert (sheet.rows, local_widths.rows, local_widths.memory_rows) == (4, 5, 5)
+    better = found.machines[CORRECTED]  # the run that corrected tells nothing of others
+    assert better.rows == 2 and better.of("products") < local_widths.of("products") / 3
     assert local_widths.of("products") < sheet.of("products")
     assert local_widths.memory == pytest.approx(math.log(1.01), rel=0.01)
     said = capsys.readouterr().out
