@@ -52,8 +52,8 @@ WHOLE_SOURCE = 8
 LEAST_SHARE = 0.02
 """Of the steps of a source on average, for its runs to tell something of a kind."""
 
-LEAST_MEMORY = 1e-3
-"""Of the logarithm of memory: that of allocators' rounding, where predictions are exact."""
+LEAST_WIDTH = 1e-3
+"""Of a logarithm: predictions that are exact, as of allocated memory on CPUs, have this one."""
 
 ROUNDS = 400
 """Of expectation maximisation; what changes later is below a thousandth."""
@@ -189,9 +189,9 @@ def own_width(of: Table, by_kind: Numbers, coverage: float) -> float:
             needed.append(missing)
             weights.append(np.full(len(missing), 1 / max(len(missing), WHOLE_SOURCE)))
     if not needed:  # nothing tells: as wide as all residuals are
-        return max(LEAST_MEMORY, quantile(np.abs(of.errors), of.weights, coverage))
+        return max(LEAST_WIDTH, quantile(np.abs(of.errors), of.weights, coverage))
     found = quantile(np.concatenate(needed), np.concatenate(weights), coverage)
-    return math.sqrt(max(found, LEAST_MEMORY**2))
+    return math.sqrt(max(found, LEAST_WIDTH**2))
 
 
 def missing_squares(of: Table, by_kind: Numbers) -> Numbers:
@@ -246,7 +246,7 @@ def level(residuals: Sequence[Residual], coverage: float) -> float:
     """What so many of the residuals are below."""
     weights = Table.of(residuals).weights
     errors = np.abs(np.array([one.error for one in residuals]))
-    return max(LEAST_MEMORY, quantile(errors, weights, coverage))
+    return max(LEAST_WIDTH, quantile(errors, weights, coverage))
 
 
 def measured_widths(
@@ -371,6 +371,23 @@ def learn(compared: Sequence[Compared], measured: Path, date: str) -> Bands:
     return Bands(COVERAGE, date, f"autopar {__version__}", machines)
 
 
+def some(rows: Iterable[Row], most: int) -> list[Row]:
+    """At most so many of each source, evenly spread: a source counts as one anyway.
+
+    >>> rows = [{"source": "abb"[i % 3], "n": str(i)} for i in range(9)]
+    >>> [row["n"] for row in some(rows, 3)]
+    ['0', '3', '6', '1', '4', '7']
+    """
+    sources: defaultdict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        sources[row["source"]].append(row)
+    return [
+        of[i * len(of) // most] if len(of) > most else of[i]
+        for of in sources.values()
+        for i in range(min(most, len(of)))
+    ]
+
+
 def text(bands: Bands) -> str:
     lines = []
     for name, found in bands.machines.items():
@@ -402,9 +419,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("csv", nargs="+", type=Path, help="files of rows; see benchmarks/README.md")
     parser.add_argument("--measured", type=Path, default=MEASURED, help="folder of local runs")
+    parser.add_argument("--most", type=int, default=240, help="runs of each source")
     parser.add_argument("-o", "--output", type=Path, help="e.g. cost_models/bands.json")
     arguments = parser.parse_args()
-    _, compared = validate(read(arguments.csv))
+    _, compared = validate(some(read(arguments.csv), arguments.most))
     date = datetime.now(UTC).date().isoformat()
     found = learn(compared, arguments.measured, date)
     print(text(found))
