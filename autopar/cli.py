@@ -534,7 +534,6 @@ def _measurement_json(plan: Plan, found: Measurement) -> dict[str, Any]:
         **asdict(found),
         "step_time_s": found.step_time_s,
         "predicted_step_time_s": plan.estimate.step_time_s,
-        "predicted_band": plan.estimate.band and asdict(plan.estimate.band),
         "predicted_peak_memory_bytes": plan.estimate.peak_memory_bytes,
     }
 

@@ -305,11 +305,12 @@ def memory_residuals_of(compared: Iterable[Compared]) -> list[Residual]:
     the limit stands: they are off by that much at least."""
     found = []
     for one in compared:
-        run, measured = one.run, one.run.memory_bytes
-        if measured is None and one.fits == run.ran_out:
-            measured = one.limit_bytes
-        if measured is not None:
-            error = math.log(measured / one.memory_bytes)
+        run, error = one.run, None
+        if run.memory_bytes is not None:
+            error = math.log(run.memory_bytes / one.memory_bytes)
+        elif one.fits == run.ran_out:
+            error = -math.log(one.needed)
+        if error is not None:
             found.append(Residual(run.source, run.name, error, {}))
     return found
 

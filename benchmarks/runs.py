@@ -102,8 +102,13 @@ class Compared:
         return self.band.low_s <= self.run.step_s <= self.band.high_s
 
     @property
+    def needed(self) -> float:
+        """Relative to what the device has."""
+        return self.memory_bytes / self.limit_bytes
+
+    @property
     def fits(self) -> bool:
-        return self.memory_bytes <= self.limit_bytes
+        return self.needed <= 1
 
 
 # ---- from a row to a run -------------------------------------------------------------------------
