@@ -365,10 +365,16 @@ def search_command(model: str, as_json: bool, **options: Any) -> int:
         searcher, limit_s = wanted.pop("searcher"), wanted.pop("time_limit_s")
         problem = api.problem_of(model, progress=tell, **wanted)
         result = api.run_search(problem, searcher, limit_s, tell)
-    summary = summarise(result, problem.memory_limit_bytes, problem.dimensions)
-    click.echo(json.dumps(search_to_json(summary)) if as_json else text.search(summary))
     if result.best is None:
+        summary = summarise(result, problem.memory_limit_bytes, problem.dimensions)
+        click.echo(json.dumps(search_to_json(summary)) if as_json else text.search(summary))
         api.plan_of(problem, result)  # raises what the exit code tells
+    best = api.plan_of(problem, result)
+    if as_json:
+        band = best.estimate.band and asdict(best.estimate.band)
+        click.echo(json.dumps({**search_to_json(best.search), "band": band}))
+    else:
+        click.echo(text.search(best.search, best.estimate))
     return _code(result.stop_reason)
 
 

@@ -14,12 +14,13 @@ from itertools import combinations, groupby
 from statistics import fmean
 
 from autopar.errors import AutoparError
-from autopar.ir.simulation import Estimate
-from autopar.ir.strategy import Training
+from autopar.ir.simulation import Band, Estimate
+from autopar.ir.strategy import Strategy, Training
 from autopar.recipes import Degrees, hybrid
+from autopar.simulator.bands import banded
 from autopar.simulator.costs import ComputeCache
 from autopar.simulator.listing import Structure
-from autopar.simulator.microbatches import division
+from autopar.simulator.microbatches import Division, division
 from autopar.simulator.pipelines import StagePrices, evaluate_stages
 from autopar.simulator.prices import evaluate
 from benchmarks.transformer import Transformer
@@ -83,6 +84,7 @@ class Compared:
     step_s: float
     memory_bytes: int
     limit_bytes: int
+    band: Band | None = None
 
     @property
     def step_error(self) -> float | None:
@@ -94,8 +96,19 @@ class Compared:
         return None if of is None else self.memory_bytes / of - 1
 
     @property
+    def step_in_band(self) -> bool | None:
+        if self.band is None or self.run.step_s is None:
+            return None
+        return self.band.low_s <= self.run.step_s <= self.band.high_s
+
+    @property
+    def needed(self) -> float:
+        """Relative to what the device has."""
+        return self.memory_bytes / self.limit_bytes
+
+    @property
     def fits(self) -> bool:
-        return self.memory_bytes <= self.limit_bytes
+        return self.needed <= 1
 
 
 # ---- from a row to a run -------------------------------------------------------------------------
@@ -267,29 +280,31 @@ def predicted(runs: Iterable[Run]) -> Iterator[tuple[Run, Compared | Exception]]
         cache: ComputeCache = {}
         for run in together:
             try:
-                estimate, found = _estimate(run, machine, prices, cache)
+                estimate, strategy, found = _estimate(run, machine, prices, cache)
+                estimate = banded(found.graph, found.rules, machine, strategy, estimate)
             except (AutoparError, ValueError) as error:  # the latter of what has no price
                 yield run, error
                 continue
             divided.append(found)  # prices are kept by its rules
             peak = estimate.peak_memory_bytes
-            yield run, Compared(run, estimate.step_time_s, peak, machine.memory_bytes)
+            limit = machine.memory_bytes
+            yield run, Compared(run, estimate.step_time_s, peak, limit, estimate.band)
 
 
 def _estimate(
     run: Run, machine: CostModel, prices: StagePrices, cache: ComputeCache
-) -> tuple[Estimate, object]:
+) -> tuple[Estimate, Strategy, Division]:
     count = run.degrees.microbatches(run.batch)
     found = division(run.model.graph(run.batch), count)
     structure = Structure(found.graph, found.rules)
     strategy = hybrid(found, run.degrees, machine, run.training, structure)
     if len(strategy.stages) > 1:
-        return evaluate_stages(found, machine, strategy, prices), found
+        return evaluate_stages(found, machine, strategy, prices), strategy, found
     alike = structure.folded_in_runs(tuple(frozenset[int]() for _ in structure.blocks))
     estimate = evaluate(
         found.graph, found.rules, machine, strategy, compute_cache=cache, folded=alike
     )
-    return estimate, found
+    return estimate, strategy, found
 
 
 # ---- what is said of them ------------------------------------------------------------------------
@@ -298,7 +313,8 @@ def _estimate(
 @dataclass(frozen=True)
 class Quality:
     """Of the rows of one source. Errors are relative; mean and largest are of their size, ``bias``
-    is their mean with its sign. ``None`` where nothing of the kind was measured."""
+    is their mean with its sign; ``step_in_band``: the share of steps that lies in its band.
+    ``None`` where nothing of the kind was measured."""
 
     source: str
     rows: int
@@ -307,6 +323,7 @@ class Quality:
     step_mean: float | None
     step_bias: float | None
     step_largest: float | None
+    step_in_band: float | None
     tau: float | None
     memory_mean: float | None
     memory_largest: float | None
@@ -327,6 +344,7 @@ def quality(source: str, compared: Sequence[Compared], skipped: Counter[str]) ->
         _mean(map(abs, errors)),
         _mean(errors),
         max(map(abs, errors), default=None),
+        _mean(one.step_in_band for one in compared if one.step_in_band is not None),
         kendall_tau(pairs),
         _mean(map(abs, memory)),
         max(map(abs, memory), default=None),

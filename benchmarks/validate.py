@@ -34,7 +34,8 @@ def text(found: Quality) -> str:
     lines = [
         f"{found.source}",
         f"  {found.predicted} of {found.rows} rows; step: mean error {share(found.step_mean)} "
-        f"(bias {share(found.step_bias)}), largest {share(found.step_largest)}, tau {tau}",
+        f"(bias {share(found.step_bias)}), largest {share(found.step_largest)}, tau {tau}, "
+        f"in the band {share(found.step_in_band)}",
         f"  memory: mean error {share(found.memory_mean)}, largest {share(found.memory_largest)}; "
         f"{found.false_fits} false fits, {found.false_rejects} false rejects",
     ]

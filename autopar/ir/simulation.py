@@ -98,13 +98,47 @@ class PipelineEstimate:
     transfer_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """What one kind of work or communication adds to the band of a step.
+
+    ``kind``: see ``cost_models.bands.KINDS``. ``time_s``: of the step, it takes so much.
+    ``relative``: by how much its price alone may put the logarithm of the step off. ``told``: runs
+    that were measured say so; else it is as wide as the widest kind that is known.
+    """
+
+    kind: str
+    time_s: float
+    relative: float
+    told: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Between which times, and bytes at the peak, measurements are expected: the share ``coverage``
+    of them. ``doubts``: what makes it wide, most first. ``own``: what the logarithms of two plans'
+    steps may differ by beside what is in their doubts. ``learnt``: the date of the widths;
+    ``elsewhere``: the name of the device, if no run on such a one told of them.
+    """
+
+    low_s: float
+    high_s: float
+    low_bytes: int
+    high_bytes: int
+    coverage: float
+    own: float
+    learnt: str
+    elsewhere: str
+    doubts: tuple[Doubt, ...] = field(repr=False)
+
+
 @dataclass(frozen=True)
 class Estimate:
     """The predicted step, its parts in seconds, peak memory of a device, and the promise.
 
     Of several stages (``pipeline``), the parts are those of the critical path, which together with
     its transfers are the step; ``memory`` is that of the row that needs most, and ``collectives``
-    are with the rows.
+    are with the rows. ``band``: how far it may be off; ``None`` inside of searches, which compare.
     """
 
     step_time_s: float
@@ -117,6 +151,7 @@ class Estimate:
     memory: Memory
     collectives: tuple[PromisedCollective, ...] = field(repr=False, default=())
     pipeline: PipelineEstimate | None = None
+    band: Band | None = None
 
     @property
     def peak_memory_bytes(self) -> int:
