@@ -62,8 +62,8 @@ class SkippedError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """What a row says. ``step_s``, ``memory_bytes``: what was measured, if it was; ``ran_out``: of
-    memory; else, if something was measured, it fitted."""
+    """What a row says. ``step_s``, ``memory_bytes``: what was measured, if it was (of memory: what
+    the allocator reserved); ``ran_out``: of memory; else, if something was measured, it fitted."""
 
     name: str
     source: str
@@ -79,9 +79,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Compared:
+    """``memory_bytes``: what the allocator reserves; ``device_bytes``: all that the process has of
+    the ``limit_bytes`` of the device."""
+
     run: Run
     step_s: float
     memory_bytes: int
+    device_bytes: int
     limit_bytes: int
 
     @property
@@ -95,7 +99,7 @@ class Compared:
 
     @property
     def fits(self) -> bool:
-        return self.memory_bytes <= self.limit_bytes
+        return self.device_bytes <= self.limit_bytes
 
 
 # ---- from a row to a run -------------------------------------------------------------------------
@@ -218,6 +222,7 @@ def _model(row: Row, tensor: int) -> Transformer:
         flash=flash,
         dropout=not flash,
         tied=not gated,
+        fused_loss=family.startswith("MPT"),
         dtype=dtype,
         head_width=int(row["head_dim"]) if row["head_dim"] else None,
     )
@@ -272,8 +277,17 @@ def predicted(runs: Iterable[Run]) -> Iterator[tuple[Run, Compared | Exception]]
                 yield run, error
                 continue
             divided.append(found)  # prices are kept by its rules
-            peak = estimate.peak_memory_bytes
-            yield run, Compared(run, estimate.step_time_s, peak, machine.memory_bytes)
+            memory = estimate.memory
+            yield (
+                run,
+                Compared(
+                    run,
+                    estimate.step_time_s,
+                    memory.reserved_bytes,
+                    memory.device_bytes,
+                    machine.memory_bytes,
+                ),
+            )
 
 
 def _estimate(

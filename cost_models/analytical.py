@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import ceil, gcd, log2
 
 from cost_models.interface import Collective, CollectiveKind, Work
+from cost_models.overheads import BY_VENDOR, NOTHING, Overheads
 from cost_models.topology import Tier, Topology
 
 MATMUL_EFFICIENCY = 0.78
@@ -62,6 +63,11 @@ class Analytical:
     @property
     def memory_bytes(self) -> int:
         return self.topology.device.memory_bytes
+
+    @property
+    def overheads(self) -> Overheads:
+        """Of the runtime of such devices; nothing is known of a vendor that has no name here."""
+        return BY_VENDOR.get(self.topology.device.vendor, NOTHING)
 
     @property
     def scale_up_devices(self) -> int:

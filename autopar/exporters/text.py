@@ -241,6 +241,16 @@ def kinds_of_memory(found: Memory) -> list[tuple[str, int]]:
     ]
 
 
+def kinds_of_reserve(found: Memory) -> list[tuple[str, int]]:
+    """What the process has beside what is allocated."""
+    return [
+        ("the allocator's fragments", found.fragmentation_bytes),
+        ("the matrix library's workspace", found.workspace_bytes),
+        ("the communication library's buffers", found.communicators_bytes),
+        ("the device's context", found.context_bytes),
+    ]
+
+
 ROW_COLUMNS = (
     "row",
     "devices",
@@ -251,6 +261,7 @@ ROW_COLUMNS = (
     "bubble",
     "in flight",
     "peak memory",
+    "of the device",
     "reached at",
 )
 
@@ -268,6 +279,7 @@ def row_cells(found: Estimate) -> list[list[str]]:
             f"{time_text(row.bubble_s)} ({share_text(row.bubble_s, found.step_time_s)})",
             str(row.most_in_flight),
             bytes_text(row.memory.total_bytes),
+            bytes_text(row.memory.device_bytes),
             row.memory.at,
         ]
         for number, row in enumerate(found.pipeline.rows)
@@ -281,7 +293,7 @@ def rows(found: Estimate) -> list[str]:
     sent = sum(one.bytes for one in found.pipeline.traffic)
     return [
         "each row, on each of its devices:",
-        table(list(ROW_COLUMNS), row_cells(found), right=(3, 4, 5, 6, 7, 8)),
+        table(list(ROW_COLUMNS), row_cells(found), right=(3, 4, 5, 6, 7, 8, 9)),
         f"  sent from row to row in a step: {bytes_text(sent)} in all",
         "",
     ]
@@ -293,6 +305,17 @@ def memory(found: Estimate) -> list[str]:
     return [
         f"memory at the peak{where}:",
         *(f"  {bytes_text(n):>8}  {share_text(n, total):>4}  {kind}" for kind, n in kinds if n),
+        *_reserve(found),
+    ]
+
+
+def _reserve(found: Estimate) -> list[str]:
+    beside = [(kind, n) for kind, n in kinds_of_reserve(found.memory) if n]
+    if not beside:
+        return []
+    return [
+        f"beside it, for {bytes_text(found.device_memory_bytes)} of the device in all:",
+        *(f"  {bytes_text(n):>8}        {kind}" for kind, n in beside),
     ]
 
 

@@ -25,6 +25,7 @@ from autopar.simulator.folding import Folded, whole
 from autopar.simulator.memory import local_bytes, optimizer_bytes_per_element, peak_memory
 from autopar.simulator.recomputation import Recomputation, check_recompute, recomputation
 from autopar.simulator.redistribution import Transfer, transfers
+from autopar.simulator.reserved import communicators, reserved
 from autopar.simulator.stages import StagePart
 from cost_models.interface import CostModel
 
@@ -71,7 +72,11 @@ def evaluate(
         backward_communication_s=spent["backward"],
         gradient_synchronisation_s=spent["step"],
         optimizer_s=optimizer_s,
-        memory=peak_memory(graph, rules, strategy, seen),
+        memory=reserved(
+            peak_memory(graph, rules, strategy, seen),
+            cost_model,
+            communicators(strategy.mesh, 1, strategy.mesh.size),
+        ),
         collectives=promised,
     )
 

@@ -183,7 +183,8 @@ def test_a_row_is_predicted_as_its_model_is_planned() -> None:
         graph, topology=run.machine, recipe=run.degrees, precision="mixed", optimizer="adam"
     )
     assert plan.estimate.step_time_s == pytest.approx(compared.step_s)
-    assert plan.estimate.peak_memory_bytes == compared.memory_bytes
+    assert plan.estimate.reserved_memory_bytes == compared.memory_bytes
+    assert plan.estimate.device_memory_bytes == compared.device_bytes
 
 
 @pytest.mark.parametrize(
@@ -266,6 +267,14 @@ def test_a_file_without_the_columns_is_refused(
 
 def test_a_prediction_knows_its_errors() -> None:
     run = run_of(ROW)
-    one = Compared(run, step_s=0.6, memory_bytes=10, limit_bytes=5)
+    one = Compared(run, step_s=0.6, memory_bytes=8, device_bytes=10, limit_bytes=5)
     assert one.step_error == pytest.approx(0.2)
     assert (one.memory_error, one.fits) == (None, False)
+
+
+def test_a_fused_loss_needs_the_logits_once() -> None:
+    plain = run_of({**ROW, "precision": "bf16"}).model
+    fused = run_of({**ROW, "precision": "bf16", "model_family": "MPT"}).model
+    assert (plain.fused_loss, fused.fused_loss) == (False, True)
+    ops = [[o.op for o in model.graph(2).operators] for model in (plain, fused)]
+    assert [names.count("aten._to_copy.default") for names in ops] == [1, 0]
