@@ -301,7 +301,13 @@ def _estimate(
         return evaluate_stages(found, machine, strategy, prices), found
     alike = structure.folded_in_runs(tuple(frozenset[int]() for _ in structure.blocks))
     estimate = evaluate(
-        found.graph, found.rules, machine, strategy, compute_cache=cache, folded=alike
+        found.graph,
+        found.rules,
+        machine,
+        strategy,
+        compute_cache=cache,
+        folded=alike,
+        overlapped=run.degrees.zero == 3,  # as FSDP and DeepSpeed do
     )
     return estimate, found
 
