@@ -14,9 +14,12 @@ from itertools import combinations, groupby
 from statistics import fmean
 
 from autopar.errors import AutoparError
+from autopar.ir.graph import OperatorGraph
+from autopar.ir.sharding import sharded_dim
 from autopar.ir.simulation import Estimate
-from autopar.ir.strategy import Training
+from autopar.ir.strategy import Strategy, Training
 from autopar.recipes import Degrees, hybrid
+from autopar.recipes.columns_rows import DATA
 from autopar.simulator.costs import ComputeCache
 from autopar.simulator.listing import Structure
 from autopar.simulator.microbatches import division
@@ -41,6 +44,7 @@ MACHINES = {
     "A100-80GB-SXM": "a100-sxm-80gb",
     "A100-40GB-SXM": "a100-sxm-40gb",
     "H100-80GB-SXM": "h100-sxm",
+    "H100-96GB-HBM2e-500W(2.4TB/s)": "h100-sxm-96gb",
     "V100-32GB-SXM(DGX-2H)": "v100-sxm2-32gb",
     "V100-16GB-SXM (p3.16xlarge)": "v100-sxm2-16gb",
     "B200-180GB": "b200-sxm",
@@ -192,6 +196,7 @@ RECOMPUTE: tuple[tuple[Callable[[str], bool], str], ...] = (
     (lambda text: text.startswith("unspecified") and "none" in text, "none"),
     (lambda text: text in ("full", "full(remat)"), "full"),
     (lambda text: text == "selective", "attention"),  # as arXiv 2205.05198 has it
+    (lambda text: text.startswith("selective(op"), "alternate"),  # as torchtitan has it
 )
 
 
@@ -297,6 +302,7 @@ def _estimate(
     found = division(run.model.graph(run.batch), count)
     structure = Structure(found.graph, found.rules)
     strategy = hybrid(found, run.degrees, machine, run.training, structure)
+    _check_sharded(run.degrees, found.graph, strategy)
     if len(strategy.stages) > 1:
         return evaluate_stages(found, machine, strategy, prices), found
     alike = structure.folded_in_runs(tuple(frozenset[int]() for _ in structure.blocks))
@@ -310,6 +316,24 @@ def _estimate(
         overlapped=run.degrees.zero == 3,  # as FSDP and DeepSpeed do
     )
     return estimate, found
+
+
+def _check_sharded(degrees: Degrees, graph: OperatorGraph, strategy: Strategy) -> None:
+    """Parameters are sharded along a dim; programs that shard all of them as one run of bytes can
+    do so over any number of devices."""
+    mesh = strategy.stages[0].mesh
+    data = mesh.names.index(DATA) if DATA in mesh.names else None
+    if not degrees.zero or data is None or mesh.sizes[data] == 1:
+        return
+    sizes = {p.name: p.spec.bytes for p in graph.parameters}
+    cut = sum(
+        n
+        for name, n in sizes.items()
+        if sharded_dim(strategy.storage[name].optimizer[data]) is not None
+    )
+    if cut < sum(sizes.values()) / 2:
+        devices = mesh.sizes[data]
+        raise AutoparError(f"{devices} devices divide no dim of most parameters: not sharded so")
 
 
 # ---- what is said of them ------------------------------------------------------------------------

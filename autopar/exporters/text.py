@@ -60,7 +60,7 @@ def summary(plan: Plan, top: int = 5) -> str:
             *_best(plan, top),
             *_recipes(plan),
             *rows(plan.estimate),
-            *memory(plan.estimate),
+            *memory(plan.estimate, plan.topology.get("memory_bytes")),
             *_proposed(plan),
         ]
     )
@@ -299,20 +299,23 @@ def rows(found: Estimate) -> list[str]:
     ]
 
 
-def memory(found: Estimate) -> list[str]:
+def memory(found: Estimate, of_bytes: int | None = None) -> list[str]:
+    """``of_bytes``: what a device has, if it is known."""
     total, kinds = found.peak_memory_bytes, kinds_of_memory(found.memory)
     where = f", reached at {found.memory.at}" if found.memory.at else ""
     return [
         f"memory at the peak{where}:",
         *(f"  {bytes_text(n):>8}  {share_text(n, total):>4}  {kind}" for kind, n in kinds if n),
-        *_reserve(found),
+        *_reserve(found, of_bytes),
     ]
 
 
-def _reserve(found: Estimate) -> list[str]:
+def _reserve(found: Estimate, of_bytes: int | None) -> list[str]:
     beside = [(kind, n) for kind, n in kinds_of_reserve(found.memory) if n]
     if not beside:
         return []
+    if of_bytes is not None and of_bytes > found.device_memory_bytes:
+        beside.append((f"free of {bytes_text(of_bytes)}", of_bytes - found.device_memory_bytes))
     return [
         f"beside it, for {bytes_text(found.device_memory_bytes)} of the device in all:",
         *(f"  {bytes_text(n):>8}        {kind}" for kind, n in beside),
@@ -406,7 +409,7 @@ def explain(plan: Plan, rules: Rules, *, views: bool = False) -> str:
         lines += _block(block, plan.mesh, views)
     if found.unplaced:
         lines += ["gradient norm", *_indented([_collective_text(c) for c in found.unplaced]), ""]
-    lines += memory(plan.estimate)
+    lines += memory(plan.estimate, plan.topology.get("memory_bytes"))
     return "\n".join(lines) + "\n"
 
 
@@ -420,7 +423,7 @@ def _explain_stages(plan: Plan, views: bool) -> str:
         lines += [stages_text(stages), ""]
         for block in stages.what.blocks:
             lines += _block(block, stages.mesh, views)
-    lines += memory(plan.estimate)
+    lines += memory(plan.estimate, plan.topology.get("memory_bytes"))
     return "\n".join(lines) + "\n"
 
 

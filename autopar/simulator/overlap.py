@@ -10,8 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from autopar.ir.graph import OperatorGraph
+from autopar.ir.sharding import Mesh
+from autopar.simulator.blocks import blocks
 from autopar.simulator.costs import Costs
 from autopar.simulator.edges import ParameterEdge
+from autopar.simulator.memory import local_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,25 @@ def _reduction_s(edge: ParameterEdge, costs: Costs) -> float:
     return sum(map(costs.transfer_s, edge.backward_transfers(costs.mesh)))
 
 
+def held_bytes(
+    graph: OperatorGraph, parameters: Sequence[tuple[ParameterEdge, int]], mesh: Mesh
+) -> int:
+    """What is gathered beside what the operator at hand uses: the parameters of the next block, and
+    those that are used outside of repeated blocks, which stay from their forward to their backward
+    (FSDP does not reshard its root)."""
+    copies = {
+        operator.name: block.copies
+        for block in blocks(graph)
+        for operator in graph.operators[block.start : block.stop]
+    }
+    held = 0.0
+    for edge, count in parameters:
+        if edge.gathers:
+            of_each = max(copies.get(name, 1) for name in edge.consumers)
+            held += local_bytes(edge.spec, edge.target, mesh) * count / of_each
+    return round(held)
+
+
 @dataclass(frozen=True, slots=True)
 class Hidden:
     """What of a step's communication compute hides, by phase, in seconds."""
@@ -105,4 +128,4 @@ def hidden(
     )
 
 
-__all__ = ["Ahead", "Hidden", "Streams", "ahead", "hidden"]
+__all__ = ["Ahead", "Hidden", "Streams", "ahead", "held_bytes", "hidden"]

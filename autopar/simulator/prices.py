@@ -23,7 +23,7 @@ from autopar.simulator.edges import (
 )
 from autopar.simulator.folding import Folded, whole
 from autopar.simulator.memory import local_bytes, optimizer_bytes_per_element, peak_memory
-from autopar.simulator.overlap import Streams, ahead, hidden
+from autopar.simulator.overlap import Streams, ahead, held_bytes, hidden
 from autopar.simulator.recomputation import Recomputation, check_recompute, recomputation
 from autopar.simulator.redistribution import Transfer, transfers
 from autopar.simulator.reserved import communicators, reserved
@@ -45,8 +45,9 @@ def evaluate(
 
     Times are summed: nothing overlaps. ``overlapped``: as run by a program that gathers parameters
     ahead and reduces gradients beside the backward; the communication of the estimate is then what
-    compute does not hide of that of the promise. ``folded``: the same graph with equal blocks left
-    out, for strategies that treat the copies alike; the answer is the same, sooner.
+    compute does not hide of that of the promise, and its buffers have what is gathered ahead.
+    ``folded``: the same graph with equal blocks left out, for strategies that treat the copies
+    alike; the answer is the same, sooner.
     """
     check_recompute(graph, strategy)
     seen = whole(graph) if folded is None else folded
@@ -68,7 +69,10 @@ def evaluate(
         phase: sum(c.time_s * c.count for c in promised if c.phase == phase)
         for phase in ("forward", "backward", "step")
     }
+    memory = peak_memory(graph, rules, strategy, seen)
     if overlapped:
+        held = held_bytes(graph, needed.parameters, strategy.mesh)
+        memory = replace(memory, buffers_bytes=memory.buffers_bytes + held)
         beside = ahead(needed.parameters, costs)
         found = hidden(
             beside,
@@ -88,11 +92,7 @@ def evaluate(
         backward_communication_s=spent["backward"],
         gradient_synchronisation_s=spent["step"],
         optimizer_s=optimizer_s,
-        memory=reserved(
-            peak_memory(graph, rules, strategy, seen),
-            cost_model,
-            communicators(strategy.mesh, 1, strategy.mesh.size),
-        ),
+        memory=reserved(memory, cost_model, communicators(strategy.mesh, 1, strategy.mesh.size)),
         collectives=promised,
     )
 
