@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import gc
-import platform
 import math
+import platform
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -79,7 +79,8 @@ class Wanted(TypedDict, total=False):
       ``NODESxDEVICESxNAME``, a TOML file, or a cost model of one's own.
     - ``devices``: how many of this machine (default: its GPUs, else its cores).
     - ``mesh``: sizes of the mesh axes, outermost first (default: all factorizations).
-    - ``memory_limit_bytes``: for each device (default: what it has).
+    - ``memory_limit_bytes``: for the tensors of each device (default: what the process does not
+      hold otherwise of its memory).
     - ``optimizer``, ``precision``, ``clip_norm``: what is trained with.
     - ``microbatches``: in how many the batch is worked on, one after the other; the result is the
       same (default, ``None``: those with which it is fastest).
@@ -240,6 +241,7 @@ def plan_profiled(
     from autopar.searchers import over_stages
     from autopar.simulator import profiled_stages
     from autopar.simulator.bands import with_band
+    from autopar.simulator.reserved import usual_limit_bytes
     from autopar.simulator.shares import seconds_of_measured
     from autopar.simulator.stage_problem import value_of
     from cost_models.saved import cost_model_to_json
@@ -249,7 +251,7 @@ def plan_profiled(
     cost_model = machine(wanted.get("topology", LOCAL), wanted.get("devices"), progress)
     topology = cost_model_to_json(cost_model)
     limit = wanted.get("memory_limit_bytes")
-    limit = cost_model.memory_bytes if limit is None else limit
+    limit = usual_limit_bytes(cost_model) if limit is None else limit
     training = Training(wanted.get("optimizer", "adamw"))
     objective = wanted.get("objective", "step")
     problem = profiled_stages.stage_problem(
@@ -369,6 +371,7 @@ def problem_of(
 ) -> Problem:
     """What ``search`` and ``plan`` search: the model's graph, the machine and what is fixed."""
     from autopar.simulator import meshes
+    from autopar.simulator.reserved import usual_limit_bytes
 
     _check_names(wanted)
     if _profiled(model) is not None:
@@ -407,7 +410,7 @@ def problem_of(
         graph=graph,
         cost_model=cost_model,
         meshes=tried,
-        memory_limit_bytes=cost_model.memory_bytes if limit is None else limit,
+        memory_limit_bytes=usual_limit_bytes(cost_model) if limit is None else limit,
         training=Training(wanted.get("optimizer", "adamw"), precision, wanted.get("clip_norm")),
         microbatches=wanted.get("microbatches"),
         dimensions=_dimensions(wanted.get("dimensions", "SOAP")),
@@ -577,11 +580,13 @@ def plan_by_hand(
     that ``graph`` was extracted from, for the commands that need it.
     """
     from autopar.simulator.microbatches import division
+    from autopar.simulator.reserved import usual_limit_bytes
     from cost_models.saved import cost_model_to_json
 
     cost_model = machine(topology, strategy.devices if topology == LOCAL else None)
+    limit = usual_limit_bytes(cost_model)
     divided = division(graph, strategy.microbatches, proposals)
-    nobody = SearchSummary("by hand", "", 0.0, 1.0, 0.0, cost_model.memory_bytes, "SOAP", trials=())
+    nobody = SearchSummary("by hand", "", 0.0, 1.0, 0.0, limit, "SOAP", trials=())
     return Plan(
         graph=graph,
         topology=cost_model_to_json(cost_model),

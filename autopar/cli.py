@@ -154,7 +154,10 @@ _search_options = (
         help="How many of this machine.  [default: its GPUs, else cores]",
     ),
     click.option("--mesh", help="Sizes of the mesh axes, e.g. 32,8.  [default: try all]"),
-    click.option("--memory-limit", help="For each device, e.g. 70GB.  [default: all it has]"),
+    click.option(
+        "--memory-limit",
+        help="For the tensors of each device, e.g. 70GB.  [default: what the process leaves]",
+    ),
     click.option(
         "--optimizer",
         type=click.Choice(["sgd", "momentum", "adam", "adamw"]),

@@ -14,9 +14,12 @@ from itertools import combinations, groupby
 from statistics import fmean
 
 from autopar.errors import AutoparError
+from autopar.ir.graph import OperatorGraph
+from autopar.ir.sharding import sharded_dim
 from autopar.ir.simulation import Band, Estimate
 from autopar.ir.strategy import Strategy, Training
 from autopar.recipes import Degrees, hybrid
+from autopar.recipes.columns_rows import DATA
 from autopar.simulator.bands import banded
 from autopar.simulator.costs import ComputeCache
 from autopar.simulator.listing import Structure
@@ -42,6 +45,7 @@ MACHINES = {
     "A100-80GB-SXM": "a100-sxm-80gb",
     "A100-40GB-SXM": "a100-sxm-40gb",
     "H100-80GB-SXM": "h100-sxm",
+    "H100-96GB-HBM2e-500W(2.4TB/s)": "h100-sxm-96gb",
     "V100-32GB-SXM(DGX-2H)": "v100-sxm2-32gb",
     "V100-16GB-SXM (p3.16xlarge)": "v100-sxm2-16gb",
     "B200-180GB": "b200-sxm",
@@ -63,8 +67,8 @@ class SkippedError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """What a row says. ``step_s``, ``memory_bytes``: what was measured, if it was; ``ran_out``: of
-    memory; else, if something was measured, it fitted."""
+    """What a row says. ``step_s``, ``memory_bytes``: what was measured, if it was (of memory: what
+    the allocator reserved); ``ran_out``: of memory; else, if something was measured, it fitted."""
 
     name: str
     source: str
@@ -80,9 +84,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Compared:
+    """``memory_bytes``: what the allocator reserves; ``device_bytes``: all that the process has of
+    the ``limit_bytes`` of the device."""
+
     run: Run
     step_s: float
     memory_bytes: int
+    device_bytes: int
     limit_bytes: int
     band: Band | None = None
 
@@ -104,7 +112,7 @@ class Compared:
     @property
     def needed(self) -> float:
         """Relative to what the device has."""
-        return self.memory_bytes / self.limit_bytes
+        return self.device_bytes / self.limit_bytes
 
     @property
     def fits(self) -> bool:
@@ -201,6 +209,7 @@ RECOMPUTE: tuple[tuple[Callable[[str], bool], str], ...] = (
     (lambda text: text.startswith("unspecified") and "none" in text, "none"),
     (lambda text: text in ("full", "full(remat)"), "full"),
     (lambda text: text == "selective", "attention"),  # as arXiv 2205.05198 has it
+    (lambda text: text.startswith("selective(op"), "alternate"),  # as torchtitan has it
 )
 
 
@@ -231,6 +240,7 @@ def _model(row: Row, tensor: int) -> Transformer:
         flash=flash,
         dropout=not flash,
         tied=not gated,
+        fused_loss=family.startswith("MPT"),
         dtype=dtype,
         head_width=int(row["head_dim"]) if row["head_dim"] else None,
     )
@@ -286,9 +296,18 @@ def predicted(runs: Iterable[Run]) -> Iterator[tuple[Run, Compared | Exception]]
                 yield run, error
                 continue
             divided.append(found)  # prices are kept by its rules
-            peak = estimate.peak_memory_bytes
-            limit = machine.memory_bytes
-            yield run, Compared(run, estimate.step_time_s, peak, limit, estimate.band)
+            memory = estimate.memory
+            yield (
+                run,
+                Compared(
+                    run,
+                    estimate.step_time_s,
+                    memory.reserved_bytes,
+                    memory.device_bytes,
+                    machine.memory_bytes,
+                    estimate.band,
+                ),
+            )
 
 
 def _estimate(
@@ -298,13 +317,38 @@ def _estimate(
     found = division(run.model.graph(run.batch), count)
     structure = Structure(found.graph, found.rules)
     strategy = hybrid(found, run.degrees, machine, run.training, structure)
+    _check_sharded(run.degrees, found.graph, strategy)
     if len(strategy.stages) > 1:
         return evaluate_stages(found, machine, strategy, prices), strategy, found
     alike = structure.folded_in_runs(tuple(frozenset[int]() for _ in structure.blocks))
     estimate = evaluate(
-        found.graph, found.rules, machine, strategy, compute_cache=cache, folded=alike
+        found.graph,
+        found.rules,
+        machine,
+        strategy,
+        compute_cache=cache,
+        folded=alike,
+        overlapped=run.degrees.zero == 3,  # as FSDP and DeepSpeed do
     )
     return estimate, strategy, found
+
+
+def _check_sharded(degrees: Degrees, graph: OperatorGraph, strategy: Strategy) -> None:
+    """Parameters are sharded along a dim; programs that shard all of them as one run of bytes can
+    do so over any number of devices."""
+    mesh = strategy.stages[0].mesh
+    data = mesh.names.index(DATA) if DATA in mesh.names else None
+    if not degrees.zero or data is None or mesh.sizes[data] == 1:
+        return
+    sizes = {p.name: p.spec.bytes for p in graph.parameters}
+    cut = sum(
+        n
+        for name, n in sizes.items()
+        if sharded_dim(strategy.storage[name].optimizer[data]) is not None
+    )
+    if cut < sum(sizes.values()) / 2:
+        devices = mesh.sizes[data]
+        raise AutoparError(f"{devices} devices divide no dim of most parameters: not sharded so")
 
 
 # ---- what is said of them ------------------------------------------------------------------------

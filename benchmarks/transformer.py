@@ -18,7 +18,8 @@ DROPOUT, EPSILON = 0.1, 1e-5
 class Transformer:
     """``gated``: SwiGLU, RMSNorm and rotary positions, without biases (Llama); else GELU, LayerNorm
     and learned positions (GPT), the last two with ``biased``. ``flash``: fused attention; else its
-    products are separate. ``tied``: one table for embedding and head."""
+    products are separate. ``tied``: one table for embedding and head. ``fused_loss``: the loss
+    reads logits as they are (llm-foundry's default, ``fused_crossentropy``), else in fp32."""
 
     layers: int
     width: int
@@ -32,6 +33,7 @@ class Transformer:
     flash: bool = True
     dropout: bool = False
     tied: bool = True
+    fused_loss: bool = False
     dtype: str = "bfloat16"
     head_width: int | None = None
 
@@ -65,10 +67,10 @@ class _Builder:
         x = self._norm(x, "norm")
         head = table if of.tied else self._parameter("head.weight", (of.vocabulary, of.width))
         logits = self._op("head", "linear", (x, head), (self.batch, of.length, of.vocabulary))
-        keywords = (("dtype", Dtype("float32")),)
-        logits = self._op(
-            "", "_to_copy", (logits,), self.specs[logits].shape, dtype="float32", keywords=keywords
-        )
+        if not of.fused_loss:
+            wide = (("dtype", Dtype("float32")),)
+            shape = self.specs[logits].shape
+            logits = self._op("", "_to_copy", (logits,), shape, dtype="float32", keywords=wide)
         flat = (self.batch * of.length, of.vocabulary)
         logits = self._op("", "view", (logits,), flat, flat)
         targets = self._op("", "view", (targets,), flat[:1], flat[:1])

@@ -25,6 +25,8 @@ def summary(plan: Plan) -> dict[str, Any]:
         **_where(plan),
         "world_size": plan.world_size,
         "peak_memory_bytes": plan.estimate.peak_memory_bytes,
+        "reserved_memory_bytes": plan.estimate.reserved_memory_bytes,
+        "device_memory_bytes": plan.estimate.device_memory_bytes,
         "estimate": _without_collectives(data["estimate"]),
         "training": data["strategy"]["training"],
         "search": data["search"],

@@ -70,7 +70,7 @@ def summary(plan: Plan, top: int = 5) -> str:
             *_ties(plan),
             *_recipes(plan),
             *rows(plan.estimate),
-            *memory(plan.estimate),
+            *memory(plan.estimate, plan.topology.get("memory_bytes")),
             *_proposed(plan),
         ]
     )
@@ -301,6 +301,16 @@ def kinds_of_memory(found: Memory) -> list[tuple[str, int]]:
     ]
 
 
+def kinds_of_reserve(found: Memory) -> list[tuple[str, int]]:
+    """What the process has beside what is allocated."""
+    return [
+        ("the allocator's fragments", found.fragmentation_bytes),
+        ("the matrix library's workspace", found.workspace_bytes),
+        ("the communication library's buffers", found.communicators_bytes),
+        ("the device's context", found.context_bytes),
+    ]
+
+
 ROW_COLUMNS = (
     "row",
     "devices",
@@ -311,6 +321,7 @@ ROW_COLUMNS = (
     "bubble",
     "in flight",
     "peak memory",
+    "of the device",
     "reached at",
 )
 
@@ -328,6 +339,7 @@ def row_cells(found: Estimate) -> list[list[str]]:
             f"{time_text(row.bubble_s)} ({share_text(row.bubble_s, found.step_time_s)})",
             str(row.most_in_flight),
             bytes_text(row.memory.total_bytes),
+            bytes_text(row.memory.device_bytes),
             row.memory.at,
         ]
         for number, row in enumerate(found.pipeline.rows)
@@ -341,18 +353,32 @@ def rows(found: Estimate) -> list[str]:
     sent = sum(one.bytes for one in found.pipeline.traffic)
     return [
         "each row, on each of its devices:",
-        table(list(ROW_COLUMNS), row_cells(found), right=(3, 4, 5, 6, 7, 8)),
+        table(list(ROW_COLUMNS), row_cells(found), right=(3, 4, 5, 6, 7, 8, 9)),
         f"  sent from row to row in a step: {bytes_text(sent)} in all",
         "",
     ]
 
 
-def memory(found: Estimate) -> list[str]:
+def memory(found: Estimate, of_bytes: int | None = None) -> list[str]:
+    """``of_bytes``: what a device has, if it is known."""
     total, kinds = found.peak_memory_bytes, kinds_of_memory(found.memory)
     where = f", reached at {found.memory.at}" if found.memory.at else ""
     return [
         f"memory at the peak{where}:",
         *(f"  {bytes_text(n):>8}  {share_text(n, total):>4}  {kind}" for kind, n in kinds if n),
+        *_reserve(found, of_bytes),
+    ]
+
+
+def _reserve(found: Estimate, of_bytes: int | None) -> list[str]:
+    beside = [(kind, n) for kind, n in kinds_of_reserve(found.memory) if n]
+    if not beside:
+        return []
+    if of_bytes is not None and of_bytes > found.device_memory_bytes:
+        beside.append((f"free of {bytes_text(of_bytes)}", of_bytes - found.device_memory_bytes))
+    return [
+        f"beside it, for {bytes_text(found.device_memory_bytes)} of the device in all:",
+        *(f"  {bytes_text(n):>8}        {kind}" for kind, n in beside),
     ]
 
 
@@ -445,7 +471,7 @@ def explain(plan: Plan, rules: Rules, *, views: bool = False) -> str:
         lines += _block(block, plan.mesh, views)
     if found.unplaced:
         lines += ["gradient norm", *_indented([_collective_text(c) for c in found.unplaced]), ""]
-    lines += memory(plan.estimate)
+    lines += memory(plan.estimate, plan.topology.get("memory_bytes"))
     return "\n".join(lines) + "\n"
 
 
@@ -459,7 +485,7 @@ def _explain_stages(plan: Plan, views: bool) -> str:
         lines += [stages_text(stages), ""]
         for block in stages.what.blocks:
             lines += _block(block, stages.mesh, views)
-    lines += memory(plan.estimate)
+    lines += memory(plan.estimate, plan.topology.get("memory_bytes"))
     return "\n".join(lines) + "\n"
 
 

@@ -218,6 +218,8 @@ def _topology() -> Schema:
 
 def _estimate() -> Schema:
     memory, collectives = of_dataclass(Memory), many(of_dataclass(PromisedCollective))
+    for name in ("workspace_bytes", "fragmentation_bytes", "context_bytes", "communicators_bytes"):
+        memory["required"].remove(name)  # older plans know nothing of them
     numbers = many(WHOLE)
     row = of_dataclass(
         RowEstimate, devices=numbers, stages=numbers, memory=memory, collectives=collectives

@@ -35,7 +35,12 @@ class Memory:
 
     ``parameters``, ``gradients``, ``optimizer`` stay all step long; ``activations`` are saved for
     the backward; ``temporaries`` are what the operator at the peak needs beside; ``buffers`` are
-    communication buffers. ``at``: the operator and phase of the peak.
+    communication buffers. ``at``: the operator and phase of the peak. Together they are what is
+    allocated.
+
+    The allocator reserves more: the matrix library's ``workspace`` and ``fragmentation``. The
+    device's memory holds, beside that, the runtime's ``context`` and, for all groups of the device,
+    the communication library's ``communicators``.
     """
 
     parameters_bytes: int
@@ -45,9 +50,14 @@ class Memory:
     temporaries_bytes: int
     buffers_bytes: int
     at: str = ""
+    workspace_bytes: int = 0
+    fragmentation_bytes: int = 0
+    context_bytes: int = 0
+    communicators_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
+        """What is allocated for tensors."""
         return (
             self.parameters_bytes
             + self.gradients_bytes
@@ -56,6 +66,16 @@ class Memory:
             + self.temporaries_bytes
             + self.buffers_bytes
         )
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What the allocator has of the device."""
+        return self.total_bytes + self.workspace_bytes + self.fragmentation_bytes
+
+    @property
+    def device_bytes(self) -> int:
+        """All that the process has of the device."""
+        return self.reserved_bytes + self.context_bytes + self.communicators_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,4 +175,15 @@ class Estimate:
 
     @property
     def peak_memory_bytes(self) -> int:
+        """What is allocated at the peak."""
         return self.memory.total_bytes
+
+    @property
+    def reserved_memory_bytes(self) -> int:
+        """What the allocator has at the peak."""
+        return self.memory.reserved_bytes
+
+    @property
+    def device_memory_bytes(self) -> int:
+        """What the process has at the peak."""
+        return self.memory.device_bytes

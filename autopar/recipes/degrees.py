@@ -25,7 +25,7 @@ class Degrees:
     samples that a replica works on at a time (default: one in a pipeline, else all of them).
     ``between`` tensor-parallel regions tensors are ``whole``, or divided by their ``sequence``
     (sequence parallelism) or ``width``. ``recompute`` as for a search: ``none``, ``attention``,
-    ``selective`` or ``full``.
+    ``selective`` or ``full``; or ``alternate``, all but attention and every other product.
     """
 
     tensor: int = 1

@@ -19,7 +19,7 @@ from autopar.simulator.costs import Costs
 from autopar.simulator.listing import Structure
 from autopar.simulator.microbatches import Division
 from autopar.simulator.parameter_prices import at_level, zero_placements
-from autopar.simulator.recompute_choices import KINDS, BlockChoices
+from autopar.simulator.recompute_choices import RECIPE_KINDS, BlockChoices
 from autopar.simulator.staged import even_cuts, runs, staged
 from cost_models.interface import CostModel
 
@@ -124,10 +124,10 @@ def _recomputing(
 ) -> Strategy:
     """All copies of the repeated blocks; collectives are done again, as checkpointing does them in
     Megatron-LM and XLA."""
-    if degrees.recompute not in KINDS:
+    if degrees.recompute not in RECIPE_KINDS:
         raise AutoparError(
             f"a recipe has no way to recompute called {degrees.recompute!r}; there are "
-            f"{', '.join(KINDS)}"
+            f"{', '.join(RECIPE_KINDS)}"
         )
     costs = Costs(cost_model, strategy.mesh, {})
     names: list[str] = []
@@ -141,10 +141,10 @@ def _recomputing(
 def _offsets(of: BlockChoices, degrees: Degrees) -> Sequence[int]:
     """What of a copy is not kept. Where what is between lies divided, nor is what was gathered."""
     if degrees.between == "whole":
-        return KINDS[degrees.recompute](of)
+        return RECIPE_KINDS[degrees.recompute](of)
     if degrees.between == "width" and degrees.recompute == "full":
         return of.summands
-    return sorted({*KINDS[degrees.recompute](of), *of.gathered})
+    return sorted({*RECIPE_KINDS[degrees.recompute](of), *of.gathered})
 
 
 __all__ = ["hybrid"]

@@ -150,6 +150,18 @@ class BlockChoices:
                 found.append(offset)
         return tuple(offset for offset in reversed(found) if offset in self.full)
 
+    @cached_property
+    def alternate(self) -> tuple[int, ...]:
+        """All but fused attention and every other product with a parameter, the first one kept: as
+        torchtitan checkpoints operators (``selective``, ``op``)."""
+        kinds = {o: self.rules[self._operator(o).name].rule.kind for o in self.full}
+        products = [o for o, kind in kinds.items() if kind == "matmul" and self._weighs(o)]
+        kept = {*products[::2], *(o for o, kind in kinds.items() if kind == "attention")}
+        return tuple(offset for offset in self.full if offset not in kept)
+
+    def _weighs(self, offset: int) -> bool:
+        return any(name not in self.graph.producer for name in self._operator(offset).inputs)
+
     def _multiplies_activations(self, operator: Operator) -> bool:
         kind = self.rules[operator.name].rule.kind
         made = [name for name in operator.inputs if name in self.graph.producer]
@@ -261,6 +273,12 @@ KINDS: dict[str, Callable[[BlockChoices], tuple[int, ...]]] = {
 }
 """By the name that ``--recompute`` takes: which operators of a copy, counted from its first."""
 
+RECIPE_KINDS: dict[str, Callable[[BlockChoices], tuple[int, ...]]] = {
+    **KINDS,
+    "alternate": lambda of: of.alternate,
+}
+"""Those that recipes have: what people do, though a search has better."""
+
 
 def _runs(offsets: Sequence[int]) -> Iterator[tuple[int, ...]]:
     """Neighbours together.
@@ -278,4 +296,4 @@ def _runs(offsets: Sequence[int]) -> Iterator[tuple[int, ...]]:
         yield run
 
 
-__all__ = ["KINDS", "BlockChoices"]
+__all__ = ["KINDS", "RECIPE_KINDS", "BlockChoices"]

@@ -11,7 +11,7 @@ from autopar.ir.simulation import HOLDERS, WORLD, Estimate, PromisedCollective
 from autopar.ir.strategy import Stage, Strategy
 from autopar.simulator.costs import Costs, within_units, work
 from autopar.simulator.edges import Rules, carries_gradient
-from cost_models.analytical import members_in_unit
+from cost_models.collectives import members_in_unit
 from cost_models.interface import CostModel, Work, host_time_of, units_of
 
 Seconds = Mapping[str, float]
