@@ -24,6 +24,8 @@ class Device:
     """``peak_flops_per_s``: (dtype, dense peak) pairs; ``achievable_flops_per_s``: measured maxima
     of real matrix products, for some of these dtypes. ``cores``: what tiles are spread over
     (streaming multiprocessors, compute units). ``launch_s``: the shortest time of any kernel.
+    ``attention_flops_per_s``: measured maxima of fused attention, where these are less than
+    products let expect. ``compiled``: programs run as a whole, not operator by operator.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Device:
     cores: int = 1
     launch_s: float = 3e-6
     achievable_flops_per_s: tuple[tuple[str, float], ...] = ()
+    attention_flops_per_s: tuple[tuple[str, float], ...] = ()
+    compiled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +175,8 @@ class _Machine:
                 vendor=str(data.get("vendor", "")),
                 peak_flops_per_s=reader.by_dtype(device, "peak_flops_per_s", required=True),
                 achievable_flops_per_s=reader.by_dtype(device, "achievable_flops_per_s"),
+                attention_flops_per_s=reader.by_dtype(device, "attention_flops_per_s"),
+                compiled=device.get("compiled") is True,
                 memory_bytes=reader.count(device, "memory_bytes"),
                 memory_bytes_per_s=reader.number(device, "memory_bytes_per_s"),
                 cores=reader.count(device, "cores", 1),
