@@ -1,9 +1,10 @@
 """Fits the parameters of prices to published runs: ``python -m benchmarks.fit rows.csv [...]``.
 
-Of every source as much counts, however many rows it has: the mean of the rows' errors (of the
-logarithm of the step's time, by size). Each parameter also has a guess to stay near to, with a
-width. Printed is a table: each source's error where all were fitted, and where all but this one
-were; sources that are never fitted to are shown, too. ``--write`` writes ``calibration.toml``.
+What is made small is the errors' size, of the logarithm of a step's time; a source counts by the
+square root of its number of rows, so that one of a thousand does not drown the others. Each
+parameter also has a guess to stay near to, with a width. Printed is a table: each source's error
+where all were fitted, and where all but this one were; sources that are never fitted to are shown,
+too. ``--write`` writes ``calibration.toml``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from cost_models.calibration import FILE, FORMAT, VERSION, Calibration
 NEVER_FITTED = ("arXiv 2104.04473",)
 """PTD-P, tables 1 and 2: kept to show what the others say of it."""
 
-ROUNDS, INNER_ROUNDS = 4, 30
+ROUNDS, INNER_ROUNDS = 3, 30
 LEAST_ERROR = 0.02
 """Errors below this count by their square: they are noise."""
 
@@ -114,7 +115,8 @@ def better(rows: Sequence[Priced], calibration: Calibration) -> Calibration:
     counts = {row.run.source: 0 for row in rows}
     for row in rows:
         counts[row.run.source] += 1
-    share = np.array([1 / (len(counts) * counts[row.run.source]) for row in rows])
+    share = np.array([counts[row.run.source] ** -0.5 for row in rows])
+    share /= share.sum()
     errors = np.array([row.error for row in rows])
     by = np.stack([row.by for row in rows])
     now = np.array([log(getattr(calibration, name)) for name in NAMES])
@@ -212,7 +214,8 @@ def main() -> int:
     for name in NAMES:
         print(f"{name:24s} {getattr(found, name):.4g}  (guess {GUESSES[name].value:g})", flush=True)
     if arguments.write:
-        command = f"python -m benchmarks.fit {' '.join(p.name for p in arguments.csv)} --write"
+        names = " ".join(path.name for path in arguments.csv)
+        command = f"python -m benchmarks.fit {names} --most {arguments.most} --write"
         FILE.write_text(content(found, used, command))
     for line in [] if arguments.no_table else report(runs, found):
         print(line, flush=True)

@@ -330,6 +330,15 @@ def _estimate(
     return estimate, strategy, found
 
 
+def estimate(run: Run) -> Estimate:
+    """
+    Raises:
+        AutoparError, ValueError: there is no such strategy, or no price.
+    """
+    machine = cost_model(run.machine)
+    return _estimate(run, machine, StagePrices(machine), {})[0]
+
+
 def step_s(run: Run, machine: CostModel) -> float:
     """Of whatever number type the prices are; memory is not looked at.
 

@@ -176,7 +176,7 @@ class _Machine:
                 peak_flops_per_s=reader.by_dtype(device, "peak_flops_per_s", required=True),
                 achievable_flops_per_s=reader.by_dtype(device, "achievable_flops_per_s"),
                 attention_flops_per_s=reader.by_dtype(device, "attention_flops_per_s"),
-                compiled=device.get("compiled") is True,
+                compiled=reader.flag(device, "compiled"),
                 memory_bytes=reader.count(device, "memory_bytes"),
                 memory_bytes_per_s=reader.number(device, "memory_bytes_per_s"),
                 cores=reader.count(device, "cores", 1),
@@ -247,6 +247,14 @@ class _Reader:
         if found != int(found):
             raise TopologyError(f"{self.where}: {key} must be a whole number, not {found!r}")
         return int(found)
+
+    def flag(self, data: dict[str, Any], key: str) -> bool:
+        found = data.get(key, False)
+        if isinstance(found, dict):
+            found = found.get("value")
+        if not isinstance(found, bool):
+            raise TopologyError(f"{self.where}: {key} must be true or false, not {found!r}")
+        return found
 
     def optional(self, data: dict[str, Any], key: str) -> float | None:
         return self.number(data, key) if key in data else None

@@ -323,6 +323,7 @@ def test_half_the_peak_never_makes_it_faster(
         device,
         peak_flops_per_s=tuple((d, p / 2) for d, p in device.peak_flops_per_s),
         achievable_flops_per_s=tuple((d, p / 2) for d, p in device.achievable_flops_per_s),
+        attention_flops_per_s=tuple((d, p / 2) for d, p in device.attention_flops_per_s),
     )
     slow = Analytical(replace(found, device=halved))
     for shape in ((1, 8, 8, 8), (16, 4096, 4096, 128), (1, 8192, 8192, 8192)):
