@@ -165,13 +165,17 @@ def report(runs: Sequence[Run], found: Calibration) -> Iterator[str]:
     yield f"{'source':60s} rows | fitted to all: mean, bias, largest, tau | to all others"
     for source in dict.fromkeys(row.run.source for row in rows):
         own = [row for row in rows if row.run.source == source]
-        line = f"{source[:60]:60s} {len(own):4d} | {summary(own)}"
+        line = f"{short(source):60s} {len(own):4d} | {summary(own)}"
         if source.startswith(NEVER_FITTED):
             yield f"{line} | never fitted to"
             continue
         others = [row for row in rows if row.run.source != source and not kept_out(row.run)]
         without = better(others, found)
         yield f"{line} | {summary(list(priced([row.run for row in own], without)))}"
+
+
+def short(source: str) -> str:
+    return source if len(source) <= 60 else f"{source[:28]} ... {source[-27:]}"
 
 
 def kept_out(run: Run) -> bool:
