@@ -22,10 +22,12 @@ from autopar.recipes import Degrees, hybrid
 from autopar.recipes.columns_rows import DATA
 from autopar.simulator.bands import banded
 from autopar.simulator.costs import ComputeCache
+from autopar.simulator.folding import Folded
 from autopar.simulator.listing import Structure
 from autopar.simulator.microbatches import Division, division
-from autopar.simulator.pipelines import StagePrices, evaluate_stages
+from autopar.simulator.pipelines import PricedPipeline, StagePrices, evaluate_stages
 from autopar.simulator.prices import evaluate
+from autopar.simulator.stages import pipelined
 from benchmarks.transformer import Transformer
 from cost_models import cost_model
 from cost_models.interface import CostModel
@@ -313,24 +315,66 @@ def predicted(runs: Iterable[Run]) -> Iterator[tuple[Run, Compared | Exception]]
 def _estimate(
     run: Run, machine: CostModel, prices: StagePrices, cache: ComputeCache
 ) -> tuple[Estimate, Strategy, Division]:
-    count = run.degrees.microbatches(run.batch)
-    found = division(run.model.graph(run.batch), count)
-    structure = Structure(found.graph, found.rules)
-    strategy = hybrid(found, run.degrees, machine, run.training, structure)
-    _check_sharded(run.degrees, found.graph, strategy)
+    found, structure, strategy = _planned(run, machine)
     if len(strategy.stages) > 1:
         return evaluate_stages(found, machine, strategy, prices), strategy, found
-    alike = structure.folded_in_runs(tuple(frozenset[int]() for _ in structure.blocks))
     estimate = evaluate(
         found.graph,
         found.rules,
         machine,
         strategy,
         compute_cache=cache,
-        folded=alike,
-        overlapped=run.degrees.zero == 3,  # as FSDP and DeepSpeed do
+        folded=_folded(structure),
+        overlapped=_overlapped(run),
     )
     return estimate, strategy, found
+
+
+def estimate(run: Run) -> Estimate:
+    """
+    Raises:
+        AutoparError, ValueError: there is no such strategy, or no price.
+    """
+    machine = cost_model(run.machine)
+    return _estimate(run, machine, StagePrices(machine), {})[0]
+
+
+def step_s(run: Run, machine: CostModel) -> float:
+    """Of whatever number type the prices are; memory is not looked at.
+
+    Raises:
+        AutoparError, ValueError: there is no such strategy, or no price.
+    """
+    found, structure, strategy = _planned(run, machine)
+    if len(strategy.stages) > 1:
+        played = PricedPipeline(pipelined(found, strategy), StagePrices(machine)).timeline
+        return played.step_time_s  # type: ignore[return-value]
+    return evaluate(
+        found.graph,
+        found.rules,
+        machine,
+        strategy,
+        folded=_folded(structure),
+        overlapped=_overlapped(run),
+    ).step_time_s
+
+
+def _overlapped(run: Run) -> bool:
+    """As FSDP and DeepSpeed do."""
+    return run.degrees.zero == 3
+
+
+def _planned(run: Run, machine: CostModel) -> tuple[Division, Structure, Strategy]:
+    count = run.degrees.microbatches(run.batch)
+    found = division(run.model.graph(run.batch), count)
+    structure = Structure(found.graph, found.rules)
+    strategy = hybrid(found, run.degrees, machine, run.training, structure)
+    _check_sharded(run.degrees, found.graph, strategy)
+    return found, structure, strategy
+
+
+def _folded(structure: Structure) -> Folded:
+    return structure.folded_in_runs(tuple(frozenset[int]() for _ in structure.blocks))
 
 
 def _check_sharded(degrees: Degrees, graph: OperatorGraph, strategy: Strategy) -> None:

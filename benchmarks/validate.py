@@ -1,6 +1,6 @@
 """Predicted steps beside published ones: ``python -m benchmarks.validate rows.csv [...]``.
 
-Nothing is fitted. Printed by source: rows, those that were skipped and why, the errors of times and
+Printed by source: rows, those that were skipped and why, the errors of times and
 memory, whether their order is right (Kendall's tau), and what was wrongly thought to fit or not.
 """
 

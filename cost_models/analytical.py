@@ -6,22 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import ceil
 
+from cost_models.calibration import Calibration, read_calibration
 from cost_models.collectives import COLLECTIVES, Way, spans, useful
-from cost_models.interface import Collective, CollectiveKind, Work
+from cost_models.interface import Collective, CollectiveKind, HostTime, Work
 from cost_models.overheads import BY_VENDOR, NCCL_CHANNELS, NOTHING, Overheads
 from cost_models.topology import Topology
 
 MATMUL_EFFICIENCY = 0.78
-"""Of the peak, for a large product: the median of the ten machines whose files have a measured
-maximum (MAMF, stas00/ml-engineering@744d01e), which spread from 0.51 to 0.87."""
+"""Of the peak, where no largest product was measured: the median of the ten machines whose files
+have one (MAMF, stas00/ml-engineering@744d01e), which spread from 0.51 to 0.87."""
 
-ATTENTION_EFFICIENCY = 0.8
-"""Of what a large product achieves, for fused attention. FlashAttention-2 (Dao 2023, section 4):
-up to 73% of the A100's peak forward and 63% backward, where products achieve 87%: 0.84 and 0.72."""
-
-MEMORY_EFFICIENCY = 0.85
-"""Of the datasheet's bandwidth, for streaming kernels. From memory: copy and triad of BabelStream
-on HBM parts come to 0.8 to 0.92."""
+ITEM_BYTES = {"float32": 4, "tensorfloat32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64), (32, 32))
 """Output tiles that matrix libraries choose from (CUTLASS's defaults)."""
@@ -45,9 +40,12 @@ class Analytical:
     """A ``CostModel`` of a machine that need not be at hand."""
 
     topology: Topology
-    _computed: dict[Work, float] = field(default_factory=dict, repr=False, compare=False)
+    calibration: Calibration = field(default_factory=read_calibration)
+    _computed: dict[Work, float] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
     _ways: dict[tuple[CollectiveKind, int, int, tuple[int, ...]], tuple[Way, ...]] = field(
-        default_factory=dict, repr=False, compare=False
+        default_factory=dict, init=False, repr=False, compare=False
     )
 
     @property
@@ -81,6 +79,12 @@ class Analytical:
         """One for each tier."""
         return tuple(tier.size for tier in self.topology.tiers)
 
+    @property
+    def host_time(self) -> HostTime:
+        """A program that is compiled as a whole does not wait for its host."""
+        compiled = self.topology.device.compiled
+        return HostTime(operator_s=0.0 if compiled else self.calibration.operator_s)
+
     def compute_time_s(self, work: Work) -> float:
         known = self._computed.get(work)
         if known is None:
@@ -111,20 +115,27 @@ class Analytical:
         if work.kind not in COMPUTE:
             raise KeyError(f"no price for work of kind {work.kind!r}; known: {', '.join(COMPUTE)}")
         device = self.topology.device
-        memory_s = work.bytes / (device.memory_bytes_per_s * MEMORY_EFFICIENCY)
+        memory_s = work.bytes / (device.memory_bytes_per_s * self.calibration.memory_efficiency)
         return device.launch_s + max(COMPUTE[work.kind](self, work), memory_s)
 
     def _product_s(self, work: Work) -> float:
-        return (
-            work.flops * matmul_waste(_four(work), self.topology.device.cores) / self._speed(work)
-        )
+        device, fill_steps = self.topology.device, self.calibration.fill_steps
+        waste = matmul_waste(_four(work), device.cores, fill_steps)
+        if misaligned(work):
+            waste *= self.calibration.misaligned_slowdown
+        return work.flops * waste / (self._speed(work) * self.calibration.matmul_efficiency)
 
     def _attention_s(self, work: Work) -> float:
         waste = attention_waste(_four(work), self.topology.device.cores)
-        return work.flops * waste / (self._speed(work) * ATTENTION_EFFICIENCY)
+        return work.flops * waste / self._attention_speed(work)
+
+    def _attention_speed(self, work: Work) -> float:
+        measured = dict(self.topology.device.attention_flops_per_s)
+        speed = self._speed(work) * self.calibration.attention_efficiency
+        return min(speed, measured.get(work.dtype, speed))
 
     def _speed(self, work: Work) -> float:
-        """Flops per second of a large product."""
+        """Flops per second of the largest product."""
         device = self.topology.device
         peaks = dict(device.peak_flops_per_s)
         if work.dtype not in peaks:
@@ -170,6 +181,14 @@ def _four(work: Work) -> tuple[int, int, int, int]:
     return a, b, c, d
 
 
+def misaligned(work: Work) -> bool:
+    """Whether rows of a product's matrices start where no aligned load can read them: matrix units
+    are fed 16 bytes at a time (NVIDIA, Matrix Multiplication Background, "Tensor Core
+    requirements"). Rows are those of n and of k."""
+    _, _, n, k = _four(work)
+    return work.dtype in ITEM_BYTES and any(size * ITEM_BYTES[work.dtype] % 16 for size in (n, k))
+
+
 def _tile_speed(m: int, n: int) -> float:
     return m * n / ((m + HALF_TILE) * (n + HALF_TILE))
 
@@ -177,9 +196,9 @@ def _tile_speed(m: int, n: int) -> float:
 FULL_SPEED = max(_tile_speed(m, n) for m, n in TILES)
 
 
-def matmul_waste(shape: tuple[int, int, int, int], cores: int) -> float:
+def matmul_waste(shape: tuple[int, int, int, int], cores: int, fill_steps: float = 0.0) -> float:
     """How much longer a product takes than its flops at full speed: what is lost to the edges of
-    tiles, to cores without a tile in the last wave, to small tiles.
+    tiles, to cores without a tile in the last wave, to small tiles, to the start and end of each.
 
     >>> round(matmul_waste((1, 8192, 8192, 8192), cores=132), 2)
     1.03
@@ -191,7 +210,7 @@ def matmul_waste(shape: tuple[int, int, int, int], cores: int) -> float:
     ideal = batch * m * n * k / cores
     return (
         min(
-            _rounds(batch * ceil(m / tm) * ceil(n / tn), cores, steps)
+            _rounds(batch * ceil(m / tm) * ceil(n / tn), cores, steps, fill_steps)
             * (tm * tn * TILE_K * FULL_SPEED / _tile_speed(tm, tn))
             for tm, tn in TILES
         )
@@ -199,12 +218,12 @@ def matmul_waste(shape: tuple[int, int, int, int], cores: int) -> float:
     )
 
 
-def _rounds(tiles: int, cores: int, steps: int) -> float:
+def _rounds(tiles: int, cores: int, steps: int, fill_steps: float) -> float:
     """Steps over k that the busiest core makes: of whole tiles when there are enough for all
     cores, else of parts of one."""
     if tiles >= cores:
-        return ceil(tiles / cores) * steps
-    return max(min(steps, LEAST_STEPS), steps / (cores // tiles))
+        return ceil(tiles / cores) * (steps + fill_steps)
+    return max(min(steps, LEAST_STEPS), steps / (cores // tiles)) + fill_steps
 
 
 def attention_waste(shape: tuple[int, int, int, int], cores: int) -> float:

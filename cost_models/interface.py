@@ -49,10 +49,12 @@ class Collective:
 class HostTime:
     """What devices wait for beside work and collectives, because their host does one thing after
     the other: ``view_s`` for an operator that gives its input another shape, forward or backward;
-    ``pass_s`` for the forward or the backward of a microbatch, beside its operators."""
+    ``pass_s`` for the forward or the backward of a microbatch, beside its operators;
+    ``operator_s`` is the least from one kernel of an operator to the next, however short it is."""
 
     view_s: float = 0.0
     pass_s: float = 0.0
+    operator_s: float = 0.0
 
 
 class CostModel(Protocol):

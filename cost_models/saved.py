@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from cost_models.analytical import Analytical
+from cost_models.calibration import Calibration, read_calibration
 from cost_models.interface import CostModel
 from cost_models.profiled import Profiled, profile_from_json, profile_to_json
 from cost_models.topology import Device, Tier, Topology
@@ -24,6 +25,7 @@ def cost_model_to_json(cost_model: CostModel) -> dict[str, Any]:
         case Analytical():
             found["name"] = cost_model.topology.name
             found["analytical"] = asdict(cost_model.topology)
+            found["calibration"] = asdict(cost_model.calibration)
         case Profiled():
             found["name"] = f"local ({cost_model.profile.device})"
             found["profiled"] = profile_to_json(cost_model.profile)
@@ -36,7 +38,10 @@ def cost_model_from_json(data: dict[str, Any]) -> CostModel:
     class that only its author can make."""
     try:
         if "analytical" in data:
-            return Analytical(_topology(data["analytical"]))
+            # plans made before there was one have none
+            known = data.get("calibration")
+            calibration = read_calibration() if known is None else Calibration(**known)
+            return Analytical(_topology(data["analytical"]), calibration)
         if "profiled" in data:
             return Profiled(profile_from_json(data["profiled"]))
     except (KeyError, TypeError) as error:
@@ -46,7 +51,8 @@ def cost_model_from_json(data: dict[str, Any]) -> CostModel:
 
 def _topology(data: dict[str, Any]) -> Topology:
     device = data["device"]
-    rates = ("peak_flops_per_s", "achievable_flops_per_s")
+    known = ("peak_flops_per_s", "achievable_flops_per_s", "attention_flops_per_s")
+    rates = [rate for rate in known if rate in device]  # earlier files have fewer
     return Topology(
         **{
             **data,

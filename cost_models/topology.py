@@ -24,6 +24,8 @@ class Device:
     """``peak_flops_per_s``: (dtype, dense peak) pairs; ``achievable_flops_per_s``: measured maxima
     of real matrix products, for some of these dtypes. ``cores``: what tiles are spread over
     (streaming multiprocessors, compute units). ``launch_s``: the shortest time of any kernel.
+    ``attention_flops_per_s``: measured maxima of fused attention, where these are less than
+    products let expect. ``compiled``: programs run as a whole, not operator by operator.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Device:
     cores: int = 1
     launch_s: float = 3e-6
     achievable_flops_per_s: tuple[tuple[str, float], ...] = ()
+    attention_flops_per_s: tuple[tuple[str, float], ...] = ()
+    compiled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +175,8 @@ class _Machine:
                 vendor=str(data.get("vendor", "")),
                 peak_flops_per_s=reader.by_dtype(device, "peak_flops_per_s", required=True),
                 achievable_flops_per_s=reader.by_dtype(device, "achievable_flops_per_s"),
+                attention_flops_per_s=reader.by_dtype(device, "attention_flops_per_s"),
+                compiled=reader.flag(device, "compiled"),
                 memory_bytes=reader.count(device, "memory_bytes"),
                 memory_bytes_per_s=reader.number(device, "memory_bytes_per_s"),
                 cores=reader.count(device, "cores", 1),
@@ -241,6 +247,14 @@ class _Reader:
         if found != int(found):
             raise TopologyError(f"{self.where}: {key} must be a whole number, not {found!r}")
         return int(found)
+
+    def flag(self, data: dict[str, Any], key: str) -> bool:
+        found = data.get(key, False)
+        if isinstance(found, dict):
+            found = found.get("value")
+        if not isinstance(found, bool):
+            raise TopologyError(f"{self.where}: {key} must be true or false, not {found!r}")
+        return found
 
     def optional(self, data: dict[str, Any], key: str) -> float | None:
         return self.number(data, key) if key in data else None

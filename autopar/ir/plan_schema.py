@@ -21,6 +21,7 @@ from autopar.ir.simulation import (
     Traffic,
 )
 from autopar.ir.strategy import Training
+from cost_models.calibration import Calibration
 from cost_models.topology import Device, Tier, Topology
 
 FORMAT = 1
@@ -200,7 +201,12 @@ def _short(value: Any) -> str:
 def _topology() -> Schema:
     """``analytical`` or ``profiled``; neither for a cost model of the user's own."""
     rates = many(tuple_of(TEXT, NUMBER))
-    device = of_dataclass(Device, peak_flops_per_s=rates, achievable_flops_per_s=rates)
+    device = of_dataclass(
+        Device,
+        peak_flops_per_s=rates,
+        achievable_flops_per_s=rates,
+        attention_flops_per_s=rates,
+    )
     tiers = many(of_dataclass(Tier))
     return {
         "type": "object",
@@ -209,6 +215,7 @@ def _topology() -> Schema:
             "devices": WHOLE,
             "memory_bytes": WHOLE,
             "analytical": of_dataclass(Topology, device=device, tiers=tiers),
+            "calibration": of_dataclass(Calibration),
             "profiled": described({"type": "object"}, "a profile, with a version of its own"),
         },
         "required": ["name", "devices", "memory_bytes"],

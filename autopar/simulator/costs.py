@@ -5,6 +5,7 @@ Everything that is priced is priced here, once: searchers and ``evaluate`` both 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from math import prod
@@ -74,10 +75,11 @@ class Costs:
         self, bound: BoundRule, split: Split, differentiable: tuple[bool, ...]
     ) -> tuple[float, float]:
         forward, backward = work(bound, split, self.mesh, differentiable)
-        return (
-            sum(map(self.cost_model.compute_time_s, forward)),
-            sum(map(self.cost_model.compute_time_s, backward)),
-        )
+        return sum(map(self._kernel_s, forward)), sum(map(self._kernel_s, backward))
+
+    def _kernel_s(self, of: Work) -> float:
+        """A device waits for its host where that takes longer."""
+        return max(self.host.operator_s, self.cost_model.compute_time_s(of))
 
     def memory_bound_s(self, moved_bytes: float, dtype: str) -> float:
         """An elementwise pass that reads and writes ``moved_bytes``."""
@@ -218,8 +220,31 @@ def work(
     forward = [Work("memory", dtype, float(max(written, default=0)), moved)]
     if not any(differentiable):
         return forward, []
+    given = sum(n for n, spec in zip(written, bound.output_specs, strict=True) if spec.is_floating)
+    saved = _saved_bytes(bound, sizes, read, written, differentiable)
     gradients = sum(n for n, needed in zip(read, differentiable, strict=True) if needed)
-    return forward, [Work("memory", dtype, 0.0, float(gradients + moved))]
+    return forward, [Work("memory", dtype, 0.0, float(given + saved + gradients))]
+
+
+def _saved_bytes(
+    bound: BoundRule,
+    sizes: dict[str, int],
+    read: Sequence[int],
+    written: Sequence[int],
+    differentiable: tuple[bool, ...],
+) -> int:
+    """What the backward reads beside the gradients that it is given."""
+    total = 0
+    for saved in bound.rule.saves:
+        if saved.needs and not any(differentiable[i] for i in saved.needs):
+            continue
+        kind, _, place = saved.what.partition(" ")
+        if kind in ("input", "output"):
+            total += (read if kind == "input" else written)[int(place)]
+        else:
+            item = ITEM_BYTES[saved.dtype or bound.output_specs[0].dtype]
+            total += prod(_factor_sizes(saved.what, sizes)) * item
+    return total
 
 
 def _attention(

@@ -196,6 +196,7 @@ def test_a_file_of_ones_own_needs_no_sources(tmp_path: Path) -> None:
         ('name = "bus"', 'name = "bus"\nwiring = "string"', "wiring 'string'"),
         ('name = "bus"', 'name = "bus"\nwiring = "mesh"', "pair_bytes_per_s"),
         ('name = "own"', "name = own", "not a TOML file"),
+        ("[device]", "[device]\ncompiled = 1", "compiled must be true or false"),
         ("nodes = 3", "nodes = 0", "nodes must be a positive number"),
         ("nodes = 3", "nodes = 2.5", "nodes must be a whole number"),
         ("size = 4", "size = 'all'", "size must be a positive number"),

@@ -213,7 +213,7 @@ def stored(strategy: Strategy, part: str) -> set[Sharding]:
 
 
 def test_a_small_model_with_a_large_batch_gives_data_parallelism() -> None:
-    graph = resnet(512)
+    graph = resnet(4096)
     strategy = strategy_of(search(graph, "h100-sxm", (8,)))
     convolutions = [o for o in graph.operators if "conv" in o.op]
     assert len(convolutions) == 8
