@@ -120,6 +120,7 @@ def run_of(row: Row) -> Run:
         between="sequence" if row["sequence_parallel"] == "True" and tensor > 1 else "whole",
         zero=zero,
         recompute=_recompute(row["recompute"]),
+        context=_number(row, "CP"),
     )
     value = row["value"].strip()
     memory = row["metric"].startswith("peak_mem")
@@ -140,7 +141,6 @@ def run_of(row: Row) -> Run:
 
 def _check_supported(row: Row) -> None:
     for column, what in (
-        ("CP", "context parallelism"),
         ("EP", "experts"),
         ("n_experts", "experts"),
     ):

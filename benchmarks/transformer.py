@@ -69,9 +69,9 @@ class _Builder:
         logits = self._op(
             "", "_to_copy", (logits,), self.specs[logits].shape, dtype="float32", keywords=keywords
         )
-        flat = (self.batch * of.length, of.vocabulary)
-        logits = self._op("", "view", (logits,), flat, flat)
-        targets = self._op("", "view", (targets,), flat[:1], flat[:1])
+        # (sample, class, position): samples and positions stay apart, for axes that divide either
+        by_class = (self.batch, of.vocabulary, of.length)
+        logits = self._op("", "transpose.int", (logits,), by_class, 1, 2)
         loss = self._op("", "cross_entropy_loss", (logits, targets), ())
         return OperatorGraph(
             tuple(self.tensors),

@@ -22,14 +22,17 @@ from autopar.ir.rule import (
     Choice,
     Split,
 )
-from autopar.ir.sharding import INVARIANT, PARTIAL, Mesh, Placement, sharded_dim
+from autopar.ir.sharding import INVARIANT, PARTIAL, Mesh, Placement, shard, sharded_dim
 from autopar.simulator.edges import Rules, carries_gradient
 from autopar.simulator.listing import VOCABULARY, Structure
 from autopar.simulator.microbatches import batch_factors
 
-DATA, TENSOR = "data", "tensor"
+DATA, CONTEXT, TENSOR = "data", "context", "tensor"
 """What an axis of a mesh may be for."""
 
+
+SEQUENCE = 1
+"""The dim of the inputs that a context axis divides."""
 
 BETWEEN = {"whole": "", "sequence": "A", "width": "P"}
 """What of the tensors between tensor-parallel regions is divided, and the letter of SOAP that such
@@ -39,9 +42,11 @@ a factor has."""
 def splits_by_purpose(
     structure: Structure, mesh: Mesh, purposes: Sequence[str], between: str = "whole"
 ) -> dict[str, Split]:
-    """A split for each operator; ``purposes`` has ``DATA`` or ``TENSOR`` for each axis.
+    """A split for each operator; ``purposes`` has one of these for each axis.
 
     - Data axes divide the batch.
+    - A context axis divides the sequence, the second dim of the inputs, as far as it goes: what
+      meets other positions (attention) takes its queries divided and keys and values whole.
     - A tensor axis begins at a product with a parameter, which it divides by columns if all that
       reads them can go on with its own columns or heads to a product that sums over them (rows), or
       to the loss over classes; else the product is left whole. It divides a table by its rows (the
@@ -120,6 +125,13 @@ class _Axis:
         _, made = self.rules[operator.name].placements(choice)
         self.made.update(zip(operator.outputs, made, strict=True))
 
+    def _divided(self, operator: Operator) -> dict[int, Placement]:
+        return {
+            i: self.made[name]
+            for i, name in enumerate(operator.inputs)
+            if sharded_dim(self.made.get(name, INVARIANT)) is not None
+        }
+
     def _fits(self, operator: Operator, choice: Choice) -> bool:
         before = self.splits[operator.name]
         rest = (NOTHING,) * (len(self.mesh.axes) - len(before) - 1)
@@ -160,6 +172,39 @@ class _Data(_Axis):
         return NOTHING if choice in RESERVED or not self._fits(operator, choice) else choice
 
 
+class _Context(_Axis):
+    """From the inputs on, each operator divides the factor that takes most of what is divided as it
+    is; of several the one that takes the first. Sums only where that is all of it."""
+
+    def choose(self) -> None:
+        for name in self.graph.inputs:
+            if len(self.graph.spec(name).shape) > SEQUENCE:
+                self.made[name] = shard(SEQUENCE)
+        super().choose()
+
+    def _choice(self, operator: Operator) -> Choice:
+        bound, divided = self.rules[operator.name], self._divided(operator)
+        best, most = NOTHING, (0, 0)
+        for factor in _with_queries(bound) if divided else ():
+            wanted, _ = bound.placements(factor)
+            taken = [i for i, placement in divided.items() if wanted[i] == placement]
+            partly = len(taken) < len(divided)
+            if not taken or (partly and factor in bound.rule.sums):
+                continue
+            rank = len(taken), -taken[0]
+            if rank > most and self._fits(operator, factor):
+                best, most = factor, rank
+        return best
+
+
+def _with_queries(bound: BoundRule) -> tuple[Choice, ...]:
+    """What an axis may divide: of causal attention the queries too, although nothing here can run
+    that (a device needs to know where its own begin)."""
+    if bound.rule.kind != "attention":
+        return bound.factors
+    return tuple(dict.fromkeys((*bound.factors, bound.rule.products[0].m)))
+
+
 @dataclass
 class _Tensor(_Axis):
     """``inside``: tensors that lie in the columns or heads of some product."""
@@ -193,13 +238,6 @@ class _Tensor(_Axis):
         if inside:
             return NOTHING
         return self._between(operator, bound, divided)
-
-    def _divided(self, operator: Operator) -> dict[int, Placement]:
-        return {
-            i: self.made[name]
-            for i, name in enumerate(operator.inputs)
-            if sharded_dim(self.made.get(name, INVARIANT)) is not None
-        }
 
     def _accepting(self, operator: Operator, given: Mapping[int, Placement]) -> Choice | None:
         """The factor that takes these inputs as they are."""
@@ -291,6 +329,6 @@ class _Tensor(_Axis):
         return self.structure.number[operator.name]
 
 
-_AXES: dict[str, type[_Axis]] = {DATA: _Data, TENSOR: _Tensor}
+_AXES: dict[str, type[_Axis]] = {DATA: _Data, CONTEXT: _Context, TENSOR: _Tensor}
 
-__all__ = ["DATA", "TENSOR", "splits_by_purpose"]
+__all__ = ["CONTEXT", "DATA", "TENSOR", "splits_by_purpose"]

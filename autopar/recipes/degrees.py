@@ -16,12 +16,13 @@ LEVELS = (0, 1, 2, 3)
 
 @dataclass(frozen=True, slots=True)
 class Degrees:
-    """``tensor`` x ``data`` x ``replicas`` devices are a group, and there are ``pipeline`` groups,
-    each with ``chunks`` stages (Megatron's virtual stages).
+    """``tensor`` x ``context`` x ``data`` x ``replicas`` devices are a group, and there are
+    ``pipeline`` groups, each with ``chunks`` stages (Megatron's virtual stages).
 
-    Neighbours are tensor-parallel; then come ``data``, over which ZeRO of level ``zero`` shards,
-    ``replicas`` of that, whose gradients are summed, and the groups of the pipeline. ``schedule``:
-    of the shelf (default: ``1f1b``, with several chunks ``interleaved_1f1b``). ``microbatch``:
+    Neighbours are tensor-parallel; then come ``context``, which divides the sequence of every
+    tensor, and ``data``; ZeRO of level ``zero`` shards over both; ``replicas`` of that, whose
+    gradients are summed, and the groups of the pipeline. ``schedule``: of the shelf (default:
+    ``1f1b``, with several chunks ``interleaved_1f1b``). ``microbatch``:
     samples that a replica works on at a time (default: one in a pipeline, else all of them).
     ``between`` tensor-parallel regions tensors are ``whole``, or divided by their ``sequence``
     (sequence parallelism) or ``width``. ``recompute`` as for a search: ``none``, ``attention``,
@@ -38,10 +39,11 @@ class Degrees:
     between: str = "whole"
     zero: int = 0
     recompute: str = "none"
+    context: int = 1
 
     @property
     def stage_devices(self) -> int:
-        return self.tensor * self.data * self.replicas
+        return self.tensor * self.context * self.data * self.replicas
 
     @property
     def devices(self) -> int:
@@ -72,6 +74,7 @@ SHORT = {
     "tp": "tensor",
     "pp": "pipeline",
     "dp": "data",
+    "cp": "context",
     "vp": "chunks",
     "mbs": "microbatch",
 }

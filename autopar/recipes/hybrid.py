@@ -13,7 +13,7 @@ from autopar.errors import AutoparError
 from autopar.ir.rule import Split
 from autopar.ir.sharding import INVARIANT, Mesh, Sharding, sharded_dim
 from autopar.ir.strategy import Stage, Storage, Strategy, Training
-from autopar.recipes.columns_rows import DATA, TENSOR, splits_by_purpose
+from autopar.recipes.columns_rows import CONTEXT, DATA, TENSOR, splits_by_purpose
 from autopar.recipes.degrees import Degrees
 from autopar.simulator.costs import Costs
 from autopar.simulator.listing import Structure
@@ -71,6 +71,7 @@ def _mesh(degrees: Degrees) -> tuple[Mesh, list[str], list[int]]:
     axes = [
         ("replicas", degrees.replicas, DATA, 0),
         ("data", degrees.data, DATA, degrees.zero),
+        ("context", degrees.context, CONTEXT, degrees.zero),
         ("tensor", degrees.tensor, TENSOR, 0),
     ]
     kept = [axis for axis in axes if axis[1] > 1] or [axes[1]]
@@ -139,8 +140,9 @@ def _recomputing(
 
 
 def _offsets(of: BlockChoices, degrees: Degrees) -> Sequence[int]:
-    """What of a copy is not kept. Where what is between lies divided, nor is what was gathered."""
-    if degrees.between == "whole":
+    """What of a copy is not kept. Where what is between lies divided, or the sequence does, nor is
+    what was gathered (of a ring of keys and values, each device keeps its own)."""
+    if degrees.between == "whole" and degrees.context == 1:
         return KINDS[degrees.recompute](of)
     if degrees.between == "width" and degrees.recompute == "full":
         return of.summands

@@ -113,6 +113,48 @@ def test_with_its_sequence_divided_gathers_and_scatters_take_the_place_of_sums(n
     }
 
 
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_a_context_axis_divides_the_sequence_and_gathers_keys_and_values(name: str) -> None:
+    """Once forward, and again for the backward, from where their gradients are scattered."""
+    strategy, layers = by(name, "context=2"), 2
+    attends = [o for o in strategy.splits if "scaled_dot_product" in o]
+    assert {strategy.splits[o] for o in attends} == {("q",)}
+    estimate = estimate_of(name, strategy)
+    read = {i for o in attends for i in graph_of(name).operator[o].inputs[1:]}
+    count: Counter[tuple[str, str]] = Counter()
+    for one in estimate.collectives:
+        if one.reason in read:
+            count[one.kind, one.phase] += one.count
+    both = 2 * layers
+    assert count == {
+        ("all_gather", "forward"): both,
+        ("all_gather", "backward"): both,
+        ("reduce_scatter", "backward"): both,
+    }
+    parts = estimate_of(name, by(name, "context=1,recompute=none"))
+    assert estimate.forward_compute_s < parts.forward_compute_s
+    assert estimate.memory.activations_bytes < 0.6 * parts.memory.activations_bytes
+
+
+def test_degrees_multiply_and_zero_shards_over_context_too() -> None:
+    strategy = by("llama", "tensor=2,context=2,data=2,zero=1,between=sequence")
+    assert strategy.mesh.axes == (("data", 2), ("context", 2), ("tensor", 2))
+    (name, *_) = (p.name for p in graph_of("llama").parameters if "up_proj" in p.name)
+    storage = strategy.storage[name]
+    assert [p[0] for p in storage.optimizer] == ["S", "S", "S"]
+    assert [p[0] for p in storage.parameter] == ["I", "I", "S"]
+
+
+def test_a_plan_that_divides_queries_of_causal_attention_is_not_run() -> None:
+    from autopar import api
+    from benchmarks.transformer import Transformer
+
+    graph = Transformer(2, 32, 4, 4, 128, 64, 16).graph(4)
+    plan = api.plan(graph, topology="1x2xh100-sxm", recipe="context=2")
+    with pytest.raises(AutoparError, match=r"divides q of .*no implementation here"):
+        api.division_of(plan)
+
+
 def test_parallel_layers_have_one_sum(name: str = "palm") -> None:
     """What attention and MLP give is added before it is summed over devices (arXiv 2204.02311)."""
     estimate = estimate_of(name, by(name, "tensor=2"))
