@@ -7,16 +7,19 @@ types, recipe from numbers, prices, memory and timeline.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, groupby
+from math import isfinite
 from statistics import fmean
 
 from autopar.errors import AutoparError
 from autopar.ir.simulation import Estimate
 from autopar.ir.strategy import Training
 from autopar.recipes import Degrees, hybrid
+from autopar.recipes.hybrid import recomputed_copies
 from autopar.simulator.costs import ComputeCache
 from autopar.simulator.listing import Structure
 from autopar.simulator.microbatches import division
@@ -47,10 +50,16 @@ MACHINES = {
     "B300-288GB": "b300-sxm",
     "GB200-NVL72": "gb200-nvl72",
     "GB300-NVL72": "gb300-nvl72",
+    "H100-96GB-HBM2e-500W(2.4TB/s)": "h100-sxm-96gb",
 }
 """By the column ``gpu_type``, the machine of ``autopar list topologies``."""
 
-DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp8": "bfloat16", "mxfp8": "bfloat16"}
+DTYPES["nvfp4"] = "bfloat16"
+"""Of what is no product, by how a column ``precision`` begins."""
+
+PRODUCTS = {"fp8": "float8_e4m3fn", "mxfp8": "float8_e4m3fn", "nvfp4": "float4_e2m1fn_x2"}
+"""Of products with the weights of blocks; attention, embedding and head are in the other."""
 
 OUT_OF_MEMORY = "oom"
 GIB = 2**30
@@ -63,7 +72,7 @@ class SkippedError(Exception):
 @dataclass(frozen=True)
 class Run:
     """What a row says. ``step_s``, ``memory_bytes``: what was measured, if it was; ``ran_out``: of
-    memory; else, if something was measured, it fitted."""
+    memory; else, if something was measured, it fitted. ``assumed``: what it does not say."""
 
     name: str
     source: str
@@ -75,6 +84,7 @@ class Run:
     step_s: float | None
     memory_bytes: float | None
     ran_out: bool
+    assumed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,25 +116,32 @@ def run_of(row: Row) -> Run:
     Raises:
         SkippedError: it has something that no strategy of ours says, or leaves something open.
     """
+    row = {name: (cell or "").strip() for name, cell in row.items() if name is not None}
     _check_supported(row)
-    tensor = _number(row, "TP")
-    pipeline, data = _number(row, "PP"), _number(row, "DP")
-    sharded, replicas, zero = _zero(row["zero_fsdp"], data)
+    assumed: list[str] = []
+    tensor, pipeline = _number(row, "TP", 1), _number(row, "PP", 1)
+    context, chunks = _number(row, "CP", 1), _chunks(row, assumed)
+    sharded, replicas, zero = _zero(row["zero_fsdp"], _number(row, "DP", 1))
+    if zero == 2 and pipeline > 1:
+        zero = 1  # of all microbatches in flight, gradients would be scattered one by one
+        assumed.append("gradients are scattered once a step")
+    layers = _number(row, "layers") / (pipeline * chunks)
+    recompute, part = _recompute(row["recompute"], layers, assumed)
     degrees = Degrees(
         tensor=tensor,
         pipeline=pipeline,
         data=sharded,
         replicas=replicas,
-        chunks=_chunks(row),
-        microbatch=_number(row, "micro_batch"),
-        between="sequence" if row["sequence_parallel"] == "True" and tensor > 1 else "whole",
+        chunks=chunks,
+        microbatch=_microbatch(row, assumed),
+        between="sequence" if _flag(row, "sequence_parallel") and tensor > 1 else "whole",
         zero=zero,
-        recompute=_recompute(row["recompute"]),
-        context=_number(row, "CP"),
+        recompute=recompute,
+        context=context,
+        recomputed=part,
     )
-    value = row["value"].strip()
     memory = row["metric"].startswith("peak_mem")
-    ran_out = value.lower() == OUT_OF_MEMORY
+    ran_out = row["value"].lower() == OUT_OF_MEMORY
     return Run(
         name=row["config_id"],
         source=row["source"],
@@ -133,83 +150,162 @@ def run_of(row: Row) -> Run:
         degrees=degrees,
         training=Training("adam", "full" if "PURE" in row["precision"] else "mixed"),
         batch=_number(row, "global_batch"),
-        step_s=float(row["iter_time_s"]) if row["iter_time_s"] and not memory else None,
-        memory_bytes=float(value) * GIB if memory and not ran_out else None,
+        step_s=None if memory else _positive(row, "iter_time_s"),
+        memory_bytes=_gib(_positive(row, "value")) if memory and not ran_out else None,
         ran_out=ran_out,
+        assumed=tuple(assumed),
     )
 
 
 def _check_supported(row: Row) -> None:
-    for column, what in (
-        ("EP", "experts"),
-        ("n_experts", "experts"),
-    ):
-        if row[column] not in ("", "1"):
-            raise SkippedError(f"{what}: no degree of a recipe")
+    if _number(row, "EP", 1) > 1 or _number(row, "n_experts", 1) > 1:
+        raise SkippedError("experts: no degree of a recipe")
     if "MLA" in row["model_family"]:
         raise SkippedError("latent attention: not among the sizes of a Transformer")
-    if "fp8" in row["precision"].lower() or "fp4" in row["precision"].lower():
-        raise SkippedError("products in 8 or 4 bits: not priced")
 
 
-def _number(row: Row, column: str) -> int:
-    if not row[column]:
-        raise SkippedError(f"{column} is not given")
+def _number(row: Row, column: str, default: int | None = None) -> int:
+    """``default``: what an empty cell, or one that says none, means."""
+    text = row[column]
+    if text.lower() in NOT_SAID:
+        if default is None:
+            raise SkippedError(f"{column} is not given")
+        return default
     try:
-        found = int(float(row[column]))
+        found = float(text)
     except ValueError:
-        raise SkippedError(f"{column} is {row[column]!r}, no number") from None
+        raise SkippedError(f"{column} is {text!r}, no number") from None
+    if not isfinite(found) or found != int(found):
+        raise SkippedError(f"{column} is {text!r}, no whole number")
     if found < 1:
-        raise SkippedError(f"{column} is {row[column]}, and must be at least 1")
+        raise SkippedError(f"{column} is {text}, and must be at least 1")
+    return int(found)
+
+
+NOT_SAID = ("", "none", "nan", "null", "n/a", "na", "-", "?", "unknown")
+
+
+def _positive(row: Row, column: str) -> float | None:
+    text = row[column]
+    if text.lower() in (*NOT_SAID, OUT_OF_MEMORY):
+        return None
+    try:
+        found = float(text)
+    except ValueError:
+        raise SkippedError(f"{column} is {text!r}, no number") from None
+    if not (isfinite(found) and found > 0):
+        raise SkippedError(f"{column} is {text}, and must be more than 0")
     return found
 
 
-def _chunks(row: Row) -> int:
-    if not row["virtual_pp"]:
-        if "interleaved" in row["schedule"]:
-            raise SkippedError("virtual_pp is not given")
-        return 1
-    return _number(row, "virtual_pp")
+def _gib(number: float | None) -> float | None:
+    return None if number is None else number * GIB
+
+
+def _flag(row: Row, column: str) -> bool:
+    known = FLAGS.get(row[column].lower())
+    if known is None:
+        raise SkippedError(f"{column} is {row[column]!r}, neither True nor False")
+    return known
+
+
+FLAGS = {**dict.fromkeys(("true", "yes", "y", "t", "1", "1.0", "on"), True)}
+FLAGS |= dict.fromkeys(("false", "no", "n", "f", "0", "0.0", "off", *NOT_SAID), False)
+
+
+def _chunks(row: Row, assumed: list[str]) -> int:
+    """One where nothing is said, as in Megatron-LM, whatever the schedule is called."""
+    if row["virtual_pp"].lower() in NOT_SAID and "interleaved" in row["schedule"].lower():
+        assumed.append("virtual_pp is 1")
+    return _number(row, "virtual_pp", 1)
+
+
+def _microbatch(row: Row, assumed: list[str]) -> int:
+    if row["micro_batch"].lower() in NOT_SAID:
+        assumed.append("micro_batch is 1")
+    return _number(row, "micro_batch", 1)
 
 
 def _zero(text: str, data: int) -> tuple[int, int, int]:
     """Devices that shard, replicas of these, level; of HSDP those of a host shard."""
-    if text.startswith("HSDP"):
+    said = text.lower()
+    if said.startswith("hsdp"):
         return (8, data // 8, 3) if data % 8 == 0 and data > 8 else (data, 1, 3)
-    if "ZeRO-3" in text:
+    if "zero-3" in said or said in ("fsdp", "fsdp2"):
         return data, 1, 3
-    if text in ("0", "1", "2", "3"):
-        return data, 1, int(text)
-    raise SkippedError(f"zero_fsdp is {text!r}: not known")
+    level = ZERO.get(said)
+    if level is None:
+        raise SkippedError(f"zero_fsdp is {text!r}: not known")
+    return data, 1, level
 
 
-RECOMPUTE: tuple[tuple[Callable[[str], bool], str], ...] = (
-    (lambda text: text.startswith("none") and "or" not in text, "none"),
-    (lambda text: text.startswith("unspecified") and "none" in text, "none"),
-    (lambda text: text in ("full", "full(remat)"), "full"),
-    (lambda text: text == "selective", "attention"),  # as arXiv 2205.05198 has it
+ZERO = {
+    f"{before}{n}{after}": n for n in range(4) for before in ("", "zero-") for after in ("", ".0")
+}
+ZERO |= dict.fromkeys(("false", *NOT_SAID), 0)
+
+RECOMPUTE: tuple[tuple[str, str, str], ...] = (
+    # how a cell begins, what is recomputed, what is assumed thereby
+    ("none or", "none", "nothing is recomputed"),
+    ("none", "none", ""),
+    ("no", "none", ""),
+    ("false", "none", ""),
+    ("unspecified(assume none", "none", "nothing is recomputed"),
+    ("unspecified (selective", "attention", "attention is recomputed"),
+    ("unspecified", "none", "nothing is recomputed"),
+    ("selective(op", "alternate", ""),
+    ("selective layernorm", "elementwise", ""),
+    ("full", "full", ""),
+    ("selective(layer", "full", ""),
+    ("selective (hfu/mfu", "full", ""),
 )
 
 
-def _recompute(text: str) -> str:
-    for means, kind in RECOMPUTE:
-        if means(text):
-            return kind
+def _recompute(text: str, layers: float, assumed: list[str]) -> tuple[str, float]:
+    """What is recomputed, and in which part of the ``layers`` of a stage."""
+    said = text.lower()
+    if said in NOT_SAID:
+        return "none", 1.0
+    if said == "selective":
+        return "attention", 1.0  # as arXiv 2205.05198 has it
+    for begins, kind, what in RECOMPUTE:
+        if said.startswith(begins) and "offload" not in said:
+            assumed += [what] * bool(what)
+            return kind, _part(said, layers)
     raise SkippedError(f"recomputes in a way that has no name here: {text}")
 
 
+def _part(said: str, layers: float) -> float:
+    """Of the layers; or so much that as many flops are done for those of the model, of which all
+    would be a third more.
+
+    >>> _part("selective(layer=every 2nd)", 32), _part("full block 4 layers", 32), _part("full", 32)
+    (0.5, 0.125, 1.0)
+    >>> round(_part("selective (hfu/mfu 1.13)", 32), 2)
+    0.39
+    """
+    if found := re.search(r"every (\d+)", said):
+        return 1 / max(1, int(found[1]))
+    if found := re.search(r"block (\d+) layers", said):
+        return min(1.0, int(found[1]) / layers)
+    if found := re.search(r"hfu/mfu (\d+\.?\d*)", said):
+        return min(1.0, max(0.0, 3 * (float(found[1]) - 1)))
+    return 1.0
+
+
 def _model(row: Row, tensor: int) -> Transformer:
-    precision = row["precision"].lower().replace("amp_", "")
+    precision = row["precision"].lower().replace("amp_", "").replace("fp8-mx", "mxfp8")
     dtype = next((name for key, name in DTYPES.items() if precision.startswith(key)), None)
     if dtype is None:
         raise SkippedError(f"precision is {row['precision']!r}: not known")
-    gated, flash = row["gated_mlp"] == "True", row["flash_attn"] == "True"
-    family = row["model_family"]
+    products = next((name for key, name in PRODUCTS.items() if precision.startswith(key)), None)
+    gated, flash = _flag(row, "gated_mlp"), _flag(row, "flash_attn")
+    family, heads = row["model_family"], _number(row, "heads")
     return Transformer(
         layers=_number(row, "layers"),
         width=_number(row, "hidden"),
-        heads=_number(row, "heads"),
-        kv_heads=_number(row, "kv_heads"),
+        heads=heads,
+        kv_heads=_number(row, "kv_heads", heads),
         ffn=_number(row, "ffn"),
         vocabulary=padded(_number(row, "vocab"), tensor),
         length=_number(row, "seq_len"),
@@ -219,7 +315,8 @@ def _model(row: Row, tensor: int) -> Transformer:
         dropout=not flash,
         tied=not gated,
         dtype=dtype,
-        head_width=int(row["head_dim"]) if row["head_dim"] else None,
+        head_width=_number(row, "head_dim", 0) or None,
+        products=products,
     )
 
 
@@ -236,7 +333,7 @@ def _machine(row: Row, degrees: Degrees) -> str:
     name = MACHINES.get(row["gpu_type"])
     if name is None:
         raise SkippedError(f"no topology for {row['gpu_type']}")
-    devices, host = _number(row, "n_gpus"), min(8, _number(row, "gpus_per_node"))
+    devices, host = _number(row, "n_gpus"), min(8, _number(row, "gpus_per_node", 8))
     if degrees.devices != devices:
         raise SkippedError(f"degrees make {degrees.devices} devices, and n_gpus is {devices}")
     if devices <= host:
@@ -285,11 +382,19 @@ def _estimate(
     strategy = hybrid(found, run.degrees, machine, run.training, structure)
     if len(strategy.stages) > 1:
         return evaluate_stages(found, machine, strategy, prices), found
-    alike = structure.folded_in_runs(tuple(frozenset[int]() for _ in structure.blocks))
+    alike = structure.folded_in_runs(
+        tuple(_ends(block.copies, run.degrees) for block in structure.blocks)
+    )
     estimate = evaluate(
         found.graph, found.rules, machine, strategy, compute_cache=cache, folded=alike
     )
     return estimate, found
+
+
+def _ends(copies: int, degrees: Degrees) -> frozenset[int]:
+    """Where a block's copies that recompute end, if others follow."""
+    end = len(recomputed_copies(copies, degrees))
+    return frozenset({end} if 0 < end < copies else ())
 
 
 # ---- what is said of them ------------------------------------------------------------------------
@@ -298,12 +403,14 @@ def _estimate(
 @dataclass(frozen=True)
 class Quality:
     """Of the rows of one source. Errors are relative; mean and largest are of their size, ``bias``
-    is their mean with its sign. ``None`` where nothing of the kind was measured."""
+    is their mean with its sign. ``None`` where nothing of the kind was measured. ``assumed``: what
+    some rows do not say."""
 
     source: str
     rows: int
     predicted: int
     skipped: dict[str, int]
+    assumed: dict[str, int]
     step_mean: float | None
     step_bias: float | None
     step_largest: float | None
@@ -324,6 +431,7 @@ def quality(source: str, compared: Sequence[Compared], skipped: Counter[str]) ->
         len(compared) + skipped.total(),
         len(compared),
         dict(skipped.most_common()),
+        dict(Counter(what for one in compared for what in one.run.assumed).most_common()),
         _mean(map(abs, errors)),
         _mean(errors),
         max(map(abs, errors), default=None),

@@ -18,7 +18,8 @@ DROPOUT, EPSILON = 0.1, 1e-5
 class Transformer:
     """``gated``: SwiGLU, RMSNorm and rotary positions, without biases (Llama); else GELU, LayerNorm
     and learned positions (GPT), the last two with ``biased``. ``flash``: fused attention; else its
-    products are separate. ``tied``: one table for embedding and head."""
+    products are separate. ``tied``: one table for embedding and head. ``products``: the
+    dtype to which operands of the products of blocks are cast, each tensor once."""
 
     layers: int
     width: int
@@ -34,6 +35,7 @@ class Transformer:
     tied: bool = True
     dtype: str = "bfloat16"
     head_width: int | None = None
+    products: str | None = None
 
     def graph(self, batch: int) -> OperatorGraph:
         """Of one global batch."""
@@ -49,6 +51,7 @@ class _Builder:
     names: dict[str, int] = field(default_factory=dict)
     specs: dict[str, TensorSpec] = field(default_factory=dict)
     by_gradient: dict[str, bool] = field(default_factory=dict)
+    narrow: dict[str, str] = field(default_factory=dict)
 
     @property
     def head_width(self) -> int:
@@ -171,10 +174,21 @@ class _Builder:
 
     def _linear(self, x: str, name: str, out: int) -> str:
         shape = self.specs[x].shape
-        read = [x, self._parameter(f"{name}.weight", (out, shape[-1]))]
+        weight = self._parameter(f"{name}.weight", (out, shape[-1]))
+        read = [self._narrowed(x, name), self._narrowed(weight, name)]
         if self.of.biased:
             read.append(self._parameter(f"{name}.bias", (out,)))
-        return self._op(name, "linear", tuple(read), (*shape[:-1], out))
+        return self._op(name, "linear", tuple(read), (*shape[:-1], out), dtype=self.of.dtype)
+
+    def _narrowed(self, x: str, name: str) -> str:
+        """As products take it; all that read it read one cast."""
+        if self.of.products is None:
+            return x
+        if x not in self.narrow:
+            to, shape = self.of.products, self.specs[x].shape
+            keywords = (("dtype", Dtype(to)),)
+            self.narrow[x] = self._op(name, "_to_copy", (x,), shape, dtype=to, keywords=keywords)
+        return self.narrow[x]
 
     def _norm(self, x: str, name: str) -> str:
         sizes = (self.of.width,)

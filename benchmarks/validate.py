@@ -38,6 +38,7 @@ def text(found: Quality) -> str:
         f"  memory: mean error {share(found.memory_mean)}, largest {share(found.memory_largest)}; "
         f"{found.false_fits} false fits, {found.false_rejects} false rejects",
     ]
+    lines += [f"    assumed of {n}: {what}" for what, n in found.assumed.items()]
     lines += [f"    skipped {n}: {reason}" for reason, n in found.skipped.items()]
     return "\n".join(lines)
 

@@ -155,7 +155,8 @@ class _Axis:
             }
             if len(wanted) != 1 or wanted <= {INVARIANT, PARTIAL}:
                 continue
-            offered = (*bound.factors, REPLICATED) if is_view else (REPLICATED,)
+            follows = is_view or not bound.rule.products
+            offered = (*bound.factors, REPLICATED) if follows else (REPLICATED,)
             for choice in offered:
                 if set(bound.placements(choice)[1]) == wanted and self._fits(operator, choice):
                     self._take(operator, choice)

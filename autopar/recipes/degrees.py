@@ -26,7 +26,8 @@ class Degrees:
     samples that a replica works on at a time (default: one in a pipeline, else all of them).
     ``between`` tensor-parallel regions tensors are ``whole``, or divided by their ``sequence``
     (sequence parallelism) or ``width``. ``recompute`` as for a search: ``none``, ``attention``,
-    ``selective`` or ``full``.
+    ``selective``, ``alternate``, ``elementwise`` or ``full``, in the first ``recomputed`` (a part
+    of 1) of the blocks of each stage.
     """
 
     tensor: int = 1
@@ -40,6 +41,7 @@ class Degrees:
     zero: int = 0
     recompute: str = "none"
     context: int = 1
+    recomputed: float = 1.0
 
     @property
     def stage_devices(self) -> int:
@@ -109,17 +111,32 @@ def _value(name: str, text: str | None) -> Any:
         if text:
             return text
         raise AutoparError(f"{name} of a recipe has a name: {name}=..., see docs/recipes.md")
+    if name == "recomputed":
+        return _part(text or "")
     if text is None or not text.isdigit():
         raise AutoparError(f"{name} of a recipe is a number: {name}=8, not {text!r}")
     return int(text)
+
+
+def _part(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise AutoparError(
+            f"recomputed of a recipe is a part: recomputed=0.5, not {text!r}"
+        ) from None
 
 
 def checked(degrees: Degrees) -> Degrees:
     """``degrees`` if all of them are possible numbers."""
     for one in fields(Degrees):
         value = getattr(degrees, one.name)
-        if one.name != "zero" and isinstance(value, int) and value < 1:
+        if one.name not in ("zero", "recomputed") and isinstance(value, int) and value < 1:
             raise AutoparError(f"{one.name} of a recipe must be at least 1, not {value}")
+    if not 0 <= degrees.recomputed <= 1:
+        raise AutoparError(
+            f"recomputed of a recipe is a part of the blocks, from 0 to 1, not {degrees.recomputed}"
+        )
     if degrees.zero not in LEVELS:
         raise AutoparError(f"zero of a recipe is a level from 0 to 3, not {degrees.zero}")
     if degrees.between not in BETWEEN:

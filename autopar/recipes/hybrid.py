@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from autopar.errors import AutoparError
 from autopar.ir.rule import Split
@@ -19,7 +20,7 @@ from autopar.simulator.costs import Costs
 from autopar.simulator.listing import Structure
 from autopar.simulator.microbatches import Division
 from autopar.simulator.parameter_prices import at_level, zero_placements
-from autopar.simulator.recompute_choices import KINDS, BlockChoices
+from autopar.simulator.recompute_choices import OF_RECIPES, BlockChoices
 from autopar.simulator.staged import even_cuts, runs, staged
 from cost_models.interface import CostModel
 
@@ -123,30 +124,44 @@ def _agreed(placements: Sharding | list[str]) -> str:
 def _recomputing(
     structure: Structure, strategy: Strategy, degrees: Degrees, cost_model: CostModel
 ) -> Strategy:
-    """All copies of the repeated blocks; collectives are done again, as checkpointing does them in
+    """Copies of the repeated blocks; collectives are done again, as checkpointing does them in
     Megatron-LM and XLA."""
-    if degrees.recompute not in KINDS:
+    if degrees.recompute not in OF_RECIPES:
         raise AutoparError(
             f"a recipe has no way to recompute called {degrees.recompute!r}; there are "
-            f"{', '.join(KINDS)}"
+            f"{', '.join(OF_RECIPES)}"
         )
     costs = Costs(cost_model, strategy.mesh, {})
     names: list[str] = []
     for block in structure.blocks:
         of = BlockChoices(structure.graph, structure.rules, strategy, costs, block)
-        names += of.names(_offsets(of, degrees), range(block.copies))
+        names += of.names(_offsets(of, degrees), recomputed_copies(block.copies, degrees))
     made = tuple(made for name in names for made in structure.graph.operator[name].outputs)
     return replace(strategy, recompute=tuple(names), repeat_collectives=made)
+
+
+def recomputed_copies(copies: int, degrees: Degrees) -> list[int]:
+    """Of each stage's, the first.
+
+    >>> recomputed_copies(8, Degrees(pipeline=2, recomputed=0.5))
+    [0, 1, 4, 5]
+    """
+    starts = [round(copies * stage / degrees.stages) for stage in range(degrees.stages + 1)]
+    return [
+        start + copy
+        for start, end in pairwise(starts)
+        for copy in range(round(degrees.recomputed * (end - start)))
+    ]
 
 
 def _offsets(of: BlockChoices, degrees: Degrees) -> Sequence[int]:
     """What of a copy is not kept. Where what is between lies divided, or the sequence does, nor is
     what was gathered (of a ring of keys and values, each device keeps its own)."""
     if degrees.between == "whole" and degrees.context == 1:
-        return KINDS[degrees.recompute](of)
+        return OF_RECIPES[degrees.recompute](of)
     if degrees.between == "width" and degrees.recompute == "full":
         return of.summands
-    return sorted({*KINDS[degrees.recompute](of), *of.gathered})
+    return sorted({*OF_RECIPES[degrees.recompute](of), *of.gathered})
 
 
-__all__ = ["hybrid"]
+__all__ = ["hybrid", "recomputed_copies"]

@@ -212,6 +212,9 @@ def work(
         return _attention(bound, sizes, dtype, float(sum(read) + sum(written)), any(differentiable))
     if bound.rule.products:
         return _products(bound, sizes, dtype, differentiable)
+        narrow = bound.input_specs[0].dtype  # what is multiplied; the sum may be wider
+        dtype = narrow if narrow in NARROW else dtype
+        return _products(bound.rule.products, sizes, dtype, differentiable)
     moved = float(sum(read) + sum(written))
     if moved == 0:
         return [], []
@@ -220,6 +223,10 @@ def work(
         return forward, []
     gradients = sum(n for n, needed in zip(read, differentiable, strict=True) if needed)
     return forward, [Work("memory", dtype, 0.0, float(gradients + moved))]
+
+
+NARROW = frozenset({"float8_e4m3fn", "float8_e5m2", "float4_e2m1fn_x2"})
+"""Dtypes that only products take, whose result is wider."""
 
 
 def _attention(

@@ -150,6 +150,32 @@ class BlockChoices:
                 found.append(offset)
         return tuple(offset for offset in reversed(found) if offset in self.full)
 
+    @cached_property
+    def alternate(self) -> tuple[int, ...]:
+        """All but attention and every second product with a parameter, the first of which is kept
+        (torchtitan's selective checkpointing by operator)."""
+        kept: list[int] = []
+        seen = 0
+        for offset in range(self.block.period):
+            operator = self._operator(offset)
+            if not self.rules[operator.name].rule.products:
+                continue
+            if self._multiplies_activations(operator):
+                kept.append(offset)
+                continue
+            seen += 1
+            kept += [offset] * (seen % 2)
+        return tuple(offset for offset in self.full if offset not in kept)
+
+    @cached_property
+    def elementwise(self) -> tuple[int, ...]:
+        """Norms, activation functions, sums: all that is neither a product nor attention."""
+        return tuple(
+            offset
+            for offset in self.full
+            if not self.rules[self._operator(offset).name].rule.products
+        )
+
     def _multiplies_activations(self, operator: Operator) -> bool:
         kind = self.rules[operator.name].rule.kind
         made = [name for name in operator.inputs if name in self.graph.producer]
@@ -261,6 +287,13 @@ KINDS: dict[str, Callable[[BlockChoices], tuple[int, ...]]] = {
 }
 """By the name that ``--recompute`` takes: which operators of a copy, counted from its first."""
 
+OF_RECIPES: dict[str, Callable[[BlockChoices], tuple[int, ...]]] = {
+    **KINDS,
+    "alternate": lambda of: of.alternate,
+    "elementwise": lambda of: of.elementwise,
+}
+"""What published runs recompute, too, and no search tries."""
+
 
 def _runs(offsets: Sequence[int]) -> Iterator[tuple[int, ...]]:
     """Neighbours together.
@@ -278,4 +311,4 @@ def _runs(offsets: Sequence[int]) -> Iterator[tuple[int, ...]]:
         yield run
 
 
-__all__ = ["KINDS", "BlockChoices"]
+__all__ = ["KINDS", "OF_RECIPES", "BlockChoices"]

@@ -190,14 +190,21 @@ def test_a_row_is_predicted_as_its_model_is_planned() -> None:
     ("changes", "reason"),
     [
         ({"EP": "8"}, "experts"),
-        ({"precision": "fp8"}, "8 or 4 bits"),
+        ({"precision": "fp8"}, "no peak for float8_e4m3fn"),
+        ({"precision": "int3"}, "precision is 'int3': not known"),
+        ({"recompute": "recipe (CPU activation offload)"}, "no name here: recipe"),
+        ({"sequence_parallel": "maybe"}, "neither True nor False"),
+        ({"layers": "inf"}, "layers is 'inf', no whole number"),
+        ({"TP": "1.5"}, "TP is '1.5', no whole number"),
+        ({"iter_time_s": "fast"}, "iter_time_s is 'fast', no number"),
+        ({"iter_time_s": "-1"}, "iter_time_s is -1, and must be more than 0"),
+        ({"vocab": ""}, "vocab is not given"),
+        ({"zero_fsdp": "7"}, "zero_fsdp is '7': not known"),
         ({"gpu_type": "H900"}, "no topology for H900"),
-        ({"micro_batch": ""}, "micro_batch is not given"),
         ({"layers": "many"}, "layers is 'many', no number"),
         ({"TP": "0"}, "TP is 0, and must be at least 1"),
         ({"n_gpus": "16"}, "degrees make 8 devices, and n_gpus is 16"),
         ({"recompute": "every 3rd"}, "recomputes in a way that has no name here: every 3rd"),
-        ({"virtual_pp": "", "schedule": "interleaved 1F1B"}, "virtual_pp is not given"),
         ({"global_batch": "3"}, "a batch of 3 samples is not a whole number"),
         ({"gpu_type": "V100-32GB-SXM(DGX-2H)", "precision": "bf16"}, "no peak for bfloat16"),
     ],
@@ -211,6 +218,72 @@ def test_what_cannot_be_predicted_is_skipped_with_the_reason(
     ((said, number),) = found.skipped.items()
     assert reason in said and number == 1
     assert "skipped 1: " in text(found)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sequence_parallel": "true", "flash_attn": "0", "gated_mlp": "no"},
+        {"layers": "4.0", "TP": " 2 ", "DP": "2.0", "zero_fsdp": "1.0"},
+        {"CP": "", "EP": "", "n_experts": "none", "kv_heads": "", "gpus_per_node": ""},
+        {"head_dim": "64", "virtual_pp": "1.0", "schedule": ""},
+    ],
+)
+def test_cells_may_be_spelled_otherwise(changes: dict[str, str]) -> None:
+    written, plain = (
+        run_of({**ROW, **changes}),
+        run_of({**ROW, "head_dim": changes.get("head_dim", "")}),
+    )
+    assert written == plain
+
+
+def test_what_a_row_does_not_say_is_assumed_and_counted() -> None:
+    row = {**ROW, "virtual_pp": "", "micro_batch": "", "schedule": "interleaved 1F1B"}
+    (found, every), (one,) = validate([row])
+    assert (one.run.degrees.chunks, one.run.degrees.microbatch) == (1, 1)
+    assert found.assumed == every.assumed == {"virtual_pp is 1": 1, "micro_batch is 1": 1}
+    assert "assumed of 1: virtual_pp is 1" in text(found)
+
+
+H100 = {"gpu_type": "H100-80GB-SXM", "precision": "bf16", "flash_attn": "True", "TP": "1"}
+H100 |= {"PP": "1", "DP": "8", "gated_mlp": "True", "recompute": "none"}
+H100 |= {"hidden": "4096", "ffn": "16384", "heads": "32", "kv_heads": "32", "seq_len": "2048"}
+
+
+def predicted(changes: dict[str, str]) -> Compared:
+    _, (one,) = validate([{**ROW, **H100, **changes}])
+    return one
+
+
+def test_narrow_products_are_faster_and_their_casts_cost() -> None:
+    wide, narrow = predicted({}), predicted({"precision": "fp8"})
+    products = 0.794 / 1.403  # of the largest measured speeds: those of blocks, all but attention
+    assert products * wide.step_s < narrow.step_s < wide.step_s
+    graph = narrow.run.model.graph(8)
+    casts = [o for o in graph.operators if o.op == "aten._to_copy.default"]
+    assert len(casts) == 4 * (4 + 5) + 1  # four inputs and five weights; the logits
+    by_name = {t.name: t.spec.dtype for t in graph.tensors}
+    assert {by_name[o.inputs[0]] for o in graph.operators if "attention" in o.op} == {"bfloat16"}
+
+
+def test_more_recomputation_takes_longer_and_keeps_less() -> None:
+    kinds = ["none", "selective layernorm", "selective(op)", "full"]
+    found = [predicted({"recompute": kind}) for kind in kinds]
+    assert [one.step_s for one in found] == sorted(one.step_s for one in found)
+    assert [-one.memory_bytes for one in found] == sorted(-one.memory_bytes for one in found)
+    half = predicted({"recompute": "selective(layer=every 2nd)"})
+    assert half.step_s == pytest.approx((found[0].step_s + found[-1].step_s) / 2)
+
+
+def test_a_part_of_the_blocks_is_evaluated_as_the_whole_graph_is() -> None:
+    """Folded into two runs, it is what it is unfolded."""
+    one = predicted({"recompute": "full block 1 layers", "layers": "6"})
+    graph = one.run.model.graph(16)
+    plan = api.plan(
+        graph, topology=one.run.machine, recipe=one.run.degrees, precision="mixed", optimizer="adam"
+    )
+    assert plan.estimate.step_time_s == pytest.approx(one.step_s)
+    assert plan.estimate.peak_memory_bytes == one.memory_bytes
 
 
 def test_errors_are_relative_and_by_source() -> None:
