@@ -25,7 +25,7 @@ from autopar.simulator.listing import Structure
 from autopar.simulator.microbatches import division
 from autopar.simulator.pipelines import StagePrices, evaluate_stages
 from autopar.simulator.prices import evaluate
-from benchmarks.transformer import Transformer
+from benchmarks.transformer import Experts, Transformer
 from cost_models import cost_model
 from cost_models.interface import CostModel
 
@@ -39,6 +39,9 @@ COLUMNS = (
     "iter_time_s",
 )
 """That are read; a table may have others."""
+
+OF_EXPERTS = ("topk", "moe_ffn")
+"""That are read where there are experts; a table may lack them."""
 
 MACHINES = {
     "A100-80GB-SXM": "a100-sxm-80gb",
@@ -117,6 +120,7 @@ def run_of(row: Row) -> Run:
         SkippedError: it has something that no strategy of ours says, or leaves something open.
     """
     row = {name: (cell or "").strip() for name, cell in row.items() if name is not None}
+    row = dict.fromkeys(OF_EXPERTS, "") | row
     _check_supported(row)
     assumed: list[str] = []
     tensor, pipeline = _number(row, "TP", 1), _number(row, "PP", 1)
@@ -138,6 +142,7 @@ def run_of(row: Row) -> Run:
         zero=zero,
         recompute=recompute,
         context=context,
+        experts=_number(row, "EP", 1),
         recomputed=part,
     )
     memory = row["metric"].startswith("peak_mem")
@@ -145,7 +150,7 @@ def run_of(row: Row) -> Run:
     return Run(
         name=row["config_id"],
         source=row["source"],
-        model=_model(row, tensor),
+        model=_model(row, degrees),
         machine=_machine(row, degrees),
         degrees=degrees,
         training=Training("adam", "full" if "PURE" in row["precision"] else "mixed"),
@@ -158,8 +163,6 @@ def run_of(row: Row) -> Run:
 
 
 def _check_supported(row: Row) -> None:
-    if _number(row, "EP", 1) > 1 or _number(row, "n_experts", 1) > 1:
-        raise SkippedError("experts: no degree of a recipe")
     if "MLA" in row["model_family"]:
         raise SkippedError("latent attention: not among the sizes of a Transformer")
 
@@ -293,7 +296,23 @@ def _part(said: str, layers: float) -> float:
     return 1.0
 
 
-def _model(row: Row, tensor: int) -> Transformer:
+def _experts(row: Row, degrees: Degrees) -> Experts | None:
+    """A group for each part of the sequence that a device has."""
+    count = _number(row, "n_experts", 1)
+    if count == 1:
+        if degrees.experts > 1:
+            raise SkippedError("EP is given, and n_experts is not")
+        return None
+    if not _flag(row, "gated_mlp"):
+        raise SkippedError("experts that are not gated: not among the blocks of a Transformer")
+    groups = degrees.context * (degrees.tensor if degrees.between == "sequence" else 1)
+    tokens = _number(row, "seq_len") // groups * _number(row, "topk")
+    if tokens % count or _number(row, "seq_len") % groups:
+        raise SkippedError(f"{tokens} places of tokens cannot be shared evenly by {count} experts")
+    return Experts(count, _number(row, "topk"), _number(row, "moe_ffn"), groups)
+
+
+def _model(row: Row, degrees: Degrees) -> Transformer:
     precision = row["precision"].lower().replace("amp_", "").replace("fp8-mx", "mxfp8")
     dtype = next((name for key, name in DTYPES.items() if precision.startswith(key)), None)
     if dtype is None:
@@ -307,7 +326,7 @@ def _model(row: Row, tensor: int) -> Transformer:
         heads=heads,
         kv_heads=_number(row, "kv_heads", heads),
         ffn=_number(row, "ffn"),
-        vocabulary=padded(_number(row, "vocab"), tensor),
+        vocabulary=padded(_number(row, "vocab"), degrees.tensor),
         length=_number(row, "seq_len"),
         gated=gated,
         biased=not gated and not family.startswith("MPT"),
@@ -317,6 +336,7 @@ def _model(row: Row, tensor: int) -> Transformer:
         dtype=dtype,
         head_width=_number(row, "head_dim", 0) or None,
         products=products,
+        experts=_experts(row, degrees),
     )
 
 
@@ -333,14 +353,15 @@ def _machine(row: Row, degrees: Degrees) -> str:
     name = MACHINES.get(row["gpu_type"])
     if name is None:
         raise SkippedError(f"no topology for {row['gpu_type']}")
-    devices, host = _number(row, "n_gpus"), min(8, _number(row, "gpus_per_node", 8))
+    devices, host = _number(row, "n_gpus"), _number(row, "gpus_per_node", 8)
     if degrees.devices != devices:
         raise SkippedError(f"degrees make {degrees.devices} devices, and n_gpus is {devices}")
     if devices <= host:
         return f"1x{devices}x{name}"
-    if devices % host:
+    used = next((n for n in range(host, 0, -1) if devices % n == 0 and (n == host or n >= 8)), 0)
+    if not used:  # of a rack of 72, 64 make 128, 256, ... devices
         raise SkippedError(f"{devices} devices are not whole hosts of {host}")
-    return f"{devices // host}x{host}x{name}"
+    return f"{devices // used}x{used}x{name}"
 
 
 # ---- from runs to predictions --------------------------------------------------------------------

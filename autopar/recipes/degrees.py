@@ -41,6 +41,7 @@ class Degrees:
     zero: int = 0
     recompute: str = "none"
     context: int = 1
+    experts: int = 1
     recomputed: float = 1.0
 
     @property
@@ -54,6 +55,24 @@ class Degrees:
     @property
     def stages(self) -> int:
         return self.pipeline * self.chunks
+
+    @property
+    def expert_data(self) -> int:
+        """Of ``data``, how many neighbours divide experts.
+
+        Raises:
+            AutoparError: experts do not lie on whole neighbours.
+        """
+        if self.experts == 1:
+            return 1
+        rest, left = divmod(self.experts, self.tensor)
+        if left or self.data % max(1, rest) or (self.tensor > 1 and self.between != "sequence"):
+            raise AutoparError(
+                f"experts={self.experts} with tensor={self.tensor}, data={self.data}: experts are "
+                "divided over all of tensor, between which the sequence must be divided "
+                "(between=sequence), and over a part of data; take tensor times a divisor of data"
+            )
+        return rest
 
     def microbatches(self, batch: int) -> int:
         """In how many parts a global batch of so many samples is worked on.
@@ -77,6 +96,7 @@ SHORT = {
     "pp": "pipeline",
     "dp": "data",
     "cp": "context",
+    "ep": "experts",
     "vp": "chunks",
     "mbs": "microbatch",
 }

@@ -14,7 +14,14 @@ from autopar.errors import AutoparError
 from autopar.ir.rule import Split
 from autopar.ir.sharding import INVARIANT, Mesh, Sharding, sharded_dim
 from autopar.ir.strategy import Stage, Storage, Strategy, Training
-from autopar.recipes.columns_rows import CONTEXT, DATA, TENSOR, splits_by_purpose
+from autopar.recipes.columns_rows import (
+    CONTEXT,
+    DATA,
+    EXPERTS,
+    TENSOR,
+    TENSOR_EXPERTS,
+    splits_by_purpose,
+)
 from autopar.recipes.degrees import Degrees
 from autopar.simulator.costs import Costs
 from autopar.simulator.listing import Structure
@@ -71,9 +78,10 @@ def _mesh(degrees: Degrees) -> tuple[Mesh, list[str], list[int]]:
     out."""
     axes = [
         ("replicas", degrees.replicas, DATA, 0),
-        ("data", degrees.data, DATA, degrees.zero),
+        ("data", degrees.data // degrees.expert_data, DATA, degrees.zero),
+        ("experts", degrees.expert_data, EXPERTS, degrees.zero),
         ("context", degrees.context, CONTEXT, degrees.zero),
-        ("tensor", degrees.tensor, TENSOR, 0),
+        ("tensor", degrees.tensor, TENSOR if degrees.experts == 1 else TENSOR_EXPERTS, 0),
     ]
     kept = [axis for axis in axes if axis[1] > 1] or [axes[1]]
     mesh = Mesh(tuple((name, size) for name, size, _, _ in kept))

@@ -189,7 +189,17 @@ def test_a_row_is_predicted_as_its_model_is_planned() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"EP": "8"}, "experts"),
+        (
+            {"EP": "8", "n_experts": "8", "topk": "2", "moe_ffn": "9", "gated_mlp": "True"},
+            "experts=8 with",
+        ),
+        ({"EP": "2", "TP": "1", "DP": "4"}, "EP is given, and n_experts is not"),
+        ({"n_experts": "8", "topk": "2"}, "experts that are not gated"),
+        ({"n_experts": "8", "topk": "2", "gated_mlp": "True"}, "moe_ffn is not given"),
+        (
+            {"n_experts": "7", "topk": "2", "gated_mlp": "True", "moe_ffn": "9"},
+            "shared evenly by 7",
+        ),
         ({"precision": "fp8"}, "no peak for float8_e4m3fn"),
         ({"precision": "int3"}, "precision is 'int3': not known"),
         ({"recompute": "recipe (CPU activation offload)"}, "no name here: recipe"),
@@ -264,6 +274,22 @@ def test_narrow_products_are_faster_and_their_casts_cost() -> None:
     assert len(casts) == 4 * (4 + 5) + 1  # four inputs and five weights; the logits
     by_name = {t.name: t.spec.dtype for t in graph.tensors}
     assert {by_name[o.inputs[0]] for o in graph.operators if "attention" in o.op} == {"bfloat16"}
+
+
+def test_experts_of_a_row_work_as_much_as_those_that_are_chosen() -> None:
+    """Two of eight experts, each half as wide as the MLP: tokens are sent, and gradients of experts
+    that a device does not have are not."""
+    changes = {"n_experts": "8", "topk": "2", "moe_ffn": "8192", "EP": "8"}
+    dense, sparse = predicted({}), predicted(changes)
+    assert sparse.run.degrees == replace(dense.run.degrees, experts=8)
+    assert sparse.step_s == pytest.approx(dense.step_s, rel=0.3)
+
+
+def test_a_rack_is_used_in_parts_that_make_all_devices() -> None:
+    row = {**ROW, "gpu_type": "GB200-NVL72", "gpus_per_node": "72", "TP": "1", "PP": "1"}
+    for devices, machine in ((8, "1x8x"), (64, "1x64x"), (128, "2x64x"), (144, "2x72x")):
+        cells = {"DP": str(devices), "n_gpus": str(devices), "global_batch": str(devices)}
+        assert run_of({**row, **cells}).machine == f"{machine}gb200-nvl72"
 
 
 def test_more_recomputation_takes_longer_and_keeps_less() -> None:

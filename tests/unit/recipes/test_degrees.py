@@ -145,6 +145,62 @@ def test_degrees_multiply_and_zero_shards_over_context_too() -> None:
     assert [p[0] for p in storage.parameter] == ["I", "I", "S"]
 
 
+def experts(text: str, batch: int = 16) -> tuple[Strategy, Estimate]:
+    from benchmarks.transformer import Experts, Transformer
+
+    degrees = degrees_from_text(text)
+    of = Experts(count=8, chosen=2, ffn=48, groups=degrees.tensor)
+    sizes = Transformer(3, 32, 4, 2, 0, 64, 16, gated=True, biased=False, tied=False, experts=of)
+    divided = division(sizes.graph(batch), degrees.microbatches(batch))
+    machine = FakePrices(devices=degrees.devices)
+    strategy = hybrid(divided, degrees, machine, Training("sgd"))
+    return strategy, evaluate(divided.graph, divided.rules, machine, strategy)
+
+
+@pytest.mark.parametrize(
+    ("text", "axes"),
+    [
+        ("data=8,experts=4", {"experts": 4}),
+        ("tensor=2,data=4,experts=8,between=sequence", {"experts": 4, "tensor": 2}),
+        ("tensor=2,data=4,experts=2,between=sequence", {"tensor": 2}),
+    ],
+)
+def test_experts_are_divided_and_tokens_go_all_to_all(text: str, axes: dict[str, int]) -> None:
+    """There and back, forward and backward, in each of three layers, over each axis, and nowhere
+    else; all places of a rank's tokens go, twice as many as tokens."""
+    strategy, estimate = experts(text)
+    sizes = dict(strategy.mesh.axes)
+    for axis, size in axes.items():
+        assert sizes[axis] == size
+        sent = [c for c in estimate.collectives if c.kind == "all_to_all" and c.axis == axis]
+        assert sum(c.count for c in sent) == 3 * 4
+        tokens = 16 * 16 // strategy.devices
+        assert {c.bytes for c in sent} == {tokens * 2 * 32 * 2}
+    assert {c.axis for c in estimate.collectives if c.kind == "all_to_all"} == set(axes)
+    names = list(sizes)
+    for name, kept in strategy.storage.items():
+        on = {axis for axis, p in zip(names, kept.parameter, strict=True) if p[0] == "S"}
+        if ".experts." in name:
+            assert on == set(axes)
+        elif "router" in name or "norm" in name:
+            assert not on
+
+
+def test_devices_with_all_experts_send_nothing_and_work_as_much() -> None:
+    _, apart = experts("data=8,experts=8")
+    _, together = experts("data=8")
+    assert not [c for c in together.collectives if c.kind == "all_to_all"]
+    assert apart.memory.parameters_bytes < together.memory.parameters_bytes
+
+
+def test_experts_that_do_not_lie_on_whole_neighbours_are_refused() -> None:
+    for text in ("data=8,experts=3", "tensor=4,data=2,experts=2,between=sequence"):
+        with pytest.raises(AutoparError, match="experts are divided over all of tensor"):
+            experts(text)
+    with pytest.raises(AutoparError, match="the sequence must be divided"):
+        experts("tensor=2,data=4,experts=4")
+
+
 def test_a_plan_that_divides_queries_of_causal_attention_is_not_run() -> None:
     from autopar import api
     from benchmarks.transformer import Transformer
