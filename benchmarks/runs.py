@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, groupby
 from math import isfinite
@@ -32,16 +32,18 @@ from cost_models.interface import CostModel
 Row = dict[str, str]
 
 COLUMNS = (
-    *("config_id", "source", "model_family", "layers", "hidden", "heads", "kv_heads", "head_dim"),
-    *("ffn", "gated_mlp", "vocab", "seq_len", "global_batch", "micro_batch", "gpu_type", "n_gpus"),
-    *("gpus_per_node", "TP", "PP", "virtual_pp", "DP", "CP", "EP", "n_experts", "zero_fsdp"),
-    *("sequence_parallel", "recompute", "flash_attn", "precision", "schedule", "metric", "value"),
+    *("config_id", "source", "model_family", "layers", "hidden", "heads", "ffn", "vocab"),
+    *("seq_len", "global_batch", "gpu_type", "n_gpus", "precision", "metric", "value"),
     "iter_time_s",
 )
-"""That are read; a table may have others."""
+"""That a table has to have."""
 
-OF_EXPERTS = ("topk", "moe_ffn")
-"""That are read where there are experts; a table may lack them."""
+OPTIONAL = (
+    *("kv_heads", "head_dim", "gated_mlp", "micro_batch", "gpus_per_node", "TP", "PP", "DP"),
+    *("virtual_pp", "CP", "EP", "n_experts", "topk", "moe_ffn", "zero_fsdp"),
+    *("sequence_parallel", "recompute", "flash_attn", "schedule"),
+)
+"""That are read, too; where one is missing, all its cells are empty."""
 
 MACHINES = {
     "A100-80GB-SXM": "a100-sxm-80gb",
@@ -65,6 +67,7 @@ PRODUCTS = {"fp8": "float8_e4m3fn", "mxfp8": "float8_e4m3fn", "nvfp4": "float4_e
 """Of products with the weights of blocks; attention, embedding and head are in the other."""
 
 OUT_OF_MEMORY = "oom"
+MOST_LAYERS = 4096
 GIB = 2**30
 
 
@@ -119,8 +122,7 @@ def run_of(row: Row) -> Run:
     Raises:
         SkippedError: it has something that no strategy of ours says, or leaves something open.
     """
-    row = {name: (cell or "").strip() for name, cell in row.items() if name is not None}
-    row = dict.fromkeys(OF_EXPERTS, "") | row
+    row = cleaned(row)
     _check_supported(row)
     assumed: list[str] = []
     tensor, pipeline = _number(row, "TP", 1), _number(row, "PP", 1)
@@ -160,6 +162,12 @@ def run_of(row: Row) -> Run:
         ran_out=ran_out,
         assumed=tuple(assumed),
     )
+
+
+def cleaned(row: Mapping[str, str | None]) -> Row:
+    """Every column that is read, without blanks around its cells; short rows end in empty ones."""
+    found = ((name, row.get(name)) for name in (*COLUMNS, *OPTIONAL))
+    return {name: cell.strip() if cell else "" for name, cell in found}
 
 
 def _check_supported(row: Row) -> None:
@@ -320,8 +328,11 @@ def _model(row: Row, degrees: Degrees) -> Transformer:
     products = next((name for key, name in PRODUCTS.items() if precision.startswith(key)), None)
     gated, flash = _flag(row, "gated_mlp"), _flag(row, "flash_attn")
     family, heads = row["model_family"], _number(row, "heads")
+    layers = _number(row, "layers")
+    if layers > MOST_LAYERS:
+        raise SkippedError(f"layers is {layers}, more than the {MOST_LAYERS} that are built here")
     return Transformer(
-        layers=_number(row, "layers"),
+        layers=layers,
         width=_number(row, "hidden"),
         heads=heads,
         kv_heads=_number(row, "kv_heads", heads),
@@ -386,7 +397,7 @@ def predicted(runs: Iterable[Run]) -> Iterator[tuple[Run, Compared | Exception]]
         for run in together:
             try:
                 estimate, found = _estimate(run, machine, prices, cache)
-            except (AutoparError, ValueError) as error:  # the latter of what has no price
+            except Exception as error:  # of a table of strangers, a row that breaks is left out
                 yield run, error
                 continue
             divided.append(found)  # prices are kept by its rules
@@ -425,7 +436,7 @@ def _ends(copies: int, degrees: Degrees) -> frozenset[int]:
 class Quality:
     """Of the rows of one source. Errors are relative; mean and largest are of their size, ``bias``
     is their mean with its sign. ``None`` where nothing of the kind was measured. ``assumed``: what
-    some rows do not say."""
+    some rows do not say. ``left_out``: names of rows and why."""
 
     source: str
     rows: int
@@ -440,18 +451,21 @@ class Quality:
     memory_largest: float | None
     false_fits: int
     false_rejects: int
+    left_out: tuple[tuple[str, str], ...] = ()
 
 
-def quality(source: str, compared: Sequence[Compared], skipped: Counter[str]) -> Quality:
+def quality(
+    source: str, compared: Sequence[Compared], left_out: Sequence[tuple[str, str]]
+) -> Quality:
     steps = [(one.step_error, one) for one in compared]
     errors = [error for error, _ in steps if error is not None]
     memory = [one.memory_error for one in compared if one.memory_error is not None]
     pairs = [(one.run.step_s, one.step_s) for one in compared if one.run.step_s is not None]
     return Quality(
         source,
-        len(compared) + skipped.total(),
+        len(compared) + len(left_out),
         len(compared),
-        dict(skipped.most_common()),
+        dict(Counter(reason for _, reason in left_out).most_common()),
         dict(Counter(what for one in compared for what in one.run.assumed).most_common()),
         _mean(map(abs, errors)),
         _mean(errors),
@@ -461,6 +475,7 @@ def quality(source: str, compared: Sequence[Compared], skipped: Counter[str]) ->
         max(map(abs, memory), default=None),
         sum(one.run.ran_out and one.fits for one in compared),
         sum(not one.run.ran_out and not one.fits for one in compared),
+        tuple(left_out),
     )
 
 
@@ -490,25 +505,29 @@ def kendall_tau(pairs: Sequence[tuple[float, float]]) -> float | None:
 def validate(rows: Iterable[Row]) -> tuple[list[Quality], list[Compared]]:
     """By source in the order of the rows, then all of them together."""
     runs: list[Run] = []
-    skipped = defaultdict[str, Counter[str]](Counter)
+    left_out = defaultdict[str, list[tuple[str, str]]](list)
     sources: dict[str, list[Compared]] = {}
-    for row in rows:
+    for row in map(cleaned, rows):
         sources.setdefault(row["source"], [])
         try:
             runs.append(run_of(row))
         except SkippedError as reason:
-            skipped[row["source"]][str(reason)] += 1
+            left_out[row["source"]].append((row["config_id"], str(reason)))
     for run, answer in predicted(runs):
         if isinstance(answer, Compared):
             sources[run.source].append(answer)
         else:
-            skipped[run.source][str(answer)] += 1
+            left_out[run.source].append((run.name, _said(answer)))
     everything = [one for compared in sources.values() for one in compared]
-    whole = Counter[str]()
-    for reasons in skipped.values():
-        whole.update(reasons)
-    found = [quality(source, of, skipped[source]) for source, of in sources.items()]
+    whole = [one for reasons in left_out.values() for one in reasons]
+    found = [quality(source, of, left_out[source]) for source, of in sources.items()]
     return [*found, quality("all", everything, whole)], everything
+
+
+def _said(error: Exception) -> str:
+    """What is no answer to a question of the row is named as what it is."""
+    known = isinstance(error, AutoparError | ValueError)
+    return str(error) if known else f"{type(error).__name__}: {error}"
 
 
 def share(number: float | None) -> str:

@@ -204,6 +204,7 @@ def test_a_row_is_predicted_as_its_model_is_planned() -> None:
         ({"precision": "int3"}, "precision is 'int3': not known"),
         ({"recompute": "recipe (CPU activation offload)"}, "no name here: recipe"),
         ({"sequence_parallel": "maybe"}, "neither True nor False"),
+        ({"layers": "1e9"}, "more than the 4096"),
         ({"layers": "inf"}, "layers is 'inf', no whole number"),
         ({"TP": "1.5"}, "TP is '1.5', no whole number"),
         ({"iter_time_s": "fast"}, "iter_time_s is 'fast', no number"),
@@ -350,6 +351,40 @@ def test_tau_counts_pairs_in_order() -> None:
         left, right = sum(a != 0 for a, _ in signs), sum(b != 0 for _, b in signs)
         wanted = sum(a * b for a, b in signs) / (left * right) ** 0.5 if left * right else None
         assert kendall_tau(pairs) == pytest.approx(wanted)
+
+
+def test_the_page_has_times_and_memory_lines_and_what_was_left_out() -> None:
+    rows = [
+        ROW,
+        {**ROW, "config_id": "b", "iter_time_s": "3", "source": "<others>"},
+        {**ROW, "config_id": "c", "metric": "peak_mem_GiB", "value": "1.0"},
+        {**ROW, "config_id": "d", "gpu_type": "H900"},
+        {**ROW, "config_id": "e", "micro_batch": ""},
+    ]
+    shown = page(*validate(rows))
+    assert shown.count("<svg") == 2 and shown.count("<circle") == 4
+    assert shown.count("in the mean</title>") == 3  # two sources' times, one's memory
+    assert "&lt;others&gt;" in shown and "<others>" not in shown
+    assert "tensor=2,pipeline=2,data=2" in shown
+    assert "1: no topology for H900</summary>d<" in shown
+    assert "somebody: 1 rows, micro_batch is 1" in shown
+
+
+def test_any_cells_are_read_without_a_traceback() -> None:
+    """Rows whose cells are drawn at random from what tables have in other places."""
+    rng = Random(0)
+    cells = ("", "none", "0", "-1", "8.0", "1e9", "nan", "inf", "True", "fp8", "oom", "3", "x" * 99)
+    rows = []
+    for _ in range(60):
+        row: dict[str, Any] = dict(ROW)
+        for name in rng.sample(sorted(row), 2):
+            row[name] = rng.choice((*cells, None))
+        rows.append(row)
+    rows.append({None: ["more"], "config_id": "short"})
+    *_, every = validate(rows)[0]
+    assert every.rows == len(rows) and every.predicted + len(every.left_out) == len(rows)
+    assert not [reason for _, reason in every.left_out if "Error: " in reason]
+    page(*validate(rows))
 
 
 def test_a_file_without_the_columns_is_refused(
