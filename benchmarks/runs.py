@@ -11,6 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations, groupby
 from math import isfinite
 from statistics import fmean
@@ -22,7 +23,7 @@ from autopar.recipes import Degrees, hybrid
 from autopar.recipes.hybrid import recomputed_copies
 from autopar.simulator.costs import ComputeCache
 from autopar.simulator.listing import Structure
-from autopar.simulator.microbatches import division
+from autopar.simulator.microbatches import Division, division
 from autopar.simulator.pipelines import StagePrices, evaluate_stages
 from autopar.simulator.prices import evaluate
 from benchmarks.transformer import Experts, Transformer
@@ -383,7 +384,7 @@ def predicted(runs: Iterable[Run]) -> Iterator[tuple[Run, Compared | Exception]]
     which are priced once."""
 
     def alike(run: Run) -> tuple[object, ...]:
-        return run.machine, run.model, run.degrees, run.training
+        return run.model, run.machine, run.degrees, run.training
 
     for _, group in groupby(sorted(runs, key=lambda run: repr(alike(run))), key=alike):
         together = list(group)
@@ -408,9 +409,7 @@ def predicted(runs: Iterable[Run]) -> Iterator[tuple[Run, Compared | Exception]]
 def _estimate(
     run: Run, machine: CostModel, prices: StagePrices, cache: ComputeCache
 ) -> tuple[Estimate, object]:
-    count = run.degrees.microbatches(run.batch)
-    found = division(run.model.graph(run.batch), count)
-    structure = Structure(found.graph, found.rules)
+    found, structure = _divided(run.model, run.batch, run.degrees.microbatches(run.batch))
     strategy = hybrid(found, run.degrees, machine, run.training, structure)
     if len(strategy.stages) > 1:
         return evaluate_stages(found, machine, strategy, prices), found
@@ -421,6 +420,13 @@ def _estimate(
         found.graph, found.rules, machine, strategy, compute_cache=cache, folded=alike
     )
     return estimate, found
+
+
+@lru_cache(maxsize=8)
+def _divided(model: Transformer, batch: int, count: int) -> tuple[Division, Structure]:
+    """Rows of one model follow each other."""
+    found = division(model.graph(batch), count)
+    return found, Structure(found.graph, found.rules)
 
 
 def _ends(copies: int, degrees: Degrees) -> frozenset[int]:
