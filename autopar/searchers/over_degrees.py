@@ -183,7 +183,19 @@ class DegreePrices:
         return Bounds(tuple(found), dict(skipped))
 
     def _stages(self, of: Degrees) -> _Stages:
-        """Of one candidate."""
+        """Of one candidate.
+
+        Raises:
+            AutoparError: it cannot be, or not together with others.
+        """
+        if of.experts > 1 or of.recomputed < 1:
+            raise AutoparError(
+                "experts, and recomputation in a part of the blocks, are not priced together with "
+                "other degrees; plan them one by one, with --recipe"
+            )
+        if of.microbatch is None:
+            parts = of.microbatches(self.batch) * of.data * of.replicas
+            of = replace(of, microbatch=self.batch // parts)
         if self.layers % of.stages:
             raise AutoparError(f"{of.stages} stages do not have equal numbers of the blocks")
         count = of.microbatches(self.batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -72,6 +73,13 @@ def test_what_cannot_be_is_said() -> None:
     found = prices.bounds([Degrees(pipeline=8, data=4), Degrees(tensor=2, data=16, microbatch=3)])
     assert not found.candidates
     assert {text.partition(" ")[0] for text in found.skipped} == {"8", "a"}
+    apart = prices.bounds([Degrees(data=32, experts=2), Degrees(data=32, recomputed=0.5)])
+    assert list(apart.skipped.values()) == [2]
+    usual = Degrees(tensor=2, data=16)
+    (one,), (same,) = (
+        prices.bounds([of]).candidates for of in (usual, replace(usual, microbatch=4))
+    )
+    assert one.step_time_s == same.step_time_s
     with pytest.raises(AutoparError, match="no block that is repeated"):
         DegreePrices(
             Transformer(1, 64, 2, 2, 64, 64, 16).graph(8), cost_model("1x8xh100-sxm"), Training()
