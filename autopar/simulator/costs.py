@@ -211,10 +211,9 @@ def work(
     if bound.rule.kind == "attention":
         return _attention(bound, sizes, dtype, float(sum(read) + sum(written)), any(differentiable))
     if bound.rule.products:
-        return _products(bound, sizes, dtype, differentiable)
         narrow = bound.input_specs[0].dtype  # what is multiplied; the sum may be wider
         dtype = narrow if narrow in NARROW else dtype
-        return _products(bound.rule.products, sizes, dtype, differentiable)
+        return _products(bound, sizes, dtype, differentiable)
     moved = float(sum(read) + sum(written))
     if moved == 0:
         return [], []
