@@ -9,7 +9,7 @@ WORKERS ?= 2
 # of the slow ones, those in these files or folders: make test-slow TESTS=tests/unit/simulator
 TESTS ?=
 
-.PHONY: help demo test test-slow validate lint format types imports docs schema clean
+.PHONY: help demo test test-slow validate bands lint format types imports docs schema clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -35,6 +35,10 @@ test-slow: $(READY)  ## the tests that take long, all or those in TESTS
 validate: $(READY)  ## predictions beside published runs: make validate CSV=rows.csv
 	@test -n "$(CSV)" || { echo 'give the rows: make validate CSV="a.csv b.csv" (benchmarks/README.md has their columns)'; exit 2; }
 	$(BIN)/python -m benchmarks.validate $(CSV) --output build/validation.html
+
+bands: $(READY)  ## how far predictions are off, learnt from published runs: make bands CSV=rows.csv
+	@test -n "$(CSV)" || { echo 'give the rows: make bands CSV="a.csv b.csv" (benchmarks/README.md has their columns)'; exit 2; }
+	$(BIN)/python -m benchmarks.bands $(CSV)
 
 lint: $(READY) types imports  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

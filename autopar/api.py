@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import gc
+import math
 import platform
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from autopar.ir.measurement import Measurement, RunRecord, read_run
 from autopar.ir.plan import Plan, PlanDiff, digest_of, load_plan, save_plan, summarise
 from autopar.ir.plan import diff as diff_plans
 from autopar.ir.profiled_graph import is_profiled, is_profiled_file, load_profiled_graph
-from autopar.ir.search import Budget, Problem, SearchResult, SearchSummary
+from autopar.ir.search import Budget, Problem, SearchResult, SearchSummary, Trial
 from autopar.ir.sharding import Mesh
 from autopar.ir.simulation import Estimate
 from autopar.ir.strategy import Strategy, Training
@@ -78,7 +79,8 @@ class Wanted(TypedDict, total=False):
       ``NODESxDEVICESxNAME``, a TOML file, or a cost model of one's own.
     - ``devices``: how many of this machine (default: its GPUs, else its cores).
     - ``mesh``: sizes of the mesh axes, outermost first (default: all factorizations).
-    - ``memory_limit_bytes``: for each device (default: what it has).
+    - ``memory_limit_bytes``: for the tensors of each device (default: what the process does not
+      hold otherwise of its memory).
     - ``optimizer``, ``precision``, ``clip_norm``: what is trained with.
     - ``microbatches``: in how many the batch is worked on, one after the other; the result is the
       same (default, ``None``: those with which it is fastest).
@@ -238,6 +240,9 @@ def plan_profiled(
     """
     from autopar.searchers import over_stages
     from autopar.simulator import profiled_stages
+    from autopar.simulator.bands import with_band
+    from autopar.simulator.reserved import usual_limit_bytes
+    from autopar.simulator.shares import seconds_of_measured
     from autopar.simulator.stage_problem import value_of
     from cost_models.saved import cost_model_to_json
 
@@ -246,7 +251,7 @@ def plan_profiled(
     cost_model = machine(wanted.get("topology", LOCAL), wanted.get("devices"), progress)
     topology = cost_model_to_json(cost_model)
     limit = wanted.get("memory_limit_bytes")
-    limit = cost_model.memory_bytes if limit is None else limit
+    limit = usual_limit_bytes(cost_model) if limit is None else limit
     training = Training(wanted.get("optimizer", "adamw"))
     objective = wanted.get("objective", "step")
     problem = profiled_stages.stage_problem(
@@ -266,11 +271,12 @@ def plan_profiled(
     units = problem.units(result.best.microbatches)
     value = value_of(problem, result.best, units)
     assert value is not None
+    estimate = profiled_stages.estimate_of(value.timeline, objective)
     return Plan(
         graph=graph,
         topology=topology,
         strategy=profiled_stages.strategy_of(graph, problem, result.best, training),
-        estimate=profiled_stages.estimate_of(value.timeline, objective),
+        estimate=with_band(estimate, seconds_of_measured(cost_model, estimate), cost_model),
         search=over_stages.summarise(result, STAGES, limit),
         model=name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -365,6 +371,7 @@ def problem_of(
 ) -> Problem:
     """What ``search`` and ``plan`` search: the model's graph, the machine and what is fixed."""
     from autopar.simulator import meshes
+    from autopar.simulator.reserved import usual_limit_bytes
 
     _check_names(wanted)
     if _profiled(model) is not None:
@@ -403,7 +410,7 @@ def problem_of(
         graph=graph,
         cost_model=cost_model,
         meshes=tried,
-        memory_limit_bytes=cost_model.memory_bytes if limit is None else limit,
+        memory_limit_bytes=usual_limit_bytes(cost_model) if limit is None else limit,
         training=Training(wanted.get("optimizer", "adamw"), precision, wanted.get("clip_norm")),
         microbatches=wanted.get("microbatches"),
         dimensions=_dimensions(wanted.get("dimensions", "SOAP")),
@@ -518,18 +525,45 @@ def plan_of(problem: Problem, result: SearchResult) -> Plan:
     best = result.best
     if best is None or best.strategy is None or best.estimate is None:
         raise _nothing_found(problem, result)
+    from autopar.simulator.bands import ties
     from cost_models.saved import cost_model_to_json
 
+    band_of = _bands_of(problem)
+    fitting = [t for t in result.trials if t.estimate and _fits(t.estimate, problem)]
+    search = summarise(result, problem.memory_limit_bytes, problem.dimensions)
     return Plan(
         graph=problem.graph,
         topology=cost_model_to_json(problem.cost_model),
         strategy=best.strategy,
-        estimate=best.estimate,
-        search=summarise(result, problem.memory_limit_bytes, problem.dimensions),
+        estimate=band_of(best),
+        search=replace(search, ties=ties(best, fitting, band_of)),
         proposed=problem.proposals,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         autopar=__version__,
     )
+
+
+def _fits(estimate: Estimate, problem: Problem) -> bool:
+    return estimate.peak_memory_bytes <= problem.memory_limit_bytes
+
+
+def _bands_of(problem: Problem) -> Callable[[Trial], Estimate]:
+    """Of a trial that has a strategy, the estimate with its band."""
+    from autopar.simulator.bands import banded
+    from autopar.simulator.microbatches import division
+
+    divided: dict[int, Division] = {}
+
+    def band_of(trial: Trial) -> Estimate:
+        strategy, estimate = trial.strategy, trial.estimate
+        assert strategy is not None and estimate is not None
+        count = strategy.microbatches
+        if count not in divided:
+            divided[count] = division(problem.graph, count, problem.proposals)
+        of = divided[count]
+        return banded(of.graph, of.rules, problem.cost_model, strategy, estimate)
+
+    return band_of
 
 
 def plan_by_hand(
@@ -546,11 +580,13 @@ def plan_by_hand(
     that ``graph`` was extracted from, for the commands that need it.
     """
     from autopar.simulator.microbatches import division
+    from autopar.simulator.reserved import usual_limit_bytes
     from cost_models.saved import cost_model_to_json
 
     cost_model = machine(topology, strategy.devices if topology == LOCAL else None)
+    limit = usual_limit_bytes(cost_model)
     divided = division(graph, strategy.microbatches, proposals)
-    nobody = SearchSummary("by hand", "", 0.0, 1.0, 0.0, cost_model.memory_bytes, "SOAP", trials=())
+    nobody = SearchSummary("by hand", "", 0.0, 1.0, 0.0, limit, "SOAP", trials=())
     return Plan(
         graph=graph,
         topology=cost_model_to_json(cost_model),
@@ -660,12 +696,16 @@ def _of_degrees(problem: Problem, degrees: Degrees, microbatches: int | None) ->
 
 
 def _priced(divided: Division, cost_model: CostModel, strategy: Strategy) -> Estimate:
+    from autopar.simulator.bands import banded
     from autopar.simulator.pipelines import evaluate_stages
     from autopar.simulator.prices import evaluate
 
+    graph, rules = divided.graph, divided.rules
     if len(strategy.stages) > 1:
-        return evaluate_stages(divided, cost_model, strategy)
-    return evaluate(divided.graph, divided.rules, cost_model, strategy)
+        estimate = evaluate_stages(divided, cost_model, strategy)
+    else:
+        estimate = evaluate(graph, rules, cost_model, strategy)
+    return banded(graph, rules, cost_model, strategy, estimate)
 
 
 def _nothing_found(problem: Problem, result: SearchResult) -> AutoparError:
@@ -719,13 +759,9 @@ def simulate(
     """
     if is_profiled(plan.graph):
         return _estimate_profiled(plan, topology, devices)
-    if topology is None:
-        from cost_models.saved import cost_model_from_json
-
-        with _as_user_errors():
-            cost_model = cost_model_from_json(plan.topology)
-    else:
-        cost_model = machine(topology, devices or (plan.world_size if topology == LOCAL else None))
+    if topology == LOCAL and devices is None:
+        devices = plan.world_size
+    cost_model = _machine_of(plan, topology, devices)
     if cost_model.devices != plan.world_size:
         raise PlanMismatchError(
             f"the plan is for {plan.world_size} devices, {topology} has {cost_model.devices}; "
@@ -740,13 +776,9 @@ def timeline_of_plan(
     """A plan of a profiled graph, played: on its machine, or on another one."""
     from autopar.simulator import profiled_stages
     from autopar.simulator.stage_problem import played
-    from cost_models.saved import cost_model_from_json, cost_model_to_json
+    from cost_models.saved import cost_model_to_json
 
-    if topology is None:
-        with _as_user_errors():
-            cost_model = cost_model_from_json(plan.topology)
-    else:
-        cost_model = machine(topology, devices)
+    cost_model = _machine_of(plan, topology, devices)
     problem = profiled_stages.stage_problem(
         plan.graph,
         cost_model,
@@ -767,12 +799,29 @@ def timeline_of_plan(
     return timeline
 
 
+def _machine_of(
+    plan: Plan, topology: str | Path | CostModel | None, devices: int | None
+) -> CostModel:
+    """Its own, unless another one is given."""
+    from cost_models.saved import cost_model_from_json
+
+    if topology is not None:
+        return machine(topology, devices)
+    with _as_user_errors():
+        return cost_model_from_json(plan.topology)
+
+
 def _estimate_profiled(
     plan: Plan, topology: str | Path | CostModel | None, devices: int | None
 ) -> Estimate:
     from autopar.simulator import profiled_stages
+    from autopar.simulator.bands import with_band
+    from autopar.simulator.shares import seconds_of_measured
 
-    return profiled_stages.estimate_of(timeline_of_plan(plan, topology, devices), plan.objective)
+    cost_model = _machine_of(plan, topology, devices)
+    timeline = timeline_of_plan(plan, cost_model)
+    estimate = profiled_stages.estimate_of(timeline, plan.objective)
+    return with_band(estimate, seconds_of_measured(cost_model, estimate), cost_model)
 
 
 def refuse_profiled(plan: Plan, what: str) -> None:
@@ -817,7 +866,13 @@ def explain(plan: Plan) -> str:
 
 def diff(a: Plan, b: Plan) -> PlanDiff:
     """What ``b`` decides otherwise than ``a``."""
-    return diff_plans(a, b)
+    from autopar.simulator.bands import difference
+
+    found = diff_plans(a, b)
+    comparable = found.same_model and a.topology == b.topology
+    if not comparable or a.estimate.band is None or b.estimate.band is None:
+        return found
+    return replace(found, within=math.exp(difference(a.estimate, b.estimate)))
 
 
 def export(plan: Plan, exporter: str | Exporter) -> str:

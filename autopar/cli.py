@@ -154,7 +154,10 @@ _search_options = (
         help="How many of this machine.  [default: its GPUs, else cores]",
     ),
     click.option("--mesh", help="Sizes of the mesh axes, e.g. 32,8.  [default: try all]"),
-    click.option("--memory-limit", help="For each device, e.g. 70GB.  [default: all it has]"),
+    click.option(
+        "--memory-limit",
+        help="For the tensors of each device, e.g. 70GB.  [default: what the process leaves]",
+    ),
     click.option(
         "--optimizer",
         type=click.Choice(["sgd", "momentum", "adam", "adamw"]),
@@ -365,10 +368,16 @@ def search_command(model: str, as_json: bool, **options: Any) -> int:
         searcher, limit_s = wanted.pop("searcher"), wanted.pop("time_limit_s")
         problem = api.problem_of(model, progress=tell, **wanted)
         result = api.run_search(problem, searcher, limit_s, tell)
-    summary = summarise(result, problem.memory_limit_bytes, problem.dimensions)
-    click.echo(json.dumps(search_to_json(summary)) if as_json else text.search(summary))
     if result.best is None:
+        summary = summarise(result, problem.memory_limit_bytes, problem.dimensions)
+        click.echo(json.dumps(search_to_json(summary)) if as_json else text.search(summary))
         api.plan_of(problem, result)  # raises what the exit code tells
+    best = api.plan_of(problem, result)
+    if as_json:
+        band = best.estimate.band and asdict(best.estimate.band)
+        click.echo(json.dumps({**search_to_json(best.search), "band": band}))
+    else:
+        click.echo(text.search(best.search, best.estimate))
     return _code(result.stop_reason)
 
 

@@ -23,7 +23,8 @@ svg text { font: 12px system-ui, sans-serif }
 """
 
 COLUMNS = (
-    *("source", "rows", "predicted", "mean error of steps", "bias", "largest", "tau"),
+    *("source", "rows", "predicted", "mean error of steps", "bias", "largest"),
+    *("in the band", "tau"),
     *("mean error of memory", "largest", "false fits", "false rejects"),
 )
 
@@ -142,6 +143,7 @@ def _table(found: Sequence[Quality], colours: dict[str, str]) -> str:
                 _coloured(one.source, colours),
                 *(str(one.rows), str(one.predicted)),
                 *(share(one.step_mean), share(one.step_bias), share(one.step_largest)),
+                share(one.step_in_band),
                 "-" if one.tau is None else f"{one.tau:.3f}",
                 *(share(one.memory_mean), share(one.memory_largest)),
                 *(str(one.false_fits), str(one.false_rejects)),

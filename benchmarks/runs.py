@@ -17,10 +17,14 @@ from math import isfinite
 from statistics import fmean
 
 from autopar.errors import AutoparError
-from autopar.ir.simulation import Estimate
-from autopar.ir.strategy import Training
+from autopar.ir.graph import OperatorGraph
+from autopar.ir.sharding import sharded_dim
+from autopar.ir.simulation import Band, Estimate
+from autopar.ir.strategy import Strategy, Training
 from autopar.recipes import Degrees, hybrid
+from autopar.recipes.columns_rows import DATA
 from autopar.recipes.hybrid import recomputed_copies
+from autopar.simulator.bands import banded
 from autopar.simulator.costs import ComputeCache
 from autopar.simulator.listing import Structure
 from autopar.simulator.microbatches import Division, division
@@ -50,13 +54,13 @@ MACHINES = {
     "A100-80GB-SXM": "a100-sxm-80gb",
     "A100-40GB-SXM": "a100-sxm-40gb",
     "H100-80GB-SXM": "h100-sxm",
+    "H100-96GB-HBM2e-500W(2.4TB/s)": "h100-sxm-96gb",
     "V100-32GB-SXM(DGX-2H)": "v100-sxm2-32gb",
     "V100-16GB-SXM (p3.16xlarge)": "v100-sxm2-16gb",
     "B200-180GB": "b200-sxm",
     "B300-288GB": "b300-sxm",
     "GB200-NVL72": "gb200-nvl72",
     "GB300-NVL72": "gb300-nvl72",
-    "H100-96GB-HBM2e-500W(2.4TB/s)": "h100-sxm-96gb",
 }
 """By the column ``gpu_type``, the machine of ``autopar list topologies``."""
 
@@ -78,8 +82,9 @@ class SkippedError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """What a row says. ``step_s``, ``memory_bytes``: what was measured, if it was; ``ran_out``: of
-    memory; else, if something was measured, it fitted. ``assumed``: what it does not say."""
+    """What a row says. ``step_s``, ``memory_bytes``: what was measured, if it was (of memory: what
+    the allocator reserved); ``ran_out``: of memory; else, if something was measured, it fitted.
+    ``assumed``: what it does not say."""
 
     name: str
     source: str
@@ -96,10 +101,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Compared:
+    """``memory_bytes``: what the allocator reserves; ``device_bytes``: all that the process has of
+    the ``limit_bytes`` of the device."""
+
     run: Run
     step_s: float
     memory_bytes: int
+    device_bytes: int
     limit_bytes: int
+    band: Band | None = None
 
     @property
     def step_error(self) -> float | None:
@@ -111,8 +121,19 @@ class Compared:
         return None if of is None else self.memory_bytes / of - 1
 
     @property
+    def step_in_band(self) -> bool | None:
+        if self.band is None or self.run.step_s is None:
+            return None
+        return self.band.low_s <= self.run.step_s <= self.band.high_s
+
+    @property
+    def needed(self) -> float:
+        """Relative to what the device has."""
+        return self.device_bytes / self.limit_bytes
+
+    @property
     def fits(self) -> bool:
-        return self.memory_bytes <= self.limit_bytes
+        return self.needed <= 1
 
 
 # ---- from a row to a run -------------------------------------------------------------------------
@@ -345,6 +366,7 @@ def _model(row: Row, degrees: Degrees) -> Transformer:
         flash=flash,
         dropout=not flash,
         tied=not gated,
+        fused_loss=family.startswith("MPT"),
         dtype=dtype,
         head_width=_number(row, "head_dim", 0) or None,
         products=products,
@@ -397,29 +419,65 @@ def predicted(runs: Iterable[Run]) -> Iterator[tuple[Run, Compared | Exception]]
         cache: ComputeCache = {}
         for run in together:
             try:
-                estimate, found = _estimate(run, machine, prices, cache)
+                estimate, strategy, found = _estimate(run, machine, prices, cache)
+                estimate = banded(found.graph, found.rules, machine, strategy, estimate)
             except Exception as error:  # of a table of strangers, a row that breaks is left out
                 yield run, error
                 continue
             divided.append(found)  # prices are kept by its rules
-            peak = estimate.peak_memory_bytes
-            yield run, Compared(run, estimate.step_time_s, peak, machine.memory_bytes)
+            memory = estimate.memory
+            yield (
+                run,
+                Compared(
+                    run,
+                    estimate.step_time_s,
+                    memory.reserved_bytes,
+                    memory.device_bytes,
+                    machine.memory_bytes,
+                    estimate.band,
+                ),
+            )
 
 
 def _estimate(
     run: Run, machine: CostModel, prices: StagePrices, cache: ComputeCache
-) -> tuple[Estimate, object]:
+) -> tuple[Estimate, Strategy, Division]:
     found, structure = _divided(run.model, run.batch, run.degrees.microbatches(run.batch))
     strategy = hybrid(found, run.degrees, machine, run.training, structure)
+    _check_sharded(run.degrees, found.graph, strategy)
     if len(strategy.stages) > 1:
-        return evaluate_stages(found, machine, strategy, prices), found
+        return evaluate_stages(found, machine, strategy, prices), strategy, found
     alike = structure.folded_in_runs(
         tuple(_ends(block.copies, run.degrees) for block in structure.blocks)
     )
     estimate = evaluate(
-        found.graph, found.rules, machine, strategy, compute_cache=cache, folded=alike
+        found.graph,
+        found.rules,
+        machine,
+        strategy,
+        compute_cache=cache,
+        folded=alike,
+        overlapped=run.degrees.zero == 3,  # as FSDP and DeepSpeed do
     )
-    return estimate, found
+    return estimate, strategy, found
+
+
+def _check_sharded(degrees: Degrees, graph: OperatorGraph, strategy: Strategy) -> None:
+    """Parameters are sharded along a dim; programs that shard all of them as one run of bytes can
+    do so over any number of devices."""
+    mesh = strategy.stages[0].mesh
+    data = mesh.names.index(DATA) if DATA in mesh.names else None
+    if not degrees.zero or data is None or mesh.sizes[data] == 1:
+        return
+    sizes = {p.name: p.spec.bytes for p in graph.parameters}
+    cut = sum(
+        n
+        for name, n in sizes.items()
+        if sharded_dim(strategy.storage[name].optimizer[data]) is not None
+    )
+    if cut < sum(sizes.values()) / 2:
+        devices = mesh.sizes[data]
+        raise AutoparError(f"{devices} devices divide no dim of most parameters: not sharded so")
 
 
 @lru_cache(maxsize=8)
@@ -441,8 +499,9 @@ def _ends(copies: int, degrees: Degrees) -> frozenset[int]:
 @dataclass(frozen=True)
 class Quality:
     """Of the rows of one source. Errors are relative; mean and largest are of their size, ``bias``
-    is their mean with its sign. ``None`` where nothing of the kind was measured. ``assumed``: what
-    some rows do not say. ``left_out``: names of rows and why."""
+    is their mean with its sign; ``step_in_band``: the share of steps that lies in its band.
+    ``None`` where nothing of the kind was measured. ``assumed``: what some rows do not say.
+    ``left_out``: names of rows and why."""
 
     source: str
     rows: int
@@ -452,6 +511,7 @@ class Quality:
     step_mean: float | None
     step_bias: float | None
     step_largest: float | None
+    step_in_band: float | None
     tau: float | None
     memory_mean: float | None
     memory_largest: float | None
@@ -476,6 +536,7 @@ def quality(
         _mean(map(abs, errors)),
         _mean(errors),
         max(map(abs, errors), default=None),
+        _mean(one.step_in_band for one in compared if one.step_in_band is not None),
         kendall_tau(pairs),
         _mean(map(abs, memory)),
         max(map(abs, memory), default=None),

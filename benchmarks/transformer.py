@@ -33,8 +33,10 @@ class Experts:
 class Transformer:
     """``gated``: SwiGLU, RMSNorm and rotary positions, without biases (Llama); else GELU, LayerNorm
     and learned positions (GPT), the last two with ``biased``. ``flash``: fused attention; else its
-    products are separate. ``tied``: one table for embedding and head. ``products``: the
-    dtype to which operands of the products of blocks are cast, each tensor once."""
+    products are separate. ``tied``: one table for embedding and head. ``fused_loss``: the loss
+    reads logits as they are (llm-foundry's default, ``fused_crossentropy``), else in fp32.
+    ``products``: the dtype to which operands of the products of blocks are cast, each tensor once.
+    """
 
     layers: int
     width: int
@@ -48,6 +50,7 @@ class Transformer:
     flash: bool = True
     dropout: bool = False
     tied: bool = True
+    fused_loss: bool = False
     dtype: str = "bfloat16"
     head_width: int | None = None
     products: str | None = None
@@ -84,10 +87,10 @@ class _Builder:
         x = self._norm(x, "norm")
         head = table if of.tied else self._parameter("head.weight", (of.vocabulary, of.width))
         logits = self._op("head", "linear", (x, head), (self.batch, of.length, of.vocabulary))
-        keywords = (("dtype", Dtype("float32")),)
-        logits = self._op(
-            "", "_to_copy", (logits,), self.specs[logits].shape, dtype="float32", keywords=keywords
-        )
+        if not of.fused_loss:
+            wide = (("dtype", Dtype("float32")),)
+            shape = self.specs[logits].shape
+            logits = self._op("", "_to_copy", (logits,), shape, dtype="float32", keywords=wide)
         # (sample, class, position): samples and positions stay apart, for axes that divide either
         by_class = (self.batch, of.vocabulary, of.length)
         logits = self._op("", "transpose.int", (logits,), by_class, 1, 2)

@@ -34,7 +34,8 @@ def text(found: Quality) -> str:
     lines = [
         f"{found.source}",
         f"  {found.predicted} of {found.rows} rows; step: mean error {share(found.step_mean)} "
-        f"(bias {share(found.step_bias)}), largest {share(found.step_largest)}, tau {tau}",
+        f"(bias {share(found.step_bias)}), largest {share(found.step_largest)}, tau {tau}, "
+        f"in the band {share(found.step_in_band)}",
         f"  memory: mean error {share(found.memory_mean)}, largest {share(found.memory_largest)}; "
         f"{found.false_fits} false fits, {found.false_rejects} false rejects",
     ]
@@ -58,7 +59,14 @@ def main() -> int:
     if arguments.rows:
         for one in sorted(compared, key=lambda one: -abs(one.step_error or 0)):
             error = "-" if one.step_error is None else f"{one.step_error:+.1%}"
-            print(f"{one.run.name}\t{one.run.step_s}\t{one.step_s:.4g}\t{error}")
+            memory = "" if one.run.memory_bytes is None else f"{one.memory_error:+.1%}"
+            fits = "fits" if one.fits else "does not fit"
+            wrong = " (it did)" if not one.run.ran_out and not one.fits else ""
+            wrong = " (it did not)" if one.run.ran_out and one.fits else wrong
+            print(
+                f"{one.run.name}\t{one.run.step_s}\t{one.step_s:.4g}\t{error}"
+                f"\t{one.memory_bytes / 1e9:.1f} GB {memory}\t{fits}{wrong}"
+            )
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(page(found, compared))

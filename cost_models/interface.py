@@ -60,9 +60,10 @@ class CostModel(Protocol):
     nothing is free by default.
 
     A machine of more than two tiers has ``units``, too: see ``units_of``. One whose devices wait
-    for their hosts has a ``host_time``. One whose devices share what they compute with answers for
-    all of them busy, and has ``speeds``: (so many devices, how many times as fast each is when the
-    others idle), fewest first.
+    for their hosts has a ``host_time``; one that knows what compute and communication take from
+    each other a ``slowdown``. One whose devices share what they compute with answers for all of
+    them busy, and has ``speeds``: (so many devices, how many times as fast each is when the others
+    idle), fewest first.
     """
 
     @property
@@ -93,6 +94,13 @@ def host_time_of(cost_model: CostModel) -> HostTime:
     """Nothing unless the cost model says otherwise: a host prepares ahead of its devices."""
     found: HostTime | None = getattr(cost_model, "host_time", None)
     return HostTime() if found is None else found
+
+
+def slowdown_of(cost_model: CostModel) -> float:
+    """How many times as long compute takes while a collective goes on beside it, and the collective
+    beside compute. 2, that is as if one waited for the other, unless the cost model knows."""
+    found: float | None = getattr(cost_model, "slowdown", None)
+    return 2.0 if found is None else found
 
 
 def members_in_units(groups: Iterable[Sequence[int]], units: Sequence[int]) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
-from cost_models.analytical import members_in_unit
+from cost_models.collectives import members_in_unit
 from cost_models.interface import Collective, CollectiveKind, HostTime, Work
 
 FORMAT = "autopar-profile"

@@ -17,6 +17,7 @@ from autopar.exporters.text import (
     change_text,
     divided_text,
     kinds_of_memory,
+    kinds_of_reserve,
     parts,
     passed_on_text,
     row_cells,
@@ -26,6 +27,7 @@ from autopar.exporters.text import (
 from autopar.exporters.units import bytes_text, time_text
 from autopar.ir.plan import Plan
 from autopar.ir.sharding import Mesh
+from autopar.ir.simulation import Memory
 from autopar.simulator.edges import Rules
 
 STYLE = """
@@ -59,6 +61,7 @@ def export(plan: Plan, rules: Rules) -> str:
         _bar(parts(plan.estimate), time_text),
         "<h2>Where the memory goes</h2>",
         _bar(kinds_of_memory(plan.estimate.memory), bytes_text),
+        *_reserve(plan.estimate.memory),
         *_blocks(plan, rules),
         "<h2>Every collective of a step</h2>",
         _promise(plan),
@@ -71,6 +74,13 @@ def export(plan: Plan, rules: Rules) -> str:
         + "\n".join(body)
         + "\n</body>\n</html>\n"
     )
+
+
+def _reserve(found: Memory) -> Iterator[str]:
+    beside = [f"{kind} {bytes_text(n)}" for kind, n in kinds_of_reserve(found) if n]
+    if beside:
+        in_all = bytes_text(found.device_bytes)
+        yield f"<p>Beside it, for {in_all} of the device in all: {escape(', '.join(beside))}.</p>"
 
 
 def _blocks(plan: Plan, rules: Rules) -> Iterator[str]:

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from autopar.exporters.doubts import largest_doubt
 from autopar.exporters.explanation import explanation, passed_on, stages_of
 from autopar.ir.plan import Plan, plan_to_json
 from autopar.simulator.edges import Rules
@@ -24,6 +25,8 @@ def summary(plan: Plan) -> dict[str, Any]:
         **_where(plan),
         "world_size": plan.world_size,
         "peak_memory_bytes": plan.estimate.peak_memory_bytes,
+        "reserved_memory_bytes": plan.estimate.reserved_memory_bytes,
+        "device_memory_bytes": plan.estimate.device_memory_bytes,
         "estimate": _without_collectives(data["estimate"]),
         "training": data["strategy"]["training"],
         "search": data["search"],
@@ -62,8 +65,10 @@ def _without_collectives(estimate: dict[str, Any]) -> dict[str, Any]:
 
 
 def explained(plan: Plan, rules: Rules) -> dict[str, Any]:
+    doubt = largest_doubt(plan)
+    summarised = {**summary(plan), "largest_doubt": None if doubt is None else asdict(doubt)}
     if plan.pipeline is None:
-        return {**summary(plan), **asdict(explanation(plan, rules))}
+        return {**summarised, **asdict(explanation(plan, rules))}
     alike = [asdict(one) for one in stages_of(plan)]
     passed = [asdict(one) for one in passed_on(plan)]
-    return {**summary(plan), "stages_alike": alike, "gradients_passed_on": passed}
+    return {**summarised, "stages_alike": alike, "gradients_passed_on": passed}

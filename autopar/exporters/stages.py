@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from autopar.exporters import drawing, perfetto
+from autopar.exporters.doubts import largest_doubt
+from autopar.exporters.text import doubts, may_not_fit, quality
 from autopar.exporters.text import memory as memory_lines
-from autopar.exporters.text import quality
-from autopar.exporters.units import bytes_text, share_text, time_text
+from autopar.exporters.units import bytes_text, peak_text, share_text, step_text, time_text
 from autopar.ir.plan import Plan, mesh_text, plan_to_json
 from autopar.ir.profiled_graph import global_batch
 from autopar.ir.strategy import Stage
@@ -30,9 +32,8 @@ def summary(plan: Plan) -> str:
         f"on {plan.topology.get('name')}: {count} stage{'s' * (count > 1)} on {plan.world_size} of "
         f"{plan.topology.get('devices')} devices, schedule {strategy.schedule}{chunks}, "
         f"{strategy.microbatches} microbatch{'es' * (strategy.microbatches > 1)}",
-        f"{what} {time_text(found.step_time_s)}, peak memory "
-        f"{bytes_text(found.peak_memory_bytes)} of {bytes_text(plan.search.memory_limit_bytes)} "
-        "on each device",
+        f"{what} {step_text(found)}, peak memory {peak_text(found)} of "
+        f"{bytes_text(plan.search.memory_limit_bytes)} on each device{may_not_fit(plan)}",
         quality(plan),
         "",
         *_stages(plan),
@@ -79,13 +80,19 @@ def explain(plan: Plan, timeline: Timeline) -> str:
             f"{bytes_text(timeline.memory(row).total_bytes)}"
         )
     drawn = drawing.text(timeline, MOST_COLUMNS, lambda time_s: time_text(float(time_s)))
-    return "\n".join([summary(plan), *lines, "", drawn, ""])
+    return "\n".join([summary(plan), *doubts(plan), *lines, "", drawn, ""])
 
 
 def explained(plan: Plan, timeline: Timeline) -> dict[str, Any]:
     """The same for programs."""
-    data = plan_to_json(plan)
-    return {**summarised(plan), "stages": data["strategy"]["stages"], **drawing.summary(timeline)}
+    data, doubt = plan_to_json(plan), largest_doubt(plan)
+    more = {"largest_doubt": None if doubt is None else asdict(doubt)}
+    return {
+        **summarised(plan),
+        **more,
+        "stages": data["strategy"]["stages"],
+        **drawing.summary(timeline),
+    }
 
 
 def summarised(plan: Plan) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
+from autopar.exporters.doubts import doubt_text, largest_doubt
 from autopar.exporters.explanation import (
     Block,
     CollectiveRow,
@@ -24,7 +25,14 @@ from autopar.exporters.explanation import (
     ranges_text,
     stages_of,
 )
-from autopar.exporters.units import bytes_text, count_text, share_text, time_text
+from autopar.exporters.units import (
+    bytes_text,
+    count_text,
+    peak_text,
+    share_text,
+    step_text,
+    time_text,
+)
 from autopar.ir.graph import OperatorGraph
 from autopar.ir.measurement import Measurement
 from autopar.ir.plan import Change, Plan, PlanDiff, bound_by, mesh_text, meshes_text
@@ -59,9 +67,10 @@ def summary(plan: Plan, top: int = 5) -> str:
             *_heading(plan),
             "",
             *_best(plan, top),
+            *_ties(plan),
             *_recipes(plan),
             *rows(plan.estimate),
-            *memory(plan.estimate),
+            *memory(plan.estimate, plan.topology.get("memory_bytes")),
             *_proposed(plan),
         ]
     )
@@ -78,12 +87,20 @@ def _heading(plan: Plan) -> list[str]:
         f"on {plan.topology.get('name')}: {plan.world_size} device{'s' * (plan.world_size > 1)}, "
         f"{_shape(plan.strategy)}",
         *_recomputed(plan),
-        f"step {time_text(step_s)}: "
+        f"step {step_text(found)}: "
         + ", ".join(f"{name} {share_text(t, step_s)}" for name, t in parts(found) if t > 0),
-        f"peak memory {bytes_text(found.peak_memory_bytes)} of "
-        f"{bytes_text(plan.search.memory_limit_bytes)} on each device",
+        f"peak memory {peak_text(found)} of "
+        f"{bytes_text(plan.search.memory_limit_bytes)} on each device{may_not_fit(plan)}",
         quality(plan),
     ]
+
+
+def may_not_fit(plan: Plan) -> str:
+    """Where the limit of memory is inside the band."""
+    band = plan.estimate.band
+    if band is None or band.high_bytes <= plan.search.memory_limit_bytes:
+        return ""
+    return ", which may be too little"
 
 
 def _recomputed(plan: Plan) -> list[str]:
@@ -179,6 +196,48 @@ def _best(plan: Plan, top: int) -> list[str]:
     return [*shown, *([f"  other meshes: {left}"] if left else []), ""]
 
 
+def _ties(plan: Plan) -> list[str]:
+    """Plans that may be as fast, and what is otherwise with them."""
+    ties = plan.search.ties
+    if not ties:
+        return []
+    rows = [
+        [
+            f"{mesh_text(tie.mesh)} {tie.name}".rstrip(),
+            time_text(tie.step_time_s),
+            f"{tie.slower:+.1%}" if place else "",
+            f"{tie.within:.1%}" if place else "",
+            bytes_text(tie.peak_memory_bytes),
+            bytes_text(tie.sent_bytes),
+            str(tie.stages),
+            str(tie.microbatches),
+            str(tie.axes),
+            str(tie.recomputed),
+        ]
+        for place, tie in enumerate(ties)
+    ]
+    columns = ["mesh", "step", "slower", "unsure by", "memory", "sent", "stages"]
+    columns += ["microbatches", "axes", "recomputed"]
+    return [
+        "ties, as far as is known; what they have otherwise:",
+        table(columns, rows, right=range(1, len(columns))),
+        *_left_out(plan),
+        "",
+    ]
+
+
+def _left_out(plan: Plan) -> list[str]:
+    """Meshes that were not searched, since a bound was above the best, but not by more than two
+    plans may differ without our knowing."""
+    band = plan.estimate.band
+    if band is None:
+        return []
+    limit_s = plan.estimate.step_time_s * math.exp(band.own)
+    tried = (t for t in plan.search.trials if t.outcome == "bounded")
+    count = sum(trial.lower_bound_s <= limit_s for trial in tried)
+    return [f"  not searched, and their bounds do not exclude a tie: {count}"] if count else []
+
+
 def _fits(trial: TrialSummary, search: SearchSummary) -> bool:
     return (trial.peak_memory_bytes or 0) <= search.memory_limit_bytes
 
@@ -242,6 +301,16 @@ def kinds_of_memory(found: Memory) -> list[tuple[str, int]]:
     ]
 
 
+def kinds_of_reserve(found: Memory) -> list[tuple[str, int]]:
+    """What the process has beside what is allocated."""
+    return [
+        ("the allocator's fragments", found.fragmentation_bytes),
+        ("the matrix library's workspace", found.workspace_bytes),
+        ("the communication library's buffers", found.communicators_bytes),
+        ("the device's context", found.context_bytes),
+    ]
+
+
 ROW_COLUMNS = (
     "row",
     "devices",
@@ -252,6 +321,7 @@ ROW_COLUMNS = (
     "bubble",
     "in flight",
     "peak memory",
+    "of the device",
     "reached at",
 )
 
@@ -269,6 +339,7 @@ def row_cells(found: Estimate) -> list[list[str]]:
             f"{time_text(row.bubble_s)} ({share_text(row.bubble_s, found.step_time_s)})",
             str(row.most_in_flight),
             bytes_text(row.memory.total_bytes),
+            bytes_text(row.memory.device_bytes),
             row.memory.at,
         ]
         for number, row in enumerate(found.pipeline.rows)
@@ -282,18 +353,32 @@ def rows(found: Estimate) -> list[str]:
     sent = sum(one.bytes for one in found.pipeline.traffic)
     return [
         "each row, on each of its devices:",
-        table(list(ROW_COLUMNS), row_cells(found), right=(3, 4, 5, 6, 7, 8)),
+        table(list(ROW_COLUMNS), row_cells(found), right=(3, 4, 5, 6, 7, 8, 9)),
         f"  sent from row to row in a step: {bytes_text(sent)} in all",
         "",
     ]
 
 
-def memory(found: Estimate) -> list[str]:
+def memory(found: Estimate, of_bytes: int | None = None) -> list[str]:
+    """``of_bytes``: what a device has, if it is known."""
     total, kinds = found.peak_memory_bytes, kinds_of_memory(found.memory)
     where = f", reached at {found.memory.at}" if found.memory.at else ""
     return [
         f"memory at the peak{where}:",
         *(f"  {bytes_text(n):>8}  {share_text(n, total):>4}  {kind}" for kind, n in kinds if n),
+        *_reserve(found, of_bytes),
+    ]
+
+
+def _reserve(found: Estimate, of_bytes: int | None) -> list[str]:
+    beside = [(kind, n) for kind, n in kinds_of_reserve(found.memory) if n]
+    if not beside:
+        return []
+    if of_bytes is not None and of_bytes > found.device_memory_bytes:
+        beside.append((f"free of {bytes_text(of_bytes)}", of_bytes - found.device_memory_bytes))
+    return [
+        f"beside it, for {bytes_text(found.device_memory_bytes)} of the device in all:",
+        *(f"  {bytes_text(n):>8}        {kind}" for kind, n in beside),
     ]
 
 
@@ -311,8 +396,8 @@ def _proposed(plan: Plan) -> list[str]:
 # Parts of it that other commands print
 
 
-def search(found: SearchSummary) -> str:
-    """Every trial, in the order in which they were made."""
+def search(found: SearchSummary, best: Estimate | None = None) -> str:
+    """Every trial, in the order in which they were made, and what the best may take."""
     rows = [
         [
             trial.name,
@@ -330,6 +415,7 @@ def search(found: SearchSummary) -> str:
         [
             f"{len(rows)} trials of {found.searcher} in {time_text(found.search_time_s)}, "
             f"{found.stop_reason}, gap {found.gap:.2%}",
+            *([] if best is None else [f"the best: step {step_text(best)}, {peak_text(best)}"]),
             table(columns, rows),
         ]
     )
@@ -338,7 +424,7 @@ def search(found: SearchSummary) -> str:
 def estimate(found: Estimate, machine: str) -> str:
     """The parts of a predicted step."""
     shown = [[name, time_text(t), share_text(t, found.step_time_s)] for name, t in parts(found)]
-    shown += [["step", time_text(found.step_time_s), ""]]
+    shown += [["step", step_text(found), ""]]
     path = [] if found.pipeline is None else ["on its critical path:"]
     lines = [table(["", "", ""], shown, right=(1, 2)), *rows(found), *memory(found)]
     return "\n".join([f"on {machine}", *path, *lines])
@@ -380,26 +466,33 @@ def explain(plan: Plan, rules: Rules, *, views: bool = False) -> str:
         f"communication {time_text(found.communication_s)} a step",
         "",
     ]
+    lines[-1:] = [*doubts(plan), ""]
     for block in found.blocks:
         lines += _block(block, plan.mesh, views)
     if found.unplaced:
         lines += ["gradient norm", *_indented([_collective_text(c) for c in found.unplaced]), ""]
-    lines += memory(plan.estimate)
+    lines += memory(plan.estimate, plan.topology.get("memory_bytes"))
     return "\n".join(lines) + "\n"
 
 
 def _explain_stages(plan: Plan, views: bool) -> str:
     """The rows, and equal stages once."""
     bound = bound_by(plan.estimate, plan.search.memory_limit_bytes)
-    lines = [*_heading(plan)[:-1], f"bound by {bound}", "", *rows(plan.estimate)]
+    lines = [*_heading(plan)[:-1], f"bound by {bound}", *doubts(plan), "", *rows(plan.estimate)]
     if passed := passed_on(plan):
         lines[-1:] = [*_indented(map(passed_on_text, passed)), ""]
     for stages in stages_of(plan):
         lines += [stages_text(stages), ""]
         for block in stages.what.blocks:
             lines += _block(block, stages.mesh, views)
-    lines += memory(plan.estimate)
+    lines += memory(plan.estimate, plan.topology.get("memory_bytes"))
     return "\n".join(lines) + "\n"
+
+
+def doubts(plan: Plan) -> list[str]:
+    """What is known least of the step, and what would tell."""
+    found = largest_doubt(plan)
+    return [] if found is None else doubt_text(found)
 
 
 def passed_on_text(of: PassedOn) -> str:
@@ -543,7 +636,7 @@ def difference(found: PlanDiff) -> str:
     lines = [] if found.same_model else ["the two plans are of different models"]
     before, after = found.peak_memory_bytes
     lines += [
-        f"the second is {_faster(found.faster)} the first, predicted",
+        f"the second is {_faster(found.faster)} the first, predicted{_tie_text(found)}",
         f"peak memory {bytes_text(before)} -> {bytes_text(after)}",
     ]
     for change in found.changes:
@@ -558,6 +651,21 @@ def difference(found: PlanDiff) -> str:
     if not found.changes:
         lines.append("every choice is the same")
     return "\n".join(lines) + "\n"
+
+
+def _tie_text(found: PlanDiff) -> str:
+    """
+    >>> stages = (Change("stages", "", "1", "2"),)
+    >>> _tie_text(PlanDiff(True, 0.99, peak_memory_bytes=(1, 1), changes=stages, within=1.04))
+    ': a tie, it is known to a factor of 1.04'
+    """
+    if (
+        not found.changes
+        or found.within is None
+        or not 1 / found.within <= found.faster <= found.within
+    ):
+        return ""
+    return f": a tie, it is known to a factor of {found.within:.2f}"
 
 
 def _alike(changes: Iterable[Change]) -> dict[tuple[str, str, str, str], int]:
@@ -591,13 +699,13 @@ def measurement(
     against = [
         [
             "step time",
-            time_text(predicted.step_time_s),
+            step_text(predicted),
             time_text(found.step_time_s),
             _error(predicted.step_time_s, found.step_time_s),
         ],
         [
             "peak memory of a device",
-            bytes_text(predicted.peak_memory_bytes),
+            peak_text(predicted),
             bytes_text(found.peak_memory_bytes),
             _error(predicted.peak_memory_bytes, found.peak_memory_bytes),
         ],

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from autopar.ir.simulation import Estimate
+
 _TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
 _SIZES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
@@ -52,3 +56,31 @@ def share_text(part: float, whole: float) -> str:
     ('12%', '-')
     """
     return f"{part / whole:.0%}" if whole else "-"
+
+
+def between_text(number: float, low: float, high: float, text: Callable[[float], str]) -> str:
+    """A number with the two between which it is expected, without units where these are the same.
+
+    >>> between_text(0.416, 0.37, 0.465, time_text), between_text(0.9, 0.8, 1.1, time_text)
+    ('416 ms (370–465)', '900 ms (800 ms–1.10 s)')
+    """
+    shown = [text(one) for one in (number, low, high)]
+    units = {one.rpartition(" ")[2] for one in shown}
+    if len(units) == 1:
+        shown[1:] = (one.rpartition(" ")[0] for one in shown[1:])
+    return f"{shown[0]} ({shown[1]}–{shown[2]})"
+
+
+def step_text(found: Estimate) -> str:
+    """The step, with its band."""
+    if found.band is None:
+        return time_text(found.step_time_s)
+    return between_text(found.step_time_s, found.band.low_s, found.band.high_s, time_text)
+
+
+def peak_text(found: Estimate) -> str:
+    """Memory at the peak, with its band."""
+    peak, band = found.peak_memory_bytes, found.band
+    if band is None:
+        return bytes_text(peak)
+    return between_text(peak, band.low_bytes, band.high_bytes, bytes_text)

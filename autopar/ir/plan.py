@@ -17,9 +17,11 @@ from autopar.errors import AutoparError, PlanMismatchError
 from autopar.ir.graph import OperatorGraph, graph_from_json, graph_to_json
 from autopar.ir.plan_schema import FORMAT, fault, plan_schema
 from autopar.ir.rule import Inner, OpRule, Product, Saved, Split
-from autopar.ir.search import SearchResult, SearchSummary, TrialSummary
+from autopar.ir.search import SearchResult, SearchSummary, Tie, TrialSummary
 from autopar.ir.sharding import Mesh
 from autopar.ir.simulation import (
+    Band,
+    Doubt,
     Estimate,
     Memory,
     PipelineEstimate,
@@ -339,9 +341,8 @@ def _lines(value: Any, depth: int, indent: str = "") -> str:
 
 def _estimate_to_json(estimate: Estimate) -> dict[str, Any]:
     data = asdict(estimate)
-    if estimate.pipeline is None:
-        del data["pipeline"]
-    return data
+    left_out = [key for key in ("pipeline", "band") if data[key] is None]
+    return {key: value for key, value in data.items() if key not in left_out}
 
 
 def _estimate_from_json(data: dict[str, Any]) -> Estimate:
@@ -351,8 +352,13 @@ def _estimate_from_json(data: dict[str, Any]) -> Estimate:
             "memory": Memory(**data["memory"]),
             "collectives": tuple(PromisedCollective(**c) for c in data["collectives"]),
             "pipeline": _pipeline_from_json(data["pipeline"]) if data.get("pipeline") else None,
+            "band": _band_from_json(data["band"]) if data.get("band") else None,
         }
     )
+
+
+def _band_from_json(data: dict[str, Any]) -> Band:
+    return Band(**{**data, "doubts": tuple(Doubt(**doubt) for doubt in data["doubts"])})
 
 
 def _pipeline_from_json(data: dict[str, Any]) -> PipelineEstimate:
@@ -375,7 +381,7 @@ def _pipeline_from_json(data: dict[str, Any]) -> PipelineEstimate:
 
 
 def search_to_json(search: SearchSummary) -> dict[str, Any]:
-    return {
+    found = {
         **{f.name: getattr(search, f.name) for f in fields(search)},
         "lower_bound_s": _finite(search.lower_bound_s),
         "trials": [
@@ -386,7 +392,15 @@ def search_to_json(search: SearchSummary) -> dict[str, Any]:
             }
             for trial in search.trials
         ],
+        "ties": [
+            {
+                **{f.name: getattr(tie, f.name) for f in fields(tie)},
+                "mesh": [list(axis) for axis in tie.mesh.axes],
+            }
+            for tie in search.ties
+        ],
     }
+    return found if search.ties else {k: v for k, v in found.items() if k != "ties"}
 
 
 def _search_from_json(data: dict[str, Any]) -> SearchSummary:
@@ -398,14 +412,21 @@ def _search_from_json(data: dict[str, Any]) -> SearchSummary:
                 TrialSummary(
                     **{
                         **trial,
-                        "mesh": Mesh(tuple((name, size) for name, size in trial["mesh"])),
+                        "mesh": _mesh_from_json(trial["mesh"]),
                         "lower_bound_s": _or_infinite(trial["lower_bound_s"]),
                     }
                 )
                 for trial in data["trials"]
             ),
+            "ties": tuple(
+                Tie(**{**tie, "mesh": _mesh_from_json(tie["mesh"])}) for tie in data.get("ties", ())
+            ),
         }
     )
+
+
+def _mesh_from_json(axes: list[list[Any]]) -> Mesh:
+    return Mesh(tuple((name, size) for name, size in axes))
 
 
 def _finite(bound_s: float) -> float | None:
@@ -456,12 +477,15 @@ class Change:
 
 @dataclass(frozen=True)
 class PlanDiff:
-    """What changes from plan ``a`` to plan ``b``; ``faster`` is a's step time over b's."""
+    """What changes from plan ``a`` to plan ``b``; ``faster`` is a's step time over b's, of which it
+    is known to the factor ``within`` only: ``None`` where that is not known, as for plans of
+    different models or machines."""
 
     same_model: bool
     faster: float
     peak_memory_bytes: tuple[int, int]
     changes: tuple[Change, ...]
+    within: float | None = None
 
 
 def split_text(split: Split, mesh: Mesh) -> str:

@@ -9,8 +9,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from autopar.ir.graph import ITEM_BYTES, Role
 from autopar.ir.rule import Inner, OpRule, Product, Saved
-from autopar.ir.search import SearchSummary, TrialSummary
+from autopar.ir.search import SearchSummary, Tie, TrialSummary
 from autopar.ir.simulation import (
+    Band,
+    Doubt,
     Estimate,
     Memory,
     PipelineEstimate,
@@ -216,13 +218,19 @@ def _topology() -> Schema:
 
 def _estimate() -> Schema:
     memory, collectives = of_dataclass(Memory), many(of_dataclass(PromisedCollective))
+    for name in ("workspace_bytes", "fragmentation_bytes", "context_bytes", "communicators_bytes"):
+        memory["required"].remove(name)  # older plans know nothing of them
     numbers = many(WHOLE)
     row = of_dataclass(
         RowEstimate, devices=numbers, stages=numbers, memory=memory, collectives=collectives
     )
     pipeline = of_dataclass(PipelineEstimate, rows=many(row), traffic=many(of_dataclass(Traffic)))
-    schema = of_dataclass(Estimate, memory=memory, collectives=collectives, pipeline=pipeline)
+    band = of_dataclass(Band, doubts=many(of_dataclass(Doubt)))
+    schema = of_dataclass(
+        Estimate, memory=memory, collectives=collectives, pipeline=pipeline, band=band
+    )
     schema["required"].remove("pipeline")  # left out where there is one stage
+    schema["required"].remove("band")  # left out by those who wrote plans before there was one
     return schema
 
 
@@ -238,7 +246,10 @@ def _search() -> Schema:
         step_time_s={"type": ["number", "null"]},
         peak_memory_bytes={"type": ["integer", "null"]},
     )
-    return of_dataclass(SearchSummary, lower_bound_s=BOUND, trials=many(trial))
+    ties = many(of_dataclass(Tie, mesh=_mesh(), slower=NUMBER))
+    schema = of_dataclass(SearchSummary, lower_bound_s=BOUND, trials=many(trial), ties=ties)
+    schema["required"].remove("ties")  # left out where there are none
+    return schema
 
 
 def _strategy() -> Schema:

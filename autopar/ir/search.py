@@ -112,8 +112,33 @@ class TrialSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class Tie:
+    """A plan of which it is not known whether it is slower than the best, and what it trades.
+
+    ``slower``: by so much is its predicted step longer, relative to that of the best; ``within``:
+    so much longer may be a mistake. ``sent_bytes``: the buffers of all collectives and transfers of
+    the device that has most, in a step. ``axes``: in how many ways work is divided: axes of the
+    mesh, and stages. ``recomputed``: operators.
+    """
+
+    name: str
+    mesh: Mesh
+    step_time_s: float
+    slower: float
+    within: float
+    peak_memory_bytes: int
+    sent_bytes: int
+    axes: int
+    stages: int
+    microbatches: int
+    recomputed: int
+
+
+@dataclass(frozen=True, slots=True)
 class SearchSummary:
-    """How the strategy was found: what ``SearchResult`` knows, small enough for a file."""
+    """How the strategy was found: what ``SearchResult`` knows, small enough for a file. ``ties``:
+    trials that may be as fast, the best itself first; none where no trial may.
+    """
 
     searcher: str
     stop_reason: str
@@ -123,3 +148,4 @@ class SearchSummary:
     memory_limit_bytes: int
     dimensions: str
     trials: tuple[TrialSummary, ...]
+    ties: tuple[Tie, ...] = ()

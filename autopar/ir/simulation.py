@@ -35,7 +35,12 @@ class Memory:
 
     ``parameters``, ``gradients``, ``optimizer`` stay all step long; ``activations`` are saved for
     the backward; ``temporaries`` are what the operator at the peak needs beside; ``buffers`` are
-    communication buffers. ``at``: the operator and phase of the peak.
+    communication buffers. ``at``: the operator and phase of the peak. Together they are what is
+    allocated.
+
+    The allocator reserves more: the matrix library's ``workspace`` and ``fragmentation``. The
+    device's memory holds, beside that, the runtime's ``context`` and, for all groups of the device,
+    the communication library's ``communicators``.
     """
 
     parameters_bytes: int
@@ -45,9 +50,14 @@ class Memory:
     temporaries_bytes: int
     buffers_bytes: int
     at: str = ""
+    workspace_bytes: int = 0
+    fragmentation_bytes: int = 0
+    context_bytes: int = 0
+    communicators_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
+        """What is allocated for tensors."""
         return (
             self.parameters_bytes
             + self.gradients_bytes
@@ -56,6 +66,16 @@ class Memory:
             + self.temporaries_bytes
             + self.buffers_bytes
         )
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What the allocator has of the device."""
+        return self.total_bytes + self.workspace_bytes + self.fragmentation_bytes
+
+    @property
+    def device_bytes(self) -> int:
+        """All that the process has of the device."""
+        return self.reserved_bytes + self.context_bytes + self.communicators_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +118,47 @@ class PipelineEstimate:
     transfer_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """What one kind of work or communication adds to the band of a step.
+
+    ``kind``: see ``cost_models.bands.KINDS``. ``time_s``: of the step, it takes so much.
+    ``relative``: by how much its price alone may put the logarithm of the step off. ``told``: runs
+    that were measured say so; else it is as wide as the widest kind that is known.
+    """
+
+    kind: str
+    time_s: float
+    relative: float
+    told: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Between which times, and bytes at the peak, measurements are expected: the share ``coverage``
+    of them. ``doubts``: what makes it wide, most first. ``own``: what the logarithms of two plans'
+    steps may differ by beside what is in their doubts. ``learnt``: the date of the widths;
+    ``elsewhere``: the name of the device, if no run on such a one told of them.
+    """
+
+    low_s: float
+    high_s: float
+    low_bytes: int
+    high_bytes: int
+    coverage: float
+    own: float
+    learnt: str
+    elsewhere: str
+    doubts: tuple[Doubt, ...] = field(repr=False)
+
+
 @dataclass(frozen=True)
 class Estimate:
     """The predicted step, its parts in seconds, peak memory of a device, and the promise.
 
     Of several stages (``pipeline``), the parts are those of the critical path, which together with
     its transfers are the step; ``memory`` is that of the row that needs most, and ``collectives``
-    are with the rows.
+    are with the rows. ``band``: how far it may be off; ``None`` inside of searches, which compare.
     """
 
     step_time_s: float
@@ -117,7 +171,19 @@ class Estimate:
     memory: Memory
     collectives: tuple[PromisedCollective, ...] = field(repr=False, default=())
     pipeline: PipelineEstimate | None = None
+    band: Band | None = None
 
     @property
     def peak_memory_bytes(self) -> int:
+        """What is allocated at the peak."""
         return self.memory.total_bytes
+
+    @property
+    def reserved_memory_bytes(self) -> int:
+        """What the allocator has at the peak."""
+        return self.memory.reserved_bytes
+
+    @property
+    def device_memory_bytes(self) -> int:
+        """What the process has at the peak."""
+        return self.memory.device_bytes

@@ -27,7 +27,7 @@ from autopar.simulator.costs import Costs
 from autopar.simulator.listing import Structure
 from autopar.simulator.microbatches import Division
 from autopar.simulator.parameter_prices import at_level, zero_placements
-from autopar.simulator.recompute_choices import OF_RECIPES, BlockChoices
+from autopar.simulator.recompute_choices import RECIPE_KINDS, BlockChoices
 from autopar.simulator.staged import even_cuts, runs, staged
 from cost_models.interface import CostModel
 
@@ -134,10 +134,10 @@ def _recomputing(
 ) -> Strategy:
     """Copies of the repeated blocks; collectives are done again, as checkpointing does them in
     Megatron-LM and XLA."""
-    if degrees.recompute not in OF_RECIPES:
+    if degrees.recompute not in RECIPE_KINDS:
         raise AutoparError(
             f"a recipe has no way to recompute called {degrees.recompute!r}; there are "
-            f"{', '.join(OF_RECIPES)}"
+            f"{', '.join(RECIPE_KINDS)}"
         )
     costs = Costs(cost_model, strategy.mesh, {})
     names: list[str] = []
@@ -166,10 +166,10 @@ def _offsets(of: BlockChoices, degrees: Degrees) -> Sequence[int]:
     """What of a copy is not kept. Where what is between lies divided, or the sequence does, nor is
     what was gathered (of a ring of keys and values, each device keeps its own)."""
     if degrees.between == "whole" and degrees.context == 1:
-        return OF_RECIPES[degrees.recompute](of)
+        return RECIPE_KINDS[degrees.recompute](of)
     if degrees.between == "width" and degrees.recompute == "full":
         return of.summands
-    return sorted({*OF_RECIPES[degrees.recompute](of), *of.gathered})
+    return sorted({*RECIPE_KINDS[degrees.recompute](of), *of.gathered})
 
 
 __all__ = ["hybrid", "recomputed_copies"]

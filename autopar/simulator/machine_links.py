@@ -17,7 +17,8 @@ class MachineLinks:
     All devices of a group send at once, each its part to its counterpart in the other group, and
     as many as the larger group has. The one that sends or receives most decides; where a feed does
     not say how much that is, the side whose devices have more of the tensor. A device sends one
-    transfer at a time and receives one at a time.
+    transfer at a time and receives one at a time; what a protocol for many bytes takes to start
+    longer than one for few is a part of that, so that more bytes are never faster.
     """
 
     cost_model: CostModel

@@ -33,6 +33,7 @@ from autopar.simulator.messages import Flow
 from autopar.simulator.microbatches import Division
 from autopar.simulator.pipeline import Pipeline, StageCost, StageMemory, Synchronisation
 from autopar.simulator.prices import StageParts, stage_parts
+from autopar.simulator.reserved import communicators, reserved
 from autopar.simulator.row_memory import FeedBytes, RowStates, row_memory, row_states
 from autopar.simulator.shared_gradients import SharedGradient, exchange_bytes
 from autopar.simulator.sharing import alone
@@ -260,14 +261,28 @@ class PricedPipeline:
             for row in of.rows:
                 shared[row].append(of)
         return tuple(
-            row_memory(
-                states,
-                {stage: self._bytes(stage) for stage in states.stages},
-                feeds,
-                [action.stage for action in plan.updates(row)],
-                exchange_bytes(shared[row], row, plan.groups, self._gradient_bytes),
+            reserved(
+                row_memory(
+                    states,
+                    {stage: self._bytes(stage) for stage in states.stages},
+                    feeds,
+                    [action.stage for action in plan.updates(row)],
+                    exchange_bytes(shared[row], row, plan.groups, self._gradient_bytes),
+                ),
+                self.prices.cost_model,
+                self._communicators(row),
             )
             for row, states in enumerate(_states(plan.arranged()))
+        )
+
+    def _communicators(self, row: int) -> int:
+        """Of the stage of the row whose mesh has most."""
+        plan = self.plan
+        devices = sum(map(len, plan.groups))
+        return max(
+            communicators(part.mesh, len(plan.parts), devices)
+            for part, rows in zip(plan.parts, plan.copies, strict=True)
+            if row in rows
         )
 
     @cached_property
@@ -384,7 +399,7 @@ class PricedPipeline:
             backward_communication_s=spent["backward_communication_s"],
             gradient_synchronisation_s=spent["gradient_synchronisation_s"],
             optimizer_s=spent["optimizer_s"],
-            memory=max((row.memory for row in rows), key=lambda memory: memory.total_bytes),
+            memory=max((row.memory for row in rows), key=lambda memory: memory.device_bytes),
             pipeline=PipelineEstimate(
                 rows,
                 tuple(Traffic(*pair, n) for pair, n in sorted(traffic.items()) if n),

@@ -23,10 +23,12 @@ from autopar.simulator.edges import (
 )
 from autopar.simulator.folding import Folded, whole
 from autopar.simulator.memory import local_bytes, optimizer_bytes_per_element, peak_memory
+from autopar.simulator.overlap import Streams, ahead, held_bytes, hidden
 from autopar.simulator.recomputation import Recomputation, check_recompute, recomputation
 from autopar.simulator.redistribution import Transfer, transfers
+from autopar.simulator.reserved import communicators, reserved
 from autopar.simulator.stages import StagePart
-from cost_models.interface import CostModel
+from cost_models.interface import CostModel, slowdown_of
 
 
 def evaluate(
@@ -37,11 +39,15 @@ def evaluate(
     *,
     compute_cache: ComputeCache | None = None,
     folded: Folded | None = None,
+    overlapped: bool = False,
 ) -> Estimate:
     """Price a whole strategy, choice by choice. ``graph`` is that of one microbatch.
 
-    Times are summed: nothing overlaps. ``folded``: the same graph with equal blocks left out, for
-    strategies that treat the copies alike; the answer is the same, sooner.
+    Times are summed: nothing overlaps. ``overlapped``: as run by a program that gathers parameters
+    ahead and reduces gradients beside the backward; the communication of the estimate is then what
+    compute does not hide of that of the promise, and its buffers have what is gathered ahead.
+    ``folded``: the same graph with equal blocks left out, for strategies that treat the copies
+    alike; the answer is the same, sooner.
     """
     check_recompute(graph, strategy)
     seen = whole(graph) if folded is None else folded
@@ -63,6 +69,21 @@ def evaluate(
         phase: sum(c.time_s * c.count for c in promised if c.phase == phase)
         for phase in ("forward", "backward", "step")
     }
+    memory = peak_memory(graph, rules, strategy, seen)
+    if overlapped:
+        held = held_bytes(graph, needed.parameters, strategy.mesh)
+        memory = replace(memory, buffers_bytes=memory.buffers_bytes + held)
+        beside = ahead(needed.parameters, costs)
+        found = hidden(
+            beside,
+            Streams(slowdown_of(cost_model)),
+            (forward_s + spent["forward"]) / times - beside.forward_s,
+            (backward_s + spent["backward"]) / times - beside.backward_s,
+            times,
+        )
+        spent["forward"] -= found.forward_s
+        spent["backward"] -= found.backward_s
+        spent["step"] -= found.step_s
     return Estimate(
         step_time_s=forward_s + backward_s + optimizer_s + sum(spent.values()),
         forward_compute_s=forward_s,
@@ -71,7 +92,7 @@ def evaluate(
         backward_communication_s=spent["backward"],
         gradient_synchronisation_s=spent["step"],
         optimizer_s=optimizer_s,
-        memory=peak_memory(graph, rules, strategy, seen),
+        memory=reserved(memory, cost_model, communicators(strategy.mesh, 1, strategy.mesh.size)),
         collectives=promised,
     )
 

@@ -152,20 +152,15 @@ class BlockChoices:
 
     @cached_property
     def alternate(self) -> tuple[int, ...]:
-        """All but attention and every second product with a parameter, the first of which is kept
-        (torchtitan's selective checkpointing by operator)."""
-        kept: list[int] = []
-        seen = 0
-        for offset in range(self.block.period):
-            operator = self._operator(offset)
-            if not self.rules[operator.name].rule.products:
-                continue
-            if self._multiplies_activations(operator):
-                kept.append(offset)
-                continue
-            seen += 1
-            kept += [offset] * (seen % 2)
+        """All but fused attention and every other product with a parameter, the first one kept: as
+        torchtitan checkpoints operators (``selective``, ``op``)."""
+        kinds = {o: self.rules[self._operator(o).name].rule.kind for o in self.full}
+        products = [o for o, kind in kinds.items() if kind == "matmul" and self._weighs(o)]
+        kept = {*products[::2], *(o for o, kind in kinds.items() if kind == "attention")}
         return tuple(offset for offset in self.full if offset not in kept)
+
+    def _weighs(self, offset: int) -> bool:
+        return any(name not in self.graph.producer for name in self._operator(offset).inputs)
 
     @cached_property
     def elementwise(self) -> tuple[int, ...]:
@@ -287,12 +282,12 @@ KINDS: dict[str, Callable[[BlockChoices], tuple[int, ...]]] = {
 }
 """By the name that ``--recompute`` takes: which operators of a copy, counted from its first."""
 
-OF_RECIPES: dict[str, Callable[[BlockChoices], tuple[int, ...]]] = {
+RECIPE_KINDS: dict[str, Callable[[BlockChoices], tuple[int, ...]]] = {
     **KINDS,
     "alternate": lambda of: of.alternate,
     "elementwise": lambda of: of.elementwise,
 }
-"""What published runs recompute, too, and no search tries."""
+"""Those that recipes have: what people do, though a search has better."""
 
 
 def _runs(offsets: Sequence[int]) -> Iterator[tuple[int, ...]]:
@@ -311,4 +306,4 @@ def _runs(offsets: Sequence[int]) -> Iterator[tuple[int, ...]]:
         yield run
 
 
-__all__ = ["KINDS", "OF_RECIPES", "BlockChoices"]
+__all__ = ["KINDS", "RECIPE_KINDS", "BlockChoices"]

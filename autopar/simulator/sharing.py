@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from autopar.simulator.pipeline import Time
 from autopar.simulator.timeline import Clock, Timeline
 from cost_models.interface import Collective, CostModel, HostTime, Work, host_time_of, units_of
+from cost_models.overheads import Overheads, overheads_of
 
 
 def speeds_of(cost_model: CostModel) -> tuple[tuple[int, float], ...]:
@@ -49,6 +50,10 @@ class Alone:
     @property
     def memory_bytes(self) -> int:
         return self.all_busy.memory_bytes
+
+    @property
+    def overheads(self) -> Overheads:
+        return overheads_of(self.all_busy)
 
     @property
     def scale_up_devices(self) -> int:

@@ -15,11 +15,13 @@ from torch import nn
 from autopar import api
 from autopar.extractor import extract
 from autopar.ir.graph import OperatorGraph
-from autopar.recipes import Degrees
+from autopar.recipes import Degrees, hybrid
+from autopar.simulator.microbatches import division
 from benchmarks.report import page
 from benchmarks.runs import Compared, Row, kendall_tau, run_of, share, validate
 from benchmarks.transformer import DROPOUT, Transformer
 from benchmarks.validate import main, text
+from cost_models import cost_model
 
 SMALL = Transformer(2, 32, 4, 4, 128, 64, 16)
 GPT = replace(SMALL, flash=False, dropout=True)
@@ -183,7 +185,8 @@ def test_a_row_is_predicted_as_its_model_is_planned() -> None:
         graph, topology=run.machine, recipe=run.degrees, precision="mixed", optimizer="adam"
     )
     assert plan.estimate.step_time_s == pytest.approx(compared.step_s)
-    assert plan.estimate.peak_memory_bytes == compared.memory_bytes
+    assert plan.estimate.reserved_memory_bytes == compared.memory_bytes
+    assert plan.estimate.device_memory_bytes == compared.device_bytes
 
 
 @pytest.mark.parametrize(
@@ -310,7 +313,7 @@ def test_a_part_of_the_blocks_is_evaluated_as_the_whole_graph_is() -> None:
         graph, topology=one.run.machine, recipe=one.run.degrees, precision="mixed", optimizer="adam"
     )
     assert plan.estimate.step_time_s == pytest.approx(one.step_s)
-    assert plan.estimate.peak_memory_bytes == one.memory_bytes
+    assert plan.estimate.memory.reserved_bytes == one.memory_bytes
 
 
 def test_errors_are_relative_and_by_source() -> None:
@@ -399,6 +402,37 @@ def test_a_file_without_the_columns_is_refused(
 
 def test_a_prediction_knows_its_errors() -> None:
     run = run_of(ROW)
-    one = Compared(run, step_s=0.6, memory_bytes=10, limit_bytes=5)
+    one = Compared(run, step_s=0.6, memory_bytes=8, device_bytes=10, limit_bytes=5)
     assert one.step_error == pytest.approx(0.2)
     assert (one.memory_error, one.fits) == (None, False)
+
+
+def test_a_fused_loss_needs_the_logits_once() -> None:
+    plain = run_of({**ROW, "precision": "bf16"}).model
+    fused = run_of({**ROW, "precision": "bf16", "model_family": "MPT"}).model
+    assert (plain.fused_loss, fused.fused_loss) == (False, True)
+    ops = [[o.op for o in model.graph(2).operators] for model in (plain, fused)]
+    assert [names.count("aten._to_copy.default") for names in ops] == [1, 0]
+
+
+def test_torchtitan_keeps_attention_and_every_other_product() -> None:
+    row = {**ROW, "recompute": "selective(op: every-other-matmul/SDPA save)", "precision": "bf16"}
+    run = run_of({**row, "model_family": "Llama", "gated_mlp": "True", "flash_attn": "True"})
+    assert run.degrees.recompute == "alternate"
+    found = division(run.model.graph(run.batch), run.degrees.microbatches(run.batch))
+    strategy = hybrid(found, run.degrees, cost_model(run.machine), run.training)
+    again = {name for name in strategy.recompute if name.startswith("blocks.0.")}
+    inside = [o.name for o in found.graph.operators if o.name.startswith("blocks.0.")]
+    products = [name for name in inside if "linear" in name]
+    assert [name in again for name in products] == [False, True, False, True, False]
+    assert not any("attention" in name for name in again)
+    assert any("norm" in name for name in again)
+
+
+def test_what_no_number_of_devices_divides_is_not_taken_for_sharded() -> None:
+    row = {**ROW, "zero_fsdp": "3", "precision": "bf16", "global_batch": "56", "micro_batch": "1"}
+    row |= {"TP": "1", "PP": "1", "DP": "56", "n_gpus": "56", "gpus_per_node": "8"}
+    _, compared = validate([row])
+    assert compared == []
+    (whole, _), _ = validate([row])
+    assert "56 devices divide no dim" in next(iter(whole.skipped))

@@ -16,6 +16,7 @@ from autopar.ir.plan import load_plan
 from autopar.ir.search import Budget, Problem, SearchResult, Trial
 from autopar.ops import bound_rules
 from autopar.simulator.prices import evaluate
+from autopar.simulator.reserved import usual_limit_bytes
 from tests.helpers import fake_plans
 from tests.helpers.fake_prices import FakePrices
 from tests.helpers.strategies import replicate
@@ -95,7 +96,7 @@ def test_without_a_mesh_all_of_up_to_three_axes_are_tried(seen: Seen) -> None:
     assert run("plan", "m.py", *FAKE) == 0
     ((problem, _),) = seen
     assert {mesh.sizes for mesh in problem.meshes} == {(8,), (2, 4), (4, 2), (2, 2, 2)}
-    assert problem.memory_limit_bytes == problem.cost_model.memory_bytes
+    assert problem.memory_limit_bytes == usual_limit_bytes(problem.cost_model)
 
 
 def test_the_plan_is_written_and_printed(

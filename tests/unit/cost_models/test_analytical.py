@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cost_models import Analytical, Collective, CollectiveKind, Work, topology, topology_names
-from cost_models.analytical import COLLECTIVES, matmul_waste, members_in_unit, spans
+from cost_models.analytical import matmul_waste
+from cost_models.collectives import COLLECTIVES, Way, members_in_unit, spans, useful
 from cost_models.interface import members_in_units, units_of
 from cost_models.topology import Topology
 
@@ -80,29 +81,70 @@ def test_nothing_is_free_and_more_bytes_are_never_faster(name: str) -> None:
             assert all(a < b for a, b in pairwise(times))
 
 
+def per_byte(costs: Analytical, kind: CollectiveKind, *group: int) -> float:
+    """Seconds, where there are many bytes."""
+    return costs.collective_ways(kind, *group)[-1].s_per_byte
+
+
+SIZES = (0, 1, 2**10, 2**14, 2**17, 2**20, 2**24, 2**30)
+
+
 @pytest.mark.parametrize("name", topology_names())
 def test_half_the_bandwidth_doubles_what_depends_on_bytes(name: str) -> None:
     found = topology(POD[name])
     slow = Analytical(changed(found, bytes_per_s=0.5))
     for kind in KINDS:
         for group in GROUPS:
-            latency_s, s_per_byte = Analytical(found).collective_coefficients(kind, *group)
-            slow_latency_s, slow_s_per_byte = slow.collective_coefficients(kind, *group)
-            assert slow_latency_s == latency_s
-            assert slow_s_per_byte == pytest.approx(2 * s_per_byte)
+            ways = Analytical(found).collective_ways(kind, *group)
+            assert slow.collective_ways(kind, *group) == tuple(
+                pytest.approx(Way(latency_s, 2 * s_per_byte)) for latency_s, s_per_byte in ways
+            )
 
 
 @pytest.mark.parametrize("name", topology_names())
-def test_half_the_latency_halves_what_does_not_beyond_the_launch(name: str) -> None:
+def test_less_latency_is_never_slower_and_matters_where_bytes_are_few(name: str) -> None:
     found = topology(POD[name])
     quick = Analytical(changed(found, latency_s=0.5))
-    launch_s = found.collective_launch_s
     for kind in KINDS:
         for group in GROUPS:
-            latency_s, s_per_byte = Analytical(found).collective_coefficients(kind, *group)
-            quick_s, same = quick.collective_coefficients(kind, *group)
-            assert quick_s - launch_s == pytest.approx((latency_s - launch_s) / 2)
-            assert same == s_per_byte
+            times = [
+                [costs.collective_time_s(Collective(kind, size, *group)) for size in SIZES]
+                for costs in (quick, Analytical(found))
+            ]
+            assert all(a <= b for a, b in zip(*times, strict=True))
+            assert found.collective_launch_s < times[0][0] < times[1][0]
+            assert per_byte(quick, kind, *group) == per_byte(Analytical(found), kind, *group)
+
+
+@pytest.mark.parametrize("name", topology_names())
+def test_the_fastest_way_is_taken_at_every_size(name: str) -> None:
+    costs = model(name)
+    for kind in KINDS:
+        for group in GROUPS:
+            ways = costs.collective_ways(kind, *group)
+            assert all(a.latency_s < b.latency_s for a, b in pairwise(ways))
+            assert all(a.s_per_byte > b.s_per_byte > 0 for a, b in pairwise(ways))
+            times = [costs.collective_time_s(Collective(kind, size, *group)) for size in SIZES]
+            assert times == sorted(times)
+            assert times[0] == ways[0].latency_s
+            for size, time_s in zip(SIZES, times, strict=True):
+                assert time_s == min(l_s + each_s * size for l_s, each_s in ways)
+
+
+def test_ways_that_are_never_the_fastest_are_left_out() -> None:
+    assert useful([Way(3, 1), Way(1, 3), Way(2, 4), Way(4, 1), Way(1, 5)]) == (Way(1, 3), Way(3, 1))
+
+
+def test_a_ring_over_many_hosts_takes_as_many_hops_as_ranks_and_a_tree_does_not() -> None:
+    """NCCL has no tree for all-gather: what DeepSpeed's ZeRO-3 met on 1536 devices (arXiv
+    2104.04473, section 5.2)."""
+
+    def start_s(kind: CollectiveKind, hosts: int) -> float:
+        costs = Analytical(topology(f"{hosts}x8xa100-sxm-80gb"))
+        return costs.collective_time_s(Collective(kind, 0, 8 * hosts, 1))
+
+    assert start_s("all_gather", 192) > 3.9 * start_s("all_gather", 48)
+    assert start_s("all_reduce", 192) < 1.5 * start_s("all_reduce", 48)
 
 
 @pytest.mark.parametrize("tier", [0, 1])
@@ -113,8 +155,8 @@ def test_one_slower_tier_slows_only_the_groups_that_cross_it(tier: int) -> None:
     slow = Analytical(replace(found, tiers=tuple(tiers)))
     for kind in KINDS:
         for group in GROUPS:
-            before = Analytical(found).collective_coefficients(kind, *group)[1]
-            after = slow.collective_coefficients(kind, *group)[1]
+            before = per_byte(Analytical(found), kind, *group)
+            after = per_byte(slow, kind, *group)
             assert after >= before
             crossed = {span.tier.name for span in spans(found, *group)}
             if found.tiers[tier].name not in crossed:
@@ -124,20 +166,26 @@ def test_one_slower_tier_slows_only_the_groups_that_cross_it(tier: int) -> None:
 
 
 @pytest.mark.parametrize("name", topology_names())
-def test_an_all_reduce_is_a_reduce_scatter_and_an_all_gather_on_a_ring(name: str) -> None:
+def test_an_all_reduce_is_at_most_a_reduce_scatter_and_an_all_gather(name: str) -> None:
     found = topology(POD[name])
     rings = replace(
         found, tiers=tuple(replace(tier, reduction_bytes_per_s=None) for tier in found.tiers)
     )
-    costs, launch_s = Analytical(rings), found.collective_launch_s
     for group in GROUPS:
-        gather = costs.collective_coefficients("all_gather", *group)
-        scatter = costs.collective_coefficients("reduce_scatter", *group)
-        latency_s, s_per_byte = costs.collective_coefficients("all_reduce", *group)
-        assert latency_s - launch_s == pytest.approx(gather[0] + scatter[0] - 2 * launch_s)
-        assert s_per_byte == pytest.approx(gather[1] + scatter[1])
-        in_switch = Analytical(found).collective_coefficients("all_reduce", *group)
-        assert in_switch[1] <= s_per_byte
+        for size in SIZES:
+            scatter_s, gather_s, reduce_s, in_switch_s = (
+                costs.collective_time_s(Collective(kind, size, *group))
+                for costs, kind in (
+                    (Analytical(rings), "reduce_scatter"),
+                    (Analytical(rings), "all_gather"),
+                    (Analytical(rings), "all_reduce"),
+                    (Analytical(found), "all_reduce"),
+                )
+            )
+            assert in_switch_s <= reduce_s <= scatter_s + gather_s
+            assert reduce_s > gather_s or size < 2**30  # of few bytes there are trees
+        both = 2 * per_byte(Analytical(rings), "all_gather", *group)
+        assert per_byte(Analytical(rings), "all_reduce", *group) == pytest.approx(both)
 
 
 @pytest.mark.parametrize("name", topology_names())
@@ -145,23 +193,20 @@ def test_a_group_that_is_farther_apart_is_never_faster(name: str) -> None:
     costs = model(name)
     for kind in KINDS:
         for group_size in (2, 4, 8):
-            rates = [
-                costs.collective_coefficients(kind, group_size, stride)[1]
-                for stride in (1, 2, 4, 8)
-            ]
+            rates = [per_byte(costs, kind, group_size, stride) for stride in (1, 2, 4, 8)]
             assert all(a <= b * (1 + 1e-12) for a, b in pairwise(rates))
 
 
 def test_eight_rings_between_hosts_use_eight_nics() -> None:
     costs = Analytical(topology("4x8xh100-sxm"))
-    _, whole = costs.collective_coefficients("all_gather", 32, 1)
-    _, one_nic = costs.collective_coefficients("all_gather", 4, 8)
+    whole = per_byte(costs, "all_gather", 32, 1)
+    one_nic = per_byte(costs, "all_gather", 4, 8)
     assert one_nic / whole == pytest.approx(8 * (3 / 4) / (31 / 32))
 
 
 def test_all_to_all_goes_through_each_ranks_own_nic() -> None:
     costs = Analytical(topology("2x8xh100-sxm"))
-    _, s_per_byte = costs.collective_coefficients("all_to_all", 16, 1)
+    s_per_byte = per_byte(costs, "all_to_all", 16, 1)
     assert s_per_byte == pytest.approx(0.5 / (0.8 * 50e9))
 
 
@@ -176,22 +221,22 @@ def test_measured_bus_bandwidths_come_out_for_large_buffers() -> None:
 
 def test_four_of_eight_reduce_by_a_ring() -> None:
     costs = Analytical(topology("h200-sxm"))
-    _, s_per_byte = costs.collective_coefficients("all_reduce", 4, 1)
+    s_per_byte = per_byte(costs, "all_reduce", 4, 1)
     assert s_per_byte == pytest.approx(2 * 3 / 4 / 362e9)
 
 
 def test_a_pair_of_a_full_mesh_has_one_link() -> None:
     costs = Analytical(topology("mi300x"))
-    pair, all_eight = (costs.collective_coefficients("all_gather", g, 1)[1] for g in (2, 8))
+    pair, all_eight = (per_byte(costs, "all_gather", g, 1) for g in (2, 8))
     assert pair == pytest.approx(1 / 2 / (0.8 * 64e9))
     assert all_eight == pytest.approx(7 / 8 / (0.8 * 448e9))
-    assert costs.collective_coefficients("send", 2, 1)[1] == pytest.approx(1 / (0.8 * 64e9))
+    assert per_byte(costs, "send", 2, 1) == pytest.approx(1 / (0.8 * 64e9))
 
 
 def test_a_rack_of_72_is_one_domain_for_hosts_of_four() -> None:
     rack, hosts = Analytical(topology("16x4xgb200-nvl72")), Analytical(topology("16x4xb200-sxm"))
-    inside = rack.collective_coefficients("all_gather", 16, 4)[1]
-    assert hosts.collective_coefficients("all_gather", 16, 4)[1] > 10 * inside
+    inside = per_byte(rack, "all_gather", 16, 4)
+    assert per_byte(hosts, "all_gather", 16, 4) > 10 * inside
 
 
 @given(
@@ -346,8 +391,8 @@ def test_a_group_whose_devices_are_known_costs_what_its_tiers_do() -> None:
     for (size, stride), groups in mesh_groups.items():
         within = members_in_units(groups, units)
         for kind in KINDS:
-            known = costs.collective_coefficients(kind, size, stride, within)
-            assert known == costs.collective_coefficients(kind, size, stride)
+            known = costs.collective_ways(kind, size, stride, within)
+            assert known == costs.collective_ways(kind, size, stride)
     # six neighbours on one host, where groups of six all over the machine would cross hosts
     one_host = members_in_units([tuple(range(6))], units)
     everywhere = costs.collective_time_s(Collective("all_reduce", 10**8, 6, 1))

@@ -55,7 +55,8 @@ def test_a_machine_agrees_with_the_survey(name: str) -> None:
     data = read(name)
     memory, memory_rate, (dtype, peak), up, domain, out = SURVEY[name]
     device, (scale_up, scale_out) = data["device"], data["tiers"]
-    assert device["memory_bytes"]["value"] == pytest.approx(memory * 1e9)
+    # sold in GB, of which the driver finds up to as many GiB
+    assert memory * 1e9 <= device["memory_bytes"]["value"] <= memory * 2**30
     assert device["memory_bytes_per_s"]["value"] == pytest.approx(memory_rate * 1e9)
     assert device["peak_flops_per_s"][dtype]["value"] == pytest.approx(peak * 1e12)
     assert scale_up["bytes_per_s"]["value"] == pytest.approx(up * 1e9)

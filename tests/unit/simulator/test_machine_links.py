@@ -52,11 +52,12 @@ def test_devices_of_a_group_send_their_shards_side_by_side() -> None:
     shards = passage(
         Feed(0, 1, 10**9, source_bytes=10**9 // 8, target_bytes=10**9 // 8), groups_of(8)
     )
-    assert shards.busy_s == pytest.approx(float(whole.busy_s) / 8)
+    # the protocol for many bytes starts later, which counts as busy
+    assert shards.busy_s == pytest.approx(float(whole.busy_s) / 8, rel=0.01)
     # 8 devices to 4: those that receive have twice as much each
     uneven = Feed(0, 1, 10**9, source_bytes=10**9 // 8, target_bytes=10**9 // 4)
     halves = passage(uneven, (tuple(range(8)), (8, 9, 10, 11)))
-    assert halves.busy_s == pytest.approx(float(whole.busy_s) / 4)
+    assert halves.busy_s == pytest.approx(float(whole.busy_s) / 4, rel=0.01)
 
 
 def test_groups_that_alternate_on_each_host_are_near() -> None:
@@ -125,7 +126,7 @@ def test_the_device_that_sends_or_receives_most_decides_where_it_is_known() -> N
     known = Feed(0, 1, 10**9, busiest_bytes=10**8, busiest_backward_bytes=2 * 10**8)
     links = MachineLinks(Analytical(MACHINE), groups_of(8))
     forward, back = links.passage(known, False, 0, 1), links.passage(known, True, 1, 0)
-    assert float(back.busy_s) == pytest.approx(2 * float(forward.busy_s))
+    assert float(back.busy_s) == pytest.approx(2 * float(forward.busy_s), rel=0.01)
     plain = links.passage(Feed(0, 1, 10**8), False, 0, 1)
     assert forward.busy_s == plain.busy_s
 
