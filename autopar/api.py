@@ -914,6 +914,14 @@ def division_of(plan: Plan) -> Division:
                 f"microbatches it has {_sizes_text(rules[name].limits, split)} of these to divide; "
                 "give it fewer devices, fewer microbatches or a larger batch"
             )
+        whole = unknown & set(rules[name].sizes)
+        if whole:
+            raise PlanMismatchError(
+                f"the plan divides {', '.join(sorted(whole))} of {name}, for which there is no "
+                "implementation here (queries of causal attention need to know where they begin); "
+                "such a plan can be explained and simulated, not run or verified: plan without "
+                "context parallelism"
+            )
         if unknown:
             raise PlanMismatchError(
                 f"the plan splits {name} by {', '.join(split)}, which the rule of "

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from html import escape
+from statistics import fmean
 
-from benchmarks.runs import Compared, Quality, share
+from autopar.recipes import degrees_text
+from benchmarks.runs import GIB, Compared, Quality, share
 
 SIZE, EDGE = 560, 50
 """Of the picture and its margin, in pixels."""
@@ -15,6 +18,7 @@ STYLE = """
 body { font: 15px system-ui, sans-serif; margin: 2em auto; max-width: 75em; color: #222 }
 table { border-collapse: collapse } td, th { padding: .2em .7em; text-align: right }
 td:first-child, th:first-child { text-align: left } tr { border-bottom: 1px solid #ddd }
+.pictures { display: flex; flex-wrap: wrap }
 svg text { font: 12px system-ui, sans-serif }
 """
 
@@ -33,7 +37,8 @@ def page(found: Sequence[Quality], compared: Sequence[Compared]) -> str:
         f"<style>{STYLE}</style><h1>Predicted and measured</h1>"
         f"<p>{found[-1].predicted} of {found[-1].rows} rows are predicted; a point on the line is "
         "predicted as it was measured.</p>"
-        f"{_picture(compared, colours)}{_table(found, colours)}{_skipped(found)}</html>\n"
+        f"<div class=pictures>{_times(compared, colours)}{_memory(compared, colours)}</div>"
+        f"{_table(found, colours)}{_assumed(found)}{_skipped(found)}</html>\n"
     )
 
 
@@ -41,38 +46,93 @@ def _colour(number: int) -> str:
     return f"hsl({number * 137.5 % 360:.0f} 65% 42%)"  # the golden angle: neighbours differ
 
 
-def _picture(compared: Sequence[Compared], colours: dict[str, str]) -> str:
-    points = [(one.run.step_s, one.step_s, one) for one in compared if one.run.step_s is not None]
+@dataclass(frozen=True)
+class _Point:
+    measured: float
+    predicted: float
+    of: Compared
+
+
+def _times(compared: Sequence[Compared], colours: dict[str, str]) -> str:
+    points = [_Point(one.run.step_s, one.step_s, one) for one in compared if one.run.step_s]
+    return _picture("Seconds of a step", points, "s", colours)
+
+
+def _memory(compared: Sequence[Compared], colours: dict[str, str]) -> str:
+    points = [
+        _Point(one.run.memory_bytes / GIB, one.memory_bytes / GIB, one)
+        for one in compared
+        if one.run.memory_bytes
+    ]
+    return _picture("Peak memory of a device", points, "GiB", colours)
+
+
+def _picture(title: str, points: Sequence[_Point], unit: str, colours: dict[str, str]) -> str:
+    """Logarithmic both ways; each source's line is its mean error over the range of its rows."""
     if not points:
         return ""
-    times = [time for measured, predicted, _ in points for time in (measured, predicted)]
-    low, high = math.floor(math.log10(min(times))), math.ceil(math.log10(max(times)))
+    numbers = [number for point in points for number in (point.measured, point.predicted)]
+    low, high = math.floor(math.log10(min(numbers))), math.ceil(math.log10(max(numbers)))
     width = (SIZE - 2 * EDGE) / max(1, high - low)
 
-    def at(time_s: float) -> float:
-        return EDGE + (math.log10(time_s) - low) * width
+    def at(number: float) -> float:
+        return EDGE + (math.log10(number) - low) * width
 
     lines = []
     for power in range(low, high + 1):
         x = EDGE + (power - low) * width
-        y, tick = SIZE - x, f"{10.0**power:g} s"
+        y, tick = SIZE - x, f"{10.0**power:g} {unit}"
         lines += [
             f'<path d="M{x:.1f} {EDGE}V{SIZE - EDGE}M{EDGE} {y:.1f}H{SIZE - EDGE}" stroke="#ddd"/>',
             f'<text x="{x:.1f}" y="{SIZE - EDGE + 18}" text-anchor="middle">{tick}</text>',
             f'<text x="{EDGE - 6}" y="{y + 4:.1f}" text-anchor="end">{tick}</text>',
         ]
     dots = (
-        f'<circle cx="{at(measured):.1f}" cy="{SIZE - at(predicted):.1f}" r="3" '
-        f'fill="{colours[one.run.source]}" fill-opacity=".6"><title>{escape(one.run.name)}: '
-        f"{predicted:.3g} s predicted, {measured:.3g} s measured</title></circle>"
-        for measured, predicted, one in points
+        f'<circle cx="{at(one.measured):.1f}" cy="{SIZE - at(one.predicted):.1f}" r="3" '
+        f'fill="{colours[one.of.run.source]}" fill-opacity=".6">'
+        f"<title>{escape(_hover(one, unit))}</title></circle>"
+        for one in points
     )
     return (
+        f"<figure><figcaption>{title}</figcaption>"
         f'<svg width="{SIZE}" height="{SIZE}" role="img">{"".join(lines)}'
-        f'<path d="M{EDGE} {SIZE - EDGE}L{SIZE - EDGE} {EDGE}" stroke="#888"/>{"".join(dots)}'
+        f'<path d="M{EDGE} {SIZE - EDGE}L{SIZE - EDGE} {EDGE}" stroke="#888"/>'
+        f"{''.join(_series(points, at, colours))}{''.join(dots)}"
         f'<text x="{SIZE / 2}" y="{SIZE - 8}" text-anchor="middle">measured</text>'
         f'<text x="14" y="{SIZE / 2}" text-anchor="middle" '
-        f'transform="rotate(-90 14 {SIZE / 2})">predicted</text></svg>'
+        f'transform="rotate(-90 14 {SIZE / 2})">predicted</text></svg></figure>'
+    )
+
+
+def _series(
+    points: Sequence[_Point], at: Callable[[float], float], colours: dict[str, str]
+) -> Iterator[str]:
+    by_source: dict[str, list[_Point]] = {}
+    for point in points:
+        by_source.setdefault(point.of.run.source, []).append(point)
+    for source, of in by_source.items():
+        ratio = math.exp(fmean(math.log(point.predicted / point.measured) for point in of))
+        ends = min(point.measured for point in of), max(point.measured for point in of)
+        (x, y), (to_x, to_y) = ((at(end), SIZE - at(end * ratio)) for end in ends)
+        said = f"{source}: {len(of)} rows, predicted {ratio - 1:+.1%} in the mean"
+        yield (
+            f'<path d="M{x:.1f} {y:.1f}L{to_x:.1f} {to_y:.1f}" stroke="{colours[source]}" '
+            f'stroke-width="1.5"><title>{escape(said)}</title></path>'
+        )
+
+
+def _hover(point: _Point, unit: str) -> str:
+    run = point.of.run
+    return "\n".join(
+        (
+            f"{run.name}: {point.predicted:.3g} {unit} predicted, {point.measured:.3g} {unit} "
+            f"measured ({point.predicted / point.measured - 1:+.1%})",
+            run.source,
+            f"{run.model.layers} layers of {run.model.width}, {run.model.length} tokens a sample, "
+            f"{run.batch} samples, {run.model.products or run.model.dtype}",
+            f"{run.machine}: {degrees_text(run.degrees)}",
+            *(f"assumed: {what}" for what in run.assumed),
+        )
     )
 
 
@@ -102,7 +162,24 @@ def _row(cells: Iterable[str], kind: str = "td") -> str:
     return "<tr>" + "".join(f"<{kind}>{cell}</{kind}>" for cell in cells) + "</tr>"
 
 
+def _assumed(found: Sequence[Quality]) -> str:
+    items = (
+        f"<li>{escape(one.source)}: {number} rows, {escape(what)}</li>"
+        for one in found[:-1]
+        for what, number in one.assumed.items()
+    )
+    listed = "".join(items)
+    return f"<h2>Assumed where rows do not say it</h2><ul>{listed}</ul>" if listed else ""
+
+
 def _skipped(found: Sequence[Quality]) -> str:
-    reasons = found[-1].skipped
-    items = "".join(f"<li>{number}: {escape(reason)}</li>" for reason, number in reasons.items())
+    """By reason, with the names of the rows."""
+    names: dict[str, list[str]] = {}
+    for name, reason in found[-1].left_out:
+        names.setdefault(reason, []).append(name)
+    items = "".join(
+        f"<li><details><summary>{len(of)}: {escape(reason)}</summary>{escape(', '.join(of))}"
+        "</details></li>"
+        for reason, of in names.items()
+    )
     return f"<h2>Skipped</h2><ul>{items}</ul>" if items else ""

@@ -7,10 +7,13 @@ types, recipe from numbers, prices, memory and timeline.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations, groupby
+from math import isfinite
 from statistics import fmean
 
 from autopar.errors import AutoparError
@@ -20,6 +23,7 @@ from autopar.ir.simulation import Band, Estimate
 from autopar.ir.strategy import Strategy, Training
 from autopar.recipes import Degrees, hybrid
 from autopar.recipes.columns_rows import DATA
+from autopar.recipes.hybrid import recomputed_copies
 from autopar.simulator.bands import banded
 from autopar.simulator.costs import ComputeCache
 from autopar.simulator.folding import Folded
@@ -28,20 +32,25 @@ from autopar.simulator.microbatches import Division, division
 from autopar.simulator.pipelines import PricedPipeline, StagePrices, evaluate_stages
 from autopar.simulator.prices import evaluate
 from autopar.simulator.stages import pipelined
-from benchmarks.transformer import Transformer
+from benchmarks.transformer import Experts, Transformer
 from cost_models import cost_model
 from cost_models.interface import CostModel
 
 Row = dict[str, str]
 
 COLUMNS = (
-    *("config_id", "source", "model_family", "layers", "hidden", "heads", "kv_heads", "head_dim"),
-    *("ffn", "gated_mlp", "vocab", "seq_len", "global_batch", "micro_batch", "gpu_type", "n_gpus"),
-    *("gpus_per_node", "TP", "PP", "virtual_pp", "DP", "CP", "EP", "n_experts", "zero_fsdp"),
-    *("sequence_parallel", "recompute", "flash_attn", "precision", "schedule", "metric", "value"),
+    *("config_id", "source", "model_family", "layers", "hidden", "heads", "ffn", "vocab"),
+    *("seq_len", "global_batch", "gpu_type", "n_gpus", "precision", "metric", "value"),
     "iter_time_s",
 )
-"""That are read; a table may have others."""
+"""That a table has to have."""
+
+OPTIONAL = (
+    *("kv_heads", "head_dim", "gated_mlp", "micro_batch", "gpus_per_node", "TP", "PP", "DP"),
+    *("virtual_pp", "CP", "EP", "n_experts", "topk", "moe_ffn", "zero_fsdp"),
+    *("sequence_parallel", "recompute", "flash_attn", "schedule"),
+)
+"""That are read, too; where one is missing, all its cells are empty."""
 
 MACHINES = {
     "A100-80GB-SXM": "a100-sxm-80gb",
@@ -57,9 +66,15 @@ MACHINES = {
 }
 """By the column ``gpu_type``, the machine of ``autopar list topologies``."""
 
-DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp8": "bfloat16", "mxfp8": "bfloat16"}
+DTYPES["nvfp4"] = "bfloat16"
+"""Of what is no product, by how a column ``precision`` begins."""
+
+PRODUCTS = {"fp8": "float8_e4m3fn", "mxfp8": "float8_e4m3fn", "nvfp4": "float4_e2m1fn_x2"}
+"""Of products with the weights of blocks; attention, embedding and head are in the other."""
 
 OUT_OF_MEMORY = "oom"
+MOST_LAYERS = 4096
 GIB = 2**30
 
 
@@ -70,7 +85,8 @@ class SkippedError(Exception):
 @dataclass(frozen=True)
 class Run:
     """What a row says. ``step_s``, ``memory_bytes``: what was measured, if it was (of memory: what
-    the allocator reserved); ``ran_out``: of memory; else, if something was measured, it fitted."""
+    the allocator reserved); ``ran_out``: of memory; else, if something was measured, it fitted.
+    ``assumed``: what it does not say."""
 
     name: str
     source: str
@@ -82,6 +98,7 @@ class Run:
     step_s: float | None
     memory_bytes: float | None
     ran_out: bool
+    assumed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,113 +146,222 @@ def run_of(row: Row) -> Run:
     Raises:
         SkippedError: it has something that no strategy of ours says, or leaves something open.
     """
+    row = cleaned(row)
     _check_supported(row)
-    tensor = _number(row, "TP")
-    pipeline, data = _number(row, "PP"), _number(row, "DP")
-    sharded, replicas, zero = _zero(row["zero_fsdp"], data)
+    assumed: list[str] = []
+    tensor, pipeline = _number(row, "TP", 1), _number(row, "PP", 1)
+    context, chunks = _number(row, "CP", 1), _chunks(row, assumed)
+    sharded, replicas, zero = _zero(row["zero_fsdp"], _number(row, "DP", 1))
+    if zero == 2 and pipeline > 1:
+        zero = 1  # of all microbatches in flight, gradients would be scattered one by one
+        assumed.append("gradients are scattered once a step")
+    layers = _number(row, "layers") / (pipeline * chunks)
+    recompute, part = _recompute(row["recompute"], layers, assumed)
     degrees = Degrees(
         tensor=tensor,
         pipeline=pipeline,
         data=sharded,
         replicas=replicas,
-        chunks=_chunks(row),
-        microbatch=_number(row, "micro_batch"),
-        between="sequence" if row["sequence_parallel"] == "True" and tensor > 1 else "whole",
+        chunks=chunks,
+        microbatch=_microbatch(row, assumed),
+        between="sequence" if _flag(row, "sequence_parallel") and tensor > 1 else "whole",
         zero=zero,
-        recompute=_recompute(row["recompute"]),
+        recompute=recompute,
+        context=context,
+        experts=_number(row, "EP", 1),
+        recomputed=part,
     )
-    value = row["value"].strip()
     memory = row["metric"].startswith("peak_mem")
-    ran_out = value.lower() == OUT_OF_MEMORY
+    ran_out = row["value"].lower() == OUT_OF_MEMORY
     return Run(
         name=row["config_id"],
         source=row["source"],
-        model=_model(row, tensor),
+        model=_model(row, degrees),
         machine=_machine(row, degrees),
         degrees=degrees,
         training=Training("adam", "full" if "PURE" in row["precision"] else "mixed"),
         batch=_number(row, "global_batch"),
-        step_s=float(row["iter_time_s"]) if row["iter_time_s"] and not memory else None,
-        memory_bytes=float(value) * GIB if memory and not ran_out else None,
+        step_s=None if memory else _positive(row, "iter_time_s"),
+        memory_bytes=_gib(_positive(row, "value")) if memory and not ran_out else None,
         ran_out=ran_out,
+        assumed=tuple(assumed),
     )
 
 
+def cleaned(row: Mapping[str, str | None]) -> Row:
+    """Every column that is read, without blanks around its cells; short rows end in empty ones."""
+    found = ((name, row.get(name)) for name in (*COLUMNS, *OPTIONAL))
+    return {name: cell.strip() if cell else "" for name, cell in found}
+
+
 def _check_supported(row: Row) -> None:
-    for column, what in (
-        ("CP", "context parallelism"),
-        ("EP", "experts"),
-        ("n_experts", "experts"),
-    ):
-        if row[column] not in ("", "1"):
-            raise SkippedError(f"{what}: no degree of a recipe")
     if "MLA" in row["model_family"]:
         raise SkippedError("latent attention: not among the sizes of a Transformer")
-    if "fp8" in row["precision"].lower() or "fp4" in row["precision"].lower():
-        raise SkippedError("products in 8 or 4 bits: not priced")
 
 
-def _number(row: Row, column: str) -> int:
-    if not row[column]:
-        raise SkippedError(f"{column} is not given")
+def _number(row: Row, column: str, default: int | None = None) -> int:
+    """``default``: what an empty cell, or one that says none, means."""
+    text = row[column]
+    if text.lower() in NOT_SAID:
+        if default is None:
+            raise SkippedError(f"{column} is not given")
+        return default
     try:
-        found = int(float(row[column]))
+        found = float(text)
     except ValueError:
-        raise SkippedError(f"{column} is {row[column]!r}, no number") from None
+        raise SkippedError(f"{column} is {text!r}, no number") from None
+    if not isfinite(found) or found != int(found):
+        raise SkippedError(f"{column} is {text!r}, no whole number")
     if found < 1:
-        raise SkippedError(f"{column} is {row[column]}, and must be at least 1")
+        raise SkippedError(f"{column} is {text}, and must be at least 1")
+    return int(found)
+
+
+NOT_SAID = ("", "none", "nan", "null", "n/a", "na", "-", "?", "unknown")
+
+
+def _positive(row: Row, column: str) -> float | None:
+    text = row[column]
+    if text.lower() in (*NOT_SAID, OUT_OF_MEMORY):
+        return None
+    try:
+        found = float(text)
+    except ValueError:
+        raise SkippedError(f"{column} is {text!r}, no number") from None
+    if not (isfinite(found) and found > 0):
+        raise SkippedError(f"{column} is {text}, and must be more than 0")
     return found
 
 
-def _chunks(row: Row) -> int:
-    if not row["virtual_pp"]:
-        if "interleaved" in row["schedule"]:
-            raise SkippedError("virtual_pp is not given")
-        return 1
-    return _number(row, "virtual_pp")
+def _gib(number: float | None) -> float | None:
+    return None if number is None else number * GIB
+
+
+def _flag(row: Row, column: str) -> bool:
+    known = FLAGS.get(row[column].lower())
+    if known is None:
+        raise SkippedError(f"{column} is {row[column]!r}, neither True nor False")
+    return known
+
+
+FLAGS = {**dict.fromkeys(("true", "yes", "y", "t", "1", "1.0", "on"), True)}
+FLAGS |= dict.fromkeys(("false", "no", "n", "f", "0", "0.0", "off", *NOT_SAID), False)
+
+
+def _chunks(row: Row, assumed: list[str]) -> int:
+    """One where nothing is said, as in Megatron-LM, whatever the schedule is called."""
+    if row["virtual_pp"].lower() in NOT_SAID and "interleaved" in row["schedule"].lower():
+        assumed.append("virtual_pp is 1")
+    return _number(row, "virtual_pp", 1)
+
+
+def _microbatch(row: Row, assumed: list[str]) -> int:
+    if row["micro_batch"].lower() in NOT_SAID:
+        assumed.append("micro_batch is 1")
+    return _number(row, "micro_batch", 1)
 
 
 def _zero(text: str, data: int) -> tuple[int, int, int]:
     """Devices that shard, replicas of these, level; of HSDP those of a host shard."""
-    if text.startswith("HSDP"):
+    said = text.lower()
+    if said.startswith("hsdp"):
         return (8, data // 8, 3) if data % 8 == 0 and data > 8 else (data, 1, 3)
-    if "ZeRO-3" in text:
+    if "zero-3" in said or said in ("fsdp", "fsdp2"):
         return data, 1, 3
-    if text in ("0", "1", "2", "3"):
-        return data, 1, int(text)
-    raise SkippedError(f"zero_fsdp is {text!r}: not known")
+    level = ZERO.get(said)
+    if level is None:
+        raise SkippedError(f"zero_fsdp is {text!r}: not known")
+    return data, 1, level
 
 
-RECOMPUTE: tuple[tuple[Callable[[str], bool], str], ...] = (
-    (lambda text: text.startswith("none") and "or" not in text, "none"),
-    (lambda text: text.startswith("unspecified") and "none" in text, "none"),
-    (lambda text: text in ("full", "full(remat)"), "full"),
-    (lambda text: text == "selective", "attention"),  # as arXiv 2205.05198 has it
-    (lambda text: text.startswith("selective(op"), "alternate"),  # as torchtitan has it
+ZERO = {
+    f"{before}{n}{after}": n for n in range(4) for before in ("", "zero-") for after in ("", ".0")
+}
+ZERO |= dict.fromkeys(("false", *NOT_SAID), 0)
+
+RECOMPUTE: tuple[tuple[str, str, str], ...] = (
+    # how a cell begins, what is recomputed, what is assumed thereby
+    ("none or", "none", "nothing is recomputed"),
+    ("none", "none", ""),
+    ("no", "none", ""),
+    ("false", "none", ""),
+    ("unspecified(assume none", "none", "nothing is recomputed"),
+    ("unspecified (selective", "attention", "attention is recomputed"),
+    ("unspecified", "none", "nothing is recomputed"),
+    ("selective(op", "alternate", ""),
+    ("selective layernorm", "elementwise", ""),
+    ("full", "full", ""),
+    ("selective(layer", "full", ""),
+    ("selective (hfu/mfu", "full", ""),
 )
 
 
-def _recompute(text: str) -> str:
-    for means, kind in RECOMPUTE:
-        if means(text):
-            return kind
+def _recompute(text: str, layers: float, assumed: list[str]) -> tuple[str, float]:
+    """What is recomputed, and in which part of the ``layers`` of a stage."""
+    said = text.lower()
+    if said in NOT_SAID:
+        return "none", 1.0
+    if said == "selective":
+        return "attention", 1.0  # as arXiv 2205.05198 has it
+    for begins, kind, what in RECOMPUTE:
+        if said.startswith(begins) and "offload" not in said:
+            assumed += [what] * bool(what)
+            return kind, _part(said, layers)
     raise SkippedError(f"recomputes in a way that has no name here: {text}")
 
 
-def _model(row: Row, tensor: int) -> Transformer:
-    precision = row["precision"].lower().replace("amp_", "")
+def _part(said: str, layers: float) -> float:
+    """Of the layers; or so much that as many flops are done for those of the model, of which all
+    would be a third more.
+
+    >>> _part("selective(layer=every 2nd)", 32), _part("full block 4 layers", 32), _part("full", 32)
+    (0.5, 0.125, 1.0)
+    >>> round(_part("selective (hfu/mfu 1.13)", 32), 2)
+    0.39
+    """
+    if found := re.search(r"every (\d+)", said):
+        return 1 / max(1, int(found[1]))
+    if found := re.search(r"block (\d+) layers", said):
+        return min(1.0, int(found[1]) / layers)
+    if found := re.search(r"hfu/mfu (\d+\.?\d*)", said):
+        return min(1.0, max(0.0, 3 * (float(found[1]) - 1)))
+    return 1.0
+
+
+def _experts(row: Row, degrees: Degrees) -> Experts | None:
+    """A group for each part of the sequence that a device has."""
+    count = _number(row, "n_experts", 1)
+    if count == 1:
+        if degrees.experts > 1:
+            raise SkippedError("EP is given, and n_experts is not")
+        return None
+    if not _flag(row, "gated_mlp"):
+        raise SkippedError("experts that are not gated: not among the blocks of a Transformer")
+    groups = degrees.context * (degrees.tensor if degrees.between == "sequence" else 1)
+    tokens = _number(row, "seq_len") // groups * _number(row, "topk")
+    if tokens % count or _number(row, "seq_len") % groups:
+        raise SkippedError(f"{tokens} places of tokens cannot be shared evenly by {count} experts")
+    return Experts(count, _number(row, "topk"), _number(row, "moe_ffn"), groups)
+
+
+def _model(row: Row, degrees: Degrees) -> Transformer:
+    precision = row["precision"].lower().replace("amp_", "").replace("fp8-mx", "mxfp8")
     dtype = next((name for key, name in DTYPES.items() if precision.startswith(key)), None)
     if dtype is None:
         raise SkippedError(f"precision is {row['precision']!r}: not known")
-    gated, flash = row["gated_mlp"] == "True", row["flash_attn"] == "True"
-    family = row["model_family"]
+    products = next((name for key, name in PRODUCTS.items() if precision.startswith(key)), None)
+    gated, flash = _flag(row, "gated_mlp"), _flag(row, "flash_attn")
+    family, heads = row["model_family"], _number(row, "heads")
+    layers = _number(row, "layers")
+    if layers > MOST_LAYERS:
+        raise SkippedError(f"layers is {layers}, more than the {MOST_LAYERS} that are built here")
     return Transformer(
-        layers=_number(row, "layers"),
+        layers=layers,
         width=_number(row, "hidden"),
-        heads=_number(row, "heads"),
-        kv_heads=_number(row, "kv_heads"),
+        heads=heads,
+        kv_heads=_number(row, "kv_heads", heads),
         ffn=_number(row, "ffn"),
-        vocabulary=padded(_number(row, "vocab"), tensor),
+        vocabulary=padded(_number(row, "vocab"), degrees.tensor),
         length=_number(row, "seq_len"),
         gated=gated,
         biased=not gated and not family.startswith("MPT"),
@@ -244,7 +370,9 @@ def _model(row: Row, tensor: int) -> Transformer:
         tied=not gated,
         fused_loss=family.startswith("MPT"),
         dtype=dtype,
-        head_width=int(row["head_dim"]) if row["head_dim"] else None,
+        head_width=_number(row, "head_dim", 0) or None,
+        products=products,
+        experts=_experts(row, degrees),
     )
 
 
@@ -261,14 +389,15 @@ def _machine(row: Row, degrees: Degrees) -> str:
     name = MACHINES.get(row["gpu_type"])
     if name is None:
         raise SkippedError(f"no topology for {row['gpu_type']}")
-    devices, host = _number(row, "n_gpus"), min(8, _number(row, "gpus_per_node"))
+    devices, host = _number(row, "n_gpus"), _number(row, "gpus_per_node", 8)
     if degrees.devices != devices:
         raise SkippedError(f"degrees make {degrees.devices} devices, and n_gpus is {devices}")
     if devices <= host:
         return f"1x{devices}x{name}"
-    if devices % host:
+    used = next((n for n in range(host, 0, -1) if devices % n == 0 and (n == host or n >= 8)), 0)
+    if not used:  # of a rack of 72, 64 make 128, 256, ... devices
         raise SkippedError(f"{devices} devices are not whole hosts of {host}")
-    return f"{devices // host}x{host}x{name}"
+    return f"{devices // used}x{used}x{name}"
 
 
 # ---- from runs to predictions --------------------------------------------------------------------
@@ -279,7 +408,7 @@ def predicted(runs: Iterable[Run]) -> Iterator[tuple[Run, Compared | Exception]]
     which are priced once."""
 
     def alike(run: Run) -> tuple[object, ...]:
-        return run.machine, run.model, run.degrees, run.training
+        return run.model, run.machine, run.degrees, run.training
 
     for _, group in groupby(sorted(runs, key=lambda run: repr(alike(run))), key=alike):
         together = list(group)
@@ -294,7 +423,7 @@ def predicted(runs: Iterable[Run]) -> Iterator[tuple[Run, Compared | Exception]]
             try:
                 estimate, strategy, found = _estimate(run, machine, prices, cache)
                 estimate = banded(found.graph, found.rules, machine, strategy, estimate)
-            except (AutoparError, ValueError) as error:  # the latter of what has no price
+            except Exception as error:  # of a table of strangers, a row that breaks is left out
                 yield run, error
                 continue
             divided.append(found)  # prices are kept by its rules
@@ -324,7 +453,7 @@ def _estimate(
         machine,
         strategy,
         compute_cache=cache,
-        folded=_folded(structure),
+        folded=_folded(structure, run.degrees),
         overlapped=_overlapped(run),
     )
     return estimate, strategy, found
@@ -354,7 +483,7 @@ def step_s(run: Run, machine: CostModel) -> float:
         found.rules,
         machine,
         strategy,
-        folded=_folded(structure),
+        folded=_folded(structure, run.degrees),
         overlapped=_overlapped(run),
     ).step_time_s
 
@@ -365,16 +494,16 @@ def _overlapped(run: Run) -> bool:
 
 
 def _planned(run: Run, machine: CostModel) -> tuple[Division, Structure, Strategy]:
-    count = run.degrees.microbatches(run.batch)
-    found = division(run.model.graph(run.batch), count)
-    structure = Structure(found.graph, found.rules)
+    found, structure = _divided(run.model, run.batch, run.degrees.microbatches(run.batch))
     strategy = hybrid(found, run.degrees, machine, run.training, structure)
     _check_sharded(run.degrees, found.graph, strategy)
     return found, structure, strategy
 
 
-def _folded(structure: Structure) -> Folded:
-    return structure.folded_in_runs(tuple(frozenset[int]() for _ in structure.blocks))
+def _folded(structure: Structure, degrees: Degrees) -> Folded:
+    return structure.folded_in_runs(
+        tuple(_ends(block.copies, degrees) for block in structure.blocks)
+    )
 
 
 def _check_sharded(degrees: Degrees, graph: OperatorGraph, strategy: Strategy) -> None:
@@ -395,6 +524,19 @@ def _check_sharded(degrees: Degrees, graph: OperatorGraph, strategy: Strategy) -
         raise AutoparError(f"{devices} devices divide no dim of most parameters: not sharded so")
 
 
+@lru_cache(maxsize=8)
+def _divided(model: Transformer, batch: int, count: int) -> tuple[Division, Structure]:
+    """Rows of one model follow each other."""
+    found = division(model.graph(batch), count)
+    return found, Structure(found.graph, found.rules)
+
+
+def _ends(copies: int, degrees: Degrees) -> frozenset[int]:
+    """Where a block's copies that recompute end, if others follow."""
+    end = len(recomputed_copies(copies, degrees))
+    return frozenset({end} if 0 < end < copies else ())
+
+
 # ---- what is said of them ------------------------------------------------------------------------
 
 
@@ -402,12 +544,14 @@ def _check_sharded(degrees: Degrees, graph: OperatorGraph, strategy: Strategy) -
 class Quality:
     """Of the rows of one source. Errors are relative; mean and largest are of their size, ``bias``
     is their mean with its sign; ``step_in_band``: the share of steps that lies in its band.
-    ``None`` where nothing of the kind was measured."""
+    ``None`` where nothing of the kind was measured. ``assumed``: what some rows do not say.
+    ``left_out``: names of rows and why."""
 
     source: str
     rows: int
     predicted: int
     skipped: dict[str, int]
+    assumed: dict[str, int]
     step_mean: float | None
     step_bias: float | None
     step_largest: float | None
@@ -417,18 +561,22 @@ class Quality:
     memory_largest: float | None
     false_fits: int
     false_rejects: int
+    left_out: tuple[tuple[str, str], ...] = ()
 
 
-def quality(source: str, compared: Sequence[Compared], skipped: Counter[str]) -> Quality:
+def quality(
+    source: str, compared: Sequence[Compared], left_out: Sequence[tuple[str, str]]
+) -> Quality:
     steps = [(one.step_error, one) for one in compared]
     errors = [error for error, _ in steps if error is not None]
     memory = [one.memory_error for one in compared if one.memory_error is not None]
     pairs = [(one.run.step_s, one.step_s) for one in compared if one.run.step_s is not None]
     return Quality(
         source,
-        len(compared) + skipped.total(),
+        len(compared) + len(left_out),
         len(compared),
-        dict(skipped.most_common()),
+        dict(Counter(reason for _, reason in left_out).most_common()),
+        dict(Counter(what for one in compared for what in one.run.assumed).most_common()),
         _mean(map(abs, errors)),
         _mean(errors),
         max(map(abs, errors), default=None),
@@ -438,6 +586,7 @@ def quality(source: str, compared: Sequence[Compared], skipped: Counter[str]) ->
         max(map(abs, memory), default=None),
         sum(one.run.ran_out and one.fits for one in compared),
         sum(not one.run.ran_out and not one.fits for one in compared),
+        tuple(left_out),
     )
 
 
@@ -467,25 +616,29 @@ def kendall_tau(pairs: Sequence[tuple[float, float]]) -> float | None:
 def validate(rows: Iterable[Row]) -> tuple[list[Quality], list[Compared]]:
     """By source in the order of the rows, then all of them together."""
     runs: list[Run] = []
-    skipped = defaultdict[str, Counter[str]](Counter)
+    left_out = defaultdict[str, list[tuple[str, str]]](list)
     sources: dict[str, list[Compared]] = {}
-    for row in rows:
+    for row in map(cleaned, rows):
         sources.setdefault(row["source"], [])
         try:
             runs.append(run_of(row))
         except SkippedError as reason:
-            skipped[row["source"]][str(reason)] += 1
+            left_out[row["source"]].append((row["config_id"], str(reason)))
     for run, answer in predicted(runs):
         if isinstance(answer, Compared):
             sources[run.source].append(answer)
         else:
-            skipped[run.source][str(answer)] += 1
+            left_out[run.source].append((run.name, _said(answer)))
     everything = [one for compared in sources.values() for one in compared]
-    whole = Counter[str]()
-    for reasons in skipped.values():
-        whole.update(reasons)
-    found = [quality(source, of, skipped[source]) for source, of in sources.items()]
+    whole = [one for reasons in left_out.values() for one in reasons]
+    found = [quality(source, of, left_out[source]) for source, of in sources.items()]
     return [*found, quality("all", everything, whole)], everything
+
+
+def _said(error: Exception) -> str:
+    """What is no answer to a question of the row is named as what it is."""
+    known = isinstance(error, AutoparError | ValueError)
+    return str(error) if known else f"{type(error).__name__}: {error}"
 
 
 def share(number: float | None) -> str:

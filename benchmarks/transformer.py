@@ -15,11 +15,28 @@ DROPOUT, EPSILON = 0.1, 1e-5
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """In place of an MLP, ``count`` of them, each ``ffn`` wide. ``chosen``: by each token.
+    ``groups``: parts of a sequence that are sent to experts for themselves.
+
+    A token's places among the experts follow from its position, so that all experts have as many
+    tokens: benchmarks are run with balance forced. The router gives their weights.
+    """
+
+    count: int
+    chosen: int
+    ffn: int
+    groups: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Transformer:
     """``gated``: SwiGLU, RMSNorm and rotary positions, without biases (Llama); else GELU, LayerNorm
     and learned positions (GPT), the last two with ``biased``. ``flash``: fused attention; else its
     products are separate. ``tied``: one table for embedding and head. ``fused_loss``: the loss
-    reads logits as they are (llm-foundry's default, ``fused_crossentropy``), else in fp32."""
+    reads logits as they are (llm-foundry's default, ``fused_crossentropy``), else in fp32.
+    ``products``: the dtype to which operands of the products of blocks are cast, each tensor once.
+    """
 
     layers: int
     width: int
@@ -36,6 +53,8 @@ class Transformer:
     fused_loss: bool = False
     dtype: str = "bfloat16"
     head_width: int | None = None
+    products: str | None = None
+    experts: Experts | None = None
 
     def graph(self, batch: int) -> OperatorGraph:
         """Of one global batch."""
@@ -51,6 +70,7 @@ class _Builder:
     names: dict[str, int] = field(default_factory=dict)
     specs: dict[str, TensorSpec] = field(default_factory=dict)
     by_gradient: dict[str, bool] = field(default_factory=dict)
+    narrow: dict[str, str] = field(default_factory=dict)
 
     @property
     def head_width(self) -> int:
@@ -71,9 +91,9 @@ class _Builder:
             wide = (("dtype", Dtype("float32")),)
             shape = self.specs[logits].shape
             logits = self._op("", "_to_copy", (logits,), shape, dtype="float32", keywords=wide)
-        flat = (self.batch * of.length, of.vocabulary)
-        logits = self._op("", "view", (logits,), flat, flat)
-        targets = self._op("", "view", (targets,), flat[:1], flat[:1])
+        # (sample, class, position): samples and positions stay apart, for axes that divide either
+        by_class = (self.batch, of.vocabulary, of.length)
+        logits = self._op("", "transpose.int", (logits,), by_class, 1, 2)
         loss = self._op("", "cross_entropy_loss", (logits, targets), ())
         return OperatorGraph(
             tuple(self.tensors),
@@ -105,7 +125,8 @@ class _Builder:
         shape = self.specs[x].shape
         y = self._attention(self._norm(x, f"{name}.norm_1"), name, tables)
         x = self._op(name, "add.Tensor", (x, self._dropped(y, name)), shape)
-        y = self._mlp(self._norm(x, f"{name}.norm_2"), name)
+        y = self._norm(x, f"{name}.norm_2")
+        y = self._mlp(y, name) if self.of.experts is None else self._expert_mlp(y, name)
         return self._op(name, "add.Tensor", (x, self._dropped(y, name)), shape)
 
     def _mlp(self, y: str, name: str) -> str:
@@ -118,6 +139,58 @@ class _Builder:
         else:
             up = self._op(name, "gelu", (up,), self.specs[up].shape)
         return self._linear(up, f"{name}.down", of.width)
+
+    def _expert_mlp(self, y: str, name: str) -> str:
+        of, width = self.of.experts, self.of.width
+        assert of is not None
+        batch, groups, tokens = self.batch, of.groups, self.of.length // of.groups
+        each = -(-tokens * of.chosen // of.count)  # tokens of a group for one expert
+        weights = self._routed(y, name, (batch, groups, tokens, of.chosen, 1))
+        shape = (batch, groups, tokens, 1, width)
+        y = self._op(name, "view", (y,), shape, shape)
+        chosen = (batch, groups, tokens, of.chosen, width)
+        y = self._op(name, "expand", (y,), chosen, chosen)
+        y = self._op(name, "clone", (y,), chosen)
+        by_expert = (batch, groups, of.count, each, width)
+        y = self._op(name, "view", (y,), by_expert, by_expert)
+        sent = (of.count, batch, groups, each, width)
+        y = self._op(name, "permute", (y,), sent, (2, 0, 1, 3, 4))
+        y = self._one_expert(y, name, of)
+        y = self._op(name, "permute", (y,), by_expert, (1, 2, 0, 3, 4))
+        y = self._op(name, "reshape", (y,), chosen, chosen)
+        y = self._op(name, "mul.Tensor", (y, weights), chosen)
+        y = self._op(name, "sum.dim_IntList", (y,), (*chosen[:3], width), (3,))
+        whole = (batch, self.of.length, width)
+        return self._op(name, "view", (y,), whole, whole)
+
+    def _routed(self, y: str, name: str, shape: tuple[int, ...]) -> str:
+        """The weights of the chosen."""
+        of = self.of.experts
+        assert of is not None
+        router = self._parameter(f"{name}.router.weight", (of.count, self.of.width))
+        scores = (self.batch, self.of.length, of.count)
+        scored = self._op(f"{name}.router", "linear", (y, router), scores)
+        scored = self._op(name, "softmax.int", (scored,), scores, -1)
+        made = (*scores[:2], of.chosen)
+        kinds = [(made, self.of.dtype), (made, "int64")]
+        best, _ = self._outputs(name, "topk", (scored,), kinds, of.chosen)
+        return self._op(name, "view", (best,), shape, shape)
+
+    def _one_expert(self, y: str, name: str, of: Experts) -> str:
+        up = self._by_experts(y, f"{name}.experts.up", of.ffn)
+        gate = self._by_experts(y, f"{name}.experts.gate", of.ffn)
+        gate = self._op(name, "silu", (gate,), self.specs[gate].shape)
+        up = self._op(name, "mul.Tensor", (gate, up), self.specs[up].shape)
+        return self._by_experts(up, f"{name}.experts.down", self.of.width)
+
+    def _by_experts(self, x: str, name: str, out: int) -> str:
+        """A product for each expert."""
+        shape = self.specs[x].shape
+        weight = self._parameter(f"{name}.weight", (shape[0], out, shape[-1]))
+        read = (self._narrowed(x, name), self._narrowed(weight, name))
+        made = [((*shape[:-1], out), self.of.dtype)]
+        arguments = ("ebgcw,efw->ebgcf", (Input(0), Input(1)))
+        return self._add(name, "einsum", read, made, arguments, ())[0]
 
     def _attention(self, y: str, name: str, tables: tuple[str, ...]) -> str:
         of, d = self.of, self.head_width
@@ -173,10 +246,21 @@ class _Builder:
 
     def _linear(self, x: str, name: str, out: int) -> str:
         shape = self.specs[x].shape
-        read = [x, self._parameter(f"{name}.weight", (out, shape[-1]))]
+        weight = self._parameter(f"{name}.weight", (out, shape[-1]))
+        read = [self._narrowed(x, name), self._narrowed(weight, name)]
         if self.of.biased:
             read.append(self._parameter(f"{name}.bias", (out,)))
-        return self._op(name, "linear", tuple(read), (*shape[:-1], out))
+        return self._op(name, "linear", tuple(read), (*shape[:-1], out), dtype=self.of.dtype)
+
+    def _narrowed(self, x: str, name: str) -> str:
+        """As products take it; all that read it read one cast."""
+        if self.of.products is None:
+            return x
+        if x not in self.narrow:
+            to, shape = self.of.products, self.specs[x].shape
+            keywords = (("dtype", Dtype(to)),)
+            self.narrow[x] = self._op(name, "_to_copy", (x,), shape, dtype=to, keywords=keywords)
+        return self.narrow[x]
 
     def _norm(self, x: str, name: str) -> str:
         sizes = (self.of.width,)

@@ -21,12 +21,12 @@ from benchmarks.runs import COLUMNS, Quality, Row, share, validate
 
 def read(paths: Iterable[Path]) -> Iterator[Row]:
     for path in paths:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
             rows = csv.DictReader(file)
             missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
             if missing:
                 raise SystemExit(f"{path} has no columns {', '.join(missing)}")
-            yield from rows
+            yield from (row for row in rows if any(row.values()))
 
 
 def text(found: Quality) -> str:
@@ -39,6 +39,7 @@ def text(found: Quality) -> str:
         f"  memory: mean error {share(found.memory_mean)}, largest {share(found.memory_largest)}; "
         f"{found.false_fits} false fits, {found.false_rejects} false rejects",
     ]
+    lines += [f"    assumed of {n}: {what}" for what, n in found.assumed.items()]
     lines += [f"    skipped {n}: {reason}" for reason, n in found.skipped.items()]
     return "\n".join(lines)
 

@@ -18,6 +18,7 @@ ITEM_BYTES = {
     "bfloat16": 2,
     "float8_e4m3fn": 1,
     "float8_e5m2": 1,
+    "float4_e2m1fn_x2": 1,  # half a byte, and kept twice: products read rows and columns of it
     "int64": 8,
     "int32": 4,
     "int16": 2,

@@ -96,7 +96,7 @@ class Mesh:
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        return tuple(size for _, size in self.axes)
+        return _sizes(self.axes)
 
     @property
     def size(self) -> int:
@@ -119,6 +119,11 @@ class Mesh:
         stride, size = self.strides[axis], self.sizes[axis]
         first = rank - self.coordinates(rank)[axis] * stride
         return tuple(first + i * stride for i in range(size))
+
+
+@lru_cache(maxsize=1024)
+def _sizes(axes: tuple[tuple[str, int], ...]) -> tuple[int, ...]:
+    return tuple(size for _, size in axes)
 
 
 def shards_of(sharding: Sharding, dim: int, mesh: Mesh) -> int:

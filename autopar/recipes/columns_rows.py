@@ -22,14 +22,18 @@ from autopar.ir.rule import (
     Choice,
     Split,
 )
-from autopar.ir.sharding import INVARIANT, PARTIAL, Mesh, Placement, sharded_dim
+from autopar.ir.sharding import INVARIANT, PARTIAL, Mesh, Placement, shard, sharded_dim
 from autopar.simulator.edges import Rules, carries_gradient
 from autopar.simulator.listing import VOCABULARY, Structure
 from autopar.simulator.microbatches import batch_factors
 
-DATA, TENSOR = "data", "tensor"
+DATA, CONTEXT, TENSOR = "data", "context", "tensor"
+EXPERTS, TENSOR_EXPERTS = "experts", "tensor and experts"
 """What an axis of a mesh may be for."""
 
+
+SEQUENCE = 1
+"""The dim of the inputs that a context axis divides."""
 
 BETWEEN = {"whole": "", "sequence": "A", "width": "P"}
 """What of the tensors between tensor-parallel regions is divided, and the letter of SOAP that such
@@ -39,9 +43,15 @@ a factor has."""
 def splits_by_purpose(
     structure: Structure, mesh: Mesh, purposes: Sequence[str], between: str = "whole"
 ) -> dict[str, Split]:
-    """A split for each operator; ``purposes`` has ``DATA`` or ``TENSOR`` for each axis.
+    """A split for each operator; ``purposes`` has one of ``_AXES`` for each axis.
 
     - Data axes divide the batch.
+    - A context axis divides the sequence, the second dim of the inputs, as far as it goes: what
+      meets other positions (attention) takes its queries divided and keys and values whole.
+    - Experts are products side by side, each with a parameter of its own (a batch of products that
+      the parameter has, too). An axis for experts divides these, and what is between them, and else
+      the batch; on its way there and back a tensor goes all to all. A tensor axis for experts does
+      so with its own.
     - A tensor axis begins at a product with a parameter, which it divides by columns if all that
       reads them can go on with its own columns or heads to a product that sums over them (rows), or
       to the loss over classes; else the product is left whole. It divides a table by its rows (the
@@ -56,7 +66,8 @@ def splits_by_purpose(
         AutoparError: the model needs its batch whole.
     """
     graph = structure.folded_in_runs(tuple(frozenset[int]() for _ in structure.blocks)).graph
-    batch = _batch(graph, structure.rules) if DATA in purposes and mesh.size > 1 else {}
+    by_batch = {DATA, EXPERTS} & set(purposes)
+    batch = _batch(graph, structure.rules) if by_batch and mesh.size > 1 else {}
     splits: dict[str, Split] = {operator.name: () for operator in graph.operators}
     for purpose in purposes:
         axis = _AXES[purpose](graph, structure, mesh, batch, splits, BETWEEN[between])
@@ -120,6 +131,67 @@ class _Axis:
         _, made = self.rules[operator.name].placements(choice)
         self.made.update(zip(operator.outputs, made, strict=True))
 
+    def _divided(self, operator: Operator) -> dict[int, Placement]:
+        return {
+            i: self.made[name]
+            for i, name in enumerate(operator.inputs)
+            if sharded_dim(self.made.get(name, INVARIANT)) is not None
+        }
+
+    def _accepting(self, operator: Operator, given: Mapping[int, Placement]) -> Choice | None:
+        """The factor that takes these inputs as they are."""
+        bound = self.rules[operator.name]
+        for factor in bound.factors:
+            wanted, _ = bound.placements(factor)
+            if all(wanted[i] == p for i, p in given.items()) and self._fits(operator, factor):
+                return factor
+        return None
+
+    def _by_expert(self, operator: Operator, inside: set[str]) -> Choice | None:
+        """The experts of a product, or of what is between two; what it makes is ``inside``."""
+        divided = self._divided(operator)
+        of_experts = {i: p for i, p in divided.items() if operator.inputs[i] in inside}
+        if of_experts:
+            found = self._accepting(operator, of_experts)
+            if found is not None and not self._is_of_experts(operator, found):
+                found = None
+        else:
+            found = next((f for f in self._experts_of(operator) if self._fits(operator, f)), None)
+        if found is not None:
+            inside.update(operator.outputs)
+        return found
+
+    def _is_of_experts(self, operator: Operator, factor: Choice) -> bool:
+        """Whether it is a product of experts, or all that reads it comes to one, so divided."""
+        if factor in self._experts_of(operator):
+            return True
+        _, made = self.rules[operator.name].placements(factor)
+        readers = [
+            (reader, position, placement)
+            for name, placement in zip(operator.outputs, made, strict=True)
+            for reader, position in self.graph.consumers[name]
+        ]
+        for reader, position, placement in readers:
+            taken = self._accepting(reader, {position: placement})
+            if taken is None or not self._is_of_experts(reader, taken):
+                return False
+        return bool(readers)
+
+    def _experts_of(self, operator: Operator) -> list[Choice]:
+        bound = self.rules[operator.name]
+        held = {
+            factor
+            for name, dims in zip(operator.inputs, bound.inputs, strict=True)
+            if name in self.graph.by_name and self._is_constant(name)
+            for dim in dims
+            for factor in dim
+        }
+        batches = {f for product in bound.rule.products for f in product.batch.split()}
+        return [f for f in bound.factors if f in held & batches]
+
+    def _is_constant(self, name: str) -> bool:
+        return name not in self.varying
+
     def _fits(self, operator: Operator, choice: Choice) -> bool:
         before = self.splits[operator.name]
         rest = (NOTHING,) * (len(self.mesh.axes) - len(before) - 1)
@@ -143,7 +215,8 @@ class _Axis:
             }
             if len(wanted) != 1 or wanted <= {INVARIANT, PARTIAL}:
                 continue
-            offered = (*bound.factors, REPLICATED) if is_view else (REPLICATED,)
+            follows = is_view or not bound.rule.products
+            offered = (*bound.factors, REPLICATED) if follows else (REPLICATED,)
             for choice in offered:
                 if set(bound.placements(choice)[1]) == wanted and self._fits(operator, choice):
                     self._take(operator, choice)
@@ -158,6 +231,50 @@ class _Data(_Axis):
     def _choice(self, operator: Operator) -> Choice:
         choice = self.batch.get(operator.name, NOTHING)
         return NOTHING if choice in RESERVED or not self._fits(operator, choice) else choice
+
+
+@dataclass
+class _Experts(_Data):
+    """``inside``: tensors that lie by experts."""
+
+    inside: set[str] = field(default_factory=set)
+
+    def _choice(self, operator: Operator) -> Choice:
+        choice = self._by_expert(operator, self.inside)
+        return super()._choice(operator) if choice is None else choice
+
+
+class _Context(_Axis):
+    """From the inputs on, each operator divides the factor that takes most of what is divided as it
+    is; of several the one that takes the first. Sums only where that is all of it."""
+
+    def choose(self) -> None:
+        for name in self.graph.inputs:
+            if len(self.graph.spec(name).shape) > SEQUENCE:
+                self.made[name] = shard(SEQUENCE)
+        super().choose()
+
+    def _choice(self, operator: Operator) -> Choice:
+        bound, divided = self.rules[operator.name], self._divided(operator)
+        best, most = NOTHING, (0, 0)
+        for factor in _with_queries(bound) if divided else ():
+            wanted, _ = bound.placements(factor)
+            taken = [i for i, placement in divided.items() if wanted[i] == placement]
+            partly = len(taken) < len(divided)
+            if not taken or (partly and factor in bound.rule.sums):
+                continue
+            rank = len(taken), -taken[0]
+            if rank > most and self._fits(operator, factor):
+                best, most = factor, rank
+        return best
+
+
+def _with_queries(bound: BoundRule) -> tuple[Choice, ...]:
+    """What an axis may divide: of causal attention the queries too, although nothing here can run
+    that (a device needs to know where its own begin)."""
+    if bound.rule.kind != "attention":
+        return bound.factors
+    return tuple(dict.fromkeys((*bound.factors, bound.rule.products[0].m)))
 
 
 @dataclass
@@ -193,22 +310,6 @@ class _Tensor(_Axis):
         if inside:
             return NOTHING
         return self._between(operator, bound, divided)
-
-    def _divided(self, operator: Operator) -> dict[int, Placement]:
-        return {
-            i: self.made[name]
-            for i, name in enumerate(operator.inputs)
-            if sharded_dim(self.made.get(name, INVARIANT)) is not None
-        }
-
-    def _accepting(self, operator: Operator, given: Mapping[int, Placement]) -> Choice | None:
-        """The factor that takes these inputs as they are."""
-        bound = self.rules[operator.name]
-        for factor in bound.factors:
-            wanted, _ = bound.placements(factor)
-            if all(wanted[i] == p for i, p in given.items()) and self._fits(operator, factor):
-                return factor
-        return None
 
     # ---- columns, then rows --------------------------------------------------------------------
 
@@ -270,9 +371,12 @@ class _Tensor(_Axis):
             return self._accepting(operator, divided) or NOTHING
         if bound.rule.kind == "view" or not any(map(self._is_sum, operator.inputs)):
             return NOTHING
+        return self._of_letter(operator)
+
+    def _of_letter(self, operator: Operator, but: Choice | None = None) -> Choice:
         letters = self.structure.letters[self.structure.class_of[self._number(operator)]]
-        divisible = (f for f in bound.factors if self._fits(operator, f))
-        return next((f for f in divisible if letters[f] == self.letter), NOTHING)
+        divisible = (f for f in self.rules[operator.name].factors if self._fits(operator, f))
+        return next((f for f in divisible if letters[f] == self.letter and f != but), NOTHING)
 
     def _is_sum(self, name: str) -> bool:
         return self.made.get(name) == PARTIAL
@@ -291,6 +395,27 @@ class _Tensor(_Axis):
         return self.structure.number[operator.name]
 
 
-_AXES: dict[str, type[_Axis]] = {DATA: _Data, TENSOR: _Tensor}
+@dataclass
+class _TensorExperts(_Tensor):
+    """``apart``: tensors that lie by experts."""
 
-__all__ = ["DATA", "TENSOR", "splits_by_purpose"]
+    apart: set[str] = field(default_factory=set)
+
+    def _choice(self, operator: Operator) -> Choice:
+        choice = self._by_expert(operator, self.apart)
+        if choice is not None:
+            return choice
+        if not self.apart.isdisjoint(operator.inputs):  # back from the experts
+            return self._of_letter(operator, self._accepting(operator, self._divided(operator)))
+        return super()._choice(operator)
+
+
+_AXES: dict[str, type[_Axis]] = {
+    DATA: _Data,
+    EXPERTS: _Experts,
+    CONTEXT: _Context,
+    TENSOR: _Tensor,
+    TENSOR_EXPERTS: _TensorExperts,
+}
+
+__all__ = ["CONTEXT", "DATA", "EXPERTS", "TENSOR", "TENSOR_EXPERTS", "splits_by_purpose"]

@@ -16,16 +16,18 @@ LEVELS = (0, 1, 2, 3)
 
 @dataclass(frozen=True, slots=True)
 class Degrees:
-    """``tensor`` x ``data`` x ``replicas`` devices are a group, and there are ``pipeline`` groups,
-    each with ``chunks`` stages (Megatron's virtual stages).
+    """``tensor`` x ``context`` x ``data`` x ``replicas`` devices are a group, and there are
+    ``pipeline`` groups, each with ``chunks`` stages (Megatron's virtual stages).
 
-    Neighbours are tensor-parallel; then come ``data``, over which ZeRO of level ``zero`` shards,
-    ``replicas`` of that, whose gradients are summed, and the groups of the pipeline. ``schedule``:
-    of the shelf (default: ``1f1b``, with several chunks ``interleaved_1f1b``). ``microbatch``:
+    Neighbours are tensor-parallel; then come ``context``, which divides the sequence of every
+    tensor, and ``data``; ZeRO of level ``zero`` shards over both; ``replicas`` of that, whose
+    gradients are summed, and the groups of the pipeline. ``schedule``: of the shelf (default:
+    ``1f1b``, with several chunks ``interleaved_1f1b``). ``microbatch``:
     samples that a replica works on at a time (default: one in a pipeline, else all of them).
     ``between`` tensor-parallel regions tensors are ``whole``, or divided by their ``sequence``
     (sequence parallelism) or ``width``. ``recompute`` as for a search: ``none``, ``attention``,
-    ``selective`` or ``full``; or ``alternate``, all but attention and every other product.
+    ``selective``, ``alternate``, ``elementwise`` or ``full``, in the first ``recomputed`` (a part
+    of 1) of the blocks of each stage.
     """
 
     tensor: int = 1
@@ -38,10 +40,13 @@ class Degrees:
     between: str = "whole"
     zero: int = 0
     recompute: str = "none"
+    context: int = 1
+    experts: int = 1
+    recomputed: float = 1.0
 
     @property
     def stage_devices(self) -> int:
-        return self.tensor * self.data * self.replicas
+        return self.tensor * self.context * self.data * self.replicas
 
     @property
     def devices(self) -> int:
@@ -50,6 +55,24 @@ class Degrees:
     @property
     def stages(self) -> int:
         return self.pipeline * self.chunks
+
+    @property
+    def expert_data(self) -> int:
+        """Of ``data``, how many neighbours divide experts.
+
+        Raises:
+            AutoparError: experts do not lie on whole neighbours.
+        """
+        if self.experts == 1:
+            return 1
+        rest, left = divmod(self.experts, self.tensor)
+        if left or self.data % max(1, rest) or (self.tensor > 1 and self.between != "sequence"):
+            raise AutoparError(
+                f"experts={self.experts} with tensor={self.tensor}, data={self.data}: experts are "
+                "divided over all of tensor, between which the sequence must be divided "
+                "(between=sequence), and over a part of data; take tensor times a divisor of data"
+            )
+        return rest
 
     def microbatches(self, batch: int) -> int:
         """In how many parts a global batch of so many samples is worked on.
@@ -72,6 +95,8 @@ SHORT = {
     "tp": "tensor",
     "pp": "pipeline",
     "dp": "data",
+    "cp": "context",
+    "ep": "experts",
     "vp": "chunks",
     "mbs": "microbatch",
 }
@@ -106,17 +131,32 @@ def _value(name: str, text: str | None) -> Any:
         if text:
             return text
         raise AutoparError(f"{name} of a recipe has a name: {name}=..., see docs/recipes.md")
+    if name == "recomputed":
+        return _part(text or "")
     if text is None or not text.isdigit():
         raise AutoparError(f"{name} of a recipe is a number: {name}=8, not {text!r}")
     return int(text)
+
+
+def _part(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise AutoparError(
+            f"recomputed of a recipe is a part: recomputed=0.5, not {text!r}"
+        ) from None
 
 
 def checked(degrees: Degrees) -> Degrees:
     """``degrees`` if all of them are possible numbers."""
     for one in fields(Degrees):
         value = getattr(degrees, one.name)
-        if one.name != "zero" and isinstance(value, int) and value < 1:
+        if one.name not in ("zero", "recomputed") and isinstance(value, int) and value < 1:
             raise AutoparError(f"{one.name} of a recipe must be at least 1, not {value}")
+    if not 0 <= degrees.recomputed <= 1:
+        raise AutoparError(
+            f"recomputed of a recipe is a part of the blocks, from 0 to 1, not {degrees.recomputed}"
+        )
     if degrees.zero not in LEVELS:
         raise AutoparError(f"zero of a recipe is a level from 0 to 3, not {degrees.zero}")
     if degrees.between not in BETWEEN:

@@ -8,12 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from autopar.errors import AutoparError
 from autopar.ir.rule import Split
 from autopar.ir.sharding import INVARIANT, Mesh, Sharding, sharded_dim
 from autopar.ir.strategy import Stage, Storage, Strategy, Training
-from autopar.recipes.columns_rows import DATA, TENSOR, splits_by_purpose
+from autopar.recipes.columns_rows import (
+    CONTEXT,
+    DATA,
+    EXPERTS,
+    TENSOR,
+    TENSOR_EXPERTS,
+    splits_by_purpose,
+)
 from autopar.recipes.degrees import Degrees
 from autopar.simulator.costs import Costs
 from autopar.simulator.listing import Structure
@@ -70,8 +78,10 @@ def _mesh(degrees: Degrees) -> tuple[Mesh, list[str], list[int]]:
     out."""
     axes = [
         ("replicas", degrees.replicas, DATA, 0),
-        ("data", degrees.data, DATA, degrees.zero),
-        ("tensor", degrees.tensor, TENSOR, 0),
+        ("data", degrees.data // degrees.expert_data, DATA, degrees.zero),
+        ("experts", degrees.expert_data, EXPERTS, degrees.zero),
+        ("context", degrees.context, CONTEXT, degrees.zero),
+        ("tensor", degrees.tensor, TENSOR if degrees.experts == 1 else TENSOR_EXPERTS, 0),
     ]
     kept = [axis for axis in axes if axis[1] > 1] or [axes[1]]
     mesh = Mesh(tuple((name, size) for name, size, _, _ in kept))
@@ -122,7 +132,7 @@ def _agreed(placements: Sharding | list[str]) -> str:
 def _recomputing(
     structure: Structure, strategy: Strategy, degrees: Degrees, cost_model: CostModel
 ) -> Strategy:
-    """All copies of the repeated blocks; collectives are done again, as checkpointing does them in
+    """Copies of the repeated blocks; collectives are done again, as checkpointing does them in
     Megatron-LM and XLA."""
     if degrees.recompute not in RECIPE_KINDS:
         raise AutoparError(
@@ -133,18 +143,33 @@ def _recomputing(
     names: list[str] = []
     for block in structure.blocks:
         of = BlockChoices(structure.graph, structure.rules, strategy, costs, block)
-        names += of.names(_offsets(of, degrees), range(block.copies))
+        names += of.names(_offsets(of, degrees), recomputed_copies(block.copies, degrees))
     made = tuple(made for name in names for made in structure.graph.operator[name].outputs)
     return replace(strategy, recompute=tuple(names), repeat_collectives=made)
 
 
+def recomputed_copies(copies: int, degrees: Degrees) -> list[int]:
+    """Of each stage's, the first.
+
+    >>> recomputed_copies(8, Degrees(pipeline=2, recomputed=0.5))
+    [0, 1, 4, 5]
+    """
+    starts = [round(copies * stage / degrees.stages) for stage in range(degrees.stages + 1)]
+    return [
+        start + copy
+        for start, end in pairwise(starts)
+        for copy in range(round(degrees.recomputed * (end - start)))
+    ]
+
+
 def _offsets(of: BlockChoices, degrees: Degrees) -> Sequence[int]:
-    """What of a copy is not kept. Where what is between lies divided, nor is what was gathered."""
-    if degrees.between == "whole":
+    """What of a copy is not kept. Where what is between lies divided, or the sequence does, nor is
+    what was gathered (of a ring of keys and values, each device keeps its own)."""
+    if degrees.between == "whole" and degrees.context == 1:
         return RECIPE_KINDS[degrees.recompute](of)
     if degrees.between == "width" and degrees.recompute == "full":
         return of.summands
     return sorted({*RECIPE_KINDS[degrees.recompute](of), *of.gathered})
 
 
-__all__ = ["hybrid"]
+__all__ = ["hybrid", "recomputed_copies"]

@@ -213,6 +213,8 @@ def work(
     if bound.rule.kind == "attention":
         return _attention(bound, sizes, dtype, float(sum(read) + sum(written)), any(differentiable))
     if bound.rule.products:
+        narrow = bound.input_specs[0].dtype  # what is multiplied; the sum may be wider
+        dtype = narrow if narrow in NARROW else dtype
         return _products(bound, sizes, dtype, differentiable)
     moved = float(sum(read) + sum(written))
     if moved == 0:
@@ -245,6 +247,10 @@ def _saved_bytes(
             item = ITEM_BYTES[saved.dtype or bound.output_specs[0].dtype]
             total += prod(_factor_sizes(saved.what, sizes)) * item
     return total
+
+
+NARROW = frozenset({"float8_e4m3fn", "float8_e5m2", "float4_e2m1fn_x2"})
+"""Dtypes that only products take, whose result is wider."""
 
 
 def _attention(

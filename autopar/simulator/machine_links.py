@@ -33,12 +33,12 @@ class MachineLinks:
 
     def time_s(self, size_bytes: int, source: int, target: int) -> float:
         """Of so much from one device to another, as far as counterparts in the two groups are."""
-        stride = self._stride(self.groups[source], self.groups[target])
+        stride = self.stride(source, target)
         return self.cost_model.collective_time_s(Collective("send", size_bytes, 2, stride))
 
-    def _stride(self, source: tuple[int, ...], target: tuple[int, ...]) -> int:
-        """Of two ranks that are as far from each other as the farthest counterparts."""
-        smaller, larger = sorted((source, target), key=len)
+    def stride(self, source: int, target: int) -> int:
+        """Of two ranks that are as far from each other as the farthest counterparts of two rows."""
+        smaller, larger = sorted((self.groups[source], self.groups[target]), key=len)
         units = units_of(self.cost_model) if self.units is None else self.units
         devices = self.cost_model.devices  # all in one unit of that size
         for unit in sorted((unit for unit in units if unit < devices), reverse=True):

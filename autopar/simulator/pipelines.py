@@ -160,6 +160,23 @@ def summed_bytes(whole: OperatorGraph, training: Training) -> dict[str, int]:
     return sizes
 
 
+def group_sum(
+    cost_model: CostModel,
+    axis: str,
+    size: int,
+    reason: str,
+    groups: tuple[tuple[int, ...], ...],
+) -> PromisedCollective:
+    """An all-reduce, once a step, in each of these groups of devices."""
+    members, time_s = len(groups[0]), 0.0
+    if members > 1:
+        stride = max(1, min(groups[0][1] - groups[0][0], cost_model.devices // members))
+        within = _members_in_units(groups, units_of(cost_model))
+        one = Collective("all_reduce", size, members, stride, within)
+        time_s = cost_model.collective_time_s(one)
+    return PromisedCollective("all_reduce", "step", axis, size, 1, reason, time_s)
+
+
 def evaluate_stages(
     division: Division, cost_model: CostModel, strategy: Strategy, prices: StagePrices | None = None
 ) -> Estimate:
@@ -332,7 +349,9 @@ class PricedPipeline:
         for k, kind in enumerate(of.kinds):
             if len(kind.rows) > 1:
                 alike = tuple(zip(*(groups[row] for row in kind.rows), strict=True))
-                sums[k] = self._all_reduce(HOLDERS, of.piece_bytes(k), of.name, alike)
+                sums[k] = group_sum(
+                    self.prices.cost_model, HOLDERS, of.piece_bytes(k), of.name, alike
+                )
         traffic: Counter[tuple[int, int]] = Counter()
         busiest: Counter[tuple[bool, int]] = Counter()
         for one in of.sent(groups):
@@ -352,19 +371,9 @@ class PricedPipeline:
         whole = self.plan.parts[0].division.whole
         everyone = (tuple(device for group in self.plan.groups for device in group),)
         sizes = summed_bytes(whole, self.plan.strategy.training)
-        return tuple(self._all_reduce(WORLD, n, what, everyone) for what, n in sizes.items())
-
-    def _all_reduce(
-        self, axis: str, size: int, reason: str, groups: tuple[tuple[int, ...], ...]
-    ) -> PromisedCollective:
-        cost_model, members = self.prices.cost_model, len(groups[0])
-        time_s = 0.0
-        if members > 1:
-            stride = max(1, min(groups[0][1] - groups[0][0], cost_model.devices // members))
-            within = _members_in_units(groups, units_of(cost_model))
-            one = Collective("all_reduce", size, members, stride, within)
-            time_s = cost_model.collective_time_s(one)
-        return PromisedCollective("all_reduce", "step", axis, size, 1, reason, time_s)
+        return tuple(
+            group_sum(self.prices.cost_model, WORLD, n, what, everyone) for what, n in sizes.items()
+        )
 
     def _reduction_s(self, stages: tuple[int, ...]) -> float:
         """A row reduces the gradients of its stages one after the other, after all backwards."""
@@ -512,4 +521,4 @@ def _states(arrangement: Arrangement) -> tuple[RowStates, ...]:
     return row_states(arrangement)
 
 
-__all__ = ["PricedPipeline", "PricedStage", "StagePrices", "evaluate_stages"]
+__all__ = ["PricedPipeline", "PricedStage", "StagePrices", "evaluate_stages", "group_sum"]

@@ -162,6 +162,15 @@ class BlockChoices:
     def _weighs(self, offset: int) -> bool:
         return any(name not in self.graph.producer for name in self._operator(offset).inputs)
 
+    @cached_property
+    def elementwise(self) -> tuple[int, ...]:
+        """Norms, activation functions, sums: all that is neither a product nor attention."""
+        return tuple(
+            offset
+            for offset in self.full
+            if not self.rules[self._operator(offset).name].rule.products
+        )
+
     def _multiplies_activations(self, operator: Operator) -> bool:
         kind = self.rules[operator.name].rule.kind
         made = [name for name in operator.inputs if name in self.graph.producer]
@@ -276,6 +285,7 @@ KINDS: dict[str, Callable[[BlockChoices], tuple[int, ...]]] = {
 RECIPE_KINDS: dict[str, Callable[[BlockChoices], tuple[int, ...]]] = {
     **KINDS,
     "alternate": lambda of: of.alternate,
+    "elementwise": lambda of: of.elementwise,
 }
 """Those that recipes have: what people do, though a search has better."""
 

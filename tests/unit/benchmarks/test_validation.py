@@ -107,7 +107,7 @@ class Decoder(nn.Module):
             x = block(x, self.rotary if self.of.gated else None)
         x = self.norm(x)
         logits = F.linear(x, self.tokens.weight) if self.of.tied else self.head(x)
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return F.cross_entropy(logits.float().transpose(1, 2), targets)
 
 
 def traced(of: Transformer, batch: int) -> OperatorGraph:
@@ -192,16 +192,33 @@ def test_a_row_is_predicted_as_its_model_is_planned() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"CP": "2"}, "context parallelism"),
-        ({"EP": "8"}, "experts"),
-        ({"precision": "fp8"}, "8 or 4 bits"),
+        (
+            {"EP": "8", "n_experts": "8", "topk": "2", "moe_ffn": "9", "gated_mlp": "True"},
+            "experts=8 with",
+        ),
+        ({"EP": "2", "TP": "1", "DP": "4"}, "EP is given, and n_experts is not"),
+        ({"n_experts": "8", "topk": "2"}, "experts that are not gated"),
+        ({"n_experts": "8", "topk": "2", "gated_mlp": "True"}, "moe_ffn is not given"),
+        (
+            {"n_experts": "7", "topk": "2", "gated_mlp": "True", "moe_ffn": "9"},
+            "shared evenly by 7",
+        ),
+        ({"precision": "fp8"}, "no peak for float8_e4m3fn"),
+        ({"precision": "int3"}, "precision is 'int3': not known"),
+        ({"recompute": "recipe (CPU activation offload)"}, "no name here: recipe"),
+        ({"sequence_parallel": "maybe"}, "neither True nor False"),
+        ({"layers": "1e9"}, "more than the 4096"),
+        ({"layers": "inf"}, "layers is 'inf', no whole number"),
+        ({"TP": "1.5"}, "TP is '1.5', no whole number"),
+        ({"iter_time_s": "fast"}, "iter_time_s is 'fast', no number"),
+        ({"iter_time_s": "-1"}, "iter_time_s is -1, and must be more than 0"),
+        ({"vocab": ""}, "vocab is not given"),
+        ({"zero_fsdp": "7"}, "zero_fsdp is '7': not known"),
         ({"gpu_type": "H900"}, "no topology for H900"),
-        ({"micro_batch": ""}, "micro_batch is not given"),
         ({"layers": "many"}, "layers is 'many', no number"),
         ({"TP": "0"}, "TP is 0, and must be at least 1"),
         ({"n_gpus": "16"}, "degrees make 8 devices, and n_gpus is 16"),
         ({"recompute": "every 3rd"}, "recomputes in a way that has no name here: every 3rd"),
-        ({"virtual_pp": "", "schedule": "interleaved 1F1B"}, "virtual_pp is not given"),
         ({"global_batch": "3"}, "a batch of 3 samples is not a whole number"),
         ({"gpu_type": "V100-32GB-SXM(DGX-2H)", "precision": "bf16"}, "no peak for bfloat16"),
     ],
@@ -215,6 +232,88 @@ def test_what_cannot_be_predicted_is_skipped_with_the_reason(
     ((said, number),) = found.skipped.items()
     assert reason in said and number == 1
     assert "skipped 1: " in text(found)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sequence_parallel": "true", "flash_attn": "0", "gated_mlp": "no"},
+        {"layers": "4.0", "TP": " 2 ", "DP": "2.0", "zero_fsdp": "1.0"},
+        {"CP": "", "EP": "", "n_experts": "none", "kv_heads": "", "gpus_per_node": ""},
+        {"head_dim": "64", "virtual_pp": "1.0", "schedule": ""},
+    ],
+)
+def test_cells_may_be_spelled_otherwise(changes: dict[str, str]) -> None:
+    written, plain = (
+        run_of({**ROW, **changes}),
+        run_of({**ROW, "head_dim": changes.get("head_dim", "")}),
+    )
+    assert written == plain
+
+
+def test_what_a_row_does_not_say_is_assumed_and_counted() -> None:
+    row = {**ROW, "virtual_pp": "", "micro_batch": "", "schedule": "interleaved 1F1B"}
+    (found, every), (one,) = validate([row])
+    assert (one.run.degrees.chunks, one.run.degrees.microbatch) == (1, 1)
+    assert found.assumed == every.assumed == {"virtual_pp is 1": 1, "micro_batch is 1": 1}
+    assert "assumed of 1: virtual_pp is 1" in text(found)
+
+
+H100 = {"gpu_type": "H100-80GB-SXM", "precision": "bf16", "flash_attn": "True", "TP": "1"}
+H100 |= {"PP": "1", "DP": "8", "gated_mlp": "True", "recompute": "none"}
+H100 |= {"hidden": "4096", "ffn": "16384", "heads": "32", "kv_heads": "32", "seq_len": "2048"}
+
+
+def predicted(changes: dict[str, str]) -> Compared:
+    _, (one,) = validate([{**ROW, **H100, **changes}])
+    return one
+
+
+def test_narrow_products_are_faster_and_their_casts_cost() -> None:
+    wide, narrow = predicted({}), predicted({"precision": "fp8"})
+    products = 0.794 / 1.403  # of the largest measured speeds: those of blocks, all but attention
+    assert products * wide.step_s < narrow.step_s < wide.step_s
+    graph = narrow.run.model.graph(8)
+    casts = [o for o in graph.operators if o.op == "aten._to_copy.default"]
+    assert len(casts) == 4 * (4 + 5) + 1  # four inputs and five weights; the logits
+    by_name = {t.name: t.spec.dtype for t in graph.tensors}
+    assert {by_name[o.inputs[0]] for o in graph.operators if "attention" in o.op} == {"bfloat16"}
+
+
+def test_experts_of_a_row_work_as_much_as_those_that_are_chosen() -> None:
+    """Two of eight experts, each half as wide as the MLP: tokens are sent, and gradients of experts
+    that a device does not have are not."""
+    changes = {"n_experts": "8", "topk": "2", "moe_ffn": "8192", "EP": "8"}
+    dense, sparse = predicted({}), predicted(changes)
+    assert sparse.run.degrees == replace(dense.run.degrees, experts=8)
+    assert sparse.step_s == pytest.approx(dense.step_s, rel=0.3)
+
+
+def test_a_rack_is_used_in_parts_that_make_all_devices() -> None:
+    row = {**ROW, "gpu_type": "GB200-NVL72", "gpus_per_node": "72", "TP": "1", "PP": "1"}
+    for devices, machine in ((8, "1x8x"), (64, "1x64x"), (128, "2x64x"), (144, "2x72x")):
+        cells = {"DP": str(devices), "n_gpus": str(devices), "global_batch": str(devices)}
+        assert run_of({**row, **cells}).machine == f"{machine}gb200-nvl72"
+
+
+def test_more_recomputation_takes_longer_and_keeps_less() -> None:
+    kinds = ["none", "selective layernorm", "selective(op)", "full"]
+    found = [predicted({"recompute": kind}) for kind in kinds]
+    assert [one.step_s for one in found] == sorted(one.step_s for one in found)
+    assert [-one.memory_bytes for one in found] == sorted(-one.memory_bytes for one in found)
+    half = predicted({"recompute": "selective(layer=every 2nd)"})
+    assert half.step_s == pytest.approx((found[0].step_s + found[-1].step_s) / 2)
+
+
+def test_a_part_of_the_blocks_is_evaluated_as_the_whole_graph_is() -> None:
+    """Folded into two runs, it is what it is unfolded."""
+    one = predicted({"recompute": "full block 1 layers", "layers": "6"})
+    graph = one.run.model.graph(16)
+    plan = api.plan(
+        graph, topology=one.run.machine, recipe=one.run.degrees, precision="mixed", optimizer="adam"
+    )
+    assert plan.estimate.step_time_s == pytest.approx(one.step_s)
+    assert plan.estimate.memory.reserved_bytes == one.memory_bytes
 
 
 def test_errors_are_relative_and_by_source() -> None:
@@ -255,6 +354,40 @@ def test_tau_counts_pairs_in_order() -> None:
         left, right = sum(a != 0 for a, _ in signs), sum(b != 0 for _, b in signs)
         wanted = sum(a * b for a, b in signs) / (left * right) ** 0.5 if left * right else None
         assert kendall_tau(pairs) == pytest.approx(wanted)
+
+
+def test_the_page_has_times_and_memory_lines_and_what_was_left_out() -> None:
+    rows = [
+        ROW,
+        {**ROW, "config_id": "b", "iter_time_s": "3", "source": "<others>"},
+        {**ROW, "config_id": "c", "metric": "peak_mem_GiB", "value": "1.0"},
+        {**ROW, "config_id": "d", "gpu_type": "H900"},
+        {**ROW, "config_id": "e", "micro_batch": ""},
+    ]
+    shown = page(*validate(rows))
+    assert shown.count("<svg") == 2 and shown.count("<circle") == 4
+    assert shown.count("in the mean</title>") == 3  # two sources' times, one's memory
+    assert "&lt;others&gt;" in shown and "<others>" not in shown
+    assert "tensor=2,pipeline=2,data=2" in shown
+    assert "1: no topology for H900</summary>d<" in shown
+    assert "somebody: 1 rows, micro_batch is 1" in shown
+
+
+def test_any_cells_are_read_without_a_traceback() -> None:
+    """Rows whose cells are drawn at random from what tables have in other places."""
+    rng = Random(0)
+    cells = ("", "none", "0", "-1", "8.0", "1e9", "nan", "inf", "True", "fp8", "oom", "3", "x" * 99)
+    rows = []
+    for _ in range(60):
+        row: dict[str, Any] = dict(ROW)
+        for name in rng.sample(sorted(row), 2):
+            row[name] = rng.choice((*cells, None))
+        rows.append(row)
+    rows.append({None: ["more"], "config_id": "short"})
+    *_, every = validate(rows)[0]
+    assert every.rows == len(rows) and every.predicted + len(every.left_out) == len(rows)
+    assert not [reason for _, reason in every.left_out if "Error: " in reason]
+    page(*validate(rows))
 
 
 def test_a_file_without_the_columns_is_refused(

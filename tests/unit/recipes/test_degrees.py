@@ -113,6 +113,104 @@ def test_with_its_sequence_divided_gathers_and_scatters_take_the_place_of_sums(n
     }
 
 
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_a_context_axis_divides_the_sequence_and_gathers_keys_and_values(name: str) -> None:
+    """Once forward, and again for the backward, from where their gradients are scattered."""
+    strategy, layers = by(name, "context=2"), 2
+    attends = [o for o in strategy.splits if "scaled_dot_product" in o]
+    assert {strategy.splits[o] for o in attends} == {("q",)}
+    estimate = estimate_of(name, strategy)
+    read = {i for o in attends for i in graph_of(name).operator[o].inputs[1:]}
+    count: Counter[tuple[str, str]] = Counter()
+    for one in estimate.collectives:
+        if one.reason in read:
+            count[one.kind, one.phase] += one.count
+    both = 2 * layers
+    assert count == {
+        ("all_gather", "forward"): both,
+        ("all_gather", "backward"): both,
+        ("reduce_scatter", "backward"): both,
+    }
+    parts = estimate_of(name, by(name, "context=1,recompute=none"))
+    assert estimate.forward_compute_s < parts.forward_compute_s
+    assert estimate.memory.activations_bytes < 0.6 * parts.memory.activations_bytes
+
+
+def test_degrees_multiply_and_zero_shards_over_context_too() -> None:
+    strategy = by("llama", "tensor=2,context=2,data=2,zero=1,between=sequence")
+    assert strategy.mesh.axes == (("data", 2), ("context", 2), ("tensor", 2))
+    (name, *_) = (p.name for p in graph_of("llama").parameters if "up_proj" in p.name)
+    storage = strategy.storage[name]
+    assert [p[0] for p in storage.optimizer] == ["S", "S", "S"]
+    assert [p[0] for p in storage.parameter] == ["I", "I", "S"]
+
+
+def experts(text: str, batch: int = 16) -> tuple[Strategy, Estimate]:
+    from benchmarks.transformer import Experts, Transformer
+
+    degrees = degrees_from_text(text)
+    of = Experts(count=8, chosen=2, ffn=48, groups=degrees.tensor)
+    sizes = Transformer(3, 32, 4, 2, 0, 64, 16, gated=True, biased=False, tied=False, experts=of)
+    divided = division(sizes.graph(batch), degrees.microbatches(batch))
+    machine = FakePrices(devices=degrees.devices)
+    strategy = hybrid(divided, degrees, machine, Training("sgd"))
+    return strategy, evaluate(divided.graph, divided.rules, machine, strategy)
+
+
+@pytest.mark.parametrize(
+    ("text", "axes"),
+    [
+        ("data=8,experts=4", {"experts": 4}),
+        ("tensor=2,data=4,experts=8,between=sequence", {"experts": 4, "tensor": 2}),
+        ("tensor=2,data=4,experts=2,between=sequence", {"tensor": 2}),
+    ],
+)
+def test_experts_are_divided_and_tokens_go_all_to_all(text: str, axes: dict[str, int]) -> None:
+    """There and back, forward and backward, in each of three layers, over each axis, and nowhere
+    else; all places of a rank's tokens go, twice as many as tokens."""
+    strategy, estimate = experts(text)
+    sizes = dict(strategy.mesh.axes)
+    for axis, size in axes.items():
+        assert sizes[axis] == size
+        sent = [c for c in estimate.collectives if c.kind == "all_to_all" and c.axis == axis]
+        assert sum(c.count for c in sent) == 3 * 4
+        tokens = 16 * 16 // strategy.devices
+        assert {c.bytes for c in sent} == {tokens * 2 * 32 * 2}
+    assert {c.axis for c in estimate.collectives if c.kind == "all_to_all"} == set(axes)
+    names = list(sizes)
+    for name, kept in strategy.storage.items():
+        on = {axis for axis, p in zip(names, kept.parameter, strict=True) if p[0] == "S"}
+        if ".experts." in name:
+            assert on == set(axes)
+        elif "router" in name or "norm" in name:
+            assert not on
+
+
+def test_devices_with_all_experts_send_nothing_and_work_as_much() -> None:
+    _, apart = experts("data=8,experts=8")
+    _, together = experts("data=8")
+    assert not [c for c in together.collectives if c.kind == "all_to_all"]
+    assert apart.memory.parameters_bytes < together.memory.parameters_bytes
+
+
+def test_experts_that_do_not_lie_on_whole_neighbours_are_refused() -> None:
+    for text in ("data=8,experts=3", "tensor=4,data=2,experts=2,between=sequence"):
+        with pytest.raises(AutoparError, match="experts are divided over all of tensor"):
+            experts(text)
+    with pytest.raises(AutoparError, match="the sequence must be divided"):
+        experts("tensor=2,data=4,experts=4")
+
+
+def test_a_plan_that_divides_queries_of_causal_attention_is_not_run() -> None:
+    from autopar import api
+    from benchmarks.transformer import Transformer
+
+    graph = Transformer(2, 32, 4, 4, 128, 64, 16).graph(4)
+    plan = api.plan(graph, topology="1x2xh100-sxm", recipe="context=2")
+    with pytest.raises(AutoparError, match=r"divides q of .*no implementation here"):
+        api.division_of(plan)
+
+
 def test_parallel_layers_have_one_sum(name: str = "palm") -> None:
     """What attention and MLP give is added before it is summed over devices (arXiv 2204.02311)."""
     estimate = estimate_of(name, by(name, "tensor=2"))

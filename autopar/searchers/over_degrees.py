@@ -1,0 +1,596 @@
+"""All degrees of parallelism that a recipe may have, priced together: what they share is priced
+once.
+
+A candidate is ``Degrees``. Each of its stages has so many copies of the repeated block, one has
+what is before them and one what is after; so a few small stages, of one to three copies, say what
+all stages of all candidates cost:
+
+    stage of L copies = stage of 1 + (L - 1) x (first of 2 - first of 1)
+
+What operators and their collectives cost depends on tensor, context, microbatch, ``between`` and
+``recompute``; what parameters cost beside on data, replicas and ZeRO. The two are priced apart, the
+one on one replica, the other with the smallest microbatch, and added. The rows of a schedule are
+played for all candidates at once, for no more microbatches than it takes until each further one
+takes as long as the one before.
+
+Left out is that transfers wait for one another on a link, and of memory what an operator needs
+beside what is saved: both only make a step longer or larger. So the numbers are **bounds**, equal
+to the full evaluation where no transfer waits; candidates are evaluated in full in their order,
+until the bound of the next is no better than the best that fits.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.errors import AutoparError
+from autopar.ir.graph import OperatorGraph
+from autopar.ir.schedule import KINDS, Action, Rows
+from autopar.ir.sharding import local_shape
+from autopar.ir.simulation import HOLDERS, WORLD, Estimate
+from autopar.ir.strategy import Strategy, Training
+from autopar.recipes import Degrees, hybrid
+from autopar.schedules import SCHEDULES
+from autopar.simulator.arrangement import Arrangement, arrange
+from autopar.simulator.costs import ComputeCache, Costs
+from autopar.simulator.edges import parameter_edges
+from autopar.simulator.folding import KEPT, fold
+from autopar.simulator.listing import Structure
+from autopar.simulator.machine_links import MachineLinks
+from autopar.simulator.memory import local_bytes, optimizer_bytes_per_element, saved_bytes
+from autopar.simulator.microbatches import Division, batch_size, division
+from autopar.simulator.pipeline import Wiring
+from autopar.simulator.pipelines import (
+    evaluate_stages,
+    group_sum,
+    summed_bytes,
+)
+from autopar.simulator.prices import evaluate, stage_parts, sum_time_s
+from autopar.simulator.sharing import alone
+from autopar.simulator.staged import block_starts, runs, staged
+from autopar.simulator.stages import Pipelined, StagePart, pipelined
+from cost_models.interface import Collective, CostModel
+
+Numbers = NDArray[np.float64]
+
+FORWARD, BACKWARD, SUM, REDUCTION, UPDATE, ALWAYS, GRADIENTS, SAVED = range(8)
+"""What is known of a stage: seconds of one microbatch forward and backward, of adding its gradients
+to those of others, and once a step; bytes held always, of gradients, and saved by a microbatch."""
+
+HELD = [SUM, ALWAYS, GRADIENTS]
+"""Of parameters alone."""
+
+FIRST, MIDDLE, LAST, WHOLE, COPY = range(5)
+"""Kinds of stages; ``COPY`` is what one more copy of the block adds."""
+
+STEADY = 3
+"""After so many microbatches for each row, every further one takes as long as the one before."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """``step_time_s`` and ``memory_bytes`` are bounds from below."""
+
+    degrees: Degrees
+    step_time_s: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """``candidates``: the fastest first. ``skipped``: how many are none, by reason."""
+
+    candidates: tuple[Candidate, ...]
+    skipped: dict[str, int]
+
+
+@dataclass(frozen=True)
+class DegreesFound:
+    """``evaluated``: how many were evaluated in full; ``skipped`` as of the bounds."""
+
+    best: Degrees | None
+    estimate: Estimate | None
+    evaluated: int
+    skipped: dict[str, int]
+
+
+def search_degrees(prices: DegreePrices, bounds: Bounds, memory_limit_bytes: float) -> DegreesFound:
+    """The fastest of ``bounds`` that fits, by the full evaluation of each that could be it."""
+    best: Degrees | None = None
+    estimate: Estimate | None = None
+    evaluated = 0
+    for one in bounds.candidates:
+        if estimate is not None and one.step_time_s >= estimate.step_time_s:
+            break
+        if one.memory_bytes <= memory_limit_bytes:
+            evaluated += 1
+            full = prices.evaluated(one.degrees)
+            fits = full.peak_memory_bytes <= memory_limit_bytes
+            if fits and (estimate is None or full.step_time_s < estimate.step_time_s):
+                best, estimate = one.degrees, full
+    return DegreesFound(best, estimate, evaluated, bounds.skipped)
+
+
+@dataclass
+class DegreePrices:
+    """Of one graph (a global batch) on one machine; remembered by what they depend on.
+
+    Raises:
+        AutoparError: the graph has no repeated block.
+    """
+
+    graph: OperatorGraph
+    cost_model: CostModel
+    training: Training
+    _cache: ComputeCache = field(default_factory=dict)
+    _divisions: dict[int, Division] = field(default_factory=dict)
+    _structures: dict[int, Structure] = field(default_factory=dict)
+    _operators: dict[object, _Small] = field(default_factory=dict)
+    _parameters: dict[object, _Small] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        blocks = Structure(self.graph, division(self.graph, 1).rules).blocks
+        most = max(blocks, key=lambda block: block.period * block.copies, default=None)
+        self.layers = 0 if most is None else most.copies
+        if most is None or self.layers < KEPT:
+            raise AutoparError(
+                f"{self.graph.name} has no block that is repeated at least {KEPT} times, of which "
+                "stages could have equal numbers; give degrees one by one, with --recipe"
+            )
+        self.folded = fold(self.graph, (most,)).graph
+        self.batch = batch_size(self.folded)
+        self.machine = alone(self.cost_model)
+
+    # ---- one in full ---------------------------------------------------------------------------
+
+    def evaluated(self, degrees: Degrees) -> Estimate:
+        """As any plan by this recipe is."""
+        divided = division(self.graph, degrees.microbatches(self.batch))
+        structure = Structure(divided.graph, divided.rules)
+        strategy = hybrid(divided, degrees, self.cost_model, self.training, structure)
+        if len(strategy.stages) > 1:
+            return evaluate_stages(divided, self.cost_model, strategy)
+        alike = structure.folded_in_runs(tuple(frozenset[int]() for _ in structure.blocks))
+        return evaluate(divided.graph, divided.rules, self.cost_model, strategy, folded=alike)
+
+    # ---- all together --------------------------------------------------------------------------
+
+    def bounds(self, candidates: Iterable[Degrees]) -> Bounds:
+        skipped: defaultdict[str, int] = defaultdict(int)
+        grouped: defaultdict[tuple[str, int, int], list[tuple[Degrees, _Stages]]]
+        grouped = defaultdict(list)
+        for one in candidates:
+            try:
+                stages = self._stages(one)
+            except AutoparError as error:
+                skipped[str(error)] += 1
+                continue
+            grouped[_schedule(one), one.pipeline, one.chunks].append((one, stages))
+        found: list[Candidate] = []
+        for (schedule, rows, chunks), members in grouped.items():
+            try:
+                found += self._together(schedule, rows, chunks, members)
+            except AutoparError as error:
+                skipped[str(error)] += len(members)
+        found.sort(key=lambda one: one.step_time_s)
+        return Bounds(tuple(found), dict(skipped))
+
+    def _stages(self, of: Degrees) -> _Stages:
+        """Of one candidate.
+
+        Raises:
+            AutoparError: it cannot be, or not together with others.
+        """
+        if of.experts > 1 or of.recomputed < 1:
+            raise AutoparError(
+                "experts, and recomputation in a part of the blocks, are not priced together with "
+                "other degrees; plan them one by one, with --recipe"
+            )
+        if of.microbatch is None:
+            parts = of.microbatches(self.batch) * of.data * of.replicas
+            of = replace(of, microbatch=self.batch // parts)
+        if self.layers % of.stages:
+            raise AutoparError(f"{of.stages} stages do not have equal numbers of the blocks")
+        count = of.microbatches(self.batch)
+        operators = self._of_operators(of)
+        again = of.recompute if of.zero == 3 else "none"
+        kept = self._of_parameters(of, again)
+        whole = self._of_parameters(_one_replica(of), again)
+        numbers = operators.numbers + kept.numbers - whole.numbers
+        numbers[:, HELD] = kept.numbers[:, HELD]
+        return _Stages(numbers, self.layers // of.stages, count, operators, kept)
+
+    def _of_operators(self, of: Degrees) -> _Small:
+        """Of one replica that keeps everything whole."""
+        key = of.tensor, of.context, of.microbatch, of.between, of.recompute, of.pipeline == 1
+        if key not in self._operators:
+            one = _one_replica(of)
+            self._operators[key] = self._small(one, only_parameters=False)
+        return self._operators[key]
+
+    def _of_parameters(self, of: Degrees, again: str) -> _Small:
+        """Of the smallest microbatch; ``again``: what is recomputed, where parameters are gathered
+        again for it."""
+        axes = of.tensor, of.context, of.data, of.replicas
+        key = *axes, of.zero, of.between, again, of.pipeline == 1
+        if key not in self._parameters:
+            one = replace(of, microbatch=1, recompute=again)
+            self._parameters[key] = self._small(one, only_parameters=True)
+        return self._parameters[key]
+
+    def _small(self, of: Degrees, only_parameters: bool) -> _Small:
+        """Three copies of the block in three stages; and what one copy more adds, which of
+        parameters is what the one in the middle has."""
+        one = replace(of, pipeline=1, chunks=1, schedule=None)
+        divided = self._divided(one.microbatches(self.batch))
+        structure = self._structures[divided.count]
+        whole = hybrid(divided, one, self.cost_model, self.training, structure)
+        starts = block_starts(divided.graph)
+        costs = Costs(self.machine, whole.mesh, self._cache, tuple(range(whole.mesh.size)))
+
+        def numbers(part: StagePart) -> Numbers:
+            return _of_parameters(part, costs) if only_parameters else _of_operators(part, costs)
+
+        plan = _cut(divided, whole, starts[1:KEPT])
+        found = [numbers(part) for part in plan.parts]
+        if only_parameters:
+            copy = found[MIDDLE]
+        else:
+            copy = numbers(_cut(divided, whole, starts[2:KEPT]).parts[0]) - found[FIRST]
+        together = np.full(len(copy), np.nan)
+        if of.pipeline == 1:
+            together = numbers(_uncut(divided, whole)) - (KEPT - 1) * copy
+        return _Small(np.array([*found, together, copy]), plan)
+
+    def _divided(self, count: int) -> Division:
+        if count not in self._divisions:
+            made = self._divisions[count] = division(self.folded, count)
+            self._structures[count] = Structure(made.graph, made.rules)
+        return self._divisions[count]
+
+    # ---- rows ----------------------------------------------------------------------------------
+
+    def _together(
+        self,
+        schedule: str,
+        rows: int,
+        chunks: int,
+        members: Sequence[tuple[Degrees, _Stages]],
+    ) -> Iterator[Candidate]:
+        if rows == 1:
+            yield from map(self._in_one_row, members)
+            return
+        alike: defaultdict[int, list[tuple[Degrees, _Stages]]] = defaultdict(list)
+        for member in members:
+            alike[_played_count(member[1].count, rows)].append(member)
+        for of_alike in alike.values():
+            yield from self._in_rows(schedule, rows, chunks, of_alike)
+
+    def _in_one_row(self, member: tuple[Degrees, _Stages]) -> Candidate:
+        degrees, stages = member
+        of = stages.stage(WHOLE)
+        time_s = stages.count * (of[FORWARD] + of[BACKWARD]) + (stages.count - 1) * of[SUM]
+        step_s = time_s + of[REDUCTION] + of[UPDATE]
+        return Candidate(degrees, step_s, int(of[ALWAYS] + of[GRADIENTS] + of[SAVED]))
+
+    def _in_rows(
+        self,
+        schedule: str,
+        rows: int,
+        chunks: int,
+        members: Sequence[tuple[Degrees, _Stages]],
+    ) -> Iterator[Candidate]:
+        kinds = [FIRST, *[MIDDLE] * (rows * chunks - 2), LAST]
+        of = {kind: np.array([m.stage(kind) for _, m in members]) for kind in set(kinds)}
+        links = [self._links(degrees, stages) for degrees, stages in members]
+        counts = np.array([stages.count for _, stages in members])
+        ends, kept = _played(schedule, rows, chunks, counts, of, np.array(links))
+        placed = _placed(schedule, rows, chunks)
+
+        def total(what: int, stages: Iterable[int]) -> Numbers:
+            each = np.array([of[kinds[stage]][:, what] for stage in stages])
+            found: Numbers = each.sum(axis=0)
+            return found
+
+        reduced = [end + total(REDUCTION, stages) for end, stages in zip(ends, placed, strict=True)]
+        exchanged = np.array([self._exchange_s(degrees, stages) for degrees, stages in members])
+        tied = exchanged > 0
+        both = np.maximum(reduced[0], reduced[-1]) + exchanged
+        reduced[0] = np.where(tied, both, reduced[0])
+        reduced[-1] = np.where(tied, both, reduced[-1])
+        sums = np.array([self._world_s(degrees.devices) for degrees, _ in members])
+        update = np.max([total(UPDATE, stages) for stages in placed], axis=0)
+        step_s = np.max(reduced, axis=0) + sums + update
+        memory = np.max(
+            [total(ALWAYS, stages) + beside for stages, beside in zip(placed, kept, strict=True)],
+            axis=0,
+        )
+        for (degrees, _), time_s, size in zip(members, step_s, memory, strict=True):
+            yield Candidate(degrees, float(time_s), int(size))
+
+    def _links(self, degrees: Degrees, stages: _Stages) -> list[list[float]]:
+        """Seconds from each row to the next, the last to the first too, forward; and back."""
+        forward, backward = stages.operators.sent_bytes
+        key = degrees.pipeline, degrees.stage_devices
+        strides = self._strides(*key)
+        return [
+            [self._send_s(forward, stride) for stride in strides],
+            [self._send_s(backward, stride) for stride in strides],
+        ]
+
+    @lru_cache(maxsize=None)  # noqa: B019 - lives as long as the search
+    def _strides(self, rows: int, size: int) -> tuple[int, ...]:
+        groups = tuple(tuple(range(row * size, (row + 1) * size)) for row in range(rows))
+        links = MachineLinks(self.machine, groups)
+        return tuple(links.stride(row, (row + 1) % rows) for row in range(rows))
+
+    @lru_cache(maxsize=None)  # noqa: B019
+    def _send_s(self, size: int, stride: int) -> float:
+        return self.machine.collective_time_s(Collective("send", size, 2, stride))
+
+    def _exchange_s(self, degrees: Degrees, stages: _Stages) -> float:
+        """Of parameters that the first and the last stage share."""
+        key = degrees.pipeline, degrees.stage_devices, stages.parameters.shared_bytes
+        return self._shared_s(*key)
+
+    @lru_cache(maxsize=None)  # noqa: B019
+    def _shared_s(self, rows: int, size: int, shared: tuple[int, ...]) -> float:
+        last = (rows - 1) * size
+        groups = tuple((device, last + device) for device in range(size))
+        return sum(group_sum(self.machine, HOLDERS, n, "shared", groups).time_s for n in shared)
+
+    @lru_cache(maxsize=None)  # noqa: B019
+    def _world_s(self, devices: int) -> float:
+        groups = (tuple(range(devices)),)
+        sizes = summed_bytes(self.graph, self.training)
+        return sum(
+            group_sum(self.machine, WORLD, n, what, groups).time_s for what, n in sizes.items()
+        )
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def _one_replica(degrees: Degrees) -> Degrees:
+    return replace(degrees, data=1, replicas=1, zero=0)
+
+
+def _schedule(degrees: Degrees) -> str:
+    return degrees.schedule or ("1f1b" if degrees.chunks == 1 else "interleaved_1f1b")
+
+
+# ---- small stages --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Small:
+    """``numbers``: a row for each kind of stage, of one copy of the block."""
+
+    numbers: Numbers
+    plan: Pipelined
+
+    @cached_property
+    def sent_bytes(self) -> tuple[int, int]:
+        """What the busiest device sends to the next stage, forward and back."""
+        feeds = self.plan.feeds
+        if [(feed.source, feed.target) for feed in feeds] != [(0, 1), (1, 2)]:
+            raise AutoparError(
+                "stages read more than what the one before them makes; such graphs are not "
+                "searched by degrees"
+            )
+        return feeds[0].busiest_bytes or 0, feeds[0].busiest_backward_bytes or 0
+
+    @cached_property
+    def shared_bytes(self) -> tuple[int, ...]:
+        """Of each parameter that the first and the last stage share, what is exchanged."""
+        for of in self.plan.shared:
+            if of.rows != (0, 2) or len(of.kinds) > 1:
+                raise AutoparError(f"{of.name} is shared by stages that keep it differently")
+        return tuple(of.piece_bytes(0) for of in self.plan.shared)
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """Of one candidate: ``copies`` of the block in each stage, and ``count`` microbatches."""
+
+    numbers: Numbers
+    copies: int
+    count: int
+    operators: _Small
+    parameters: _Small
+
+    def stage(self, kind: int) -> Numbers:
+        found: Numbers = self.numbers[kind] + (self.copies - 1) * self.numbers[COPY]
+        return found
+
+
+def _cut(divided: Division, whole: Strategy, cuts: Sequence[int]) -> Pipelined:
+    stages = runs(divided.graph, cuts)
+    like = [whole] * len(stages)
+    return pipelined(divided, staged(divided.graph, stages, like, "1f1b", divided.count))
+
+
+def _uncut(divided: Division, whole: Strategy) -> StagePart:
+    loss = divided.graph.loss
+    ends = {loss: ("I",) * len(whole.mesh.axes)}
+    return StagePart(divided, whole, {}, ends)
+
+
+def _of_operators(part: StagePart, costs: Costs) -> Numbers:
+    found = _times(part, costs)
+    of = part.graph, part.division.rules, part.strategy
+    found[SAVED] = saved_bytes(*of, given=part.given, ends=part.ends)
+    return found
+
+
+def _of_parameters(part: StagePart, costs: Costs) -> Numbers:
+    found = _times(part, costs)
+    for edge in parameter_edges(part.graph, part.division.rules, part.strategy):
+        if edge.trainable:
+            size = local_bytes(edge.spec, edge.summed, part.mesh)
+            found[SUM] += sum_time_s(size, 2, edge.spec, costs)
+    for parameter in part.graph.parameters:
+        kept, spec = part.kept(parameter.name), parameter.spec
+        updated = prod(local_shape(spec.shape, kept.optimizer, part.mesh))
+        states = optimizer_bytes_per_element(spec, part.strategy.training)
+        found[ALWAYS] += local_bytes(spec, kept.parameter, part.mesh) + updated * states
+        found[GRADIENTS] += local_bytes(spec, kept.gradient, part.mesh)
+    return found
+
+
+def _times(part: StagePart, costs: Costs) -> Numbers:
+    """Of one microbatch, whose gradients are added to no others."""
+    one = replace(part, division=replace(part.division, count=1))
+    of, found = stage_parts(one, costs), np.zeros(SAVED + 1)
+    found[FORWARD] = of.forward_compute_s + of.forward_communication_s
+    found[BACKWARD] = of.backward_compute_s + of.backward_communication_s
+    found[REDUCTION], found[UPDATE] = of.reduction_s, of.optimizer_s + of.refresh_s
+    return found
+
+
+# ---- rows of a schedule --------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def _rows_of(schedule: str, rows: int, chunks: int, count: int) -> Rows:
+    stages = rows * chunks
+    chain = tuple((stage, stage + 1) for stage in range(stages - 1))
+    return SCHEDULES[schedule](stages, count, chunks, chain)
+
+
+@lru_cache(maxsize=None)
+def _placed(schedule: str, rows: int, chunks: int) -> tuple[tuple[int, ...], ...]:
+    """The stages of each row."""
+    found = _rows_of(schedule, rows, chunks, rows)
+    return tuple(tuple(sorted({action.stage for action in row})) for row in found)
+
+
+def _played_count(count: int, rows: int) -> int:
+    """How many microbatches are played for so many.
+
+    >>> [_played_count(n, 4) for n in (8, 16, 17, 18, 20)]
+    [8, 16, 17, 18, 16]
+    """
+    longest = (STEADY + 1) * rows
+    return count if count <= longest else longest + count % rows
+
+
+def _played(
+    schedule: str,
+    rows: int,
+    chunks: int,
+    counts: NDArray[np.int64],
+    of: dict[int, Numbers],
+    links: Numbers,
+) -> tuple[list[Numbers], list[Numbers]]:
+    """When each row has done its passes, and what it keeps saved at most; ``counts``: of
+    microbatches, for all of which as many are played."""
+    count = _played_count(int(counts[0]), rows)
+    played, kept = _play(schedule, rows, chunks, count, counts, of, links)
+    more = (counts - count) / rows
+    if not more.any():
+        return played, kept
+    shorter, less = _play(schedule, rows, chunks, count - rows, counts, of, links)
+    return (
+        [b + (b - a) * more for a, b in zip(shorter, played, strict=True)],
+        [b + (b - a) * more for a, b in zip(less, kept, strict=True)],
+    )
+
+
+@lru_cache(maxsize=64)
+def _tasks(schedule: str, rows: int, chunks: int, count: int) -> Arrangement:
+    stages = rows * chunks
+    feeds = tuple((stage, stage + 1, True) for stage in range(stages - 1))
+    return arrange(_rows_of(schedule, rows, chunks, count), Wiring(stages, feeds))
+
+
+def _play(
+    schedule: str,
+    rows: int,
+    chunks: int,
+    count: int,
+    counts: NDArray[np.int64],
+    of: dict[int, Numbers],
+    links: Numbers,
+) -> tuple[list[Numbers], list[Numbers]]:
+    """``count`` microbatches, with the sums of ``counts``; each number an array."""
+    stages = rows * chunks
+    made = _rows_of(schedule, rows, chunks, count)
+    kinds = [FIRST, *[MIDDLE] * (stages - 2), LAST]
+    tasks = _tasks(schedule, rows, chunks, count)
+    added = (counts - 1) / counts
+    lengths = {
+        kind: {
+            "F": numbers[:, FORWARD],
+            "B": numbers[:, BACKWARD] + added * numbers[:, SUM],
+        }
+        for kind, numbers in of.items()
+    }
+    zero = np.zeros(len(links))
+    length_of = {
+        price: zero
+        if KINDS[price % len(KINDS)] == "U"
+        else lengths[kinds[price // len(KINDS)]][KINDS[price % len(KINDS)]]
+        for price in set(tasks.price_of)
+    }
+    delay = [
+        links[:, int(route.backward), min(route.source_row, route.target_row)]
+        if abs(route.source_row - route.target_row) == 1
+        else links[:, int(route.backward), rows - 1]
+        for route in tasks.routes
+    ]
+    free, ready = [zero] * rows, [zero] * tasks.actions
+    row_of, price_of, actions = tasks.row_of, tasks.price_of, tasks.actions
+    ended = ready.copy()
+    maximum = np.maximum
+    for task in tasks.order:
+        if task < actions:
+            row = row_of[task]
+            end = maximum(free[row], ready[task]) + length_of[price_of[task]]
+            free[row] = ended[task] = end
+        else:
+            number = task - actions
+            reader = tasks.reader[number]
+            arrives = ended[tasks.sender[number]] + delay[tasks.route_of[number]]
+            ready[reader] = maximum(ready[reader], arrives)
+    return free, [_most(row, kinds, of, zero) for row in made]
+
+
+def _most(
+    row: Sequence[Action], kinds: Sequence[int], of: Mapping[int, Numbers], zero: Numbers
+) -> Numbers:
+    """What a row keeps of microbatches in flight and of gradients, at the worst moment."""
+    saved, gradients, seen = [0] * (LAST + 1), [0] * (LAST + 1), set()
+    begun: set[int] = set()
+    for action in row:
+        kind = kinds[action.stage]
+        if action.kind == "F":
+            saved[kind] += 1
+        elif action.kind == "B":
+            saved[kind] -= 1
+            gradients[kind] += action.stage not in begun
+            begun.add(action.stage)
+        seen.add((*saved, *gradients))
+    largest = {one for one in seen if not any(_above(other, one) for other in seen)}
+    most = zero
+    for counts in largest:
+        held = zero
+        for kind, numbers in of.items():
+            held = held + counts[kind] * numbers[:, SAVED]
+            held = held + counts[LAST + 1 + kind] * numbers[:, GRADIENTS]
+        most = np.maximum(most, held)
+    return most
+
+
+def _above(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    return one != other and all(a >= b for a, b in zip(one, other, strict=True))
+
+
+__all__ = ["Bounds", "Candidate", "DegreePrices", "DegreesFound", "search_degrees"]

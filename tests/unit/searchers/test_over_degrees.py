@@ -1,0 +1,86 @@
+"""All degrees priced together are what each is alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from autopar.errors import AutoparError
+from autopar.ir.strategy import Training
+from autopar.recipes import Degrees
+from autopar.searchers.over_degrees import DegreePrices, search_degrees
+from benchmarks.degrees import candidates
+from benchmarks.transformer import Transformer
+from cost_models import cost_model
+
+GPT = Transformer(12, 512, 16, 16, 2048, 1024, 256, flash=False, dropout=True, dtype="float16")
+LLAMA = Transformer(
+    12, 512, 16, 8, 1024, 1024, 256, gated=True, biased=False, tied=False, dtype="bfloat16"
+)
+BATCH = 64
+
+
+def prices_of(of: Transformer) -> DegreePrices:
+    machine = cost_model("4x8xa100-sxm-80gb")
+    return DegreePrices(of.graph(BATCH), machine, Training("adam", "mixed"))
+
+
+@pytest.mark.parametrize("of", [GPT, LLAMA])
+def test_priced_together_is_priced_alone(of: Transformer) -> None:
+    """Step times to the last digits, except that no transfer waits for another."""
+    prices = prices_of(of)
+    sample = Random(0).sample(list(candidates(32, of.layers, BATCH)), 9)
+    found = prices.bounds(sample)
+    assert not found.skipped and len(found.candidates) == len(sample)
+    equal = 0
+    for one in found.candidates:
+        alone = prices.evaluated(one.degrees)
+        assert one.step_time_s <= alone.step_time_s * (1 + 1e-9), one
+        assert one.step_time_s >= alone.step_time_s * 0.99, one
+        assert one.memory_bytes <= alone.peak_memory_bytes, one
+        equal += one.step_time_s == pytest.approx(alone.step_time_s, rel=1e-9)
+    assert equal >= 8
+
+
+def test_with_context_parallelism_and_replicas() -> None:
+    prices = prices_of(LLAMA)
+    for of in (
+        Degrees(2, 2, 2, 2, microbatch=2, zero=1, context=2, between="sequence"),
+        Degrees(1, 1, 4, 2, microbatch=1, zero=3, context=4, recompute="full"),
+        Degrees(4, 4, 2, 1, 3, microbatch=1, zero=2, recompute="selective"),
+    ):
+        (one,) = prices.bounds([of]).candidates
+        alone = prices.evaluated(of)
+        assert one.step_time_s == pytest.approx(alone.step_time_s, rel=1e-9)
+        assert one.memory_bytes <= alone.peak_memory_bytes
+
+
+def test_the_best_is_the_best_of_all() -> None:
+    prices = prices_of(GPT)
+    sample = Random(1).sample(list(candidates(32, GPT.layers, BATCH)), 8)
+    alone = [(prices.evaluated(of), of) for of in sample]
+    limit = sorted(one.peak_memory_bytes for one, _ in alone)[4]
+    found = search_degrees(prices, prices.bounds(sample), limit)
+    fitting = [(e.step_time_s, of) for e, of in alone if e.peak_memory_bytes <= limit]
+    assert found.estimate is not None
+    assert found.estimate.step_time_s == pytest.approx(min(time_s for time_s, _ in fitting))
+
+
+def test_what_cannot_be_is_said() -> None:
+    prices = prices_of(GPT)
+    found = prices.bounds([Degrees(pipeline=8, data=4), Degrees(tensor=2, data=16, microbatch=3)])
+    assert not found.candidates
+    assert {text.partition(" ")[0] for text in found.skipped} == {"8", "a"}
+    apart = prices.bounds([Degrees(data=32, experts=2), Degrees(data=32, recomputed=0.5)])
+    assert list(apart.skipped.values()) == [2]
+    usual = Degrees(tensor=2, data=16)
+    (one,), (same,) = (
+        prices.bounds([of]).candidates for of in (usual, replace(usual, microbatch=4))
+    )
+    assert one.step_time_s == same.step_time_s
+    with pytest.raises(AutoparError, match="no block that is repeated"):
+        DegreePrices(
+            Transformer(1, 64, 2, 2, 64, 64, 16).graph(8), cost_model("1x8xh100-sxm"), Training()
+        )
