@@ -57,7 +57,7 @@ fits."""
 
 PESSIMISTIC = 0.05
 """Of the memory, by how much units may say that more is needed than is: so much more is allowed
-where nothing fits (decision 22 has how far units are off)."""
+where nothing was found yet and nothing fits (decision 22 has how far units are off)."""
 
 PROMISING_MESHES = 6
 """Of which all numbers of microbatches are tried."""
@@ -251,9 +251,10 @@ class _Search:
         looked = monotonic()
         share = max(self.budget.proof_s, PROOF_SHARE * (looked - self.started))
         while self._open:
-            late = self.best is not None and monotonic() > looked + share
-            if late or self._open[0][0] >= self._enough_s:
+            left_s = looked + share - monotonic() if self.best is not None else math.inf
+            if left_s < 0 or self._open[0][0] >= self._enough_s:
                 break
+            proof_s = min(PROOF_S, max(FIRST_PROOF_S, left_s))
             self._in_time()
             _, unbounded, _, prospect = heapq.heappop(self._open)
             if unbounded:
@@ -263,14 +264,14 @@ class _Search:
                 for half in prospect.halves():
                     self._push(half)
             elif prospect.rows > 1:
-                self._plan_stages(prospect)
+                self._plan_stages(prospect, proof_s)
             else:
-                self._try_one_stage(prospect, PROOF_S)
+                self._try_one_stage(prospect, proof_s)
 
-    def _plan_stages(self, prospect: Prospect) -> None:
+    def _plan_stages(self, prospect: Prospect, proof_s: float) -> None:
         """All of these stages, as far as they may be faster than the best."""
         found = list(self.prospects.likely(prospect))
-        self._close_one(prospect, self._try_stages(found, PROOF_S) if found else 0.0)
+        self._close_one(prospect, self._try_stages(found, proof_s) if found else 0.0)
 
     def _close_one(self, prospect: Prospect, bound_s: float) -> None:
         """What is proved of it; whatever was proved of it before holds, too."""
@@ -350,7 +351,8 @@ class _Search:
             problem.training,
             _kinds(problem.recompute),
         )
-        bound_s, exact, more = math.inf, 1.0, PESSIMISTIC
+        bound_s, exact = math.inf, 1.0
+        more = PESSIMISTIC if self.best is None else 0.0
         below_s = min(cutoff_s, PROMISING * self.best_s)  # units may say that more time is needed
         for _ in range(CORRECTIONS):
             self._in_time()
