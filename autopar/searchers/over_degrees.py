@@ -578,7 +578,10 @@ def _most(
             gradients[kind] += action.stage not in begun
             begun.add(action.stage)
         seen.add((*saved, *gradients))
-    largest = {one for one in seen if not any(_above(other, one) for other in seen)}
+    largest: list[tuple[int, ...]] = []
+    for one in sorted(seen, key=sum, reverse=True):  # none is above one with a greater sum
+        if not any(_above(other, one) for other in largest):
+            largest.append(one)
     most = zero
     for counts in largest:
         held = zero
@@ -590,7 +593,7 @@ def _most(
 
 
 def _above(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    return one != other and all(a >= b for a, b in zip(one, other, strict=True))
+    return all(a >= b for a, b in zip(one, other, strict=True))
 
 
 __all__ = ["Bounds", "Candidate", "DegreePrices", "DegreesFound", "search_degrees"]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator
-from functools import cached_property
 from typing import NamedTuple
 
 from autopar.simulator.pipeline import Time
@@ -65,15 +64,10 @@ class _Back:
         for task, exchange in enumerate(self._arrangement.exchanges, self._exchanges):
             for update in exchange.updates:
                 self._before_action[update].append(task)
-
-    @cached_property
-    def _freed(self) -> dict[tuple[Hashable, Time], list[int]]:
-        """Transfers and exchanges by when they left which link."""
-        found: dict[tuple[Hashable, Time], list[int]] = defaultdict(list)
-        for task in range(self._actions, len(self._timeline.ends)):
+        self._freed: dict[tuple[Hashable, Time], list[int]] = defaultdict(list)
+        for task in range(self._actions, len(timeline.ends)):
             for link in self._links(task):
-                found[link, self._timeline.ends[task]].append(task)
-        return found
+                self._freed[link, timeline.ends[task]].append(task)
 
     def path(self) -> list[Piece]:
         starts, ends = self._timeline.starts, self._timeline.ends
