@@ -499,12 +499,12 @@ def run_search(
     tried = f"{len(problem.meshes)} meshes" if len(problem.meshes) > 1 else "the mesh"
     _tell(progress, f"searching {tried} of {problem.cost_model.devices} devices")
     budget = USUAL if time_limit_s is None else Budget(time_limit_s, USUAL.gap)
-    with _no_garbage():
+    with no_garbage():
         return found(problem, budget, progress=progress or _silent)
 
 
 @contextmanager
-def _no_garbage() -> Iterator[None]:
+def no_garbage() -> Iterator[None]:
     """A search leaves no cycles of objects behind. Looking for them among all of torch's objects
     takes a tenth of its time."""
     collects = gc.isenabled()
@@ -664,7 +664,7 @@ def _by_recipe(
 
     name = given if isinstance(given, str) else degrees_text(given)
     _tell(progress, f"pricing the recipe {name}")
-    with _no_garbage(), _as_user_errors():  # such as a dtype that the machine has no speed of
+    with no_garbage(), _as_user_errors():  # such as a dtype that the machine has no speed of
         if isinstance(recipe, Degrees):
             strategy = _of_degrees(problem, recipe, microbatches)
         else:

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from time import process_time
 
+from autopar.api import no_garbage
 from benchmarks.report import page
 from benchmarks.runs import COLUMNS, Quality, Row, share, validate
 
@@ -52,7 +53,8 @@ def main() -> int:
     parser.add_argument("-o", "--output", type=Path, help="write a page with a picture")
     arguments = parser.parse_args()
     started = process_time()
-    found, compared = validate(read(arguments.csv))
+    with no_garbage():
+        found, compared = validate(read(arguments.csv))
     elapsed_s = process_time() - started
     for source in found:
         print(json.dumps(asdict(source)) if arguments.json else text(source))

@@ -90,7 +90,7 @@ class Mesh:
 
     axes: tuple[tuple[str, int], ...]
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.axes)
 
@@ -98,11 +98,11 @@ class Mesh:
     def sizes(self) -> tuple[int, ...]:
         return _sizes(self.axes)
 
-    @property
+    @cached_property
     def size(self) -> int:
         return prod(self.sizes)
 
-    @property
+    @cached_property
     def strides(self) -> tuple[int, ...]:
         """Distance in ranks between neighbours on each axis."""
         return tuple(prod(self.sizes[i + 1 :]) for i in range(len(self.axes)))

@@ -22,7 +22,7 @@ until the bound of the next is no better than the best that fits.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from math import prod
@@ -203,13 +203,17 @@ class DegreePrices:
         again = of.recompute if of.zero == 3 else "none"
         kept = self._of_parameters(of, again)
         whole = self._of_parameters(_one_replica(of), again)
-        numbers = operators.numbers + kept.numbers - whole.numbers
-        numbers[:, HELD] = kept.numbers[:, HELD]
+        of_each = [
+            small.with_whole if of.stages == 1 else small.numbers
+            for small in (operators, kept, whole)
+        ]
+        numbers = of_each[0] + of_each[1] - of_each[2]
+        numbers[:, HELD] = of_each[1][:, HELD]
         return _Stages(numbers, self.layers // of.stages, count, operators, kept)
 
     def _of_operators(self, of: Degrees) -> _Small:
         """Of one replica that keeps everything whole."""
-        key = of.tensor, of.context, of.microbatch, of.between, of.recompute, of.pipeline == 1
+        key = of.tensor, of.context, of.microbatch, of.between, of.recompute
         if key not in self._operators:
             one = _one_replica(of)
             self._operators[key] = self._small(one, only_parameters=False)
@@ -219,7 +223,7 @@ class DegreePrices:
         """Of the smallest microbatch; ``again``: what is recomputed, where parameters are gathered
         again for it."""
         axes = of.tensor, of.context, of.data, of.replicas
-        key = *axes, of.zero, of.between, again, of.pipeline == 1
+        key = *axes, of.zero, of.between, again
         if key not in self._parameters:
             one = replace(of, microbatch=1, recompute=again)
             self._parameters[key] = self._small(one, only_parameters=True)
@@ -244,10 +248,9 @@ class DegreePrices:
             copy = found[MIDDLE]
         else:
             copy = numbers(_cut(divided, whole, starts[2:KEPT]).parts[0]) - found[FIRST]
-        together = np.full(len(copy), np.nan)
-        if of.pipeline == 1:
-            together = numbers(_uncut(divided, whole)) - (KEPT - 1) * copy
-        return _Small(np.array([*found, together, copy]), plan)
+        unknown = np.full(len(copy), np.nan)
+        together = _uncut(divided, whole)
+        return _Small(np.array([*found, unknown, copy]), plan, lambda: numbers(together))
 
     def _divided(self, count: int) -> Division:
         if count not in self._divisions:
@@ -371,10 +374,18 @@ def _schedule(degrees: Degrees) -> str:
 
 @dataclass(frozen=True)
 class _Small:
-    """``numbers``: a row for each kind of stage, of one copy of the block."""
+    """``numbers``: a row for each kind of stage, of one copy of the block; that of the ``WHOLE`` is
+    known of ``with_whole`` only. ``together``: of all copies in one stage."""
 
     numbers: Numbers
     plan: Pipelined
+    together: Callable[[], Numbers]
+
+    @cached_property
+    def with_whole(self) -> Numbers:
+        found = self.numbers.copy()
+        found[WHOLE] = self.together() - (KEPT - 1) * found[COPY]
+        return found
 
     @cached_property
     def sent_bytes(self) -> tuple[int, int]:
@@ -578,7 +589,10 @@ def _most(
             gradients[kind] += action.stage not in begun
             begun.add(action.stage)
         seen.add((*saved, *gradients))
-    largest = {one for one in seen if not any(_above(other, one) for other in seen)}
+    largest: list[tuple[int, ...]] = []
+    for one in sorted(seen, key=sum, reverse=True):  # none is above one with a greater sum
+        if not any(_above(other, one) for other in largest):
+            largest.append(one)
     most = zero
     for counts in largest:
         held = zero
@@ -590,7 +604,7 @@ def _most(
 
 
 def _above(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    return one != other and all(a >= b for a, b in zip(one, other, strict=True))
+    return all(a >= b for a, b in zip(one, other, strict=True))
 
 
 __all__ = ["Bounds", "Candidate", "DegreePrices", "DegreesFound", "search_degrees"]

@@ -54,7 +54,7 @@ def _signatures(graph: OperatorGraph, marks: Mapping[str, Hashable]) -> list[int
     numbers: dict[Hashable, int] = {}
     tensors = {
         t.name: numbers.setdefault(
-            (t.spec, t.differentiable, t.role is Role.PARAMETER), len(numbers)
+            (t.spec.shape, t.spec.dtype, t.differentiable, t.role is Role.PARAMETER), len(numbers)
         )
         for t in graph.tensors
     }

@@ -109,13 +109,12 @@ def carries_gradient(graph: OperatorGraph, operator: Operator) -> bool:
 
 def saves_input(graph: OperatorGraph, operator: Operator, bound: BoundRule, index: int) -> bool:
     """Whether autograd keeps this input of the operator for the backward."""
-    if not carries_gradient(graph, operator):
+    what = f"input {index}"
+    found = [saved.needs for saved in bound.rule.saves if saved.what == what]
+    if not found or not carries_gradient(graph, operator):
         return False
     needed = [graph.by_name[name].differentiable for name in operator.inputs]
-    return any(
-        saved.what == f"input {index}" and (not saved.needs or any(needed[i] for i in saved.needs))
-        for saved in bound.rule.saves
-    )
+    return any(not needs or any(needed[i] for i in needs) for needs in found)
 
 
 def consumers_by_sharding(

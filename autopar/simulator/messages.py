@@ -7,13 +7,13 @@ sides have in common.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import product
 from math import prod
 from typing import NamedTuple
 
-from autopar.ir.sharding import Mesh, Sharding, local_ranges, local_shape
+from autopar.ir.sharding import Mesh, Ranges, Sharding, local_ranges, local_shape
 from autopar.simulator.strides import Strides, contiguous, is_contiguous
 
 
@@ -30,6 +30,12 @@ class Message(NamedTuple):
     def elements(self) -> int:
         return prod(stop - start for start, stop in self.taken)
 
+
+Box = tuple[Ranges, ...]
+"""What a device has of each dim."""
+
+Overlap = tuple[tuple[int, int], tuple[int, int]]
+"""Of one dim: where it lies in what is held, and in what is wanted."""
 
 End = tuple[Sharding, Mesh]
 """How a tensor lies on the mesh of a stage."""
@@ -59,24 +65,26 @@ def messages(
     >>> [(m.sender, m.receiver, m.taken, m.put) for m in messages((4,), one, two)]
     [(0, 0, ((0, 2),), ((0, 2),)), (0, 1, ((2, 4),), ((0, 2),))]
     """
-    senders: dict[tuple[tuple[tuple[int, int], ...], ...], list[int]] = {}
+    senders: dict[Box, list[int]] = {}
     for rank in range(source[1].size):
         senders.setdefault(local_ranges(shape, *source, rank), []).append(rank)
+    order = {held: number for number, held in enumerate(senders)}
+    near = _Near(senders)
     found = []
-    turns: dict[tuple[tuple[tuple[int, int], ...], ...], int] = {}
+    turns: dict[Box, int] = {}
     for receiver in range(target[1].size):
         wanted = local_ranges(shape, *target, receiver)
         turn = turns.get(wanted, 0)
         turns[wanted] = turn + 1
-        for held, ranks in senders.items():
+        for held in sorted(filter(order.__contains__, near.boxes(wanted)), key=order.__getitem__):
+            ranks = senders[held]
             own = together and receiver in ranks
             sender = receiver if own else ranks[turn % len(ranks)]
-            overlaps = [_overlaps(have, want) for have, want in zip(held, wanted, strict=True)]
             found += [
                 Message(
                     sender, receiver, tuple(o[0] for o in of_dims), tuple(o[1] for o in of_dims)
                 )
-                for of_dims in product(*overlaps)
+                for of_dims in product(*near.overlaps(held, wanted))
             ]
     return tuple(found)
 
@@ -111,10 +119,29 @@ def lies_scattered(message: Message, strides: Strides) -> bool:
     return not is_contiguous(tuple(stop - start for start, stop in message.taken), strides)
 
 
-def _overlaps(
-    have: Sequence[tuple[int, int]], want: Sequence[tuple[int, int]]
-) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Of one dim: where what both hold lies in the one and in the other."""
+class _Near:
+    """What of the boxes that are held meets one that is wanted. Each dim is looked at alone."""
+
+    def __init__(self, boxes: Iterable[Box]) -> None:
+        self._held = [tuple(dict.fromkeys(ranges)) for ranges in zip(*boxes, strict=True)]
+        self._met: dict[tuple[int, Ranges], dict[Ranges, list[Overlap]]] = {}
+
+    def boxes(self, wanted: Box) -> Iterator[Box]:
+        """All that could be held, and meet it."""
+        return product(*(self._of(dim, want) for dim, want in enumerate(wanted)))
+
+    def overlaps(self, held: Box, wanted: Box) -> list[list[Overlap]]:
+        pairs = zip(held, wanted, strict=True)
+        return [self._of(dim, want)[have] for dim, (have, want) in enumerate(pairs)]
+
+    def _of(self, dim: int, want: Ranges) -> dict[Ranges, list[Overlap]]:
+        if (dim, want) not in self._met:
+            each = ((have, _overlaps(have, want)) for have in self._held[dim])
+            self._met[dim, want] = {have: overlaps for have, overlaps in each if overlaps}
+        return self._met[dim, want]
+
+
+def _overlaps(have: Ranges, want: Ranges) -> list[Overlap]:
     found = []
     at = 0
     for start, stop in have:

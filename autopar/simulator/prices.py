@@ -339,11 +339,11 @@ def _promise_on_all_axes(
             yield _promised(transfer, "backward", mesh, microbatches * count, edge.tensor)
     for parameter_edge, count in needed.parameters:
         for one in _parameter_promise(parameter_edge, mesh, microbatches):
-            yield replace(one, count=one.count * count)
+            yield one if count == 1 else replace(one, count=one.count * count)
     for tensor, storage, count in stored_alike(graph, strategy):
         if tensor.differentiable:
             for one in _storage_promise(tensor.spec, tensor.name, storage, mesh):
-                yield replace(one, count=one.count * count)
+                yield one if count == 1 else replace(one, count=one.count * count)
     yield from _clip_promise(graph, strategy)
 
 

@@ -140,31 +140,34 @@ def _communicated(
     """Seconds of all collectives: of forwards and backwards, and those of once a step."""
     passes = Spent(float)
     steps = Spent(float)
-    for stages, one in _promised(strategy, estimate):
-        place = "between" if _leaves_host(one, stages, cost_model) else "inside"
-        (steps if one.phase == "step" else passes)[place] += one.time_s * one.count
+    for stages, promised in _promised(strategy, estimate):
+        places = {
+            axes: "between" if _leaves_host(axes, stages, cost_model) else "inside"
+            for axes in {one.axis for one in promised}
+        }
+        for one in promised:
+            (steps if one.phase == "step" else passes)[places[one.axis]] += one.time_s * one.count
     return passes, steps
 
 
 def _promised(
     strategy: Strategy, estimate: Estimate
-) -> Iterator[tuple[tuple[Stage, ...], PromisedCollective]]:
-    """Each with the stages of its row."""
+) -> Iterator[tuple[tuple[Stage, ...], tuple[PromisedCollective, ...]]]:
+    """Those of each row, with its stages."""
     if estimate.pipeline is None:
-        yield from ((strategy.stages, one) for one in estimate.collectives)
+        yield strategy.stages, estimate.collectives
         return
     for row in estimate.pipeline.rows:
-        stages = tuple(strategy.stages[number] for number in row.stages)
-        yield from ((stages, one) for one in row.collectives)
+        yield tuple(strategy.stages[number] for number in row.stages), row.collectives
 
 
-def _leaves_host(one: PromisedCollective, stages: tuple[Stage, ...], cost_model: CostModel) -> bool:
+def _leaves_host(axes: str, stages: tuple[Stage, ...], cost_model: CostModel) -> bool:
     """Whether its groups are not all within one unit of the fastest links."""
     if cost_model.scale_up_devices >= cost_model.devices:
         return False
-    if one.axis in (WORLD, HOLDERS):
+    if axes in (WORLD, HOLDERS):
         return True
-    names = one.axis.split("+")
+    names = axes.split("+")
     return any(
         name in names and name in dict(stage.mesh.axes) and _axis_leaves(stage, name, cost_model)
         for stage in stages
