@@ -25,7 +25,7 @@ from autopar.errors import AutoparError
 from benchmarks.derived import Derived, Seconds, Vector, scaled
 from benchmarks.runs import Run, SkippedError, kendall_tau, run_of, step_s
 from benchmarks.validate import read
-from cost_models import Analytical, topology
+from cost_models import Analytical, Topology
 from cost_models.calibration import FILE, FORMAT, VERSION, Calibration
 
 NEVER_FITTED = ("arXiv 2104.04473",)
@@ -86,14 +86,14 @@ class Priced:
 
 def priced(runs: Iterable[Run], calibration: Calibration) -> Iterator[Priced]:
     """Those that can be predicted."""
-    models: dict[str, Derived] = {}
+    models: dict[Topology, Derived] = {}
     for run in runs:
-        if run.machine not in models:
-            base = Analytical(topology(run.machine), calibration)
-            models[run.machine] = Derived(base, NAMES)
         assert run.step_s is not None
         try:
-            time_s = step_s(run, models[run.machine])
+            machine = run.topology
+            if machine not in models:
+                models[machine] = Derived(Analytical(machine, calibration), NAMES)
+            time_s = step_s(run, models[machine])
         except (AutoparError, ValueError):
             continue
         by = time_s.by / float(time_s) if isinstance(time_s, Seconds) else np.zeros(len(NAMES))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations, groupby
 from math import isfinite
@@ -33,7 +33,8 @@ from autopar.simulator.pipelines import PricedPipeline, StagePrices, evaluate_st
 from autopar.simulator.prices import evaluate
 from autopar.simulator.stages import pipelined
 from benchmarks.transformer import Experts, Transformer
-from cost_models import cost_model
+from cost_models import Topology, cost_model, topology
+from cost_models.analytical import MATMUL_EFFICIENCY
 from cost_models.interface import CostModel
 
 Row = dict[str, str]
@@ -73,6 +74,17 @@ DTYPES["nvfp4"] = "bfloat16"
 PRODUCTS = {"fp8": "float8_e4m3fn", "mxfp8": "float8_e4m3fn", "nvfp4": "float4_e2m1fn_x2"}
 """Of products with the weights of blocks; attention, embedding and head are in the other."""
 
+TRANSFORMER_ENGINE = ("NVIDIA NeMo", "Megatron-Bridge", "Megatron-LM examples/llama")
+"""How sources begin whose runs have the attention of Transformer Engine, cuDNN's: it uses the
+instructions of the chip, as FlashAttention-2 does not on H100, and does not compute what is masked,
+which prices count."""
+
+ENGINE_ATTENTION = 2 * 450 / 794.5
+"""Of the largest product, masked pairs counted: cuDNN's causal attention of heads of 128 comes to
+about 450 TFLOP/s on H100, forward and backward together, half of the pairs counted (Shah et al.
+2024, FlashAttention-3, arXiv 2407.08608, figures 5 and 6, from memory). Of chips after it the same
+share is assumed."""
+
 OUT_OF_MEMORY = "oom"
 MOST_LAYERS = 4096
 GIB = 2**30
@@ -99,6 +111,22 @@ class Run:
     memory_bytes: float | None
     ran_out: bool
     assumed: tuple[str, ...] = ()
+
+    @property
+    def topology(self) -> Topology:
+        """Its machine, with the kernels that its software has."""
+        found = topology(self.machine)
+        engine = self.source.startswith(TRANSFORMER_ENGINE)
+        return _with_attention(found, ENGINE_ATTENTION) if engine else found
+
+
+def _with_attention(machine: Topology, share: float) -> Topology:
+    """``share``: of the largest product in bf16, measured or as prices assume it."""
+    device = machine.device
+    peaks, measured = dict(device.peak_flops_per_s), dict(device.achievable_flops_per_s)
+    largest = measured.get("bfloat16", peaks["bfloat16"] * MATMUL_EFFICIENCY)
+    speeds = {**dict(device.attention_flops_per_s), "bfloat16": share * largest}
+    return replace(machine, device=replace(device, attention_flops_per_s=tuple(speeds.items())))
 
 
 @dataclass(frozen=True)
@@ -408,12 +436,12 @@ def predicted(runs: Iterable[Run]) -> Iterator[tuple[Run, Compared | Exception]]
     which are priced once."""
 
     def alike(run: Run) -> tuple[object, ...]:
-        return run.model, run.machine, run.degrees, run.training
+        return run.model, run.topology, run.degrees, run.training
 
     for _, group in groupby(sorted(runs, key=lambda run: repr(alike(run))), key=alike):
         together = list(group)
         try:
-            machine = cost_model(together[0].machine)
+            machine = cost_model(together[0].topology)
         except ValueError as error:
             yield from ((run, error) for run in together)
             continue
@@ -464,7 +492,7 @@ def estimate(run: Run) -> Estimate:
     Raises:
         AutoparError, ValueError: there is no such strategy, or no price.
     """
-    machine = cost_model(run.machine)
+    machine = cost_model(run.topology)
     return _estimate(run, machine, StagePrices(machine), {})[0]
 
 

@@ -131,8 +131,9 @@ class Analytical:
 
     def _attention_speed(self, work: Work) -> float:
         measured = dict(self.topology.device.attention_flops_per_s)
-        speed = self._speed(work) * self.calibration.attention_efficiency
-        return min(speed, measured.get(work.dtype, speed))
+        if work.dtype in measured:
+            return measured[work.dtype]
+        return self._speed(work) * self.calibration.attention_efficiency
 
     def _speed(self, work: Work) -> float:
         """Flops per second of the largest product."""

@@ -24,7 +24,7 @@ class Device:
     """``peak_flops_per_s``: (dtype, dense peak) pairs; ``achievable_flops_per_s``: measured maxima
     of real matrix products, for some of these dtypes. ``cores``: what tiles are spread over
     (streaming multiprocessors, compute units). ``launch_s``: the shortest time of any kernel.
-    ``attention_flops_per_s``: measured maxima of fused attention, where these are less than
+    ``attention_flops_per_s``: measured maxima of fused attention, where these are other than
     products let expect. ``compiled``: programs run as a whole, not operator by operator.
     """
 

@@ -280,6 +280,16 @@ def test_narrow_products_are_faster_and_their_casts_cost() -> None:
     assert {by_name[o.inputs[0]] for o in graph.operators if "attention" in o.op} == {"bfloat16"}
 
 
+def test_attention_takes_what_the_software_of_a_run_takes() -> None:
+    """Transformer Engine's does not compute what is masked; attention in parts is the same."""
+    h100 = {"gpu_type": "H100-80GB-SXM", "precision": "bf16", "flash_attn": "True"}
+    others, engine = predicted(h100), predicted({**h100, "source": "NVIDIA NeMo docs"})
+    assert engine.step_s < others.step_s
+    parts = {**h100, "flash_attn": "False"}
+    apart = predicted({**parts, "source": "NVIDIA NeMo docs"}).step_s
+    assert apart == pytest.approx(predicted(parts).step_s)
+
+
 def test_experts_of_a_row_work_as_much_as_those_that_are_chosen() -> None:
     """Two of eight experts, each half as wide as the MLP: tokens are sent, and gradients of experts
     that a device does not have are not."""
