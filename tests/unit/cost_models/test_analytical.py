@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cost_models import Analytical, Collective, CollectiveKind, Work, topology, topology_names
@@ -306,6 +306,8 @@ def test_no_product_is_faster_than_full_speed(
 def test_a_product_twice_as_large_is_not_faster(
     shape: tuple[int, int, int, int], which: int
 ) -> None:
+    """But for rows of bf16 that only then lie at multiples of 16 bytes."""
+    assume(which == 0 or shape[which] % 8 != 4)
     costs = Analytical(topology("h100-sxm"))
     larger = tuple(2 * s if i == which else s for i, s in enumerate(shape))
     before = costs.compute_time_s(matmul(shape, "bfloat16"))
