@@ -111,11 +111,6 @@ class Prospects:
     _hints: dict[tuple[int, Mesh, int], Weights] = field(default_factory=dict)
     _imbalances: dict[int, float] = field(default_factory=dict)
 
-    @property
-    def saved_share(self) -> float:
-        """What is kept of a microbatch counts only where nothing is recomputed."""
-        return 1.0 if self.problem.recompute == "none" else 0.0
-
     def listing(self, mesh: Mesh, count: int) -> Listing:
         if (mesh, count) not in self._listings:
             problem, stages = self.problem, self.stage_prices
@@ -135,8 +130,10 @@ class Prospects:
     def can_fit(self, rows: int, count: int) -> bool:
         """Whether it fits if all is split perfectly over all devices."""
         listing = self.listing(self.problem.meshes[0], self.problem.microbatches or 1)
-        saved_bytes = listing.least_saved_bytes * (listing.microbatches / count)
-        saved_bytes *= self.saved_share * least_in_flight(rows, count)
+        saved_bytes = 0.0
+        if not self._again:
+            saved_bytes = listing.least_saved_bytes * (listing.microbatches / count)
+            saved_bytes *= least_in_flight(rows, count)
         return listing.least_kept_bytes + saved_bytes <= self.problem.memory_limit_bytes
 
     def compute_s(self, prospect: Prospect) -> float:
