@@ -147,14 +147,16 @@ def quality(plan: Plan) -> str:
     search = plan.search
     if not search.trials:
         return f"{search.searcher.replace('by hand', 'written by hand')}, not searched"
+    among = f" among {search.among}" if search.among else ""
     if not 0 < search.lower_bound_s < math.inf:
         proof = "without a lower bound"
     elif search.stop_reason == "optimal" and search.gap < EXACT:
-        proof = f"proven optimal (gap {search.gap:.2%})"
+        proof = f"proven optimal{among} (gap {search.gap:.2%})"
     else:
         proof = (
-            f"at most {search.gap:.2%} from optimal: "
-            f"no strategy is faster than {time_text(search.lower_bound_s)}"
+            f"at most {search.gap:.2%} from optimal{among}: "
+            f"{'none of them' if among else 'no strategy'} is faster than "
+            f"{time_text(search.lower_bound_s)}"
         )
     stopped = {"time": ", the time limit ended it", "interrupted": ", interrupted"}
     return (

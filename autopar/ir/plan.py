@@ -142,6 +142,7 @@ def summarise(result: SearchResult, memory_limit_bytes: int, dimensions: str) ->
             )
             for trial in result.trials
         ),
+        among=result.among,
     )
 
 
@@ -400,7 +401,7 @@ def search_to_json(search: SearchSummary) -> dict[str, Any]:
             for tie in search.ties
         ],
     }
-    return found if search.ties else {k: v for k, v in found.items() if k != "ties"}
+    return {key: value for key, value in found.items() if value or key not in ("ties", "among")}
 
 
 def _search_from_json(data: dict[str, Any]) -> SearchSummary:

@@ -255,7 +255,8 @@ def _search() -> Schema:
     )
     ties = many(of_dataclass(Tie, mesh=_mesh(), slower=NUMBER))
     schema = of_dataclass(SearchSummary, lower_bound_s=BOUND, trials=many(trial), ties=ties)
-    schema["required"].remove("ties")  # left out where there are none
+    for name in ("ties", "among"):
+        schema["required"].remove(name)  # left out where there are none
     return schema
 
 

@@ -73,7 +73,8 @@ class SearchResult:
     ``stop_reason``: ``optimal`` (within the budget's gap), ``gap`` (all was tried, the best is not
     proved), ``time``, ``interrupted`` (Ctrl-C), or, where ``best`` is ``None``, ``infeasible`` and
     ``unknown`` (``nearest_miss_bytes`` is the smallest peak memory seen, ``least_bytes`` what a
-    device would hold at least if everything were split perfectly).
+    device would hold at least if everything were split perfectly). ``among``: what the bound is of,
+    where that is not every plan.
     """
 
     searcher: str
@@ -84,6 +85,7 @@ class SearchResult:
     search_time_s: float
     nearest_miss_bytes: int | None = None
     least_bytes: int | None = None
+    among: str = ""
 
     @property
     def gap(self) -> float:
@@ -137,7 +139,8 @@ class Tie:
 @dataclass(frozen=True, slots=True)
 class SearchSummary:
     """How the strategy was found: what ``SearchResult`` knows, small enough for a file. ``ties``:
-    trials that may be as fast, the best itself first; none where no trial may.
+    trials that may be as fast, the best itself first; none where no trial may. ``among``: what the
+    bound is of, where that is not every plan.
     """
 
     searcher: str
@@ -149,3 +152,4 @@ class SearchSummary:
     dimensions: str
     trials: tuple[TrialSummary, ...]
     ties: tuple[Tie, ...] = ()
+    among: str = ""

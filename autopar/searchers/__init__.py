@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from autopar.ir.search import SearchResult
-from autopar.searchers import exhaustive, hybrid, ilp
+from autopar.searchers import degrees, exhaustive, hybrid, ilp
 
 Searcher = Callable[..., SearchResult]
 """``search(problem, budget, progress=...)``; ``progress`` is called with one line at a time."""
@@ -13,6 +13,7 @@ Searcher = Callable[..., SearchResult]
 SEARCHERS: dict[str, Searcher] = {
     "ilp": ilp.search,
     "hybrid": hybrid.search,
+    "degrees": degrees.search,
     "exhaustive": exhaustive.search,
 }
 """By the name that ``--searcher`` takes."""

@@ -21,7 +21,7 @@ until the bound of the next is no better than the best that fits.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -36,6 +36,7 @@ from autopar.ir.schedule import KINDS, Action, Rows
 from autopar.ir.sharding import local_shape
 from autopar.ir.simulation import HOLDERS, WORLD, Estimate
 from autopar.ir.strategy import Strategy, Training
+from autopar.ops import Proposals
 from autopar.recipes import Degrees, hybrid
 from autopar.schedules import SCHEDULES
 from autopar.simulator.arrangement import Arrangement, arrange
@@ -91,33 +92,6 @@ class Bounds:
     skipped: dict[str, int]
 
 
-@dataclass(frozen=True)
-class DegreesFound:
-    """``evaluated``: how many were evaluated in full; ``skipped`` as of the bounds."""
-
-    best: Degrees | None
-    estimate: Estimate | None
-    evaluated: int
-    skipped: dict[str, int]
-
-
-def search_degrees(prices: DegreePrices, bounds: Bounds, memory_limit_bytes: float) -> DegreesFound:
-    """The fastest of ``bounds`` that fits, by the full evaluation of each that could be it."""
-    best: Degrees | None = None
-    estimate: Estimate | None = None
-    evaluated = 0
-    for one in bounds.candidates:
-        if estimate is not None and one.step_time_s >= estimate.step_time_s:
-            break
-        if one.memory_bytes <= memory_limit_bytes:
-            evaluated += 1
-            full = prices.evaluated(one.degrees)
-            fits = full.peak_memory_bytes <= memory_limit_bytes
-            if fits and (estimate is None or full.step_time_s < estimate.step_time_s):
-                best, estimate = one.degrees, full
-    return DegreesFound(best, estimate, evaluated, bounds.skipped)
-
-
 @dataclass
 class DegreePrices:
     """Of one graph (a global batch) on one machine; remembered by what they depend on.
@@ -129,6 +103,7 @@ class DegreePrices:
     graph: OperatorGraph
     cost_model: CostModel
     training: Training
+    proposals: Proposals = ()
     _cache: ComputeCache = field(default_factory=dict)
     _divisions: dict[int, Division] = field(default_factory=dict)
     _structures: dict[int, Structure] = field(default_factory=dict)
@@ -136,7 +111,7 @@ class DegreePrices:
     _parameters: dict[object, _Small] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        blocks = Structure(self.graph, division(self.graph, 1).rules).blocks
+        blocks = Structure(self.graph, self._whole(1).rules).blocks
         most = max(blocks, key=lambda block: block.period * block.copies, default=None)
         self.layers = 0 if most is None else most.copies
         if most is None or self.layers < KEPT:
@@ -145,26 +120,68 @@ class DegreePrices:
                 "stages could have equal numbers; give degrees one by one, with --recipe"
             )
         self.folded = fold(self.graph, (most,)).graph
-        self.batch = batch_size(self.folded)
+        self.batch = batch_size(self.folded, self.proposals)
         self.machine = alone(self.cost_model)
 
     # ---- one in full ---------------------------------------------------------------------------
 
-    def evaluated(self, degrees: Degrees) -> Estimate:
+    def evaluated(self, degrees: Degrees) -> tuple[Strategy, Estimate]:
         """As any plan by this recipe is."""
-        divided = division(self.graph, degrees.microbatches(self.batch))
+        divided = self._whole(degrees.microbatches(self.batch))
         structure = Structure(divided.graph, divided.rules)
         strategy = hybrid(divided, degrees, self.cost_model, self.training, structure)
         if len(strategy.stages) > 1:
-            return evaluate_stages(divided, self.cost_model, strategy)
+            return strategy, evaluate_stages(divided, self.cost_model, strategy)
         alike = structure.folded_in_runs(tuple(frozenset[int]() for _ in structure.blocks))
-        return evaluate(divided.graph, divided.rules, self.cost_model, strategy, folded=alike)
+        of = divided.graph, divided.rules, self.cost_model, strategy
+        return strategy, evaluate(*of, folded=alike)
+
+    def _whole(self, count: int) -> Division:
+        return division(self.graph, count, self.proposals)
 
     # ---- all together --------------------------------------------------------------------------
 
     def bounds(self, candidates: Iterable[Degrees]) -> Bounds:
-        skipped: defaultdict[str, int] = defaultdict(int)
-        grouped: defaultdict[tuple[str, int, int], list[tuple[Degrees, _Stages]]]
+        """Of each of them."""
+        skipped: Counter[str] = Counter()
+        found = [
+            candidate
+            for alike in self._alike(candidates, skipped)
+            for candidate in self._candidates(alike)
+        ]
+        return _sorted(found, skipped)
+
+    def fitting(self, space: Iterable[Degrees], ways: Sequence[str], limit_bytes: float) -> Bounds:
+        """Of each of them, which recompute nothing, what fits: as it is; or else in each of these
+        ways of recomputation, in no more of its blocks than need be."""
+        skipped: Counter[str] = Counter()
+        found: list[Candidate] = []
+        for alike in self._alike(space, skipped):
+            fits = self._memory_bytes(alike) <= limit_bytes
+            found += self._candidates(alike.only(fits))
+            rest = alike.only(~fits)
+            for way in ways:
+                found += self._candidates(self._least_again(rest, way, limit_bytes))
+        return _sorted(found, skipped)
+
+    def with_more_again(
+        self, degrees: Degrees, ways: Sequence[str], limit_bytes: float
+    ) -> tuple[Candidate, ...]:
+        """Of one that needs more than its bound: with more of its blocks recomputed (or, where
+        none are, with some, in each of these ways), as few as these bytes allow; none of them
+        where all are not enough."""
+        plain = replace(degrees, recompute="none", recomputed=1.0)
+        (alike,) = self._alike([plain], Counter())
+        of = ways if degrees.recompute == "none" else (degrees.recompute,)
+        return tuple(
+            candidate
+            for way in of
+            for candidate in self._candidates(self._least_again(alike, way, limit_bytes))
+        )
+
+    def _alike(self, candidates: Iterable[Degrees], skipped: Counter[str]) -> Iterator[_Alike]:
+        """Those that are played together."""
+        grouped: defaultdict[tuple[str, int, int, int], list[tuple[Degrees, _Stages]]]
         grouped = defaultdict(list)
         for one in candidates:
             try:
@@ -172,15 +189,45 @@ class DegreePrices:
             except AutoparError as error:
                 skipped[str(error)] += 1
                 continue
-            grouped[_schedule(one), one.pipeline, one.chunks].append((one, stages))
-        found: list[Candidate] = []
-        for (schedule, rows, chunks), members in grouped.items():
+            played = _played_count(stages.count, one.pipeline)
+            grouped[_schedule(one), one.pipeline, one.chunks, played].append((one, stages))
+        for (schedule, rows, chunks, _), members in grouped.items():
+            alike = _Alike(schedule, rows, chunks, tuple(members))
             try:
-                found += self._together(schedule, rows, chunks, members)
+                alike.check()
             except AutoparError as error:
                 skipped[str(error)] += len(members)
-        found.sort(key=lambda one: one.step_time_s)
-        return Bounds(tuple(found), dict(skipped))
+                continue
+            yield alike
+
+    def _candidates(self, alike: _Alike) -> Iterator[Candidate]:
+        if alike.members:
+            times, sizes = self._step_s(alike), self._memory_bytes(alike)
+            for (degrees, _), time_s, size in zip(alike.members, times, sizes, strict=True):
+                yield Candidate(degrees, float(time_s), int(size))
+
+    def _least_again(self, alike: _Alike, way: str, limit_bytes: float) -> _Alike:
+        """Those that fit with so many blocks recomputed, as few as can be: what is kept falls with
+        every block."""
+        again, possible = [], []
+        for degrees, _ in alike.members:
+            try:
+                again.append(self._stages(replace(degrees, recompute=way)))
+                possible.append(True)
+            except AutoparError:
+                possible.append(False)
+        alike = alike.only(np.array(possible, dtype=bool))
+        least = np.ones(len(again), dtype=int)
+        most = np.array([stages.copies for stages in again], dtype=int)
+        all_of_it = self._memory_bytes(alike.again(way, again, most))
+        fits = all_of_it <= limit_bytes
+        alike, again = alike.only(fits), [s for s, fit in zip(again, fits, strict=True) if fit]
+        least, most = least[fits], most[fits]
+        while (least < most).any():
+            middle = (least + most) // 2
+            enough = self._memory_bytes(alike.again(way, again, middle)) <= limit_bytes
+            least, most = np.where(enough, least, middle + 1), np.where(enough, middle, most)
+        return alike.again(way, again, most)
 
     def _stages(self, of: Degrees) -> _Stages:
         """Of one candidate.
@@ -188,16 +235,21 @@ class DegreePrices:
         Raises:
             AutoparError: it cannot be, or not together with others.
         """
-        if of.experts > 1 or of.recomputed < 1:
+        if of.experts > 1:
             raise AutoparError(
-                "experts, and recomputation in a part of the blocks, are not priced together with "
-                "other degrees; plan them one by one, with --recipe"
+                "experts are not priced together with other degrees; plan them one by one, with "
+                "--recipe"
             )
         if of.microbatch is None:
             parts = of.microbatches(self.batch) * of.data * of.replicas
             of = replace(of, microbatch=self.batch // parts)
         if self.layers % of.stages:
             raise AutoparError(f"{of.stages} stages do not have equal numbers of the blocks")
+        copies = self.layers // of.stages
+        share = round(of.recomputed * copies) / copies
+        if of.recompute != "none" and share < 1:
+            whole, none = replace(of, recomputed=1.0), replace(of, recompute="none")
+            return self._stages(none).mixed(self._stages(whole), share)
         count = of.microbatches(self.batch)
         operators = self._of_operators(of)
         again = of.recompute if of.zero == 3 else "none"
@@ -209,7 +261,7 @@ class DegreePrices:
         ]
         numbers = of_each[0] + of_each[1] - of_each[2]
         numbers[:, HELD] = of_each[1][:, HELD]
-        return _Stages(numbers, self.layers // of.stages, count, operators, kept)
+        return _Stages(numbers, copies, count, operators, kept)
 
     def _of_operators(self, of: Degrees) -> _Small:
         """Of one replica that keeps everything whole."""
@@ -254,69 +306,47 @@ class DegreePrices:
 
     def _divided(self, count: int) -> Division:
         if count not in self._divisions:
-            made = self._divisions[count] = division(self.folded, count)
+            made = self._divisions[count] = division(self.folded, count, self.proposals)
             self._structures[count] = Structure(made.graph, made.rules)
         return self._divisions[count]
 
     # ---- rows ----------------------------------------------------------------------------------
 
-    def _together(
-        self,
-        schedule: str,
-        rows: int,
-        chunks: int,
-        members: Sequence[tuple[Degrees, _Stages]],
-    ) -> Iterator[Candidate]:
-        if rows == 1:
-            yield from map(self._in_one_row, members)
-            return
-        alike: defaultdict[int, list[tuple[Degrees, _Stages]]] = defaultdict(list)
-        for member in members:
-            alike[_played_count(member[1].count, rows)].append(member)
-        for of_alike in alike.values():
-            yield from self._in_rows(schedule, rows, chunks, of_alike)
-
-    def _in_one_row(self, member: tuple[Degrees, _Stages]) -> Candidate:
-        degrees, stages = member
-        of = stages.stage(WHOLE)
-        time_s = stages.count * (of[FORWARD] + of[BACKWARD]) + (stages.count - 1) * of[SUM]
-        step_s = time_s + of[REDUCTION] + of[UPDATE]
-        return Candidate(degrees, step_s, int(of[ALWAYS] + of[GRADIENTS] + of[SAVED]))
-
-    def _in_rows(
-        self,
-        schedule: str,
-        rows: int,
-        chunks: int,
-        members: Sequence[tuple[Degrees, _Stages]],
-    ) -> Iterator[Candidate]:
-        kinds = [FIRST, *[MIDDLE] * (rows * chunks - 2), LAST]
-        of = {kind: np.array([m.stage(kind) for _, m in members]) for kind in set(kinds)}
-        links = [self._links(degrees, stages) for degrees, stages in members]
-        counts = np.array([stages.count for _, stages in members])
-        ends, kept = _played(schedule, rows, chunks, counts, of, np.array(links))
-        placed = _placed(schedule, rows, chunks)
-
-        def total(what: int, stages: Iterable[int]) -> Numbers:
-            each = np.array([of[kinds[stage]][:, what] for stage in stages])
-            found: Numbers = each.sum(axis=0)
+    def _step_s(self, alike: _Alike) -> Numbers:
+        of, count = alike.of, alike.counts
+        if alike.is_alone:
+            one = of[WHOLE]
+            time_s = count * (one[:, FORWARD] + one[:, BACKWARD]) + (count - 1) * one[:, SUM]
+            found: Numbers = time_s + one[:, REDUCTION] + one[:, UPDATE]
             return found
-
-        reduced = [end + total(REDUCTION, stages) for end, stages in zip(ends, placed, strict=True)]
-        exchanged = np.array([self._exchange_s(degrees, stages) for degrees, stages in members])
+        links = np.array([self._links(*member) for member in alike.members])
+        ends = _played(alike.schedule, alike.rows, alike.chunks, count, of, links)
+        placed = alike.placed
+        reduced = [
+            end + alike.total(REDUCTION, stages) for end, stages in zip(ends, placed, strict=True)
+        ]
+        exchanged = np.array([self._exchange_s(*member) for member in alike.members])
         tied = exchanged > 0
         both = np.maximum(reduced[0], reduced[-1]) + exchanged
         reduced[0] = np.where(tied, both, reduced[0])
         reduced[-1] = np.where(tied, both, reduced[-1])
-        sums = np.array([self._world_s(degrees.devices) for degrees, _ in members])
-        update = np.max([total(UPDATE, stages) for stages in placed], axis=0)
-        step_s = np.max(reduced, axis=0) + sums + update
-        memory = np.max(
-            [total(ALWAYS, stages) + beside for stages, beside in zip(placed, kept, strict=True)],
-            axis=0,
-        )
-        for (degrees, _), time_s, size in zip(members, step_s, memory, strict=True):
-            yield Candidate(degrees, float(time_s), int(size))
+        sums = np.array([self._world_s(degrees.devices) for degrees, _ in alike.members])
+        update = np.max([alike.total(UPDATE, stages) for stages in placed], axis=0)
+        step_s: Numbers = np.max(reduced, axis=0) + sums + update
+        return step_s
+
+    def _memory_bytes(self, alike: _Alike) -> Numbers:
+        of = alike.of
+        if alike.is_alone:
+            found: Numbers = of[WHOLE][:, [ALWAYS, GRADIENTS, SAVED]].sum(axis=1)
+            return found
+        kept = _kept(alike.schedule, alike.rows, alike.chunks, alike.counts, of)
+        rows = [
+            alike.total(ALWAYS, stages) + beside
+            for stages, beside in zip(alike.placed, kept, strict=True)
+        ]
+        most: Numbers = np.max(rows, axis=0)
+        return most
 
     def _links(self, degrees: Degrees, stages: _Stages) -> list[list[float]]:
         """Seconds from each row to the next, the last to the first too, forward; and back."""
@@ -421,6 +451,84 @@ class _Stages:
         found: Numbers = self.numbers[kind] + (self.copies - 1) * self.numbers[COPY]
         return found
 
+    def mixed(self, other: _Stages, share: float) -> _Stages:
+        """With so much of the copies as in ``other``."""
+        return replace(self, numbers=(1 - share) * self.numbers + share * other.numbers)
+
+
+@dataclass(frozen=True)
+class _Alike:
+    """Candidates with the same rows, of which as many microbatches are played."""
+
+    schedule: str
+    rows: int
+    chunks: int
+    members: tuple[tuple[Degrees, _Stages], ...]
+
+    @property
+    def is_alone(self) -> bool:
+        """There is one stage."""
+        return self.rows * self.chunks == 1
+
+    def check(self) -> None:
+        """
+        Raises:
+            AutoparError: there are no such rows, or they cannot be priced together.
+        """
+        if not self.is_alone:
+            _rows_of(self.schedule, self.rows, self.chunks, self.rows)
+            for _, stages in self.members:
+                stages.operators.sent_bytes, stages.parameters.shared_bytes  # noqa: B018
+
+    def only(self, kept: NDArray[np.bool_]) -> _Alike:
+        chosen = [member for member, keep in zip(self.members, kept, strict=True) if keep]
+        return replace(self, members=tuple(chosen))
+
+    def again(self, way: str, others: Sequence[_Stages], blocks: NDArray[np.int64]) -> _Alike:
+        """With so many blocks of each stage recomputed this way, in which ``others`` all are."""
+        members = []
+        for (degrees, stages), other, number in zip(self.members, others, blocks, strict=True):
+            share = int(number) / stages.copies
+            of = replace(degrees, recompute=way, recomputed=share)
+            members.append((of, stages.mixed(other, share)))
+        return replace(self, members=tuple(members))
+
+    @cached_property
+    def kinds(self) -> list[int]:
+        """Of each stage."""
+        return [WHOLE] if self.is_alone else _kinds(self.rows * self.chunks)
+
+    @cached_property
+    def of(self) -> dict[int, Numbers]:
+        """A row for each member, by kind of stage."""
+        return {
+            kind: np.array([stages.stage(kind) for _, stages in self.members])
+            for kind in set(self.kinds)
+        }
+
+    @cached_property
+    def counts(self) -> NDArray[np.int64]:
+        return np.array([stages.count for _, stages in self.members])
+
+    @property
+    def placed(self) -> tuple[tuple[int, ...], ...]:
+        """The stages of each row."""
+        return _placed(self.schedule, self.rows, self.chunks)
+
+    def total(self, what: int, stages: Iterable[int]) -> Numbers:
+        """Of so many stages."""
+        number = Counter(self.kinds[stage] for stage in stages)
+        found: Numbers = sum(n * self.of[kind][:, what] for kind, n in number.items())  # type: ignore[assignment]
+        return found
+
+
+def _kinds(stages: int) -> list[int]:
+    return [FIRST, *[MIDDLE] * (stages - 2), LAST]
+
+
+def _sorted(found: list[Candidate], skipped: Mapping[str, int]) -> Bounds:
+    return Bounds(tuple(sorted(found, key=lambda one: one.step_time_s)), dict(skipped))
+
 
 def _cut(divided: Division, whole: Strategy, cuts: Sequence[int]) -> Pipelined:
     stages = runs(divided.graph, cuts)
@@ -500,19 +608,52 @@ def _played(
     counts: NDArray[np.int64],
     of: dict[int, Numbers],
     links: Numbers,
-) -> tuple[list[Numbers], list[Numbers]]:
-    """When each row has done its passes, and what it keeps saved at most; ``counts``: of
-    microbatches, for all of which as many are played."""
+) -> list[Numbers]:
+    """When each row has done its passes; ``counts``: of microbatches, for all of which as many are
+    played."""
+    return _in_steady_state(
+        lambda count: _play(schedule, rows, chunks, count, counts, of, links), counts, rows
+    )
+
+
+def _kept(
+    schedule: str, rows: int, chunks: int, counts: NDArray[np.int64], of: dict[int, Numbers]
+) -> list[Numbers]:
+    """What each row keeps of microbatches in flight and of gradients, at most."""
+    return _in_steady_state(
+        lambda count: _most_kept(schedule, rows, chunks, count, of), counts, rows
+    )
+
+
+def _in_steady_state(
+    of_count: Callable[[int], list[Numbers]], counts: NDArray[np.int64], rows: int
+) -> list[Numbers]:
+    """Of ``counts`` from what it is of a few microbatches."""
     count = _played_count(int(counts[0]), rows)
-    played, kept = _play(schedule, rows, chunks, count, counts, of, links)
+    few = of_count(count)
     more = (counts - count) / rows
     if not more.any():
-        return played, kept
-    shorter, less = _play(schedule, rows, chunks, count - rows, counts, of, links)
-    return (
-        [b + (b - a) * more for a, b in zip(shorter, played, strict=True)],
-        [b + (b - a) * more for a, b in zip(less, kept, strict=True)],
-    )
+        return few
+    fewer = of_count(count - rows)
+    return [b + (b - a) * more for a, b in zip(fewer, few, strict=True)]
+
+
+def _most_kept(
+    schedule: str, rows: int, chunks: int, count: int, of: dict[int, Numbers]
+) -> list[Numbers]:
+    kinds = tuple(_kinds(rows * chunks))
+    zero = np.zeros(len(next(iter(of.values()))))
+    found = []
+    for largest in _largest(schedule, rows, chunks, count):
+        most = zero
+        for numbers in largest:
+            held = zero
+            for kind in set(kinds):
+                held = held + numbers[kind] * of[kind][:, SAVED]
+                held = held + numbers[LAST + 1 + kind] * of[kind][:, GRADIENTS]
+            most = np.maximum(most, held)
+        found.append(most)
+    return found
 
 
 @lru_cache(maxsize=64)
@@ -530,11 +671,9 @@ def _play(
     counts: NDArray[np.int64],
     of: dict[int, Numbers],
     links: Numbers,
-) -> tuple[list[Numbers], list[Numbers]]:
+) -> list[Numbers]:
     """``count`` microbatches, with the sums of ``counts``; each number an array."""
-    stages = rows * chunks
-    made = _rows_of(schedule, rows, chunks, count)
-    kinds = [FIRST, *[MIDDLE] * (stages - 2), LAST]
+    kinds = _kinds(rows * chunks)
     tasks = _tasks(schedule, rows, chunks, count)
     added = (counts - 1) / counts
     lengths = {
@@ -571,13 +710,20 @@ def _play(
             reader = tasks.reader[number]
             arrives = ended[tasks.sender[number]] + delay[tasks.route_of[number]]
             ready[reader] = maximum(ready[reader], arrives)
-    return free, [_most(row, kinds, of, zero) for row in made]
+    return free
 
 
-def _most(
-    row: Sequence[Action], kinds: Sequence[int], of: Mapping[int, Numbers], zero: Numbers
-) -> Numbers:
-    """What a row keeps of microbatches in flight and of gradients, at the worst moment."""
+@lru_cache(maxsize=512)
+def _largest(
+    schedule: str, rows: int, chunks: int, count: int
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Of each row, at the moments that may be the worst: how many microbatches of each kind of
+    stage it keeps, and gradients of how many stages of each kind."""
+    kinds = _kinds(rows * chunks)
+    return tuple(_moments(row, kinds) for row in _rows_of(schedule, rows, chunks, count))
+
+
+def _moments(row: Sequence[Action], kinds: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     saved, gradients, seen = [0] * (LAST + 1), [0] * (LAST + 1), set()
     begun: set[int] = set()
     for action in row:
@@ -593,18 +739,11 @@ def _most(
     for one in sorted(seen, key=sum, reverse=True):  # none is above one with a greater sum
         if not any(_above(other, one) for other in largest):
             largest.append(one)
-    most = zero
-    for counts in largest:
-        held = zero
-        for kind, numbers in of.items():
-            held = held + counts[kind] * numbers[:, SAVED]
-            held = held + counts[LAST + 1 + kind] * numbers[:, GRADIENTS]
-        most = np.maximum(most, held)
-    return most
+    return tuple(largest)
 
 
 def _above(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
     return all(a >= b for a, b in zip(one, other, strict=True))
 
 
-__all__ = ["Bounds", "Candidate", "DegreePrices", "DegreesFound", "search_degrees"]
+__all__ = ["Bounds", "Candidate", "DegreePrices"]

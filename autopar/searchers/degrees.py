@@ -1,0 +1,215 @@
+"""The fastest of all degrees of parallelism, proved: what grids over tensor, pipeline and data
+degrees look for, without playing each of them.
+
+All are bounded together (``over_degrees``), those that do not fit with as few of their blocks
+recomputed as must be; then evaluated in full in the order of their bounds, until the best is faster
+than the next bound.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count as counting
+from time import monotonic
+
+from autopar.errors import AutoparError
+from autopar.ir.search import Budget, Problem, SearchResult, Trial
+from autopar.ir.sharding import Mesh
+from autopar.recipes import Degrees, degrees_text
+from autopar.searchers.degree_space import DegreeSpace
+from autopar.searchers.over_degrees import Candidate, DegreePrices
+from autopar.searchers.over_meshes import LateError, Progress
+from autopar.searchers.recompute import AUTO
+from autopar.simulator import meshes
+from autopar.simulator.recompute_choices import KINDS
+
+
+def search(
+    problem: Problem, budget: Budget, progress: Progress = lambda line: None
+) -> SearchResult:
+    """The fastest degrees that fit, with a lower bound for all degrees.
+
+    At Ctrl-C or the end of the time it is the best so far.
+
+    Raises:
+        AutoparError: the model has no repeated block, or only some meshes or splits are wanted.
+    """
+    if not is_open(problem):
+        raise AutoparError(
+            "degrees say the mesh and what is split; leave --mesh and --dimensions out, or take "
+            "another searcher"
+        )
+    return DegreeSearch(problem, budget, progress).result()
+
+
+def is_open(problem: Problem) -> bool:
+    """Whether any mesh may be taken, and anything be split."""
+    every = set(meshes.factorizations(problem.cost_model.devices))
+    return set(problem.meshes) >= every and set(problem.dimensions) == set("SOAP")
+
+
+@dataclass
+class DegreeSearch:
+    """``bound_s``: of those that were passed over, none is faster; ``number`` of degrees that are
+    possible, ``evaluated`` in full.
+
+    Raises:
+        AutoparError: the model has no repeated block.
+    """
+
+    problem: Problem
+    budget: Budget
+    progress: Progress
+    best: Trial | None = None
+    trials: list[Trial] = field(default_factory=list)
+    bound_s: float = math.inf
+    number: int = 0
+    nearest_miss_bytes: int | None = None
+    _open: list[tuple[float, int, Candidate]] = field(default_factory=list)
+    _numbers: Iterable[int] = field(default_factory=counting)
+    _complete: bool = False
+
+    def __post_init__(self) -> None:
+        problem = self.problem
+        self.started = monotonic()
+        self.prices = DegreePrices(
+            problem.graph, problem.cost_model, problem.training, problem.proposals
+        )
+
+    def result(self) -> SearchResult:
+        reason = ""
+        try:
+            self.run()
+        except LateError:
+            reason = "time"
+        except KeyboardInterrupt:
+            reason = "interrupted"
+        return self._result(reason)
+
+    def run(self) -> None:
+        """
+        Raises:
+            LateError: the time is over.
+        """
+        self._bound_all()
+        while self._open and self._open[0][0] < self.best_s * (1 - self.budget.gap):
+            if monotonic() > self.started + self.budget.time_s:
+                raise LateError
+            self._evaluate(heapq.heappop(self._open)[-1])
+
+    @property
+    def best_s(self) -> float:
+        if self.best is None or self.best.estimate is None:
+            return math.inf
+        return self.best.estimate.step_time_s
+
+    # ---- in order ------------------------------------------------------------------------------
+
+    @property
+    def _ways(self) -> Sequence[str]:
+        """Of recomputation, if what is kept does not fit."""
+        return tuple(KINDS)[1:] if self.problem.recompute == AUTO else ()
+
+    def _bound_all(self) -> None:
+        problem, prices = self.problem, self.prices
+        space = list(
+            DegreeSpace(
+                problem.cost_model.devices,
+                prices.layers,
+                prices.batch,
+                problem.microbatches,
+                "none" if problem.recompute == AUTO else problem.recompute,
+            )
+        )
+        self.number = len(space)
+        self.progress(f"bounding {self.number:,} degrees of parallelism")
+        bounds = prices.fitting(space, self._ways, problem.memory_limit_bytes)
+        self.number -= sum(bounds.skipped.values())
+        self._push(bounds.candidates)
+        self._complete = True
+        self.progress(f"{len(self._open):,} of them fit by what they keep")
+
+    def _push(self, candidates: Iterable[Candidate]) -> None:
+        for one in candidates:
+            heapq.heappush(self._open, (one.step_time_s, next(self._numbers), one))  # type: ignore[call-overload]
+
+    def _evaluate(self, one: Candidate) -> None:
+        name = degrees_text(one.degrees)
+        self.progress(name)
+        try:
+            strategy, estimate = self.prices.evaluated(one.degrees)
+        except AutoparError as refusal:
+            self.progress(f"left out: {refusal}")
+            return
+        peak_bytes = estimate.peak_memory_bytes
+        if peak_bytes > self.problem.memory_limit_bytes:
+            least = self.nearest_miss_bytes
+            self.nearest_miss_bytes = peak_bytes if least is None else min(least, peak_bytes)
+            self._with_more_again(one, peak_bytes - one.memory_bytes)
+            return
+        mesh = strategy.stages[0].mesh
+        self.trials.append(Trial(name, mesh, strategy, estimate, one.step_time_s, "gap"))
+        if estimate.step_time_s < self.best_s:
+            self.best = self.trials[-1]
+
+    def _with_more_again(self, one: Candidate, beside_bytes: int) -> None:
+        """What one needs beside what is saved, all of its ways to recompute more are taken to need;
+        those in which less would be enough are passed over."""
+        limit_bytes = self.problem.memory_limit_bytes - beside_bytes
+        more = self.prices.with_more_again(one.degrees, self._ways, limit_bytes)
+        self._push(more)
+        ways = self._ways if one.degrees.recompute == "none" else (one.degrees.recompute,)
+        passed = [following for way in ways if (following := self._one_more(one.degrees, way))]
+        tried = {candidate.degrees for candidate in more}
+        bounds = self.prices.bounds(of for of in passed if of not in tried)
+        self.bound_s = min([self.bound_s, *(of.step_time_s for of in bounds.candidates)])
+
+    def _one_more(self, degrees: Degrees, way: str) -> Degrees | None:
+        """With one more block of each stage recomputed; ``None``: all are."""
+        if way not in self._ways:
+            return None
+        copies = self.prices.layers // degrees.stages
+        blocks = 0 if degrees.recompute == "none" else round(degrees.recomputed * copies)
+        if blocks == copies:
+            return None
+        return replace(degrees, recompute=way, recomputed=(blocks + 1) / copies)
+
+    # ---- what is known -------------------------------------------------------------------------
+
+    def _result(self, reason: str) -> SearchResult:
+        left_s = self._open[0][0] if self._open else math.inf
+        bound_s = min(self.best_s, self.bound_s, left_s) if self._complete else 0.0
+        if not reason:
+            reason = self._reason(bound_s)
+        return SearchResult(
+            searcher="degrees",
+            trials=(*self.trials, *self._bounded()),
+            best=self.best,
+            lower_bound_s=bound_s,
+            stop_reason=reason,
+            search_time_s=monotonic() - self.started,
+            nearest_miss_bytes=self.nearest_miss_bytes if self.best is None else None,
+            among=f"{self.number:,} degrees of parallelism",
+        )
+
+    def _reason(self, bound_s: float) -> str:
+        if self.best is None:
+            return "unknown"  # other plans may fit
+        return "optimal" if bound_s >= self.best_s * (1 - self.budget.gap) else "gap"
+
+    def _bounded(self) -> Iterable[Trial]:
+        """The fastest of each mesh and number of rows that was not evaluated."""
+        fastest: dict[tuple[int, int], Candidate] = {}
+        for _, _, one in sorted(self._open):
+            fastest.setdefault((one.degrees.tensor, one.degrees.pipeline), one)
+        for one in fastest.values():
+            axes = (("data", one.degrees.data), ("tensor", one.degrees.tensor))
+            mesh = Mesh(tuple(axis for axis in axes if axis[1] > 1) or axes[:1])
+            name = degrees_text(one.degrees)
+            yield Trial(name, mesh, None, None, one.step_time_s, "bounded")
+
+
+__all__ = ["DegreeSearch", "is_open", "search"]
