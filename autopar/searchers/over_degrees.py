@@ -254,7 +254,7 @@ class DegreePrices:
         operators = self._of_operators(of)
         again = of.recompute if of.zero == 3 else "none"
         kept = self._of_parameters(of, again)
-        whole = self._of_parameters(_one_replica(of), again)
+        whole = self._of_parameters(_few_replicas(of), again)
         of_each = [
             small.with_whole if of.stages == 1 else small.numbers
             for small in (operators, kept, whole)
@@ -264,11 +264,11 @@ class DegreePrices:
         return _Stages(numbers, copies, count, operators, kept)
 
     def _of_operators(self, of: Degrees) -> _Small:
-        """Of one replica that keeps everything whole."""
-        key = of.tensor, of.context, of.microbatch, of.between, of.recompute
+        """Of few replicas that keep everything whole."""
+        few = _few_replicas(of)
+        key = few.tensor, few.context, few.data, few.microbatch, few.between, few.recompute
         if key not in self._operators:
-            one = _one_replica(of)
-            self._operators[key] = self._small(one, only_parameters=False)
+            self._operators[key] = self._small(few, only_parameters=False)
         return self._operators[key]
 
     def _of_parameters(self, of: Degrees, again: str) -> _Small:
@@ -391,8 +391,16 @@ class DegreePrices:
         return id(self)
 
 
-def _one_replica(degrees: Degrees) -> Degrees:
-    return replace(degrees, data=1, replicas=1, zero=0)
+def _few_replicas(degrees: Degrees) -> Degrees:
+    """One, or as few as divide a batch of which each has one sample: that is another graph, of
+    which views can be divided otherwise, than a batch of one.
+
+    >>> _few_replicas(Degrees(data=6, zero=1)).data
+    2
+    """
+    several = degrees.data * degrees.replicas
+    few = next((n for n in range(2, several + 1) if several % n == 0), 1)
+    return replace(degrees, data=few, replicas=1, zero=0)
 
 
 def _schedule(degrees: Degrees) -> str:
