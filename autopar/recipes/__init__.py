@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from autopar.recipes.data import data_parallel, hsdp, replicate, zero1, zero2, zero3
 from autopar.recipes.degrees import Degrees, degrees_from_text, degrees_text
-from autopar.recipes.hybrid import hybrid
+from autopar.recipes.hybrid import hybrid, recomputed_copies
 from autopar.recipes.megatron import megatron, megatron_sp
 from autopar.recipes.published import PUBLISHED, Published
 from autopar.recipes.recipe import Layout, Recipe
@@ -31,4 +31,5 @@ __all__ = [
     "degrees_from_text",
     "degrees_text",
     "hybrid",
+    "recomputed_copies",
 ]

@@ -143,7 +143,11 @@ def _recomputing(
     names: list[str] = []
     for block in structure.blocks:
         of = BlockChoices(structure.graph, structure.rules, strategy, costs, block)
-        names += of.names(_offsets(of, degrees), recomputed_copies(block.copies, degrees))
+        chosen = recomputed_copies(block.copies, degrees)
+        others = sorted(set(range(block.copies)).difference(chosen))
+        names += of.names(_offsets(of, degrees), chosen)
+        if others:
+            names += of.names(_offsets(of, replace(degrees, recompute="none")), others)
     made = tuple(made for name in names for made in structure.graph.operator[name].outputs)
     return replace(strategy, recompute=tuple(names), repeat_collectives=made)
 

@@ -13,8 +13,8 @@ one on one replica, the other with the smallest microbatch, and added. The rows 
 played for all candidates at once, for no more microbatches than it takes until each further one
 takes as long as the one before.
 
-Left out is that transfers wait for one another on a link, and of memory what an operator needs
-beside what is saved: both only make a step longer or larger. So the numbers are **bounds**, equal
+Left out is that transfers wait for one another on a link, what all stages read of the first one,
+and of memory what an operator needs beside what is saved: both only make a step longer or larger. So the numbers are **bounds**, equal
 to the full evaluation where no transfer waits; candidates are evaluated in full in their order,
 until the bound of the next is no better than the best that fits.
 """
@@ -37,7 +37,7 @@ from autopar.ir.sharding import local_shape
 from autopar.ir.simulation import HOLDERS, WORLD, Estimate
 from autopar.ir.strategy import Strategy, Training
 from autopar.ops import Proposals
-from autopar.recipes import Degrees, hybrid
+from autopar.recipes import Degrees, hybrid, recomputed_copies
 from autopar.schedules import SCHEDULES
 from autopar.simulator.arrangement import Arrangement, arrange
 from autopar.simulator.costs import ComputeCache, Costs
@@ -132,9 +132,12 @@ class DegreePrices:
         strategy = hybrid(divided, degrees, self.cost_model, self.training, structure)
         if len(strategy.stages) > 1:
             return strategy, evaluate_stages(divided, self.cost_model, strategy)
-        alike = structure.folded_in_runs(tuple(frozenset[int]() for _ in structure.blocks))
+        ends = tuple(
+            frozenset({len(recomputed_copies(block.copies, degrees))} - {0, block.copies})
+            for block in structure.blocks
+        )
         of = divided.graph, divided.rules, self.cost_model, strategy
-        return strategy, evaluate(*of, folded=alike)
+        return strategy, evaluate(*of, folded=structure.folded_in_runs(ends))
 
     def _whole(self, count: int) -> Division:
         return division(self.graph, count, self.proposals)
@@ -248,7 +251,7 @@ class DegreePrices:
         copies = self.layers // of.stages
         share = round(of.recomputed * copies) / copies
         if of.recompute != "none" and share < 1:
-            whole, none = replace(of, recomputed=1.0), replace(of, recompute="none")
+            whole, none = replace(of, recomputed=1.0), replace(of, recompute="none", recomputed=1.0)
             return self._stages(none).mixed(self._stages(whole), share)
         count = of.microbatches(self.batch)
         operators = self._of_operators(of)
@@ -427,14 +430,19 @@ class _Small:
 
     @cached_property
     def sent_bytes(self) -> tuple[int, int]:
-        """What the busiest device sends to the next stage, forward and back."""
-        feeds = self.plan.feeds
-        if [(feed.source, feed.target) for feed in feeds] != [(0, 1), (1, 2)]:
+        """What the busiest device sends from stage to stage, forward and back.
+
+        What all stages read of the first one (rotary tables, masks) is left out: it only makes a
+        step longer.
+        """
+        feeds = {(feed.source, feed.target): feed for feed in self.plan.feeds}
+        beyond = feeds.get((0, 2))
+        if not {(0, 1), (1, 2)} <= feeds.keys() or (beyond and beyond.busiest_backward_bytes):
             raise AutoparError(
                 "stages read more than what the one before them makes; such graphs are not "
                 "searched by degrees"
             )
-        return feeds[0].busiest_bytes or 0, feeds[0].busiest_backward_bytes or 0
+        return feeds[1, 2].busiest_bytes or 0, feeds[1, 2].busiest_backward_bytes or 0
 
     @cached_property
     def shared_bytes(self) -> tuple[int, ...]:
