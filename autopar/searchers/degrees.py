@@ -1,16 +1,16 @@
 """The fastest of all degrees of parallelism, proved: what grids over tensor, pipeline and data
 degrees look for, without playing each of them.
 
-All are bounded together (``over_degrees``), those that do not fit with as few of their blocks
-recomputed as must be; then evaluated in full in the order of their bounds, until the best is faster
-than the next bound.
+All are bounded together as they are without recomputation (``over_degrees``). In the order of their
+bounds those that fit are evaluated in full, and of those that do not as few blocks are recomputed
+as must be; until the best is faster than the next bound.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count as counting
 from time import monotonic
@@ -25,6 +25,10 @@ from autopar.searchers.over_meshes import LateError, Progress
 from autopar.searchers.recompute import AUTO
 from autopar.simulator import meshes
 from autopar.simulator.recompute_choices import KINDS
+
+
+TOGETHER = 200
+"""At most, of those that do not fit."""
 
 
 def search(
@@ -69,7 +73,7 @@ class DegreeSearch:
     number: int = 0
     nearest_miss_bytes: int | None = None
     _open: list[tuple[float, int, Candidate]] = field(default_factory=list)
-    _numbers: Iterable[int] = field(default_factory=counting)
+    _numbers: Iterator[int] = field(default_factory=counting)
     _complete: bool = False
 
     def __post_init__(self) -> None:
@@ -95,16 +99,24 @@ class DegreeSearch:
             LateError: the time is over.
         """
         self._bound_all()
-        while self._open and self._open[0][0] < self.best_s * (1 - self.budget.gap):
+        while self._open and self._open[0][0] < self._enough_s:
             if monotonic() > self.started + self.budget.time_s:
                 raise LateError
-            self._evaluate(heapq.heappop(self._open)[-1])
+            one = heapq.heappop(self._open)[-1]
+            if self._may_fit(one):
+                self._evaluate(one)
+            else:
+                self._recompute_in([one, *self._next_too_large()])
 
     @property
     def best_s(self) -> float:
         if self.best is None or self.best.estimate is None:
             return math.inf
         return self.best.estimate.step_time_s
+
+    @property
+    def _enough_s(self) -> float:
+        return self.best_s * (1 - self.budget.gap)
 
     # ---- in order ------------------------------------------------------------------------------
 
@@ -124,17 +136,32 @@ class DegreeSearch:
                 "none" if problem.recompute == AUTO else problem.recompute,
             )
         )
-        self.number = len(space)
-        self.progress(f"bounding {self.number:,} degrees of parallelism")
-        bounds = prices.fitting(space, self._ways, problem.memory_limit_bytes)
-        self.number -= sum(bounds.skipped.values())
+        self.progress(f"bounding {len(space):,} degrees of parallelism")
+        bounds = prices.bounds(space)
+        self.number = len(bounds.candidates)
         self._push(bounds.candidates)
         self._complete = True
-        self.progress(f"{len(self._open):,} of them fit by what they keep")
+
+    def _may_fit(self, one: Candidate) -> bool:
+        return one.memory_bytes <= self.problem.memory_limit_bytes
+
+    def _next_too_large(self) -> Iterator[Candidate]:
+        """The next ones that do not fit, some of them: they are priced together."""
+        for _ in range(TOGETHER):
+            if not self._open or self._open[0][0] >= self._enough_s:
+                return
+            if self._may_fit(self._open[0][-1]):
+                return
+            yield heapq.heappop(self._open)[-1]
+
+    def _recompute_in(self, those: Sequence[Candidate]) -> None:
+        self.progress(f"recomputing as little as fits in {len(those)} of them")
+        plain = [one.degrees for one in those]
+        self._push(self.prices.recomputing(plain, self._ways, self.problem.memory_limit_bytes))
 
     def _push(self, candidates: Iterable[Candidate]) -> None:
         for one in candidates:
-            heapq.heappush(self._open, (one.step_time_s, next(self._numbers), one))  # type: ignore[call-overload]
+            heapq.heappush(self._open, (one.step_time_s, next(self._numbers), one))
 
     def _evaluate(self, one: Candidate) -> None:
         name = degrees_text(one.degrees)
@@ -159,9 +186,10 @@ class DegreeSearch:
         """What one needs beside what is saved, all of its ways to recompute more are taken to need;
         those in which less would be enough are passed over."""
         limit_bytes = self.problem.memory_limit_bytes - beside_bytes
-        more = self.prices.with_more_again(one.degrees, self._ways, limit_bytes)
-        self._push(more)
+        plain = replace(one.degrees, recompute="none", recomputed=1.0)
         ways = self._ways if one.degrees.recompute == "none" else (one.degrees.recompute,)
+        more = self.prices.recomputing([plain], ways, limit_bytes)
+        self._push(more)
         passed = [following for way in ways if (following := self._one_more(one.degrees, way))]
         tried = {candidate.degrees for candidate in more}
         bounds = self.prices.bounds(of for of in passed if of not in tried)
@@ -198,7 +226,7 @@ class DegreeSearch:
     def _reason(self, bound_s: float) -> str:
         if self.best is None:
             return "unknown"  # other plans may fit
-        return "optimal" if bound_s >= self.best_s * (1 - self.budget.gap) else "gap"
+        return "optimal" if bound_s >= self._enough_s else "gap"
 
     def _bounded(self) -> Iterable[Trial]:
         """The fastest of each mesh and number of rows that was not evaluated."""

@@ -154,31 +154,15 @@ class DegreePrices:
         ]
         return _sorted(found, skipped)
 
-    def fitting(self, space: Iterable[Degrees], ways: Sequence[str], limit_bytes: float) -> Bounds:
-        """Of each of them, which recompute nothing, what fits: as it is; or else in each of these
-        ways of recomputation, in no more of its blocks than need be."""
-        skipped: Counter[str] = Counter()
-        found: list[Candidate] = []
-        for alike in self._alike(space, skipped):
-            fits = self._memory_bytes(alike) <= limit_bytes
-            found += self._candidates(alike.only(fits))
-            rest = alike.only(~fits)
-            for way in ways:
-                found += self._candidates(self._least_again(rest, way, limit_bytes))
-        return _sorted(found, skipped)
-
-    def with_more_again(
-        self, degrees: Degrees, ways: Sequence[str], limit_bytes: float
+    def recomputing(
+        self, plain: Iterable[Degrees], ways: Sequence[str], limit_bytes: float
     ) -> tuple[Candidate, ...]:
-        """Of one that needs more than its bound: with more of its blocks recomputed (or, where
-        none are, with some, in each of these ways), as few as these bytes allow; none of them
-        where all are not enough."""
-        plain = replace(degrees, recompute="none", recomputed=1.0)
-        (alike,) = self._alike([plain], Counter())
-        of = ways if degrees.recompute == "none" else (degrees.recompute,)
+        """Of each of these, which recompute nothing, in each way of recomputation with as few
+        blocks recomputed, one of each stage at least, as make what is kept fit."""
         return tuple(
             candidate
-            for way in of
+            for alike in self._alike(plain, Counter())
+            for way in ways
             for candidate in self._candidates(self._least_again(alike, way, limit_bytes))
         )
 
@@ -339,6 +323,8 @@ class DegreePrices:
         return step_s
 
     def _memory_bytes(self, alike: _Alike) -> Numbers:
+        if not alike.members:
+            return np.zeros(0)
         of = alike.of
         if alike.is_alone:
             found: Numbers = of[WHOLE][:, [ALWAYS, GRADIENTS, SAVED]].sum(axis=1)
