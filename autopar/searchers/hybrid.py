@@ -21,7 +21,7 @@ from autopar.ir.sharding import Mesh
 from autopar.ir.simulation import Estimate
 from autopar.ir.strategy import Strategy
 from autopar.recipes import RECIPES
-from autopar.searchers import over_stages
+from autopar.searchers import degrees, over_stages
 from autopar.searchers.over_meshes import LateError, MeshSearch, Progress
 from autopar.searchers.over_stages import StageResult
 from autopar.searchers.prospects import Likely, Prospect, Prospects, chains
@@ -140,9 +140,26 @@ class _Search:
                 prospect = Prospect(rows, mesh, of_counts)
                 self._push(replace(prospect, bound_s=self.prospects.compute_s(prospect)))
         self._complete = True
+        self._take_degrees()
         self._dive()
         self._price_recipes()
         self._close()
+
+    def _take_degrees(self) -> None:
+        """The fastest plan with equal stages, where the model is a stack of equal blocks."""
+        if not degrees.is_open(self.problem):
+            return
+        try:
+            search = degrees.DegreeSearch(self.problem, self.budget, self.progress)
+        except AutoparError:
+            return
+        try:
+            search.run()
+        finally:
+            self._missed(search.nearest_miss_bytes)
+            if search.best is not None and search.best.strategy is not None:
+                found = search.best.strategy
+                self._offer(_prospect_of(found), found, search.best.estimate)
 
     def _counts(self) -> tuple[int, ...]:
         """Numbers of microbatches, in rising order."""

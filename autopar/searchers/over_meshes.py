@@ -242,7 +242,7 @@ class MeshSearch:
         wanted = Wanted(cutoff_s, deadline, self.budget.gap, hint=self._weights)
 
         def over_bytes(selection: Selection) -> int:
-            strategy, estimate = self._with_recomputation(listing, selection)
+            strategy, estimate = self._with_recomputation(listing, selection, self.best_s)
             over = estimate.peak_memory_bytes - self.problem.memory_limit_bytes
             if over <= 0:
                 opened.fitting[selection] = strategy, estimate
@@ -308,9 +308,10 @@ class MeshSearch:
         self.nearest_miss_bytes = peak if least is None else min(least, peak)
 
     def _with_recomputation(
-        self, listing: Listing, selection: Selection
+        self, listing: Listing, selection: Selection, cutoff_s: float = math.inf
     ) -> tuple[Strategy, Estimate]:
-        """As much as is asked for, or needed to fit."""
+        """As much as is asked for, or needed to fit; as little as fits is looked for below the
+        cutoff only."""
         strategy, structure, kind = (
             listing.strategy(selection),
             self.structure,
@@ -329,7 +330,7 @@ class MeshSearch:
 
         ways = Recomputing(blocks, estimate, self._recomputed)
         if kind == AUTO:
-            return ways.within(strategy, self.problem.memory_limit_bytes)
+            return ways.within(strategy, self.problem.memory_limit_bytes, cutoff_s)
         return ways.everywhere(strategy, kind)
 
     def _evaluate(

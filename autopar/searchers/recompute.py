@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -41,13 +42,21 @@ class Recomputing:
         """All copies of all blocks in one way."""
         return self._found(strategy, kind, "none", self._copies)
 
-    def within(self, strategy: Strategy, limit_bytes: float) -> Found:
-        """The fastest that fits; where nothing does, what needs the least memory."""
+    def within(self, strategy: Strategy, limit_bytes: float, cutoff_s: float = math.inf) -> Found:
+        """The fastest that fits; where nothing does, what needs the least memory. What would take
+        longer than ``cutoff_s`` is not looked for."""
         plain = strategy, self.evaluate(strategy, (frozenset(),) * len(self.blocks))
         if plain[1].peak_memory_bytes <= limit_bytes or not self.blocks:
             return plain
-        tried = [self._least(strategy, first, rest, limit_bytes) for first, rest in PATTERNS]
-        fitting = [found for found in tried if found[1].peak_memory_bytes <= limit_bytes]
+        if plain[1].step_time_s >= cutoff_s:
+            return plain
+        tried: list[Found] = []
+        for first, rest in PATTERNS:
+            fastest_s = min(
+                [cutoff_s, *(of.step_time_s for _, of in tried if _fits(of, limit_bytes))]
+            )
+            tried += self._least(strategy, first, rest, limit_bytes, plain, fastest_s)
+        fitting = [found for found in tried if _fits(found[1], limit_bytes)]
         if fitting:
             return min(fitting, key=lambda found: found[1].step_time_s)
         return min([plain, *tried], key=lambda found: found[1].peak_memory_bytes)
@@ -56,20 +65,38 @@ class Recomputing:
     def _copies(self) -> int:
         return sum(of.block.copies for of in self.blocks)
 
-    def _least(self, strategy: Strategy, first: str, rest: str, limit_bytes: float) -> Found:
-        """With as few copies of the first kind as fit, by halving: each one more keeps less."""
-        low, high = -1, self._copies
-        best = self._found(strategy, first, rest, high)
-        if best[1].peak_memory_bytes > limit_bytes:
-            return best
-        while high - low > 1:
-            middle = (low + high) // 2
-            found = self._found(strategy, first, rest, middle)
-            if found[1].peak_memory_bytes <= limit_bytes:
-                high, best = middle, found
+    def _least(
+        self,
+        strategy: Strategy,
+        first: str,
+        rest: str,
+        limit_bytes: float,
+        plain: Found,
+        cutoff_s: float,
+    ) -> list[Found]:
+        """With as few copies of the first kind as fit: each one more keeps less, about as much as
+        every other, and takes as long. The last is the best of them; none, where no copy has to be
+        of the first kind, or it would take longer than the cutoff."""
+        fewer, more = 0, self._copies
+        too_large = plain if rest == "none" else self._found(strategy, first, rest, 0)
+        if _fits(too_large[1], limit_bytes) or too_large[1].step_time_s >= cutoff_s:
+            return []
+        best = self._found(strategy, first, rest, more)
+        while _fits(best[1], limit_bytes) and more - fewer > 1:
+            over = too_large[1].peak_memory_bytes - limit_bytes
+            share = over / (too_large[1].peak_memory_bytes - best[1].peak_memory_bytes)
+            slower_s = best[1].step_time_s - too_large[1].step_time_s
+            if too_large[1].step_time_s + share * slower_s >= cutoff_s:
+                return [best]
+            guess = fewer + math.ceil(share * (more - fewer))
+            if guess == more:  # or one less, if it is that near
+                guess = more - 1
+            found = self._found(strategy, first, rest, guess)
+            if _fits(found[1], limit_bytes):
+                more, best = guess, found
             else:
-                low = middle
-        return best
+                fewer, too_large = guess, found
+        return [best]
 
     def _found(self, strategy: Strategy, first: str, rest: str, count: int) -> Found:
         """``count`` copies in the first way, from the beginning of the graph on."""
@@ -92,6 +119,10 @@ class Recomputing:
         if key not in self.known:
             self.known[key] = KINDS[kind](of)
         return self.known[key]
+
+
+def _fits(estimate: Estimate, limit_bytes: float) -> bool:
+    return estimate.peak_memory_bytes <= limit_bytes
 
 
 __all__ = ["AUTO", "RECOMPUTE", "Recomputing"]
