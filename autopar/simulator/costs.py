@@ -154,9 +154,14 @@ def within_units(
         return ((),) * len(mesh.axes)
     return tuple(
         members_in_units(
-            {tuple(devices[r] for r in mesh.group(axis, rank)) for rank in range(mesh.size)}, units
+            {
+                tuple(devices[r] for r in mesh.group(axis, rank))
+                for rank in range(mesh.size)
+                if rank // stride % size == 0  # the first of its group
+            },
+            units,
         )
-        for axis in range(len(mesh.axes))
+        for axis, (stride, size) in enumerate(zip(mesh.strides, mesh.sizes, strict=True))
     )
 
 
