@@ -38,22 +38,25 @@ def hybrid(
     cost_model: CostModel,
     training: Training,
     structure: Structure | None = None,
+    splits: Mapping[str, Split] | None = None,
 ) -> Strategy:
     """``division``: into as many microbatches as ``degrees`` say of its batch. Prices are asked for
     one thing only: what is worth recomputing (``recompute="selective"``). ``structure``: of the
-    division, if it is known. Equal blocks are treated alike.
+    division, if it is known; so are ``splits``, which depend on axes and ``between`` alone. Equal
+    blocks are treated alike.
 
     Raises:
         AutoparError: the model cannot be divided so; the message says what could.
     """
     structure = structure or Structure(division.graph, division.rules)
     mesh, purposes, levels = _mesh(degrees)
-    splits = splits_by_purpose(structure, mesh, purposes, degrees.between)
-    _check_shares(structure, splits, mesh, degrees)
+    if splits is None:
+        splits = splits_by_purpose(structure, mesh, purposes, degrees.between)
+        _check_shares(structure, splits, mesh, degrees)
     stage = Stage(structure.names, tuple(range(mesh.size)), mesh)
     whole = Strategy(
         (stage,),
-        splits,
+        dict(splits),
         dict(_storage(structure, splits, mesh, levels)),
         division.count,
         training=training,

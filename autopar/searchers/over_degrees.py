@@ -22,10 +22,11 @@ until the bound of the next is no better than the best that fits.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from math import prod
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +34,7 @@ from numpy.typing import NDArray
 from autopar.errors import AutoparError
 from autopar.ir.graph import OperatorGraph
 from autopar.ir.schedule import KINDS, Action, Rows
-from autopar.ir.sharding import local_shape
+from autopar.ir.sharding import Mesh, local_shape
 from autopar.ir.simulation import HOLDERS, WORLD, Estimate
 from autopar.ir.strategy import Strategy, Training
 from autopar.ops import Proposals
@@ -53,11 +54,21 @@ from autopar.simulator.pipelines import (
     group_sum,
     summed_bytes,
 )
-from autopar.simulator.prices import evaluate, stage_parts, sum_time_s
+from autopar.simulator.prices import (
+    StageParts,
+    again_parts,
+    evaluate,
+    operator_parts,
+    parameter_parts,
+    sum_time_s,
+)
+from autopar.simulator.recomputation import Recomputation, recomputation
 from autopar.simulator.sharing import alone
 from autopar.simulator.staged import block_starts, runs, staged
 from autopar.simulator.stages import Pipelined, StagePart, pipelined
 from cost_models.interface import Collective, CostModel
+
+T = TypeVar("T")
 
 Numbers = NDArray[np.float64]
 
@@ -107,8 +118,13 @@ class DegreePrices:
     _cache: ComputeCache = field(default_factory=dict)
     _divisions: dict[int, Division] = field(default_factory=dict)
     _structures: dict[int, Structure] = field(default_factory=dict)
-    _operators: dict[object, _Small] = field(default_factory=dict)
-    _parameters: dict[object, _Small] = field(default_factory=dict)
+    _cuts: dict[Any, _Cut | AutoparError] = field(default_factory=dict)
+    _numbers: dict[Hashable, int] = field(default_factory=dict)
+    _operators: dict[Any, _Small | AutoparError] = field(default_factory=dict)
+    _parameters: dict[Any, _Small | AutoparError] = field(default_factory=dict)
+    _again: dict[Any, Recomputation | AutoparError] = field(default_factory=dict)
+    _beside: dict[Any, Numbers | AutoparError] = field(default_factory=dict)
+    _saved: dict[Hashable, dict[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         blocks = Structure(self.graph, self._whole(1).rules).blocks
@@ -241,10 +257,10 @@ class DegreePrices:
         operators = self._of_operators(of)
         again = of.recompute if of.zero == 3 else "none"
         kept = self._of_parameters(of, again)
-        whole = self._of_parameters(_few_replicas(of), again)
+        alone = self._of_parameters(_few_replicas(of), again)
         of_each = [
             small.with_whole if of.stages == 1 else small.numbers
-            for small in (operators, kept, whole)
+            for small in (operators, kept, alone)
         ]
         numbers = of_each[0] + of_each[1] - of_each[2]
         numbers[:, HELD] = of_each[1][:, HELD]
@@ -254,42 +270,90 @@ class DegreePrices:
         """Of few replicas that keep everything whole."""
         few = _few_replicas(of)
         key = few.tensor, few.context, few.data, few.microbatch, few.between, few.recompute
-        if key not in self._operators:
-            self._operators[key] = self._small(few, only_parameters=False)
-        return self._operators[key]
+        return _remembered(
+            self._operators, key, lambda: self._small(few, self._numbers_of_operators)
+        )
 
     def _of_parameters(self, of: Degrees, again: str) -> _Small:
         """Of the smallest microbatch; ``again``: what is recomputed, where parameters are gathered
         again for it."""
         axes = of.tensor, of.context, of.data, of.replicas
         key = *axes, of.zero, of.between, again
-        if key not in self._parameters:
-            one = replace(of, microbatch=1, recompute=again)
-            self._parameters[key] = self._small(one, only_parameters=True)
-        return self._parameters[key]
+        one = replace(of, microbatch=1, recompute=again)
+        return _remembered(
+            self._parameters, key, lambda: self._small(one, self._numbers_of_parameters)
+        )
 
-    def _small(self, of: Degrees, only_parameters: bool) -> _Small:
+    def _small(self, of: Degrees, numbers: Callable[[_Kept, int], Numbers]) -> _Small:
         """Three copies of the block in three stages; and what one copy more adds, which of
         parameters is what the one in the middle has."""
         one = replace(of, pipeline=1, chunks=1, schedule=None)
-        divided = self._divided(one.microbatches(self.batch))
-        structure = self._structures[divided.count]
-        whole = hybrid(divided, one, self.cost_model, self.training, structure)
-        starts = block_starts(divided.graph)
-        costs = Costs(self.machine, whole.mesh, self._cache, tuple(range(whole.mesh.size)))
-
-        def numbers(part: StagePart) -> Numbers:
-            return _of_parameters(part, costs) if only_parameters else _of_operators(part, costs)
-
-        plan = _cut(divided, whole, starts[1:KEPT])
-        found = [numbers(part) for part in plan.parts]
-        if only_parameters:
+        axes = one.tensor, one.context, one.data, one.replicas, one.between
+        key = one.microbatches(self.batch), *axes
+        cut = _remembered(self._cuts, key, lambda: self._cut(one))
+        known = cut.division, one, self.cost_model, self.training, cut.structure
+        kept = _Kept(cut, one, hybrid(*known, cut.whole.splits))
+        found = [numbers(kept, kind) for kind in (FIRST, MIDDLE, LAST)]
+        if numbers == self._numbers_of_parameters:
             copy = found[MIDDLE]
         else:
-            copy = numbers(_cut(divided, whole, starts[2:KEPT]).parts[0]) - found[FIRST]
+            copy = numbers(kept, COPY) - found[FIRST]
         unknown = np.full(len(copy), np.nan)
-        together = _uncut(divided, whole)
-        return _Small(np.array([*found, unknown, copy]), plan, lambda: numbers(together))
+        small = np.array([*found, unknown, copy])
+        return _Small(small, kept.plan, lambda: numbers(kept, WHOLE))
+
+    def _cut(self, of: Degrees) -> _Cut:
+        """By its axes, and what is between them."""
+        division = self._divided(of.microbatches(self.batch))
+        structure = self._structures[division.count]
+        plain = replace(of, zero=0, recompute="none")
+        whole = hybrid(division, plain, self.cost_model, self.training, structure)
+        costs = Costs(self.machine, whole.mesh, self._cache, tuple(range(whole.mesh.size)))
+        cut = _Cut(division, structure, whole, costs)
+        cut.number = self._numbers.setdefault(cut.content, len(self._numbers))
+        return cut
+
+    def _numbers_of_operators(self, kept: _Kept, kind: int) -> Numbers:
+        """What parameters cost beside is that of any microbatch."""
+        cut, part = kept.cut, kept.part(kind)
+        again = self._recomputation(kept, kind)
+        key = cut.number, cut.mesh, kind, part.strategy.recompute
+        beside = _remembered(
+            self._beside, key, lambda: _seconds(parameter_parts(part, again, cut.costs))
+        )
+        found: Numbers = cut.operators_s(kind) + _seconds(again_parts(part, again, cut.costs))
+        found += beside
+        found[SAVED] = self._saved_bytes(kept, kind)
+        return found
+
+    def _numbers_of_parameters(self, kept: _Kept, kind: int) -> Numbers:
+        cut, part = kept.cut, kept.part(kind)
+        again = self._recomputation(kept, kind)
+        found: Numbers = cut.operators_s(kind) + _seconds(again_parts(part, again, cut.costs))
+        found += _seconds(parameter_parts(part, again, cut.costs))
+        return found + _held(part, cut.costs)
+
+    def _recomputation(self, kept: _Kept, kind: int) -> Recomputation:
+        """The same whatever the sizes are."""
+        part = kept.part(kind)
+        placed = tuple(part.kept(parameter.name).parameter for parameter in part.graph.parameters)
+        key = kept.cut.number, kind, part.strategy.recompute, placed
+        return _remembered(
+            self._again,
+            key,
+            lambda: recomputation(part.graph, part.division.rules, part.strategy),
+        )
+
+    def _saved_bytes(self, kept: _Kept, kind: int) -> int:
+        """The samples of a microbatch lie in one dim of a tensor, or not in it: of two numbers of
+        them follows any other."""
+        part, samples = kept.part(kind), kept.samples
+        key = kept.cut.number, kept.cut.mesh, kind, part.strategy.recompute
+        known = self._saved.setdefault(key, {})
+        if len(known) < 2 and samples not in known:
+            of = part.graph, part.division.rules, part.strategy
+            known[samples] = saved_bytes(*of, given=part.given, ends=part.ends)
+        return known[samples] if samples in known else _on_line(known, samples)
 
     def _divided(self, count: int) -> Division:
         if count not in self._divisions:
@@ -532,27 +596,118 @@ def _sorted(found: list[Candidate], skipped: Mapping[str, int]) -> Bounds:
     return Bounds(tuple(sorted(found, key=lambda one: one.step_time_s)), dict(skipped))
 
 
-def _cut(divided: Division, whole: Strategy, cuts: Sequence[int]) -> Pipelined:
-    stages = runs(divided.graph, cuts)
-    like = [whole] * len(stages)
-    return pipelined(divided, staged(divided.graph, stages, like, "1f1b", divided.count))
+@dataclass
+class _Cut:
+    """All operators split in one way, and cut: the stages of one copy of the block each, the first
+    of them with one more (``COPY``), and all of it (``WHOLE``).
+
+    ``whole``: the strategy of one stage, with nothing recomputed. ``number``: the same for those
+    that differ in nothing but sizes.
+    """
+
+    division: Division
+    structure: Structure
+    whole: Strategy
+    costs: Costs
+    number: int = -1
+    _parts: dict[int, StagePart] = field(default_factory=dict)
+    _operators_s: dict[int, Numbers] = field(default_factory=dict)
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.whole.mesh
+
+    @cached_property
+    def content(self) -> Hashable:
+        """How all tensors lie, and what is told from operators beside their sizes."""
+        of = self.division
+        return (
+            self.mesh.names,
+            tuple(size > 1 for size in self.mesh.sizes),
+            tuple(
+                (bound.shardings(split), split, bound.rule.kind, bound.rule.saves, bound.rule.inner)
+                for operator in of.graph.operators
+                for bound, split in [(of.rules[operator.name], self.whole.splits[operator.name])]
+            ),
+        )
+
+    @cached_property
+    def plan(self) -> Pipelined:
+        return self._stages(block_starts(self.division.graph)[1:KEPT])
+
+    def _stages(self, cuts: Sequence[int]) -> Pipelined:
+        stages = runs(self.division.graph, cuts)
+        like = [self.whole] * len(stages)
+        of = staged(self.division.graph, stages, like, "1f1b", self.division.count)
+        return pipelined(self.division, of)
+
+    def part(self, kind: int) -> StagePart:
+        """Its gradients are added to no others."""
+        found = self._parts.get(kind)
+        if found is None:
+            found = self._part(kind)
+            found = replace(found, division=replace(found.division, count=1))
+            self._parts[kind] = found
+        return found
+
+    def _part(self, kind: int) -> StagePart:
+        if kind == WHOLE:
+            ends = {self.division.graph.loss: ("I",) * len(self.mesh.axes)}
+            return StagePart(self.division, self.whole, {}, ends)
+        if kind == COPY:
+            return self._stages(block_starts(self.division.graph)[2:KEPT]).parts[0]
+        return self.plan.parts[kind]
+
+    def operators_s(self, kind: int) -> Numbers:
+        if kind not in self._operators_s:
+            of = operator_parts(self.part(kind), self.costs)
+            self._operators_s[kind] = _seconds(of)
+        return self._operators_s[kind]
 
 
-def _uncut(divided: Division, whole: Strategy) -> StagePart:
-    loss = divided.graph.loss
-    ends = {loss: ("I",) * len(whole.mesh.axes)}
-    return StagePart(divided, whole, {}, ends)
+@dataclass(frozen=True)
+class _Kept:
+    """``cut`` with the storages of ``whole``, and what that recomputes."""
+
+    cut: _Cut
+    degrees: Degrees
+    whole: Strategy
+    _parts: dict[int, StagePart] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> int:
+        """Of a microbatch."""
+        assert self.degrees.microbatch is not None
+        return self.degrees.microbatch
+
+    def part(self, kind: int) -> StagePart:
+        if kind not in self._parts:
+            self._parts[kind] = self._like(self.cut.part(kind))
+        return self._parts[kind]
+
+    def _like(self, part: StagePart) -> StagePart:
+        recomputed, repeated = self._recomputed
+        operators = part.graph.operators
+        strategy = replace(
+            part.strategy,
+            storage={p.name: self.whole.storage[p.name] for p in part.graph.parameters},
+            recompute=tuple(o.name for o in operators if o.name in recomputed),
+            repeat_collectives=tuple(n for o in operators for n in o.outputs if n in repeated),
+        )
+        return replace(part, strategy=strategy)
+
+    @cached_property
+    def _recomputed(self) -> tuple[set[str], set[str]]:
+        return set(self.whole.recompute), set(self.whole.repeat_collectives)
+
+    @property
+    def plan(self) -> Pipelined:
+        return replace(self.cut.plan, parts=tuple(map(self.part, (FIRST, MIDDLE, LAST))))
 
 
-def _of_operators(part: StagePart, costs: Costs) -> Numbers:
-    found = _times(part, costs)
-    of = part.graph, part.division.rules, part.strategy
-    found[SAVED] = saved_bytes(*of, given=part.given, ends=part.ends)
-    return found
-
-
-def _of_parameters(part: StagePart, costs: Costs) -> Numbers:
-    found = _times(part, costs)
+def _held(part: StagePart, costs: Costs) -> Numbers:
+    """Of parameters."""
+    found = np.zeros(SAVED + 1)
     for edge in parameter_edges(part.graph, part.division.rules, part.strategy):
         if edge.trainable:
             size = local_bytes(edge.spec, edge.summed, part.mesh)
@@ -566,13 +721,34 @@ def _of_parameters(part: StagePart, costs: Costs) -> Numbers:
     return found
 
 
-def _times(part: StagePart, costs: Costs) -> Numbers:
-    """Of one microbatch, whose gradients are added to no others."""
-    one = replace(part, division=replace(part.division, count=1))
-    of, found = stage_parts(one, costs), np.zeros(SAVED + 1)
+def _seconds(of: StageParts) -> Numbers:
+    found = np.zeros(SAVED + 1)
     found[FORWARD] = of.forward_compute_s + of.forward_communication_s
     found[BACKWARD] = of.backward_compute_s + of.backward_communication_s
     found[REDUCTION], found[UPDATE] = of.reduction_s, of.optimizer_s + of.refresh_s
+    return found
+
+
+def _on_line(known: Mapping[int, int], at: int) -> int:
+    """
+    >>> _on_line({1: 10, 3: 14}, 4)
+    16
+    """
+    (a, of_a), (b, of_b) = known.items()
+    return of_a + (of_b - of_a) * (at - a) // (b - a)
+
+
+def _remembered(known: dict[Any, T | AutoparError], key: Hashable, make: Callable[[], T]) -> T:
+    """Refusals too."""
+    found = known.get(key)
+    if found is None:
+        try:
+            found = make()
+        except AutoparError as error:
+            found = error
+        known[key] = found
+    if isinstance(found, AutoparError):
+        raise found.with_traceback(None)
     return found
 
 
