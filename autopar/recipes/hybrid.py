@@ -111,19 +111,27 @@ def _storage(
 ) -> Iterator[tuple[str, Storage]]:
     """Divided as they are used, if all readers agree, and over data axes as their ZeRO says."""
     graph = structure.graph
+    known: dict[object, Storage] = {}
     for parameter in graph.parameters:
         uses = {
             structure.rules[reader.name].shardings(splits[reader.name])[0][position]
             for reader, position in graph.consumers[parameter.name]
         }
         used = tuple(_agreed([use[axis] for use in uses]) for axis in range(len(mesh.axes)))
-        zero = zero_placements(parameter.spec.shape, used, mesh.sizes)
-        per_axis = [
-            (placement,) * 3 if sharded_dim(placement) is not None else at_level(level, over or "I")
-            for placement, over, level in zip(used, zero, levels, strict=True)
-        ]
-        kept, gradient, optimizer = zip(*per_axis, strict=True)
-        yield parameter.name, Storage(kept, gradient, optimizer)
+        key = parameter.spec.shape, used
+        if key not in known:
+            known[key] = _stored(*key, mesh, levels)
+        yield parameter.name, known[key]
+
+
+def _stored(shape: tuple[int, ...], used: Sharding, mesh: Mesh, levels: Sequence[int]) -> Storage:
+    zero = zero_placements(shape, used, mesh.sizes)
+    per_axis = [
+        (placement,) * 3 if sharded_dim(placement) is not None else at_level(level, over or "I")
+        for placement, over, level in zip(used, zero, levels, strict=True)
+    ]
+    kept, gradient, optimizer = zip(*per_axis, strict=True)
+    return Storage(kept, gradient, optimizer)
 
 
 def _agreed(placements: Sharding | list[str]) -> str:

@@ -14,15 +14,15 @@ played for all candidates at once, for no more microbatches than it takes until 
 takes as long as the one before.
 
 Left out is that transfers wait for one another on a link, what all stages read of the first one,
-and of memory what an operator needs beside what is saved: both only make a step longer or larger. So the numbers are **bounds**, equal
-to the full evaluation where no transfer waits; candidates are evaluated in full in their order,
-until the bound of the next is no better than the best that fits.
+and of memory what an operator needs beside what is saved: both only make a step longer or larger.
+So the numbers are **bounds**, equal to the full evaluation where no transfer waits; candidates are
+evaluated in full in their order, until the bound of the next is no better than the best that fits.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from math import prod
@@ -42,7 +42,7 @@ from autopar.recipes import Degrees, hybrid, recomputed_copies
 from autopar.schedules import SCHEDULES
 from autopar.simulator.arrangement import Arrangement, arrange
 from autopar.simulator.costs import ComputeCache, Costs
-from autopar.simulator.edges import parameter_edges
+from autopar.simulator.edges import ParameterEdge, parameter_edges
 from autopar.simulator.folding import KEPT, fold
 from autopar.simulator.listing import Structure
 from autopar.simulator.machine_links import MachineLinks
@@ -124,6 +124,7 @@ class DegreePrices:
     _parameters: dict[Any, _Small | AutoparError] = field(default_factory=dict)
     _again: dict[Any, Recomputation | AutoparError] = field(default_factory=dict)
     _beside: dict[Any, Numbers | AutoparError] = field(default_factory=dict)
+    _sums: dict[tuple[int, int, bool], Numbers] = field(default_factory=dict)
     _saved: dict[Hashable, dict[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -258,20 +259,30 @@ class DegreePrices:
         again = of.recompute if of.zero == 3 else "none"
         kept = self._of_parameters(of, again)
         alone = self._of_parameters(_few_replicas(of), again)
-        of_each = [
-            small.with_whole if of.stages == 1 else small.numbers
-            for small in (operators, kept, alone)
-        ]
-        numbers = of_each[0] + of_each[1] - of_each[2]
-        numbers[:, HELD] = of_each[1][:, HELD]
+        numbers = self._sum(operators, kept, alone, of.stages == 1)
         return _Stages(numbers, copies, count, operators, kept)
+
+    def _sum(self, operators: _Small, kept: _Small, alone: _Small, is_whole: bool) -> Numbers:
+        key = id(operators), id(kept), is_whole
+        found = self._sums.get(key)
+        if found is None:
+            of_operators, of_kept, of_alone = (
+                small.with_whole if is_whole else small.numbers
+                for small in (operators, kept, alone)
+            )
+            found = of_operators + of_kept - of_alone
+            found[:, HELD] = of_kept[:, HELD]
+            self._sums[key] = found
+        return found
 
     def _of_operators(self, of: Degrees) -> _Small:
         """Of few replicas that keep everything whole."""
-        few = _few_replicas(of)
-        key = few.tensor, few.context, few.data, few.microbatch, few.between, few.recompute
+        few = _few(of.data * of.replicas)
+        key = of.tensor, of.context, few, of.microbatch, of.between, of.recompute
         return _remembered(
-            self._operators, key, lambda: self._small(few, self._numbers_of_operators)
+            self._operators,
+            key,
+            lambda: self._small(_few_replicas(of), self._numbers_of_operators),
         )
 
     def _of_parameters(self, of: Degrees, again: str) -> _Small:
@@ -279,9 +290,12 @@ class DegreePrices:
         again for it."""
         axes = of.tensor, of.context, of.data, of.replicas
         key = *axes, of.zero, of.between, again
-        one = replace(of, microbatch=1, recompute=again)
         return _remembered(
-            self._parameters, key, lambda: self._small(one, self._numbers_of_parameters)
+            self._parameters,
+            key,
+            lambda: self._small(
+                replace(of, microbatch=1, recompute=again), self._numbers_of_parameters
+            ),
         )
 
     def _small(self, of: Degrees, numbers: Callable[[_Kept, int], Numbers]) -> _Small:
@@ -319,7 +333,9 @@ class DegreePrices:
         again = self._recomputation(kept, kind)
         key = cut.number, cut.mesh, kind, part.strategy.recompute
         beside = _remembered(
-            self._beside, key, lambda: _seconds(parameter_parts(part, again, cut.costs))
+            self._beside,
+            key,
+            lambda: _seconds(parameter_parts(part, _used(part, again), cut.costs)),
         )
         found: Numbers = cut.operators_s(kind) + _seconds(again_parts(part, again, cut.costs))
         found += beside
@@ -330,8 +346,9 @@ class DegreePrices:
         cut, part = kept.cut, kept.part(kind)
         again = self._recomputation(kept, kind)
         found: Numbers = cut.operators_s(kind) + _seconds(again_parts(part, again, cut.costs))
-        found += _seconds(parameter_parts(part, again, cut.costs))
-        return found + _held(part, cut.costs)
+        used = _used(part, again)
+        found += _seconds(parameter_parts(part, used, cut.costs))
+        return found + _held(part, used, cut.costs)
 
     def _recomputation(self, kept: _Kept, kind: int) -> Recomputation:
         """The same whatever the sizes are."""
@@ -401,17 +418,16 @@ class DegreePrices:
         most: Numbers = np.max(rows, axis=0)
         return most
 
-    def _links(self, degrees: Degrees, stages: _Stages) -> list[list[float]]:
+    def _links(self, degrees: Degrees, stages: _Stages) -> Numbers:
         """Seconds from each row to the next, the last to the first too, forward; and back."""
-        forward, backward = stages.operators.sent_bytes
-        key = degrees.pipeline, degrees.stage_devices
-        strides = self._strides(*key)
-        return [
-            [self._send_s(forward, stride) for stride in strides],
-            [self._send_s(backward, stride) for stride in strides],
-        ]
+        return self._links_s(degrees.pipeline, degrees.stage_devices, stages.operators.sent_bytes)
 
     @lru_cache(maxsize=None)  # noqa: B019 - lives as long as the search
+    def _links_s(self, rows: int, size: int, sent_bytes: tuple[int, int]) -> Numbers:
+        strides = self._strides(rows, size)
+        return np.array([[self._send_s(sent, stride) for stride in strides] for sent in sent_bytes])
+
+    @lru_cache(maxsize=None)  # noqa: B019
     def _strides(self, rows: int, size: int) -> tuple[int, ...]:
         groups = tuple(tuple(range(row * size, (row + 1) * size)) for row in range(rows))
         links = MachineLinks(self.machine, groups)
@@ -440,8 +456,7 @@ class DegreePrices:
             group_sum(self.machine, WORLD, n, what, groups).time_s for what, n in sizes.items()
         )
 
-    def __hash__(self) -> int:
-        return id(self)
+    __hash__ = object.__hash__
 
 
 def _few_replicas(degrees: Degrees) -> Degrees:
@@ -451,9 +466,13 @@ def _few_replicas(degrees: Degrees) -> Degrees:
     >>> _few_replicas(Degrees(data=6, zero=1)).data
     2
     """
-    several = degrees.data * degrees.replicas
-    few = next((n for n in range(2, several + 1) if several % n == 0), 1)
+    few = _few(degrees.data * degrees.replicas)
     return replace(degrees, data=few, replicas=1, zero=0)
+
+
+@lru_cache(maxsize=1024)
+def _few(several: int) -> int:
+    return next((n for n in range(2, several + 1) if several % n == 0), 1)
 
 
 def _schedule(degrees: Degrees) -> str:
@@ -567,10 +586,9 @@ class _Alike:
     @cached_property
     def of(self) -> dict[int, Numbers]:
         """A row for each member, by kind of stage."""
-        return {
-            kind: np.array([stages.stage(kind) for _, stages in self.members])
-            for kind in set(self.kinds)
-        }
+        numbers = np.array([stages.numbers for _, stages in self.members])
+        more = np.array([stages.copies - 1 for _, stages in self.members])[:, None]
+        return {kind: numbers[:, kind] + more * numbers[:, COPY] for kind in set(self.kinds)}
 
     @cached_property
     def counts(self) -> NDArray[np.int64]:
@@ -705,10 +723,15 @@ class _Kept:
         return replace(self.cut.plan, parts=tuple(map(self.part, (FIRST, MIDDLE, LAST))))
 
 
-def _held(part: StagePart, costs: Costs) -> Numbers:
+def _used(part: StagePart, again: Recomputation) -> tuple[ParameterEdge, ...]:
+    of = part.graph, part.division.rules, part.strategy
+    return tuple(parameter_edges(*of, again.again))
+
+
+def _held(part: StagePart, used: Iterable[ParameterEdge], costs: Costs) -> Numbers:
     """Of parameters."""
     found = np.zeros(SAVED + 1)
-    for edge in parameter_edges(part.graph, part.division.rules, part.strategy):
+    for edge in used:
         if edge.trainable:
             size = local_bytes(edge.spec, edge.summed, part.mesh)
             found[SUM] += sum_time_s(size, 2, edge.spec, costs)
@@ -902,6 +925,7 @@ def _largest(
 
 
 def _moments(row: Sequence[Action], kinds: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Before something is let go of, or at the end."""
     saved, gradients, seen = [0] * (LAST + 1), [0] * (LAST + 1), set()
     begun: set[int] = set()
     for action in row:
@@ -909,19 +933,26 @@ def _moments(row: Sequence[Action], kinds: Sequence[int]) -> tuple[tuple[int, ..
         if action.kind == "F":
             saved[kind] += 1
         elif action.kind == "B":
+            seen.add((*saved, *gradients))
             saved[kind] -= 1
             gradients[kind] += action.stage not in begun
             begun.add(action.stage)
-        seen.add((*saved, *gradients))
-    largest: list[tuple[int, ...]] = []
-    for one in sorted(seen, key=sum, reverse=True):  # none is above one with a greater sum
-        if not any(_above(other, one) for other in largest):
-            largest.append(one)
-    return tuple(largest)
+    seen.add((*saved, *gradients))
+    return tuple(_largest_of(seen))
 
 
-def _above(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    return all(a >= b for a, b in zip(one, other, strict=True))
+def _largest_of(seen: Collection[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+    """Those to which no other is equal or above in every number.
+
+    >>> sorted(_largest_of({(1, 2), (2, 1), (1, 1)}))
+    [(1, 2), (2, 1)]
+    """
+    each = list(seen)
+    counts = np.array(each)
+    above = np.ones((len(each), len(each)), dtype=bool)
+    for column in counts.T:
+        above &= column[:, None] >= column
+    yield from (one for one, by in zip(each, above.sum(axis=0), strict=True) if by == 1)
 
 
 __all__ = ["Bounds", "Candidate", "DegreePrices"]

@@ -32,6 +32,18 @@ from cost_models.interface import (
     units_of,
 )
 
+
+@dataclass(frozen=True, slots=True)
+class ParameterPrice:
+    """Of one use of a parameter: its collectives ``there`` and its gradient's ``back``, and what is
+    moved inside the device for either."""
+
+    there: tuple[Transfer, ...]
+    back: tuple[Transfer, ...]
+    there_s: float
+    back_s: float
+
+
 ComputeCache = dict[object, tuple[float, float]]
 """Compute seconds depend on local sizes, not on the mesh: one cache serves all meshes."""
 
@@ -48,6 +60,7 @@ class Costs:
     mesh: Mesh
     compute_cache: ComputeCache = field(default_factory=dict)
     devices: tuple[int, ...] = ()
+    parameters: dict[object, ParameterPrice] = field(default_factory=dict)
     _edges: dict[object, float] = field(default_factory=dict)
 
     @cached_property

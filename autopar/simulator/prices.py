@@ -12,7 +12,7 @@ from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph, Role, TensorSp
 from autopar.ir.sharding import Mesh, Sharding, gradient, local_shape
 from autopar.ir.simulation import Estimate, PromisedCollective
 from autopar.ir.strategy import Storage, Strategy, Training
-from autopar.simulator.costs import ComputeCache, Costs, inner_transfers
+from autopar.simulator.costs import ComputeCache, Costs, ParameterPrice, inner_transfers
 from autopar.simulator.edges import (
     Edge,
     ParameterEdge,
@@ -140,11 +140,12 @@ _values = attrgetter(*(one.name for one in fields(StageParts)))
 def stage_parts(part: StagePart, costs: Costs, *, parted: bool = False) -> StageParts:
     """One stage of several, from the same prices as ``evaluate``; the norm of gradients is left to
     those who know all stages. ``parted``: its backwards are ``I`` and ``W``."""
-    again = recomputation(part.graph, part.division.rules, part.strategy)
+    of = part.graph, part.division.rules, part.strategy
+    again = recomputation(*of)
     return (
         operator_parts(part, costs, parted=parted)
         + again_parts(part, again, costs)
-        + parameter_parts(part, again, costs, parted=parted)
+        + parameter_parts(part, parameter_edges(*of, again.again), costs, parted=parted)
     )
 
 
@@ -198,30 +199,28 @@ def again_parts(part: StagePart, again: Recomputation, costs: Costs) -> StagePar
 
 
 def parameter_parts(
-    part: StagePart, again: Recomputation, costs: Costs, *, parted: bool = False
+    part: StagePart, used: Iterable[ParameterEdge], costs: Costs, *, parted: bool = False
 ) -> StageParts:
     """Of that, what parameters cost on their way to operators, their gradients on the way back,
-    and the update."""
+    and the update. ``used``: the edges of the part's parameters."""
     found = _Sums(costs)
     graph, mesh, training = part.graph, part.mesh, part.strategy.training
     twice = dict(_gathered_twice(part)) if parted else {}
     forward_s = weight_s = reduction_s = optimizer_s = refresh_s = 0.0
-    for edge in parameter_edges(graph, part.division.rules, part.strategy, again.again):
-        name = edge.parameter
-        there_s, back_s = _parameter_moves_s(edge, costs)
-        forward_s += there_s
+    for edge in used:
+        name, price = edge.parameter, _parameter_price(edge, costs)
+        forward_s += price.there_s
         weight_s += _sum_s(edge, part.division.count, costs)
-        there = edge.forward_transfers(mesh)
-        found.add(there, "forward", name)
-        found.add(there, "backward", name, times=len(edge.regathered))
-        found.add(there, "backward", name, times=twice.get((name, edge.target), 0), of_weights=True)
-        back = edge.backward_transfers(mesh)
+        found.add(price.there, "forward", name)
+        found.add(price.there, "backward", name, times=len(edge.regathered))
+        times = twice.get((name, edge.target), 0)
+        found.add(price.there, "backward", name, times=times, of_weights=True)
         if edge.per_step:
-            reduction_s += back_s + sum(map(costs.transfer_s, back))
-            found.add(back, "step", name)
+            reduction_s += price.back_s + sum(map(costs.transfer_s, price.back))
+            found.add(price.back, "step", name)
         else:
-            weight_s += back_s
-            found.add(back, "backward", name, of_weights=True)
+            weight_s += price.back_s
+            found.add(price.back, "backward", name, of_weights=True)
     for tensor, storage, count in stored_alike(graph, part.strategy):
         if tensor.differentiable:
             sides = storage.optimizer, storage.parameter
@@ -236,6 +235,16 @@ def parameter_parts(
         optimizer_s=optimizer_s,
         refresh_s=refresh_s,
     )
+
+
+def _parameter_price(edge: ParameterEdge, costs: Costs) -> ParameterPrice:
+    key = edge.spec, edge.storage, edge.target, edge.trainable
+    found = costs.parameters.get(key)
+    if found is None:
+        there, back = edge.forward_transfers(costs.mesh), edge.backward_transfers(costs.mesh)
+        found = ParameterPrice(there, back, *_parameter_moves_s(edge, costs))
+        costs.parameters[key] = found
+    return found
 
 
 def _gathered_twice(part: StagePart) -> Iterator[tuple[tuple[str, Sharding], int]]:
@@ -527,7 +536,7 @@ def _parameter_moves_s(edge: ParameterEdge, costs: Costs) -> tuple[float, float]
 
 def _sum_s(edge: ParameterEdge, microbatches: int, costs: Costs) -> float:
     """Of each microbatch's backward, what adds its gradient to those of the others."""
-    if not edge.trainable:
+    if not edge.trainable or microbatches == 1:
         return 0.0
     size = local_bytes(edge.spec, edge.summed, costs.mesh)
     return sum_time_s(size, microbatches, edge.spec, costs) / microbatches
