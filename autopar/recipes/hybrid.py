@@ -72,7 +72,7 @@ def hybrid(
         [whole] * len(stages),
         schedule,
         division.count,
-        chunks=degrees.chunks,
+        chunks=None if degrees.has_copies and degrees.chunks == 1 else degrees.chunks,
     )
 
 

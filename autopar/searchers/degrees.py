@@ -26,7 +26,6 @@ from autopar.searchers.recompute import AUTO
 from autopar.simulator import meshes
 from autopar.simulator.recompute_choices import KINDS
 
-
 TOGETHER = 200
 """At most, of those that do not fit."""
 

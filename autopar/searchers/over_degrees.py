@@ -22,7 +22,16 @@ evaluated in full in their order, until the bound of the next is no better than 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Container,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from math import prod
@@ -32,7 +41,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.errors import AutoparError
-from autopar.ir.graph import OperatorGraph
+from autopar.ir.graph import ITEM_BYTES, OperatorGraph
 from autopar.ir.schedule import KINDS, Action, Rows
 from autopar.ir.sharding import Mesh, local_shape
 from autopar.ir.simulation import HOLDERS, WORLD, Estimate
@@ -42,7 +51,7 @@ from autopar.recipes import Degrees, hybrid, recomputed_copies
 from autopar.schedules import SCHEDULES
 from autopar.simulator.arrangement import Arrangement, arrange
 from autopar.simulator.costs import ComputeCache, Costs
-from autopar.simulator.edges import ParameterEdge, parameter_edges
+from autopar.simulator.edges import parameter_edges
 from autopar.simulator.folding import KEPT, fold
 from autopar.simulator.listing import Structure
 from autopar.simulator.machine_links import MachineLinks
@@ -61,9 +70,11 @@ from autopar.simulator.prices import (
     operator_parts,
     parameter_parts,
     sum_time_s,
+    twice_parts,
 )
 from autopar.simulator.recomputation import Recomputation, recomputation
 from autopar.simulator.sharing import alone
+from autopar.simulator.stage_memory import stage_bytes
 from autopar.simulator.staged import block_starts, runs, staged
 from autopar.simulator.stages import Pipelined, StagePart, pipelined
 from cost_models.interface import Collective, CostModel
@@ -72,9 +83,22 @@ T = TypeVar("T")
 
 Numbers = NDArray[np.float64]
 
-FORWARD, BACKWARD, SUM, REDUCTION, UPDATE, ALWAYS, GRADIENTS, SAVED = range(8)
-"""What is known of a stage: seconds of one microbatch forward and backward, of adding its gradients
-to those of others, and once a step; bytes held always, of gradients, and saved by a microbatch."""
+(
+    FORWARD,
+    BACKWARD,
+    INPUTS,
+    WEIGHTS,
+    SUM,
+    REDUCTION,
+    UPDATE,
+    ALWAYS,
+    GRADIENTS,
+    SAVED,
+    LEFT,
+) = range(11)
+"""What is known of a stage: seconds of one microbatch forward and backward, of the two parts of a
+backward that has two, of adding its gradients to those of others, and once a step; bytes held
+always, of gradients, saved by a microbatch, and left of it between the two parts."""
 
 HELD = [SUM, ALWAYS, GRADIENTS]
 """Of parameters alone."""
@@ -124,7 +148,7 @@ class DegreePrices:
     _parameters: dict[Any, _Small | AutoparError] = field(default_factory=dict)
     _again: dict[Any, Recomputation | AutoparError] = field(default_factory=dict)
     _beside: dict[Any, Numbers | AutoparError] = field(default_factory=dict)
-    _sums: dict[tuple[int, int, bool], Numbers] = field(default_factory=dict)
+    _sums: dict[tuple[int, int, bool, bool], Numbers] = field(default_factory=dict)
     _saved: dict[Hashable, dict[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -194,7 +218,7 @@ class DegreePrices:
                 skipped[str(error)] += 1
                 continue
             played = _played_count(stages.count, one.pipeline)
-            grouped[_schedule(one), one.pipeline, one.chunks, played].append((one, stages))
+            grouped[_schedule(one), one.pipeline, _chunks(one), played].append((one, stages))
         for (schedule, rows, chunks, _), members in grouped.items():
             alike = _Alike(schedule, rows, chunks, tuple(members))
             try:
@@ -259,11 +283,12 @@ class DegreePrices:
         again = of.recompute if of.zero == 3 else "none"
         kept = self._of_parameters(of, again)
         alone = self._of_parameters(_few_replicas(of), again)
-        numbers = self._sum(operators, kept, alone, of.stages == 1)
+        numbers = self._sum(of, operators, kept, alone)
         return _Stages(numbers, copies, count, operators, kept)
 
-    def _sum(self, operators: _Small, kept: _Small, alone: _Small, is_whole: bool) -> Numbers:
-        key = id(operators), id(kept), is_whole
+    def _sum(self, of: Degrees, operators: _Small, kept: _Small, alone: _Small) -> Numbers:
+        is_whole, is_parted = of.stages == 1, _is_parted(of)
+        key = id(operators), id(kept), is_whole, is_parted
         found = self._sums.get(key)
         if found is None:
             of_operators, of_kept, of_alone = (
@@ -272,6 +297,8 @@ class DegreePrices:
             )
             found = of_operators + of_kept - of_alone
             found[:, HELD] = of_kept[:, HELD]
+            if is_parted:
+                found[:, LEFT] = operators.left_bytes
             self._sums[key] = found
         return found
 
@@ -314,7 +341,12 @@ class DegreePrices:
             copy = numbers(kept, COPY) - found[FIRST]
         unknown = np.full(len(copy), np.nan)
         small = np.array([*found, unknown, copy])
-        return _Small(small, kept.plan, lambda: numbers(kept, WHOLE))
+        return _Small(
+            small,
+            kept.plan,
+            lambda: numbers(kept, WHOLE),
+            lambda: [self._left_bytes(kept, kind) for kind in (FIRST, MIDDLE, LAST, COPY)],
+        )
 
     def _cut(self, of: Degrees) -> _Cut:
         """By its axes, and what is between them."""
@@ -332,11 +364,7 @@ class DegreePrices:
         cut, part = kept.cut, kept.part(kind)
         again = self._recomputation(kept, kind)
         key = cut.number, cut.mesh, kind, part.strategy.recompute
-        beside = _remembered(
-            self._beside,
-            key,
-            lambda: _seconds(parameter_parts(part, _used(part, again), cut.costs)),
-        )
+        beside = _remembered(self._beside, key, lambda: _of_parameters(part, again, cut.costs))
         found: Numbers = cut.operators_s(kind) + _seconds(again_parts(part, again, cut.costs))
         found += beside
         found[SAVED] = self._saved_bytes(kept, kind)
@@ -346,9 +374,7 @@ class DegreePrices:
         cut, part = kept.cut, kept.part(kind)
         again = self._recomputation(kept, kind)
         found: Numbers = cut.operators_s(kind) + _seconds(again_parts(part, again, cut.costs))
-        used = _used(part, again)
-        found += _seconds(parameter_parts(part, used, cut.costs))
-        return found + _held(part, used, cut.costs)
+        return found + _of_parameters(part, again, cut.costs)
 
     def _recomputation(self, kept: _Kept, kind: int) -> Recomputation:
         """The same whatever the sizes are."""
@@ -362,14 +388,26 @@ class DegreePrices:
         )
 
     def _saved_bytes(self, kept: _Kept, kind: int) -> int:
-        """The samples of a microbatch lie in one dim of a tensor, or not in it: of two numbers of
-        them follows any other."""
-        part, samples = kept.part(kind), kept.samples
-        key = kept.cut.number, kept.cut.mesh, kind, part.strategy.recompute
-        known = self._saved.setdefault(key, {})
+        part = kept.part(kind)
+        of = part.graph, part.division.rules, part.strategy
+        return self._of_samples(
+            kept, (kind, SAVED), lambda: saved_bytes(*of, given=part.given, ends=part.ends)
+        )
+
+    def _left_bytes(self, kept: _Kept, kind: int) -> int:
+        part = kept.part(kind)
+        return self._of_samples(
+            kept, (kind, LEFT), lambda: sum(stage_bytes(part, parted=True).for_weights)
+        )
+
+    def _of_samples(self, kept: _Kept, what: tuple[int, int], count: Callable[[], int]) -> int:
+        """Bytes. The samples of a microbatch lie in one dim of a tensor, or not in it: of two
+        numbers of them follows any other."""
+        recompute = kept.part(what[0]).strategy.recompute
+        key = kept.cut.number, kept.cut.mesh, what, recompute
+        known, samples = self._saved.setdefault(key, {}), kept.samples
         if len(known) < 2 and samples not in known:
-            of = part.graph, part.division.rules, part.strategy
-            known[samples] = saved_bytes(*of, given=part.given, ends=part.ends)
+            known[samples] = count()
         return known[samples] if samples in known else _on_line(known, samples)
 
     def _divided(self, count: int) -> Division:
@@ -479,23 +517,57 @@ def _schedule(degrees: Degrees) -> str:
     return degrees.schedule or ("1f1b" if degrees.chunks == 1 else "interleaved_1f1b")
 
 
+def _chunks(degrees: Degrees) -> int:
+    is_usual = degrees.has_copies and degrees.chunks == 1
+    return SCHEDULES[_schedule(degrees)].chunks if is_usual else degrees.chunks
+
+
+def _is_parted(degrees: Degrees) -> bool:
+    """Whether its backwards have two parts."""
+    rows = degrees.pipeline
+    return degrees.stages > 1 and _has_parts(_schedule(degrees), rows, _chunks(degrees))
+
+
+@lru_cache(maxsize=None)
+def _has_parts(schedule: str, rows: int, chunks: int) -> bool:
+    return any(
+        action.kind == "I" for row in _rows_of(schedule, rows, chunks, rows) for action in row
+    )
+
+
 # ---- small stages --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Small:
     """``numbers``: a row for each kind of stage, of one copy of the block; that of the ``WHOLE`` is
-    known of ``with_whole`` only. ``together``: of all copies in one stage."""
+    known of ``with_whole`` only. ``together``: of all copies in one stage. ``left``: what a
+    microbatch leaves between the two parts of a backward in the first, the middle and the last
+    stage, and in the first with one copy more."""
 
     numbers: Numbers
     plan: Pipelined
     together: Callable[[], Numbers]
+    left: Callable[[], Sequence[int]]
 
     @cached_property
     def with_whole(self) -> Numbers:
         found = self.numbers.copy()
         found[WHOLE] = self.together() - (KEPT - 1) * found[COPY]
         return found
+
+    @cached_property
+    def left_bytes(self) -> Numbers:
+        """As ``numbers``."""
+        first, middle, last, longer = self.left()
+        return np.array([first, middle, last, np.nan, longer - first])
+
+    @cached_property
+    def exchanged_bytes(self) -> tuple[tuple[int, ...], ...]:
+        """Of each parameter of the first, the middle and the last stage that no other stage has,
+        the piece that the optimizer updates."""
+        shared = {of.name for of in self.plan.shared}
+        return tuple(tuple(_pieces(part, shared)) for part in self.plan.parts)
 
     @cached_property
     def sent_bytes(self) -> tuple[int, int]:
@@ -581,7 +653,7 @@ class _Alike:
     @cached_property
     def kinds(self) -> list[int]:
         """Of each stage."""
-        return [WHOLE] if self.is_alone else _kinds(self.rows * self.chunks)
+        return [WHOLE] if self.is_alone else _kinds(self.schedule, self.rows, self.chunks)
 
     @cached_property
     def of(self) -> dict[int, Numbers]:
@@ -606,8 +678,9 @@ class _Alike:
         return found
 
 
-def _kinds(stages: int) -> list[int]:
-    return [FIRST, *[MIDDLE] * (stages - 2), LAST]
+def _kinds(schedule: str, rows: int, chunks: int) -> list[int]:
+    """Of each stage."""
+    return [FIRST, *[MIDDLE] * (SCHEDULES[schedule].stages(rows, chunks) - 2), LAST]
 
 
 def _sorted(found: list[Candidate], skipped: Mapping[str, int]) -> Bounds:
@@ -723,14 +796,21 @@ class _Kept:
         return replace(self.cut.plan, parts=tuple(map(self.part, (FIRST, MIDDLE, LAST))))
 
 
-def _used(part: StagePart, again: Recomputation) -> tuple[ParameterEdge, ...]:
-    of = part.graph, part.division.rules, part.strategy
-    return tuple(parameter_edges(*of, again.again))
+def _pieces(part: StagePart, but: Container[str]) -> Iterator[int]:
+    wide = part.strategy.training.precision == "mixed"
+    for parameter in part.graph.parameters:
+        name, spec = parameter.name, parameter.spec
+        if parameter.differentiable and part.graph.consumers[name] and name not in but:
+            elements = prod(local_shape(spec.shape, part.kept(name).optimizer, part.mesh))
+            yield elements * (4 if wide else ITEM_BYTES[spec.dtype])
 
 
-def _held(part: StagePart, used: Iterable[ParameterEdge], costs: Costs) -> Numbers:
-    """Of parameters."""
-    found = np.zeros(SAVED + 1)
+def _of_parameters(part: StagePart, again: Recomputation, costs: Costs) -> Numbers:
+    """And what a backward in two parts does twice, which is mostly to gather them."""
+    used = tuple(parameter_edges(part.graph, part.division.rules, part.strategy, again.again))
+    found = _seconds(parameter_parts(part, used, costs))
+    twice = twice_parts(part, used, costs)
+    found[WEIGHTS] += twice.weight_compute_s + twice.weight_communication_s
     for edge in used:
         if edge.trainable:
             size = local_bytes(edge.spec, edge.summed, part.mesh)
@@ -745,9 +825,11 @@ def _held(part: StagePart, used: Iterable[ParameterEdge], costs: Costs) -> Numbe
 
 
 def _seconds(of: StageParts) -> Numbers:
-    found = np.zeros(SAVED + 1)
+    found = np.zeros(LEFT + 1)
     found[FORWARD] = of.forward_compute_s + of.forward_communication_s
-    found[BACKWARD] = of.backward_compute_s + of.backward_communication_s
+    found[INPUTS] = of.input_compute_s + of.input_communication_s
+    found[WEIGHTS] = of.weight_compute_s + of.weight_communication_s
+    found[BACKWARD] = found[INPUTS] + found[WEIGHTS]
     found[REDUCTION], found[UPDATE] = of.reduction_s, of.optimizer_s + of.refresh_s
     return found
 
@@ -780,7 +862,7 @@ def _remembered(known: dict[Any, T | AutoparError], key: Hashable, make: Callabl
 
 @lru_cache(maxsize=64)
 def _rows_of(schedule: str, rows: int, chunks: int, count: int) -> Rows:
-    stages = rows * chunks
+    stages = SCHEDULES[schedule].stages(rows, chunks)
     chain = tuple((stage, stage + 1) for stage in range(stages - 1))
     return SCHEDULES[schedule](stages, count, chunks, chain)
 
@@ -842,24 +924,23 @@ def _in_steady_state(
 def _most_kept(
     schedule: str, rows: int, chunks: int, count: int, of: dict[int, Numbers]
 ) -> list[Numbers]:
-    kinds = tuple(_kinds(rows * chunks))
-    zero = np.zeros(len(next(iter(of.values()))))
-    found = []
-    for largest in _largest(schedule, rows, chunks, count):
-        most = zero
-        for numbers in largest:
-            held = zero
-            for kind in set(kinds):
-                held = held + numbers[kind] * of[kind][:, SAVED]
-                held = held + numbers[LAST + 1 + kind] * of[kind][:, GRADIENTS]
-            most = np.maximum(most, held)
-        found.append(most)
-    return found
+    members = len(next(iter(of.values())))
+    sizes = np.array(
+        [
+            of[kind][:, what] if kind in of else np.zeros(members)
+            for what in (SAVED, LEFT, GRADIENTS)
+            for kind in (FIRST, MIDDLE, LAST)
+        ]
+    )
+    return [
+        (np.array(largest, dtype=float) @ sizes).max(axis=0)
+        for largest in _largest(schedule, rows, chunks, count)
+    ]
 
 
 @lru_cache(maxsize=64)
 def _tasks(schedule: str, rows: int, chunks: int, count: int) -> Arrangement:
-    stages = rows * chunks
+    stages = SCHEDULES[schedule].stages(rows, chunks)
     feeds = tuple((stage, stage + 1, True) for stage in range(stages - 1))
     return arrange(_rows_of(schedule, rows, chunks, count), Wiring(stages, feeds))
 
@@ -874,13 +955,15 @@ def _play(
     links: Numbers,
 ) -> list[Numbers]:
     """``count`` microbatches, with the sums of ``counts``; each number an array."""
-    kinds = _kinds(rows * chunks)
+    kinds = _kinds(schedule, rows, chunks)
     tasks = _tasks(schedule, rows, chunks, count)
     added = (counts - 1) / counts
     lengths = {
         kind: {
             "F": numbers[:, FORWARD],
             "B": numbers[:, BACKWARD] + added * numbers[:, SUM],
+            "I": numbers[:, INPUTS],
+            "W": numbers[:, WEIGHTS] + added * numbers[:, SUM],
         }
         for kind, numbers in of.items()
     }
@@ -919,25 +1002,30 @@ def _largest(
     schedule: str, rows: int, chunks: int, count: int
 ) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """Of each row, at the moments that may be the worst: how many microbatches of each kind of
-    stage it keeps, and gradients of how many stages of each kind."""
-    kinds = _kinds(rows * chunks)
+    stage it keeps, how many between the two parts of their backward, and gradients of how many
+    stages of each kind."""
+    kinds = _kinds(schedule, rows, chunks)
     return tuple(_moments(row, kinds) for row in _rows_of(schedule, rows, chunks, count))
 
 
 def _moments(row: Sequence[Action], kinds: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """Before something is let go of, or at the end."""
-    saved, gradients, seen = [0] * (LAST + 1), [0] * (LAST + 1), set()
+    saved, left, gradients = [0] * (LAST + 1), [0] * (LAST + 1), [0] * (LAST + 1)
+    seen: set[tuple[int, ...]] = set()
     begun: set[int] = set()
     for action in row:
         kind = kinds[action.stage]
         if action.kind == "F":
             saved[kind] += 1
-        elif action.kind == "B":
-            seen.add((*saved, *gradients))
-            saved[kind] -= 1
+            continue
+        seen.add((*saved, *left, *gradients))
+        (left if action.kind == "W" else saved)[kind] -= 1
+        if action.kind == "I":
+            left[kind] += 1
+        else:
             gradients[kind] += action.stage not in begun
             begun.add(action.stage)
-    seen.add((*saved, *gradients))
+    seen.add((*saved, *left, *gradients))
     return tuple(_largest_of(seen))
 
 

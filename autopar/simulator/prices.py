@@ -9,7 +9,7 @@ from operator import attrgetter
 from typing import Literal
 
 from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph, Role, TensorSpec
-from autopar.ir.sharding import Mesh, Sharding, gradient, local_shape
+from autopar.ir.sharding import Mesh, gradient, local_shape
 from autopar.ir.simulation import Estimate, PromisedCollective
 from autopar.ir.strategy import Storage, Strategy, Training
 from autopar.simulator.costs import ComputeCache, Costs, ParameterPrice, inner_transfers
@@ -20,6 +20,7 @@ from autopar.simulator.edges import (
     carries_gradient,
     edges,
     parameter_edges,
+    saves_input,
     stored_alike,
 )
 from autopar.simulator.folding import Folded, whole
@@ -142,20 +143,22 @@ def stage_parts(part: StagePart, costs: Costs, *, parted: bool = False) -> Stage
     those who know all stages. ``parted``: its backwards are ``I`` and ``W``."""
     of = part.graph, part.division.rules, part.strategy
     again = recomputation(*of)
-    return (
-        operator_parts(part, costs, parted=parted)
+    used = tuple(parameter_edges(*of, again.again))
+    found = (
+        operator_parts(part, costs)
         + again_parts(part, again, costs)
-        + parameter_parts(part, parameter_edges(*of, again.again), costs, parted=parted)
+        + parameter_parts(part, used, costs)
     )
+    return found + twice_parts(part, used, costs) if parted else found
 
 
-def operator_parts(part: StagePart, costs: Costs, *, parted: bool = False) -> StageParts:
+def operator_parts(part: StagePart, costs: Costs) -> StageParts:
     """Of that, what does not depend on storages and recomputation: operators once, and what is
     between them."""
     graph, rules, splits, mesh = part.graph, part.division.rules, part.strategy.splits, part.mesh
     found = _Sums(costs)
     pass_s = costs.host.pass_s
-    forward_s, input_s, weight_s = pass_s, pass_s, pass_s * parted
+    forward_s, input_s, weight_s = pass_s, pass_s, 0.0
     for operator in graph.operators:
         bound, split, name = rules[operator.name], splits[operator.name], operator.name
         there_s, back_s = _operator_s(graph, rules, part.strategy, costs, operator)
@@ -166,10 +169,7 @@ def operator_parts(part: StagePart, costs: Costs, *, parted: bool = False) -> St
         of_inputs_s = costs.operator_s(bound, split, _are_inputs(graph, operator))[1]
         input_s += of_inputs_s
         weight_s += back_s - of_inputs_s
-        inner = inner_transfers(bound, split, mesh, "backward")
-        found.add(inner, "backward", name)
-        if parted and inner and _has_both_gradients(graph, operator):
-            found.add(inner, "backward", name, of_weights=True)
+        found.add(inner_transfers(bound, split, mesh, "backward"), "backward", name)
     for edge in edges(graph, rules, part.strategy, part.ends, part.given):
         there, back = edge.transfers(mesh)
         found.add(there, "forward", edge.tensor)
@@ -198,14 +198,11 @@ def again_parts(part: StagePart, again: Recomputation, costs: Costs) -> StagePar
     return found.parts(input_s=input_s)
 
 
-def parameter_parts(
-    part: StagePart, used: Iterable[ParameterEdge], costs: Costs, *, parted: bool = False
-) -> StageParts:
+def parameter_parts(part: StagePart, used: Iterable[ParameterEdge], costs: Costs) -> StageParts:
     """Of that, what parameters cost on their way to operators, their gradients on the way back,
     and the update. ``used``: the edges of the part's parameters."""
     found = _Sums(costs)
     graph, mesh, training = part.graph, part.mesh, part.strategy.training
-    twice = dict(_gathered_twice(part)) if parted else {}
     forward_s = weight_s = reduction_s = optimizer_s = refresh_s = 0.0
     for edge in used:
         name, price = edge.parameter, _parameter_price(edge, costs)
@@ -213,8 +210,6 @@ def parameter_parts(
         weight_s += _sum_s(edge, part.division.count, costs)
         found.add(price.there, "forward", name)
         found.add(price.there, "backward", name, times=len(edge.regathered))
-        times = twice.get((name, edge.target), 0)
-        found.add(price.there, "backward", name, times=times, of_weights=True)
         if edge.per_step:
             reduction_s += price.back_s + sum(map(costs.transfer_s, price.back))
             found.add(price.back, "step", name)
@@ -247,14 +242,30 @@ def _parameter_price(edge: ParameterEdge, costs: Costs) -> ParameterPrice:
     return found
 
 
-def _gathered_twice(part: StagePart) -> Iterator[tuple[tuple[str, Sharding], int]]:
-    """How often a backward in two parts gathers a parameter once more: for operators that give
-    gradients of inputs and of parameters, and not for those that are only run again."""
-    graph = part.graph
-    for edge in parameter_edges(graph, part.division.rules, part.strategy):
-        readers = (graph.operator[name] for name in edge.regathered)
-        times = sum(_has_both_gradients(graph, reader) for reader in readers)
-        yield (edge.parameter, edge.target), times
+def twice_parts(part: StagePart, used: Iterable[ParameterEdge], costs: Costs) -> StageParts:
+    """What a backward in two parts does once more: an operator that gives gradients of inputs and
+    of parameters communicates in both, and gathers parameters again in both (not those that are
+    gathered only to run it again)."""
+    found = _Sums(costs)
+    graph, rules, mesh = part.graph, part.division.rules, part.mesh
+    for operator in graph.operators:
+        name = operator.name
+        inner = inner_transfers(rules[name], part.strategy.splits[name], mesh, "backward")
+        if inner and _has_both_gradients(graph, operator):
+            found.add(inner, "backward", name, of_weights=True)
+    for edge in used:
+        there = _parameter_price(edge, costs).there
+        times = sum(_needs_twice(part, edge, name) for name in edge.regathered) if there else 0
+        found.add(there, "backward", edge.parameter, times=times, of_weights=True)
+    return found.parts(weight_s=costs.host.pass_s)
+
+
+def _needs_twice(part: StagePart, edge: ParameterEdge, reader: str) -> bool:
+    graph, operator = part.graph, part.graph.operator[reader]
+    return _has_both_gradients(graph, operator) and any(
+        name == edge.parameter and saves_input(graph, operator, part.division.rules[reader], i)
+        for i, name in enumerate(operator.inputs)
+    )
 
 
 class _Sums:
