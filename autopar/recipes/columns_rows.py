@@ -25,7 +25,6 @@ from autopar.ir.rule import (
 from autopar.ir.sharding import INVARIANT, PARTIAL, Mesh, Placement, shard, sharded_dim
 from autopar.simulator.edges import Rules, carries_gradient
 from autopar.simulator.listing import VOCABULARY, Structure
-from autopar.simulator.microbatches import batch_factors
 
 DATA, CONTEXT, TENSOR = "data", "context", "tensor"
 EXPERTS, TENSOR_EXPERTS = "experts", "tensor and experts"
@@ -65,9 +64,9 @@ def splits_by_purpose(
     Raises:
         AutoparError: the model needs its batch whole.
     """
-    graph = structure.folded_in_runs(tuple(frozenset[int]() for _ in structure.blocks)).graph
+    graph = structure.folded.graph
     by_batch = {DATA, EXPERTS} & set(purposes)
-    batch = _batch(graph, structure.rules) if by_batch and mesh.size > 1 else {}
+    batch = _batch(structure) if by_batch and mesh.size > 1 else {}
     splits: dict[str, Split] = {operator.name: () for operator in graph.operators}
     for purpose in purposes:
         axis = _AXES[purpose](graph, structure, mesh, batch, splits, BETWEEN[between])
@@ -82,15 +81,14 @@ def splits_by_purpose(
     }
 
 
-def _batch(graph: OperatorGraph, rules: Rules) -> Mapping[str, Choice]:
-    found = batch_factors(graph, rules)
-    if found is None:
+def _batch(structure: Structure) -> Mapping[str, Choice]:
+    if structure.batch is None:
         raise AutoparError(
-            f"{graph.name} has operators that need the whole batch (batch norm in training, losses "
-            "between samples), so that replicas cannot share it; autopar plan without --recipe "
-            "finds what can be divided"
+            f"{structure.graph.name} has operators that need the whole batch (batch norm in "
+            "training, losses between samples), so that replicas cannot share it; autopar plan "
+            "without --recipe finds what can be divided"
         )
-    return found
+    return structure.batch
 
 
 @dataclass

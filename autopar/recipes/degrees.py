@@ -9,6 +9,7 @@ from typing import Any
 
 from autopar.errors import AutoparError
 from autopar.recipes.columns_rows import BETWEEN
+from autopar.schedules import SCHEDULES
 
 LEVELS = (0, 1, 2, 3)
 """Of ZeRO."""
@@ -17,7 +18,8 @@ LEVELS = (0, 1, 2, 3)
 @dataclass(frozen=True, slots=True)
 class Degrees:
     """``tensor`` x ``context`` x ``data`` x ``replicas`` devices are a group, and there are
-    ``pipeline`` groups, each with ``chunks`` stages (Megatron's virtual stages).
+    ``pipeline`` groups, each with ``chunks`` stages (Megatron's virtual stages); with a schedule
+    that has copies of stages (chimera) as many copies, where that is 1 the schedule's.
 
     Neighbours are tensor-parallel; then come ``context``, which divides the sequence of every
     tensor, and ``data``; ZeRO of level ``zero`` shards over both; ``replicas`` of that, whose
@@ -54,7 +56,13 @@ class Degrees:
 
     @property
     def stages(self) -> int:
-        return self.pipeline * self.chunks
+        return self.pipeline * (1 if self.has_copies else self.chunks)
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether chunks are copies of stages."""
+        member = SCHEDULES.get(self.schedule or "")
+        return member is not None and member.copies
 
     @property
     def expert_data(self) -> int:

@@ -38,22 +38,25 @@ def hybrid(
     cost_model: CostModel,
     training: Training,
     structure: Structure | None = None,
+    splits: Mapping[str, Split] | None = None,
 ) -> Strategy:
     """``division``: into as many microbatches as ``degrees`` say of its batch. Prices are asked for
     one thing only: what is worth recomputing (``recompute="selective"``). ``structure``: of the
-    division, if it is known. Equal blocks are treated alike.
+    division, if it is known; so are ``splits``, which depend on axes and ``between`` alone. Equal
+    blocks are treated alike.
 
     Raises:
         AutoparError: the model cannot be divided so; the message says what could.
     """
     structure = structure or Structure(division.graph, division.rules)
     mesh, purposes, levels = _mesh(degrees)
-    splits = splits_by_purpose(structure, mesh, purposes, degrees.between)
-    _check_shares(structure, splits, mesh, degrees)
+    if splits is None:
+        splits = splits_by_purpose(structure, mesh, purposes, degrees.between)
+        _check_shares(structure, splits, mesh, degrees)
     stage = Stage(structure.names, tuple(range(mesh.size)), mesh)
     whole = Strategy(
         (stage,),
-        splits,
+        dict(splits),
         dict(_storage(structure, splits, mesh, levels)),
         division.count,
         training=training,
@@ -69,7 +72,7 @@ def hybrid(
         [whole] * len(stages),
         schedule,
         division.count,
-        chunks=degrees.chunks,
+        chunks=None if degrees.has_copies and degrees.chunks == 1 else degrees.chunks,
     )
 
 
@@ -108,19 +111,27 @@ def _storage(
 ) -> Iterator[tuple[str, Storage]]:
     """Divided as they are used, if all readers agree, and over data axes as their ZeRO says."""
     graph = structure.graph
+    known: dict[object, Storage] = {}
     for parameter in graph.parameters:
         uses = {
             structure.rules[reader.name].shardings(splits[reader.name])[0][position]
             for reader, position in graph.consumers[parameter.name]
         }
         used = tuple(_agreed([use[axis] for use in uses]) for axis in range(len(mesh.axes)))
-        zero = zero_placements(parameter.spec.shape, used, mesh.sizes)
-        per_axis = [
-            (placement,) * 3 if sharded_dim(placement) is not None else at_level(level, over or "I")
-            for placement, over, level in zip(used, zero, levels, strict=True)
-        ]
-        kept, gradient, optimizer = zip(*per_axis, strict=True)
-        yield parameter.name, Storage(kept, gradient, optimizer)
+        key = parameter.spec.shape, used
+        if key not in known:
+            known[key] = _stored(*key, mesh, levels)
+        yield parameter.name, known[key]
+
+
+def _stored(shape: tuple[int, ...], used: Sharding, mesh: Mesh, levels: Sequence[int]) -> Storage:
+    zero = zero_placements(shape, used, mesh.sizes)
+    per_axis = [
+        (placement,) * 3 if sharded_dim(placement) is not None else at_level(level, over or "I")
+        for placement, over, level in zip(used, zero, levels, strict=True)
+    ]
+    kept, gradient, optimizer = zip(*per_axis, strict=True)
+    return Storage(kept, gradient, optimizer)
 
 
 def _agreed(placements: Sharding | list[str]) -> str:

@@ -14,26 +14,36 @@ played for all candidates at once, for no more microbatches than it takes until 
 takes as long as the one before.
 
 Left out is that transfers wait for one another on a link, what all stages read of the first one,
-and of memory what an operator needs beside what is saved: both only make a step longer or larger. So the numbers are **bounds**, equal
-to the full evaluation where no transfer waits; candidates are evaluated in full in their order,
-until the bound of the next is no better than the best that fits.
+and of memory what an operator needs beside what is saved: both only make a step longer or larger.
+So the numbers are **bounds**, equal to the full evaluation where no transfer waits; candidates are
+evaluated in full in their order, until the bound of the next is no better than the best that fits.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Container,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from math import prod
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autopar.errors import AutoparError
-from autopar.ir.graph import OperatorGraph
+from autopar.ir.graph import ITEM_BYTES, OperatorGraph
 from autopar.ir.schedule import KINDS, Action, Rows
-from autopar.ir.sharding import local_shape
+from autopar.ir.sharding import Mesh, local_shape
 from autopar.ir.simulation import HOLDERS, WORLD, Estimate
 from autopar.ir.strategy import Strategy, Training
 from autopar.ops import Proposals
@@ -53,17 +63,42 @@ from autopar.simulator.pipelines import (
     group_sum,
     summed_bytes,
 )
-from autopar.simulator.prices import evaluate, stage_parts, sum_time_s
+from autopar.simulator.prices import (
+    StageParts,
+    again_parts,
+    evaluate,
+    operator_parts,
+    parameter_parts,
+    sum_time_s,
+    twice_parts,
+)
+from autopar.simulator.recomputation import Recomputation, recomputation
 from autopar.simulator.sharing import alone
+from autopar.simulator.stage_memory import stage_bytes
 from autopar.simulator.staged import block_starts, runs, staged
 from autopar.simulator.stages import Pipelined, StagePart, pipelined
 from cost_models.interface import Collective, CostModel
 
+T = TypeVar("T")
+
 Numbers = NDArray[np.float64]
 
-FORWARD, BACKWARD, SUM, REDUCTION, UPDATE, ALWAYS, GRADIENTS, SAVED = range(8)
-"""What is known of a stage: seconds of one microbatch forward and backward, of adding its gradients
-to those of others, and once a step; bytes held always, of gradients, and saved by a microbatch."""
+(
+    FORWARD,
+    BACKWARD,
+    INPUTS,
+    WEIGHTS,
+    SUM,
+    REDUCTION,
+    UPDATE,
+    ALWAYS,
+    GRADIENTS,
+    SAVED,
+    LEFT,
+) = range(11)
+"""What is known of a stage: seconds of one microbatch forward and backward, of the two parts of a
+backward that has two, of adding its gradients to those of others, and once a step; bytes held
+always, of gradients, saved by a microbatch, and left of it between the two parts."""
 
 HELD = [SUM, ALWAYS, GRADIENTS]
 """Of parameters alone."""
@@ -107,8 +142,14 @@ class DegreePrices:
     _cache: ComputeCache = field(default_factory=dict)
     _divisions: dict[int, Division] = field(default_factory=dict)
     _structures: dict[int, Structure] = field(default_factory=dict)
-    _operators: dict[object, _Small] = field(default_factory=dict)
-    _parameters: dict[object, _Small] = field(default_factory=dict)
+    _cuts: dict[Any, _Cut | AutoparError] = field(default_factory=dict)
+    _numbers: dict[Hashable, int] = field(default_factory=dict)
+    _operators: dict[Any, _Small | AutoparError] = field(default_factory=dict)
+    _parameters: dict[Any, _Small | AutoparError] = field(default_factory=dict)
+    _again: dict[Any, Recomputation | AutoparError] = field(default_factory=dict)
+    _beside: dict[Any, Numbers | AutoparError] = field(default_factory=dict)
+    _sums: dict[tuple[int, int, bool, bool], Numbers] = field(default_factory=dict)
+    _saved: dict[Hashable, dict[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         blocks = Structure(self.graph, self._whole(1).rules).blocks
@@ -177,7 +218,7 @@ class DegreePrices:
                 skipped[str(error)] += 1
                 continue
             played = _played_count(stages.count, one.pipeline)
-            grouped[_schedule(one), one.pipeline, one.chunks, played].append((one, stages))
+            grouped[_schedule(one), one.pipeline, _chunks(one), played].append((one, stages))
         for (schedule, rows, chunks, _), members in grouped.items():
             alike = _Alike(schedule, rows, chunks, tuple(members))
             try:
@@ -241,55 +282,133 @@ class DegreePrices:
         operators = self._of_operators(of)
         again = of.recompute if of.zero == 3 else "none"
         kept = self._of_parameters(of, again)
-        whole = self._of_parameters(_few_replicas(of), again)
-        of_each = [
-            small.with_whole if of.stages == 1 else small.numbers
-            for small in (operators, kept, whole)
-        ]
-        numbers = of_each[0] + of_each[1] - of_each[2]
-        numbers[:, HELD] = of_each[1][:, HELD]
+        alone = self._of_parameters(_few_replicas(of), again)
+        numbers = self._sum(of, operators, kept, alone)
         return _Stages(numbers, copies, count, operators, kept)
+
+    def _sum(self, of: Degrees, operators: _Small, kept: _Small, alone: _Small) -> Numbers:
+        is_whole, is_parted = of.stages == 1, _is_parted(of)
+        key = id(operators), id(kept), is_whole, is_parted
+        found = self._sums.get(key)
+        if found is None:
+            of_operators, of_kept, of_alone = (
+                small.with_whole if is_whole else small.numbers
+                for small in (operators, kept, alone)
+            )
+            found = of_operators + of_kept - of_alone
+            found[:, HELD] = of_kept[:, HELD]
+            if is_parted:
+                found[:, LEFT] = operators.left_bytes
+            self._sums[key] = found
+        return found
 
     def _of_operators(self, of: Degrees) -> _Small:
         """Of few replicas that keep everything whole."""
-        few = _few_replicas(of)
-        key = few.tensor, few.context, few.data, few.microbatch, few.between, few.recompute
-        if key not in self._operators:
-            self._operators[key] = self._small(few, only_parameters=False)
-        return self._operators[key]
+        few = _few(of.data * of.replicas)
+        key = of.tensor, of.context, few, of.microbatch, of.between, of.recompute
+        return _remembered(
+            self._operators,
+            key,
+            lambda: self._small(_few_replicas(of), self._numbers_of_operators),
+        )
 
     def _of_parameters(self, of: Degrees, again: str) -> _Small:
         """Of the smallest microbatch; ``again``: what is recomputed, where parameters are gathered
         again for it."""
         axes = of.tensor, of.context, of.data, of.replicas
         key = *axes, of.zero, of.between, again
-        if key not in self._parameters:
-            one = replace(of, microbatch=1, recompute=again)
-            self._parameters[key] = self._small(one, only_parameters=True)
-        return self._parameters[key]
+        return _remembered(
+            self._parameters,
+            key,
+            lambda: self._small(
+                replace(of, microbatch=1, recompute=again), self._numbers_of_parameters
+            ),
+        )
 
-    def _small(self, of: Degrees, only_parameters: bool) -> _Small:
+    def _small(self, of: Degrees, numbers: Callable[[_Kept, int], Numbers]) -> _Small:
         """Three copies of the block in three stages; and what one copy more adds, which of
         parameters is what the one in the middle has."""
         one = replace(of, pipeline=1, chunks=1, schedule=None)
-        divided = self._divided(one.microbatches(self.batch))
-        structure = self._structures[divided.count]
-        whole = hybrid(divided, one, self.cost_model, self.training, structure)
-        starts = block_starts(divided.graph)
-        costs = Costs(self.machine, whole.mesh, self._cache, tuple(range(whole.mesh.size)))
-
-        def numbers(part: StagePart) -> Numbers:
-            return _of_parameters(part, costs) if only_parameters else _of_operators(part, costs)
-
-        plan = _cut(divided, whole, starts[1:KEPT])
-        found = [numbers(part) for part in plan.parts]
-        if only_parameters:
+        axes = one.tensor, one.context, one.data, one.replicas, one.between
+        key = one.microbatches(self.batch), *axes
+        cut = _remembered(self._cuts, key, lambda: self._cut(one))
+        known = cut.division, one, self.cost_model, self.training, cut.structure
+        kept = _Kept(cut, one, hybrid(*known, cut.whole.splits))
+        found = [numbers(kept, kind) for kind in (FIRST, MIDDLE, LAST)]
+        if numbers == self._numbers_of_parameters:
             copy = found[MIDDLE]
         else:
-            copy = numbers(_cut(divided, whole, starts[2:KEPT]).parts[0]) - found[FIRST]
+            copy = numbers(kept, COPY) - found[FIRST]
         unknown = np.full(len(copy), np.nan)
-        together = _uncut(divided, whole)
-        return _Small(np.array([*found, unknown, copy]), plan, lambda: numbers(together))
+        small = np.array([*found, unknown, copy])
+        return _Small(
+            small,
+            kept.plan,
+            lambda: numbers(kept, WHOLE),
+            lambda: [self._left_bytes(kept, kind) for kind in (FIRST, MIDDLE, LAST, COPY)],
+        )
+
+    def _cut(self, of: Degrees) -> _Cut:
+        """By its axes, and what is between them."""
+        division = self._divided(of.microbatches(self.batch))
+        structure = self._structures[division.count]
+        plain = replace(of, zero=0, recompute="none")
+        whole = hybrid(division, plain, self.cost_model, self.training, structure)
+        costs = Costs(self.machine, whole.mesh, self._cache, tuple(range(whole.mesh.size)))
+        cut = _Cut(division, structure, whole, costs)
+        cut.number = self._numbers.setdefault(cut.content, len(self._numbers))
+        return cut
+
+    def _numbers_of_operators(self, kept: _Kept, kind: int) -> Numbers:
+        """What parameters cost beside is that of any microbatch."""
+        cut, part = kept.cut, kept.part(kind)
+        again = self._recomputation(kept, kind)
+        key = cut.number, cut.mesh, kind, part.strategy.recompute
+        beside = _remembered(self._beside, key, lambda: _of_parameters(part, again, cut.costs))
+        found: Numbers = cut.operators_s(kind) + _seconds(again_parts(part, again, cut.costs))
+        found += beside
+        found[SAVED] = self._saved_bytes(kept, kind)
+        return found
+
+    def _numbers_of_parameters(self, kept: _Kept, kind: int) -> Numbers:
+        cut, part = kept.cut, kept.part(kind)
+        again = self._recomputation(kept, kind)
+        found: Numbers = cut.operators_s(kind) + _seconds(again_parts(part, again, cut.costs))
+        return found + _of_parameters(part, again, cut.costs)
+
+    def _recomputation(self, kept: _Kept, kind: int) -> Recomputation:
+        """The same whatever the sizes are."""
+        part = kept.part(kind)
+        placed = tuple(part.kept(parameter.name).parameter for parameter in part.graph.parameters)
+        key = kept.cut.number, kind, part.strategy.recompute, placed
+        return _remembered(
+            self._again,
+            key,
+            lambda: recomputation(part.graph, part.division.rules, part.strategy),
+        )
+
+    def _saved_bytes(self, kept: _Kept, kind: int) -> int:
+        part = kept.part(kind)
+        of = part.graph, part.division.rules, part.strategy
+        return self._of_samples(
+            kept, (kind, SAVED), lambda: saved_bytes(*of, given=part.given, ends=part.ends)
+        )
+
+    def _left_bytes(self, kept: _Kept, kind: int) -> int:
+        part = kept.part(kind)
+        return self._of_samples(
+            kept, (kind, LEFT), lambda: sum(stage_bytes(part, parted=True).for_weights)
+        )
+
+    def _of_samples(self, kept: _Kept, what: tuple[int, int], count: Callable[[], int]) -> int:
+        """Bytes. The samples of a microbatch lie in one dim of a tensor, or not in it: of two
+        numbers of them follows any other."""
+        recompute = kept.part(what[0]).strategy.recompute
+        key = kept.cut.number, kept.cut.mesh, what, recompute
+        known, samples = self._saved.setdefault(key, {}), kept.samples
+        if len(known) < 2 and samples not in known:
+            known[samples] = count()
+        return known[samples] if samples in known else _on_line(known, samples)
 
     def _divided(self, count: int) -> Division:
         if count not in self._divisions:
@@ -337,17 +456,16 @@ class DegreePrices:
         most: Numbers = np.max(rows, axis=0)
         return most
 
-    def _links(self, degrees: Degrees, stages: _Stages) -> list[list[float]]:
+    def _links(self, degrees: Degrees, stages: _Stages) -> Numbers:
         """Seconds from each row to the next, the last to the first too, forward; and back."""
-        forward, backward = stages.operators.sent_bytes
-        key = degrees.pipeline, degrees.stage_devices
-        strides = self._strides(*key)
-        return [
-            [self._send_s(forward, stride) for stride in strides],
-            [self._send_s(backward, stride) for stride in strides],
-        ]
+        return self._links_s(degrees.pipeline, degrees.stage_devices, stages.operators.sent_bytes)
 
     @lru_cache(maxsize=None)  # noqa: B019 - lives as long as the search
+    def _links_s(self, rows: int, size: int, sent_bytes: tuple[int, int]) -> Numbers:
+        strides = self._strides(rows, size)
+        return np.array([[self._send_s(sent, stride) for stride in strides] for sent in sent_bytes])
+
+    @lru_cache(maxsize=None)  # noqa: B019
     def _strides(self, rows: int, size: int) -> tuple[int, ...]:
         groups = tuple(tuple(range(row * size, (row + 1) * size)) for row in range(rows))
         links = MachineLinks(self.machine, groups)
@@ -376,8 +494,7 @@ class DegreePrices:
             group_sum(self.machine, WORLD, n, what, groups).time_s for what, n in sizes.items()
         )
 
-    def __hash__(self) -> int:
-        return id(self)
+    __hash__ = object.__hash__
 
 
 def _few_replicas(degrees: Degrees) -> Degrees:
@@ -387,13 +504,35 @@ def _few_replicas(degrees: Degrees) -> Degrees:
     >>> _few_replicas(Degrees(data=6, zero=1)).data
     2
     """
-    several = degrees.data * degrees.replicas
-    few = next((n for n in range(2, several + 1) if several % n == 0), 1)
+    few = _few(degrees.data * degrees.replicas)
     return replace(degrees, data=few, replicas=1, zero=0)
+
+
+@lru_cache(maxsize=1024)
+def _few(several: int) -> int:
+    return next((n for n in range(2, several + 1) if several % n == 0), 1)
 
 
 def _schedule(degrees: Degrees) -> str:
     return degrees.schedule or ("1f1b" if degrees.chunks == 1 else "interleaved_1f1b")
+
+
+def _chunks(degrees: Degrees) -> int:
+    is_usual = degrees.has_copies and degrees.chunks == 1
+    return SCHEDULES[_schedule(degrees)].chunks if is_usual else degrees.chunks
+
+
+def _is_parted(degrees: Degrees) -> bool:
+    """Whether its backwards have two parts."""
+    rows = degrees.pipeline
+    return degrees.stages > 1 and _has_parts(_schedule(degrees), rows, _chunks(degrees))
+
+
+@lru_cache(maxsize=None)
+def _has_parts(schedule: str, rows: int, chunks: int) -> bool:
+    return any(
+        action.kind == "I" for row in _rows_of(schedule, rows, chunks, rows) for action in row
+    )
 
 
 # ---- small stages --------------------------------------------------------------------------------
@@ -402,17 +541,33 @@ def _schedule(degrees: Degrees) -> str:
 @dataclass(frozen=True)
 class _Small:
     """``numbers``: a row for each kind of stage, of one copy of the block; that of the ``WHOLE`` is
-    known of ``with_whole`` only. ``together``: of all copies in one stage."""
+    known of ``with_whole`` only. ``together``: of all copies in one stage. ``left``: what a
+    microbatch leaves between the two parts of a backward in the first, the middle and the last
+    stage, and in the first with one copy more."""
 
     numbers: Numbers
     plan: Pipelined
     together: Callable[[], Numbers]
+    left: Callable[[], Sequence[int]]
 
     @cached_property
     def with_whole(self) -> Numbers:
         found = self.numbers.copy()
         found[WHOLE] = self.together() - (KEPT - 1) * found[COPY]
         return found
+
+    @cached_property
+    def left_bytes(self) -> Numbers:
+        """As ``numbers``."""
+        first, middle, last, longer = self.left()
+        return np.array([first, middle, last, np.nan, longer - first])
+
+    @cached_property
+    def exchanged_bytes(self) -> tuple[tuple[int, ...], ...]:
+        """Of each parameter of the first, the middle and the last stage that no other stage has,
+        the piece that the optimizer updates."""
+        shared = {of.name for of in self.plan.shared}
+        return tuple(tuple(_pieces(part, shared)) for part in self.plan.parts)
 
     @cached_property
     def sent_bytes(self) -> tuple[int, int]:
@@ -498,15 +653,14 @@ class _Alike:
     @cached_property
     def kinds(self) -> list[int]:
         """Of each stage."""
-        return [WHOLE] if self.is_alone else _kinds(self.rows * self.chunks)
+        return [WHOLE] if self.is_alone else _kinds(self.schedule, self.rows, self.chunks)
 
     @cached_property
     def of(self) -> dict[int, Numbers]:
         """A row for each member, by kind of stage."""
-        return {
-            kind: np.array([stages.stage(kind) for _, stages in self.members])
-            for kind in set(self.kinds)
-        }
+        numbers = np.array([stages.numbers for _, stages in self.members])
+        more = np.array([stages.copies - 1 for _, stages in self.members])[:, None]
+        return {kind: numbers[:, kind] + more * numbers[:, COPY] for kind in set(self.kinds)}
 
     @cached_property
     def counts(self) -> NDArray[np.int64]:
@@ -524,36 +678,140 @@ class _Alike:
         return found
 
 
-def _kinds(stages: int) -> list[int]:
-    return [FIRST, *[MIDDLE] * (stages - 2), LAST]
+def _kinds(schedule: str, rows: int, chunks: int) -> list[int]:
+    """Of each stage."""
+    return [FIRST, *[MIDDLE] * (SCHEDULES[schedule].stages(rows, chunks) - 2), LAST]
 
 
 def _sorted(found: list[Candidate], skipped: Mapping[str, int]) -> Bounds:
     return Bounds(tuple(sorted(found, key=lambda one: one.step_time_s)), dict(skipped))
 
 
-def _cut(divided: Division, whole: Strategy, cuts: Sequence[int]) -> Pipelined:
-    stages = runs(divided.graph, cuts)
-    like = [whole] * len(stages)
-    return pipelined(divided, staged(divided.graph, stages, like, "1f1b", divided.count))
+@dataclass
+class _Cut:
+    """All operators split in one way, and cut: the stages of one copy of the block each, the first
+    of them with one more (``COPY``), and all of it (``WHOLE``).
+
+    ``whole``: the strategy of one stage, with nothing recomputed. ``number``: the same for those
+    that differ in nothing but sizes.
+    """
+
+    division: Division
+    structure: Structure
+    whole: Strategy
+    costs: Costs
+    number: int = -1
+    _parts: dict[int, StagePart] = field(default_factory=dict)
+    _operators_s: dict[int, Numbers] = field(default_factory=dict)
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.whole.mesh
+
+    @cached_property
+    def content(self) -> Hashable:
+        """How all tensors lie, and what is told from operators beside their sizes."""
+        of = self.division
+        return (
+            self.mesh.names,
+            tuple(size > 1 for size in self.mesh.sizes),
+            tuple(
+                (bound.shardings(split), split, bound.rule.kind, bound.rule.saves, bound.rule.inner)
+                for operator in of.graph.operators
+                for bound, split in [(of.rules[operator.name], self.whole.splits[operator.name])]
+            ),
+        )
+
+    @cached_property
+    def plan(self) -> Pipelined:
+        return self._stages(block_starts(self.division.graph)[1:KEPT])
+
+    def _stages(self, cuts: Sequence[int]) -> Pipelined:
+        stages = runs(self.division.graph, cuts)
+        like = [self.whole] * len(stages)
+        of = staged(self.division.graph, stages, like, "1f1b", self.division.count)
+        return pipelined(self.division, of)
+
+    def part(self, kind: int) -> StagePart:
+        """Its gradients are added to no others."""
+        found = self._parts.get(kind)
+        if found is None:
+            found = self._part(kind)
+            found = replace(found, division=replace(found.division, count=1))
+            self._parts[kind] = found
+        return found
+
+    def _part(self, kind: int) -> StagePart:
+        if kind == WHOLE:
+            ends = {self.division.graph.loss: ("I",) * len(self.mesh.axes)}
+            return StagePart(self.division, self.whole, {}, ends)
+        if kind == COPY:
+            return self._stages(block_starts(self.division.graph)[2:KEPT]).parts[0]
+        return self.plan.parts[kind]
+
+    def operators_s(self, kind: int) -> Numbers:
+        if kind not in self._operators_s:
+            of = operator_parts(self.part(kind), self.costs)
+            self._operators_s[kind] = _seconds(of)
+        return self._operators_s[kind]
 
 
-def _uncut(divided: Division, whole: Strategy) -> StagePart:
-    loss = divided.graph.loss
-    ends = {loss: ("I",) * len(whole.mesh.axes)}
-    return StagePart(divided, whole, {}, ends)
+@dataclass(frozen=True)
+class _Kept:
+    """``cut`` with the storages of ``whole``, and what that recomputes."""
+
+    cut: _Cut
+    degrees: Degrees
+    whole: Strategy
+    _parts: dict[int, StagePart] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> int:
+        """Of a microbatch."""
+        assert self.degrees.microbatch is not None
+        return self.degrees.microbatch
+
+    def part(self, kind: int) -> StagePart:
+        if kind not in self._parts:
+            self._parts[kind] = self._like(self.cut.part(kind))
+        return self._parts[kind]
+
+    def _like(self, part: StagePart) -> StagePart:
+        recomputed, repeated = self._recomputed
+        operators = part.graph.operators
+        strategy = replace(
+            part.strategy,
+            storage={p.name: self.whole.storage[p.name] for p in part.graph.parameters},
+            recompute=tuple(o.name for o in operators if o.name in recomputed),
+            repeat_collectives=tuple(n for o in operators for n in o.outputs if n in repeated),
+        )
+        return replace(part, strategy=strategy)
+
+    @cached_property
+    def _recomputed(self) -> tuple[set[str], set[str]]:
+        return set(self.whole.recompute), set(self.whole.repeat_collectives)
+
+    @property
+    def plan(self) -> Pipelined:
+        return replace(self.cut.plan, parts=tuple(map(self.part, (FIRST, MIDDLE, LAST))))
 
 
-def _of_operators(part: StagePart, costs: Costs) -> Numbers:
-    found = _times(part, costs)
-    of = part.graph, part.division.rules, part.strategy
-    found[SAVED] = saved_bytes(*of, given=part.given, ends=part.ends)
-    return found
+def _pieces(part: StagePart, but: Container[str]) -> Iterator[int]:
+    wide = part.strategy.training.precision == "mixed"
+    for parameter in part.graph.parameters:
+        name, spec = parameter.name, parameter.spec
+        if parameter.differentiable and part.graph.consumers[name] and name not in but:
+            elements = prod(local_shape(spec.shape, part.kept(name).optimizer, part.mesh))
+            yield elements * (4 if wide else ITEM_BYTES[spec.dtype])
 
 
-def _of_parameters(part: StagePart, costs: Costs) -> Numbers:
-    found = _times(part, costs)
-    for edge in parameter_edges(part.graph, part.division.rules, part.strategy):
+def _of_parameters(part: StagePart, again: Recomputation, costs: Costs) -> Numbers:
+    """And what a backward in two parts does twice, which is mostly to gather them."""
+    used = tuple(parameter_edges(part.graph, part.division.rules, part.strategy, again.again))
+    found = _seconds(parameter_parts(part, used, costs))
+    twice = twice_parts(part, used, costs)
+    found[WEIGHTS] += twice.weight_compute_s + twice.weight_communication_s
+    for edge in used:
         if edge.trainable:
             size = local_bytes(edge.spec, edge.summed, part.mesh)
             found[SUM] += sum_time_s(size, 2, edge.spec, costs)
@@ -566,13 +824,36 @@ def _of_parameters(part: StagePart, costs: Costs) -> Numbers:
     return found
 
 
-def _times(part: StagePart, costs: Costs) -> Numbers:
-    """Of one microbatch, whose gradients are added to no others."""
-    one = replace(part, division=replace(part.division, count=1))
-    of, found = stage_parts(one, costs), np.zeros(SAVED + 1)
+def _seconds(of: StageParts) -> Numbers:
+    found = np.zeros(LEFT + 1)
     found[FORWARD] = of.forward_compute_s + of.forward_communication_s
-    found[BACKWARD] = of.backward_compute_s + of.backward_communication_s
+    found[INPUTS] = of.input_compute_s + of.input_communication_s
+    found[WEIGHTS] = of.weight_compute_s + of.weight_communication_s
+    found[BACKWARD] = found[INPUTS] + found[WEIGHTS]
     found[REDUCTION], found[UPDATE] = of.reduction_s, of.optimizer_s + of.refresh_s
+    return found
+
+
+def _on_line(known: Mapping[int, int], at: int) -> int:
+    """
+    >>> _on_line({1: 10, 3: 14}, 4)
+    16
+    """
+    (a, of_a), (b, of_b) = known.items()
+    return of_a + (of_b - of_a) * (at - a) // (b - a)
+
+
+def _remembered(known: dict[Any, T | AutoparError], key: Hashable, make: Callable[[], T]) -> T:
+    """Refusals too."""
+    found = known.get(key)
+    if found is None:
+        try:
+            found = make()
+        except AutoparError as error:
+            found = error
+        known[key] = found
+    if isinstance(found, AutoparError):
+        raise found.with_traceback(None)
     return found
 
 
@@ -581,7 +862,7 @@ def _times(part: StagePart, costs: Costs) -> Numbers:
 
 @lru_cache(maxsize=64)
 def _rows_of(schedule: str, rows: int, chunks: int, count: int) -> Rows:
-    stages = rows * chunks
+    stages = SCHEDULES[schedule].stages(rows, chunks)
     chain = tuple((stage, stage + 1) for stage in range(stages - 1))
     return SCHEDULES[schedule](stages, count, chunks, chain)
 
@@ -643,24 +924,23 @@ def _in_steady_state(
 def _most_kept(
     schedule: str, rows: int, chunks: int, count: int, of: dict[int, Numbers]
 ) -> list[Numbers]:
-    kinds = tuple(_kinds(rows * chunks))
-    zero = np.zeros(len(next(iter(of.values()))))
-    found = []
-    for largest in _largest(schedule, rows, chunks, count):
-        most = zero
-        for numbers in largest:
-            held = zero
-            for kind in set(kinds):
-                held = held + numbers[kind] * of[kind][:, SAVED]
-                held = held + numbers[LAST + 1 + kind] * of[kind][:, GRADIENTS]
-            most = np.maximum(most, held)
-        found.append(most)
-    return found
+    members = len(next(iter(of.values())))
+    sizes = np.array(
+        [
+            of[kind][:, what] if kind in of else np.zeros(members)
+            for what in (SAVED, LEFT, GRADIENTS)
+            for kind in (FIRST, MIDDLE, LAST)
+        ]
+    )
+    return [
+        (np.array(largest, dtype=float) @ sizes).max(axis=0)
+        for largest in _largest(schedule, rows, chunks, count)
+    ]
 
 
 @lru_cache(maxsize=64)
 def _tasks(schedule: str, rows: int, chunks: int, count: int) -> Arrangement:
-    stages = rows * chunks
+    stages = SCHEDULES[schedule].stages(rows, chunks)
     feeds = tuple((stage, stage + 1, True) for stage in range(stages - 1))
     return arrange(_rows_of(schedule, rows, chunks, count), Wiring(stages, feeds))
 
@@ -675,13 +955,15 @@ def _play(
     links: Numbers,
 ) -> list[Numbers]:
     """``count`` microbatches, with the sums of ``counts``; each number an array."""
-    kinds = _kinds(rows * chunks)
+    kinds = _kinds(schedule, rows, chunks)
     tasks = _tasks(schedule, rows, chunks, count)
     added = (counts - 1) / counts
     lengths = {
         kind: {
             "F": numbers[:, FORWARD],
             "B": numbers[:, BACKWARD] + added * numbers[:, SUM],
+            "I": numbers[:, INPUTS],
+            "W": numbers[:, WEIGHTS] + added * numbers[:, SUM],
         }
         for kind, numbers in of.items()
     }
@@ -720,32 +1002,45 @@ def _largest(
     schedule: str, rows: int, chunks: int, count: int
 ) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """Of each row, at the moments that may be the worst: how many microbatches of each kind of
-    stage it keeps, and gradients of how many stages of each kind."""
-    kinds = _kinds(rows * chunks)
+    stage it keeps, how many between the two parts of their backward, and gradients of how many
+    stages of each kind."""
+    kinds = _kinds(schedule, rows, chunks)
     return tuple(_moments(row, kinds) for row in _rows_of(schedule, rows, chunks, count))
 
 
 def _moments(row: Sequence[Action], kinds: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    saved, gradients, seen = [0] * (LAST + 1), [0] * (LAST + 1), set()
+    """Before something is let go of, or at the end."""
+    saved, left, gradients = [0] * (LAST + 1), [0] * (LAST + 1), [0] * (LAST + 1)
+    seen: set[tuple[int, ...]] = set()
     begun: set[int] = set()
     for action in row:
         kind = kinds[action.stage]
         if action.kind == "F":
             saved[kind] += 1
-        elif action.kind == "B":
-            saved[kind] -= 1
+            continue
+        seen.add((*saved, *left, *gradients))
+        (left if action.kind == "W" else saved)[kind] -= 1
+        if action.kind == "I":
+            left[kind] += 1
+        else:
             gradients[kind] += action.stage not in begun
             begun.add(action.stage)
-        seen.add((*saved, *gradients))
-    largest: list[tuple[int, ...]] = []
-    for one in sorted(seen, key=sum, reverse=True):  # none is above one with a greater sum
-        if not any(_above(other, one) for other in largest):
-            largest.append(one)
-    return tuple(largest)
+    seen.add((*saved, *left, *gradients))
+    return tuple(_largest_of(seen))
 
 
-def _above(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    return all(a >= b for a, b in zip(one, other, strict=True))
+def _largest_of(seen: Collection[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+    """Those to which no other is equal or above in every number.
+
+    >>> sorted(_largest_of({(1, 2), (2, 1), (1, 1)}))
+    [(1, 2), (2, 1)]
+    """
+    each = list(seen)
+    counts = np.array(each)
+    above = np.ones((len(each), len(each)), dtype=bool)
+    for column in counts.T:
+        above &= column[:, None] >= column
+    yield from (one for one, by in zip(each, above.sum(axis=0), strict=True) if by == 1)
 
 
 __all__ = ["Bounds", "Candidate", "DegreePrices"]

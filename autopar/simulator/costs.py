@@ -32,6 +32,18 @@ from cost_models.interface import (
     units_of,
 )
 
+
+@dataclass(frozen=True, slots=True)
+class ParameterPrice:
+    """Of one use of a parameter: its collectives ``there`` and its gradient's ``back``, and what is
+    moved inside the device for either."""
+
+    there: tuple[Transfer, ...]
+    back: tuple[Transfer, ...]
+    there_s: float
+    back_s: float
+
+
 ComputeCache = dict[object, tuple[float, float]]
 """Compute seconds depend on local sizes, not on the mesh: one cache serves all meshes."""
 
@@ -48,6 +60,7 @@ class Costs:
     mesh: Mesh
     compute_cache: ComputeCache = field(default_factory=dict)
     devices: tuple[int, ...] = ()
+    parameters: dict[object, ParameterPrice] = field(default_factory=dict)
     _edges: dict[object, float] = field(default_factory=dict)
 
     @cached_property
@@ -154,9 +167,14 @@ def within_units(
         return ((),) * len(mesh.axes)
     return tuple(
         members_in_units(
-            {tuple(devices[r] for r in mesh.group(axis, rank)) for rank in range(mesh.size)}, units
+            {
+                tuple(devices[r] for r in mesh.group(axis, rank))
+                for rank in range(mesh.size)
+                if rank // stride % size == 0  # the first of its group
+            },
+            units,
         )
-        for axis in range(len(mesh.axes))
+        for axis, (stride, size) in enumerate(zip(mesh.strides, mesh.sizes, strict=True))
     )
 
 

@@ -115,6 +115,16 @@ class Structure:
         return self._folded[ends]
 
     @cached_property
+    def folded(self) -> Folded:
+        """All copies alike."""
+        return self.folded_in_runs(tuple(frozenset[int]() for _ in self.blocks))
+
+    @cached_property
+    def batch(self) -> dict[str, Choice] | None:
+        """``batch_factors`` of the folded graph."""
+        return batch_factors(self.folded.graph, self.rules)
+
+    @cached_property
     def links(self) -> tuple[Link, ...]:
         return links(self.graph, self.class_of)
 
@@ -170,8 +180,7 @@ class Structure:
         """SOAP: for each class, where the index of a factor comes from: the batch dim of an input
         (S), another dim of an input (A), or a parameter (P). The batch is where microbatches would
         cut it; where they cannot, the first dim of every input."""
-        graph = self.folded_in_runs(tuple(frozenset[int]() for _ in self.blocks)).graph
-        batch = batch_factors(graph, self.rules)
+        graph, batch = self.folded.graph, self.batch
         first = "S" if batch is None else "A"
         origin = {
             t.name: (first + "A" * len(t.spec.shape))[: len(t.spec.shape)]

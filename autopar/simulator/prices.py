@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
 from math import prod
-from types import MappingProxyType
+from operator import attrgetter
+from typing import Literal
 
 from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph, Role, TensorSpec
-from autopar.ir.sharding import Mesh, Sharding, gradient, local_shape
+from autopar.ir.sharding import Mesh, gradient, local_shape
 from autopar.ir.simulation import Estimate, PromisedCollective
 from autopar.ir.strategy import Storage, Strategy, Training
-from autopar.simulator.costs import ComputeCache, Costs, inner_transfers
+from autopar.simulator.costs import ComputeCache, Costs, ParameterPrice, inner_transfers
 from autopar.simulator.edges import (
     Edge,
     ParameterEdge,
@@ -19,6 +20,7 @@ from autopar.simulator.edges import (
     carries_gradient,
     edges,
     parameter_edges,
+    saves_input,
     stored_alike,
 )
 from autopar.simulator.folding import Folded, whole
@@ -29,6 +31,8 @@ from autopar.simulator.redistribution import Transfer, transfers
 from autopar.simulator.reserved import communicators, reserved
 from autopar.simulator.stages import StagePart
 from cost_models.interface import CostModel, slowdown_of
+
+Phase = Literal["forward", "backward", "step"]
 
 
 def evaluate(
@@ -126,103 +130,208 @@ class StageParts:
     def backward_communication_s(self) -> float:
         return self.input_communication_s + self.weight_communication_s
 
+    def __add__(self, other: StageParts) -> StageParts:
+        pairs = zip(_values(self), _values(other), strict=True)
+        return StageParts(*(a + b for a, b in pairs))
+
+
+_values = attrgetter(*(one.name for one in fields(StageParts)))
+
 
 def stage_parts(part: StagePart, costs: Costs, *, parted: bool = False) -> StageParts:
     """One stage of several, from the same prices as ``evaluate``; the norm of gradients is left to
     those who know all stages. ``parted``: its backwards are ``I`` and ``W``."""
-    graph, rules = part.graph, part.division.rules
-    training = replace(part.strategy.training, clip_norm=None)
-    strategy = replace(part.strategy, microbatches=1, training=training)
-    seen, recomputed = whole(graph), recomputation(graph, rules, strategy)
-    needed = _needed(seen, rules, strategy, recomputed, part.ends, part.given)
-    once = tuple(_priced(_promise(graph, seen, rules, strategy, needed), costs))
-    again = tuple(_priced(_done_in_both_parts(part), costs)) if parted else ()
-    forward_s, backward_s = _operators_s(seen, rules, strategy, costs, recomputed)
-    moved_s, moved_back_s = _local_moves_s(replace(needed, parameters=()), strategy, costs)
-    input_s = _input_gradients_s(part, costs) + _again_s(part, recomputed, costs)
-    weight_s = backward_s - input_s
-    weight_communication_s, reduction_s = _total_s(again, "backward"), 0.0
-    for edge, count in needed.parameters:
-        there_s, back_s = _parameter_moves_s(edge, costs)
-        collectives_s = sum(map(costs.transfer_s, edge.backward_transfers(costs.mesh)))
-        moved_s += there_s * count
-        weight_s += _sum_s(edge, part.division.count, costs) * count
+    of = part.graph, part.division.rules, part.strategy
+    again = recomputation(*of)
+    used = tuple(parameter_edges(*of, again.again))
+    found = (
+        operator_parts(part, costs)
+        + again_parts(part, again, costs)
+        + parameter_parts(part, used, costs)
+    )
+    return found + twice_parts(part, used, costs) if parted else found
+
+
+def operator_parts(part: StagePart, costs: Costs) -> StageParts:
+    """Of that, what does not depend on storages and recomputation: operators once, and what is
+    between them."""
+    graph, rules, splits, mesh = part.graph, part.division.rules, part.strategy.splits, part.mesh
+    found = _Sums(costs)
+    pass_s = costs.host.pass_s
+    forward_s, input_s, weight_s = pass_s, pass_s, 0.0
+    for operator in graph.operators:
+        bound, split, name = rules[operator.name], splits[operator.name], operator.name
+        there_s, back_s = _operator_s(graph, rules, part.strategy, costs, operator)
+        forward_s += there_s
+        found.add(inner_transfers(bound, split, mesh, "forward"), "forward", name)
+        if not carries_gradient(graph, operator):
+            continue
+        of_inputs_s = costs.operator_s(bound, split, _are_inputs(graph, operator))[1]
+        input_s += of_inputs_s
+        weight_s += back_s - of_inputs_s
+        found.add(inner_transfers(bound, split, mesh, "backward"), "backward", name)
+    for edge in edges(graph, rules, part.strategy, part.ends, part.given):
+        there, back = edge.transfers(mesh)
+        found.add(there, "forward", edge.tensor)
+        found.add(back, "backward", edge.tensor)
+        sides = edge.spec, edge.source, edge.target
+        forward_s += costs.moves_s(*sides, backward=False)
+        if edge.backward:
+            input_s += costs.moves_s(*sides, backward=True)
+    return found.parts(forward_s=forward_s, input_s=input_s, weight_s=weight_s)
+
+
+def again_parts(part: StagePart, again: Recomputation, costs: Costs) -> StageParts:
+    """Of that, what is run again, for the gradients of inputs."""
+    found = _Sums(costs)
+    input_s = 0.0
+    graph, rules, mesh = part.graph, part.division.rules, part.mesh
+    for name in again.again:
+        bound, split = rules[name], part.strategy.splits[name]
+        input_s += _operator_s(graph, rules, part.strategy, costs, graph.operator[name])[0]
+        found.add(inner_transfers(bound, split, mesh, "forward"), "backward", name)
+    for segment in again.segments:
+        for (name, target), source in segment.remade:
+            spec = graph.spec(name)
+            found.add(transfers(source, target, spec.bytes, mesh), "backward", name)
+            input_s += costs.moves_s(spec, source, target, backward=False)
+    return found.parts(input_s=input_s)
+
+
+def parameter_parts(part: StagePart, used: Iterable[ParameterEdge], costs: Costs) -> StageParts:
+    """Of that, what parameters cost on their way to operators, their gradients on the way back,
+    and the update. ``used``: the edges of the part's parameters."""
+    found = _Sums(costs)
+    graph, mesh, training = part.graph, part.mesh, part.strategy.training
+    forward_s = weight_s = reduction_s = optimizer_s = refresh_s = 0.0
+    for edge in used:
+        name, price = edge.parameter, _parameter_price(edge, costs)
+        forward_s += price.there_s
+        weight_s += _sum_s(edge, part.division.count, costs)
+        found.add(price.there, "forward", name)
+        found.add(price.there, "backward", name, times=len(edge.regathered))
         if edge.per_step:
-            reduction_s += (back_s + collectives_s) * count
+            reduction_s += price.back_s + sum(map(costs.transfer_s, price.back))
+            found.add(price.back, "step", name)
         else:
-            weight_s += back_s * count
-            weight_communication_s += collectives_s * count
-    stored = [one for one in stored_alike(graph, strategy) if one[0].differentiable]
-    communication_s = _total_s((*once, *again), "backward")
-    return StageParts(
-        forward_compute_s=forward_s + moved_s + costs.host.pass_s,
-        forward_communication_s=_total_s(once, "forward"),
-        input_compute_s=input_s + moved_back_s + costs.host.pass_s,
-        input_communication_s=communication_s - weight_communication_s,
-        weight_compute_s=weight_s + costs.host.pass_s * parted,
-        weight_communication_s=weight_communication_s,
+            weight_s += price.back_s
+            found.add(price.back, "backward", name, of_weights=True)
+    for tensor, storage, count in stored_alike(graph, part.strategy):
+        if tensor.differentiable:
+            sides = storage.optimizer, storage.parameter
+            optimizer_s += optimizer_time_s(tensor.spec, storage, training, costs) * count
+            moved = transfers(*sides, tensor.spec.bytes, mesh)
+            refresh_s += sum(map(costs.transfer_s, moved)) * count
+            found.add(moved, "step", tensor.name, times=count)
+    return found.parts(
+        forward_s=forward_s,
+        weight_s=weight_s,
         reduction_s=reduction_s,
-        optimizer_s=sum(
-            optimizer_time_s(tensor.spec, storage, training, costs) * count
-            for tensor, storage, count in stored
-        ),
-        refresh_s=sum(
-            costs.transfer_s(transfer) * count
-            for tensor, storage, count in stored
-            for transfer in transfers(
-                storage.optimizer, storage.parameter, tensor.spec.bytes, costs.mesh
-            )
-        ),
-        collectives=(*once, *again),
+        optimizer_s=optimizer_s,
+        refresh_s=refresh_s,
     )
 
 
-def _total_s(promised: Iterable[PromisedCollective], phase: str) -> float:
-    return sum(one.time_s * one.count for one in promised if one.phase == phase)
+def _parameter_price(edge: ParameterEdge, costs: Costs) -> ParameterPrice:
+    key = edge.spec, edge.storage, edge.target, edge.trainable
+    found = costs.parameters.get(key)
+    if found is None:
+        there, back = edge.forward_transfers(costs.mesh), edge.backward_transfers(costs.mesh)
+        found = ParameterPrice(there, back, *_parameter_moves_s(edge, costs))
+        costs.parameters[key] = found
+    return found
 
 
-def _input_gradients_s(part: StagePart, costs: Costs) -> float:
-    """Of the operators' backwards, what gives gradients of what is no parameter."""
-    total = 0.0
-    for operator in part.graph.operators:
-        if carries_gradient(part.graph, operator):
-            wanted = tuple(
-                part.graph.by_name[name].differentiable
-                and part.graph.by_name[name].role is not Role.PARAMETER
-                for name in operator.inputs
-            )
-            bound, split = part.division.rules[operator.name], part.strategy.splits[operator.name]
-            total += costs.operator_s(bound, split, wanted)[1]
-    return total
-
-
-def _again_s(part: StagePart, recomputed: Recomputation, costs: Costs) -> float:
-    """What is run again, for the gradients of inputs."""
-    graph, rules = part.graph, part.division.rules
-    return sum(
-        _operator_s(graph, rules, part.strategy, costs, graph.operator[name])[0]
-        for name in recomputed.again
-    )
-
-
-def _done_in_both_parts(part: StagePart) -> Iterator[PromisedCollective]:
+def twice_parts(part: StagePart, used: Iterable[ParameterEdge], costs: Costs) -> StageParts:
     """What a backward in two parts does once more: an operator that gives gradients of inputs and
-    of parameters communicates in both, and gathers parameters again in both."""
-    graph, mesh = part.graph, part.mesh
-    twice = [operator.name for operator in graph.operators if _has_both_gradients(graph, operator)]
-    found = [
-        _promised(transfer, "backward", mesh, 1, name)
-        for name in twice
-        for transfer in inner_transfers(
-            part.division.rules[name], part.strategy.splits[name], mesh, "backward"
+    of parameters communicates in both, and gathers parameters again in both (not those that are
+    gathered only to run it again)."""
+    found = _Sums(costs)
+    graph, rules, mesh = part.graph, part.division.rules, part.mesh
+    for operator in graph.operators:
+        name = operator.name
+        inner = inner_transfers(rules[name], part.strategy.splits[name], mesh, "backward")
+        if inner and _has_both_gradients(graph, operator):
+            found.add(inner, "backward", name, of_weights=True)
+    for edge in used:
+        there = _parameter_price(edge, costs).there
+        times = sum(_needs_twice(part, edge, name) for name in edge.regathered) if there else 0
+        found.add(there, "backward", edge.parameter, times=times, of_weights=True)
+    return found.parts(weight_s=costs.host.pass_s)
+
+
+def _needs_twice(part: StagePart, edge: ParameterEdge, reader: str) -> bool:
+    graph, operator = part.graph, part.graph.operator[reader]
+    return _has_both_gradients(graph, operator) and any(
+        name == edge.parameter and saves_input(graph, operator, part.division.rules[reader], i)
+        for i, name in enumerate(operator.inputs)
+    )
+
+
+class _Sums:
+    """Collectives of a stage, and their seconds by phase."""
+
+    def __init__(self, costs: Costs) -> None:
+        self.costs = costs
+        self.forward_s = self.input_s = self.weight_s = 0.0
+        self.collectives: list[PromisedCollective] = []
+
+    def add(
+        self,
+        of: Iterable[Transfer],
+        phase: Phase,
+        reason: str,
+        *,
+        times: int = 1,
+        of_weights: bool = False,
+    ) -> None:
+        """An axis of one rank communicates nothing."""
+        mesh = self.costs.mesh
+        for transfer in of if times else ():
+            if mesh.sizes[transfer.axis] == 1:
+                continue
+            time_s = self.costs.transfer_s(transfer)
+            if phase == "forward":
+                self.forward_s += time_s * times
+            elif phase == "backward" and of_weights:
+                self.weight_s += time_s * times
+            elif phase == "backward":
+                self.input_s += time_s * times
+            name = mesh.names[transfer.axis]
+            self.collectives.append(
+                PromisedCollective(
+                    transfer.kind, phase, name, transfer.bytes, times, reason, time_s
+                )
+            )
+
+    def parts(
+        self,
+        *,
+        forward_s: float = 0.0,
+        input_s: float = 0.0,
+        weight_s: float = 0.0,
+        reduction_s: float = 0.0,
+        optimizer_s: float = 0.0,
+        refresh_s: float = 0.0,
+    ) -> StageParts:
+        return StageParts(
+            forward_compute_s=forward_s,
+            forward_communication_s=self.forward_s,
+            input_compute_s=input_s,
+            input_communication_s=self.input_s,
+            weight_compute_s=weight_s,
+            weight_communication_s=self.weight_s,
+            reduction_s=reduction_s,
+            optimizer_s=optimizer_s,
+            refresh_s=refresh_s,
+            collectives=tuple(self.collectives),
         )
-    ]
-    # those that are gathered only to run an operator again are not needed for its parameters
-    for edge in parameter_edges(graph, part.division.rules, part.strategy):
-        times = len(set(twice).intersection(edge.regathered))
-        for transfer in edge.forward_transfers(mesh) if times else ():
-            found.append(_promised(transfer, "backward", mesh, times, edge.parameter))
-    yield from _communicating(found, mesh)
+
+
+def _are_inputs(graph: OperatorGraph, operator: Operator) -> tuple[bool, ...]:
+    """Which of what it reads needs a gradient and is no parameter."""
+    tensors = [graph.by_name[name] for name in operator.inputs]
+    return tuple(t.differentiable and t.role is not Role.PARAMETER for t in tensors)
 
 
 def _has_both_gradients(graph: OperatorGraph, operator: Operator) -> bool:
@@ -273,12 +382,9 @@ def _needed(
     rules: Rules,
     strategy: Strategy,
     again: Recomputation,
-    ends: Mapping[str, Sharding] | None = None,
-    given: Mapping[str, Sharding] = MappingProxyType({}),
 ) -> Needed:
     made = {name: seen.weight[o.name] for o in seen.graph.operators for name in o.outputs}
-    made.update(dict.fromkeys(given, 1))
-    found = edges(seen.graph, rules, strategy, ends, given)
+    found = edges(seen.graph, rules, strategy)
     activations = tuple((edge, made[edge.tensor]) for edge in found)
     remade = {version for segment in again.segments for version, _ in segment.remade}
     return Needed(
@@ -441,7 +547,7 @@ def _parameter_moves_s(edge: ParameterEdge, costs: Costs) -> tuple[float, float]
 
 def _sum_s(edge: ParameterEdge, microbatches: int, costs: Costs) -> float:
     """Of each microbatch's backward, what adds its gradient to those of the others."""
-    if not edge.trainable:
+    if not edge.trainable or microbatches == 1:
         return 0.0
     size = local_bytes(edge.spec, edge.summed, costs.mesh)
     return sum_time_s(size, microbatches, edge.spec, costs) / microbatches
