@@ -47,9 +47,6 @@ QUICK_AXES = 2
 """Meshes with more axes come last: they have many more strategies, most of which the best of the
 others excludes before they are priced."""
 
-FAR = 2.0
-"""Times the best: of a recipe that takes so much longer nothing is looked for to recompute."""
-
 SHARES = (0.5,)
 """Of what is saved for the backward, how much is counted where strategies are looked for that
 recompute the rest. With none of it counted the bound holds whatever is recomputed; those found so
@@ -363,7 +360,7 @@ class MeshSearch:
             unlimited = replace(listing.price_list, limit_bytes=np.full(2, np.inf))
             found = optimum(unlimited, wanted)
             if found.selection is not None:
-                if self.problem.recompute == AUTO and found.bound_s > FAR * self.best_s:
+                if self.problem.recompute == AUTO and found.bound_s > self.best_s:
                     strategy = listing.strategy(found.selection)
                     estimate = self._evaluate(listing, found.selection, strategy)
                 else:
