@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count as counting
 from time import monotonic
@@ -28,6 +28,9 @@ from autopar.simulator.recompute_choices import KINDS
 
 TOGETHER = 200
 """At most, of those that do not fit."""
+
+PROOF_SHARE = 0.5
+"""Of the time until then, how long the gap may be worked on at least."""
 
 
 def search(
@@ -56,8 +59,7 @@ def is_open(problem: Problem) -> bool:
 
 @dataclass
 class DegreeSearch:
-    """``bound_s``: of those that were passed over, none is faster; ``number`` of degrees that are
-    possible, ``evaluated`` in full.
+    """``number`` of degrees that are possible.
 
     Raises:
         AutoparError: the model has no repeated block.
@@ -68,11 +70,13 @@ class DegreeSearch:
     progress: Progress
     best: Trial | None = None
     trials: list[Trial] = field(default_factory=list)
-    bound_s: float = math.inf
     number: int = 0
     nearest_miss_bytes: int | None = None
     _open: list[tuple[float, int, Candidate]] = field(default_factory=list)
+    _passed: list[tuple[float, int, Candidate]] = field(default_factory=list)
+    _tried: set[Degrees] = field(default_factory=set)
     _numbers: Iterator[int] = field(default_factory=counting)
+    _beside_bytes: int = 0
     _complete: bool = False
 
     def __post_init__(self) -> None:
@@ -99,13 +103,13 @@ class DegreeSearch:
         """
         self._bound_all()
         while self._open and self._open[0][0] < self._enough_s:
-            if monotonic() > self.started + self.budget.time_s:
-                raise LateError
+            self._in_time()
             one = heapq.heappop(self._open)[-1]
-            if self._may_fit(one):
-                self._evaluate(one)
-            else:
+            if not self._may_fit(one):
                 self._recompute_in([one, *self._next_too_large()])
+            elif not self._evaluate(one):
+                self._with_more_again(one)
+        self._try_passed()
 
     @property
     def best_s(self) -> float:
@@ -162,37 +166,54 @@ class DegreeSearch:
         for one in candidates:
             heapq.heappush(self._open, (one.step_time_s, next(self._numbers), one))
 
-    def _evaluate(self, one: Candidate) -> None:
+    def _evaluate(self, one: Candidate) -> bool:
+        """Whether it fits; then it is a trial."""
+        self._tried.add(one.degrees)
         name = degrees_text(one.degrees)
         self.progress(name)
-        try:
-            strategy, estimate = self.prices.evaluated(one.degrees)
-        except AutoparError as refusal:
-            self.progress(f"left out: {refusal}")
-            return
+        strategy, estimate = self.prices.evaluated(one.degrees)
         peak_bytes = estimate.peak_memory_bytes
         if peak_bytes > self.problem.memory_limit_bytes:
+            self._beside_bytes = peak_bytes - one.memory_bytes
             least = self.nearest_miss_bytes
             self.nearest_miss_bytes = peak_bytes if least is None else min(least, peak_bytes)
-            self._with_more_again(one, peak_bytes - one.memory_bytes)
-            return
+            return False
         mesh = strategy.stages[0].mesh
         self.trials.append(Trial(name, mesh, strategy, estimate, one.step_time_s, "gap"))
         if estimate.step_time_s < self.best_s:
             self.best = self.trials[-1]
+        return True
 
-    def _with_more_again(self, one: Candidate, beside_bytes: int) -> None:
+    def _with_more_again(self, one: Candidate) -> None:
         """What one needs beside what is saved, all of its ways to recompute more are taken to need;
-        those in which less would be enough are passed over."""
-        limit_bytes = self.problem.memory_limit_bytes - beside_bytes
+        those in which less would be enough are passed over for now."""
+        limit_bytes = self.problem.memory_limit_bytes - self._beside_bytes
         plain = replace(one.degrees, recompute="none", recomputed=1.0)
         ways = self._ways if one.degrees.recompute == "none" else (one.degrees.recompute,)
         more = self.prices.recomputing([plain], ways, limit_bytes)
         self._push(more)
-        passed = [following for way in ways if (following := self._one_more(one.degrees, way))]
-        tried = {candidate.degrees for candidate in more}
-        bounds = self.prices.bounds(of for of in passed if of not in tried)
-        self.bound_s = min([self.bound_s, *(of.step_time_s for of in bounds.candidates)])
+        self._pass_over(one, ways, {candidate.degrees for candidate in more})
+
+    def _pass_over(self, one: Candidate, ways: Sequence[str], but: Container[Degrees]) -> None:
+        """What has one more block recomputed, in each of these ways."""
+        following = [more for way in ways if (more := self._one_more(one.degrees, way))]
+        left = (more for more in following if more not in but and more not in self._tried)
+        for found in self.prices.bounds(left).candidates:
+            heapq.heappush(self._passed, (found.step_time_s, next(self._numbers), found))
+
+    def _try_passed(self) -> None:
+        """One block more after the other, the fastest first, as long as there is time for proofs."""
+        looked = monotonic()
+        enough = looked + max(self.budget.proof_s, PROOF_SHARE * (looked - self.started))
+        while self._passed and self._passed[0][0] < self._enough_s and monotonic() < enough:
+            self._in_time()
+            one = heapq.heappop(self._passed)[-1]
+            if not self._evaluate(one):
+                self._pass_over(one, (one.degrees.recompute,), ())
+
+    def _in_time(self) -> None:
+        if monotonic() > self.started + self.budget.time_s:
+            raise LateError
 
     def _one_more(self, degrees: Degrees, way: str) -> Degrees | None:
         """With one more block of each stage recomputed; ``None``: all are."""
@@ -207,8 +228,8 @@ class DegreeSearch:
     # ---- what is known -------------------------------------------------------------------------
 
     def _result(self, reason: str) -> SearchResult:
-        left_s = self._open[0][0] if self._open else math.inf
-        bound_s = min(self.best_s, self.bound_s, left_s) if self._complete else 0.0
+        left = [open_[0][0] for open_ in (self._open, self._passed) if open_]
+        bound_s = min([self.best_s, *left]) if self._complete else 0.0
         if not reason:
             reason = self._reason(bound_s)
         return SearchResult(
