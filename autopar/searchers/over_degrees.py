@@ -282,15 +282,15 @@ class DegreePrices:
         operators = self._of_operators(of)
         again = of.recompute if of.zero == 3 else "none"
         kept = self._of_parameters(of, again)
-        alone = self._of_parameters(_few_replicas(of), again)
-        numbers = self._sum(of, operators, kept, alone)
+        numbers = self._sum(of, operators, kept, again)
         return _Stages(numbers, copies, count, operators, kept)
 
-    def _sum(self, of: Degrees, operators: _Small, kept: _Small, alone: _Small) -> Numbers:
+    def _sum(self, of: Degrees, operators: _Small, kept: _Small, again: str) -> Numbers:
         is_whole, is_parted = of.stages == 1, _is_parted(of)
         key = id(operators), id(kept), is_whole, is_parted
         found = self._sums.get(key)
         if found is None:
+            alone = self._of_parameters(_few_replicas(of), again)
             of_operators, of_kept, of_alone = (
                 small.with_whole if is_whole else small.numbers
                 for small in (operators, kept, alone)
@@ -1051,21 +1051,26 @@ def _play(
         else links[:, int(route.backward), rows - 1]
         for route in tasks.routes
     ]
-    free, ready = [zero] * rows, [zero] * tasks.actions
+    sent = _read_by(tasks)
+    free, ended = [zero] * rows, [zero] * tasks.actions
     row_of, price_of, actions = tasks.row_of, tasks.price_of, tasks.actions
-    ended = ready.copy()
     maximum = np.maximum
     for task in tasks.order:
         if task < actions:
             row = row_of[task]
-            end = maximum(free[row], ready[task]) + length_of[price_of[task]]
-            free[row] = ended[task] = end
-        else:
-            number = task - actions
-            reader = tasks.reader[number]
-            arrives = ended[tasks.sender[number]] + delay[tasks.route_of[number]]
-            ready[reader] = maximum(ready[reader], arrives)
+            begin = free[row]
+            for sender, route in sent[task]:
+                begin = maximum(begin, ended[sender] + delay[route])
+            free[row] = ended[task] = begin + length_of[price_of[task]]
     return [ended[number] for number in _last_backwards(tasks)]
+
+
+def _read_by(tasks: Arrangement) -> list[list[tuple[int, int]]]:
+    """For each action what it waits for: who sends it, and by which route."""
+    found: list[list[tuple[int, int]]] = [[] for _ in range(tasks.actions)]
+    for sender, reader, route in zip(tasks.sender, tasks.reader, tasks.route_of, strict=True):
+        found[reader].append((sender, route))
+    return found
 
 
 def _last_backwards(tasks: Arrangement) -> Iterator[int]:
