@@ -11,8 +11,11 @@ from autopar.recipes import Degrees
 LARGEST_TENSOR, LARGEST_MICROBATCH = 16, 32
 """Devices, and samples of a replica: beyond what anybody has published."""
 
-OF_ONE_CHUNK, OF_CHUNKS = ("1f1b", "gpipe"), ("interleaved_1f1b", "looped_bfs")
+OF_ONE_CHUNK, OF_CHUNKS = ("1f1b", "gpipe", "zero_bubble_h1"), ("interleaved_1f1b", "looped_bfs")
 """Schedules of rows with one stage, and with several."""
+
+OF_COPIES = "chimera"
+"""Of two copies of each stage, for pipelines in both directions."""
 
 BETWEEN = ("whole", "sequence")
 
@@ -60,6 +63,8 @@ class DegreeSpace:
                 continue
             for schedule in OF_ONE_CHUNK:
                 yield 1, microbatch, schedule
+            if pipeline % 2 == 0 and samples // microbatch > 1:
+                yield 2, microbatch, OF_COPIES
             if samples // microbatch % pipeline == 0:
                 for chunks, schedule in product(_divisors(self.layers // pipeline)[1:], OF_CHUNKS):
                     yield chunks, microbatch, schedule

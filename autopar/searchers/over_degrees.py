@@ -282,15 +282,15 @@ class DegreePrices:
         operators = self._of_operators(of)
         again = of.recompute if of.zero == 3 else "none"
         kept = self._of_parameters(of, again)
-        alone = self._of_parameters(_few_replicas(of), again)
-        numbers = self._sum(of, operators, kept, alone)
+        numbers = self._sum(of, operators, kept, again)
         return _Stages(numbers, copies, count, operators, kept)
 
-    def _sum(self, of: Degrees, operators: _Small, kept: _Small, alone: _Small) -> Numbers:
+    def _sum(self, of: Degrees, operators: _Small, kept: _Small, again: str) -> Numbers:
         is_whole, is_parted = of.stages == 1, _is_parted(of)
         key = id(operators), id(kept), is_whole, is_parted
         found = self._sums.get(key)
         if found is None:
+            alone = self._of_parameters(_few_replicas(of), again)
             of_operators, of_kept, of_alone = (
                 small.with_whole if is_whole else small.numbers
                 for small in (operators, kept, alone)
@@ -426,20 +426,72 @@ class DegreePrices:
             found: Numbers = time_s + one[:, REDUCTION] + one[:, UPDATE]
             return found
         links = np.array([self._links(*member) for member in alike.members])
-        ends = _played(alike.schedule, alike.rows, alike.chunks, count, of, links)
-        placed = alike.placed
+        passes = _played(alike.schedule, alike.rows, alike.chunks, count, of, links)
+        reduced = (self._summed_by_copies if alike.has_copies else self._summed)(alike, passes)
+        sums = np.array([self._world_s(degrees.devices) for degrees, _ in alike.members])
+        update = np.max([alike.total(UPDATE, stages) for stages in alike.placed], axis=0)
+        step_s: Numbers = np.max(reduced, axis=0) + sums + update
+        return step_s
+
+    def _summed(self, alike: _Alike, passes: Sequence[Sequence[Numbers]]) -> list[Numbers]:
+        """When each row has its gradients."""
         reduced = [
-            end + alike.total(REDUCTION, stages) for end, stages in zip(ends, placed, strict=True)
+            np.max(ends, axis=0) + alike.total(REDUCTION, stages)
+            for ends, stages in zip(passes, alike.placed, strict=True)
         ]
         exchanged = np.array([self._exchange_s(*member) for member in alike.members])
         tied = exchanged > 0
         both = np.maximum(reduced[0], reduced[-1]) + exchanged
         reduced[0] = np.where(tied, both, reduced[0])
         reduced[-1] = np.where(tied, both, reduced[-1])
-        sums = np.array([self._world_s(degrees.devices) for degrees, _ in alike.members])
-        update = np.max([alike.total(UPDATE, stages) for stages in placed], axis=0)
-        step_s: Numbers = np.max(reduced, axis=0) + sums + update
-        return step_s
+        return reduced
+
+    def _summed_by_copies(
+        self, alike: _Alike, passes: Sequence[Sequence[Numbers]]
+    ) -> list[Numbers]:
+        """When each two rows with the same stages have their gradients: those of the stage that is
+        done first are exchanged while the other one works; then both are reduced, and the rest is
+        exchanged."""
+        rows, found = alike.rows, []
+        exchanged = np.array([self._copies_s(*member) for member in alike.members])
+        for down in range(rows // 2):
+            stages = down, rows - 1 - down
+            ends = np.maximum(passes[stages[0]], passes[stages[1]])  # of each of the two stages
+            first = (np.arange(len(alike.members)), np.argmin(ends, axis=0))
+            each_s = exchanged[:, stages]
+            ready = np.maximum(ends.min(axis=0) + each_s[first], ends.max(axis=0))
+            rest_s = each_s.sum(axis=1) - each_s[first]
+            tied_s = exchanged[:, rows] if down == 0 else 0.0
+            found.append(ready + alike.total(REDUCTION, stages) + rest_s + tied_s)
+        return found
+
+    def _copies_s(self, degrees: Degrees, stages: _Stages) -> Numbers:
+        """Of the exchange of each stage's gradients between its two copies; and last, of those of
+        parameters that the first and the last stage share."""
+        of = stages.parameters
+        once, more_s = self._copies_of_block_s(
+            degrees.pipeline, degrees.stage_devices, of.exchanged_bytes, of.shared_bytes
+        )
+        found: Numbers = once + (stages.copies - 1) * more_s
+        return found
+
+    @lru_cache(maxsize=None)  # noqa: B019
+    def _copies_of_block_s(
+        self,
+        rows: int,
+        size: int,
+        pieces: tuple[tuple[int, ...], ...],
+        shared: tuple[int, ...],
+    ) -> Numbers:
+        """With one copy of the block in each stage; and what one more adds."""
+        first, middle, last = pieces
+        of_stage = [first, *[middle] * (rows - 2), last]
+        found = np.zeros((2, rows + 1))
+        for stage, once in enumerate(of_stage):
+            found[0, stage] = self._between_rows_s(size, stage, rows - 1 - stage, once)
+            found[1, stage] = self._between_rows_s(size, stage, rows - 1 - stage, middle)
+        found[0, rows] = self._between_rows_s(size, 0, rows - 1, shared)
+        return found
 
     def _memory_bytes(self, alike: _Alike) -> Numbers:
         if not alike.members:
@@ -482,9 +534,13 @@ class DegreePrices:
 
     @lru_cache(maxsize=None)  # noqa: B019
     def _shared_s(self, rows: int, size: int, shared: tuple[int, ...]) -> float:
-        last = (rows - 1) * size
-        groups = tuple((device, last + device) for device in range(size))
-        return sum(group_sum(self.machine, HOLDERS, n, "shared", groups).time_s for n in shared)
+        return self._between_rows_s(size, 0, rows - 1, shared)
+
+    def _between_rows_s(self, size: int, row: int, other: int, pieces: Sequence[int]) -> float:
+        """Of sums over counterparts in two rows of so many devices."""
+        a, b = sorted((row, other))
+        groups = tuple((a * size + device, b * size + device) for device in range(size))
+        return sum(group_sum(self.machine, HOLDERS, n, "shared", groups).time_s for n in pieces)
 
     @lru_cache(maxsize=None)  # noqa: B019
     def _world_s(self, devices: int) -> float:
@@ -627,13 +683,24 @@ class _Alike:
         """There is one stage."""
         return self.rows * self.chunks == 1
 
+    @property
+    def has_copies(self) -> bool:
+        """Of stages, in other rows."""
+        return SCHEDULES[self.schedule].copies
+
     def check(self) -> None:
         """
         Raises:
             AutoparError: there are no such rows, or they cannot be priced together.
         """
         if not self.is_alone:
-            _rows_of(self.schedule, self.rows, self.chunks, self.rows)
+            played = _played_count(int(self.counts[0]), self.rows)
+            _rows_of(self.schedule, self.rows, self.chunks, played)
+            if self.has_copies and self.chunks != 2:
+                raise AutoparError(
+                    f"{self.schedule} with {self.chunks} copies of each stage is not priced "
+                    "together with other degrees; take 2 copies, or plan it with --recipe"
+                )
             for _, stages in self.members:
                 stages.operators.sent_bytes, stages.parameters.shared_bytes  # noqa: B018
 
@@ -891,12 +958,15 @@ def _played(
     counts: NDArray[np.int64],
     of: dict[int, Numbers],
     links: Numbers,
-) -> list[Numbers]:
-    """When each row has done its passes; ``counts``: of microbatches, for all of which as many are
-    played."""
-    return _in_steady_state(
-        lambda count: _play(schedule, rows, chunks, count, counts, of, links), counts, rows
+) -> list[list[Numbers]]:
+    """When each row has done its passes of each of its stages; ``counts``: of microbatches, for all
+    of which as many are played."""
+    ends = iter(
+        _in_steady_state(
+            lambda count: _play(schedule, rows, chunks, count, counts, of, links), counts, rows
+        )
     )
+    return [[next(ends) for _ in stages] for stages in _placed(schedule, rows, chunks)]
 
 
 def _kept(
@@ -954,7 +1024,8 @@ def _play(
     of: dict[int, Numbers],
     links: Numbers,
 ) -> list[Numbers]:
-    """``count`` microbatches, with the sums of ``counts``; each number an array."""
+    """``count`` microbatches, with the sums of ``counts``; each number an array. When the last
+    backwards end, of each row's stages in their order."""
     kinds = _kinds(schedule, rows, chunks)
     tasks = _tasks(schedule, rows, chunks, count)
     added = (counts - 1) / counts
@@ -980,21 +1051,33 @@ def _play(
         else links[:, int(route.backward), rows - 1]
         for route in tasks.routes
     ]
-    free, ready = [zero] * rows, [zero] * tasks.actions
+    sent = _read_by(tasks)
+    free, ended = [zero] * rows, [zero] * tasks.actions
     row_of, price_of, actions = tasks.row_of, tasks.price_of, tasks.actions
-    ended = ready.copy()
     maximum = np.maximum
     for task in tasks.order:
         if task < actions:
             row = row_of[task]
-            end = maximum(free[row], ready[task]) + length_of[price_of[task]]
-            free[row] = ended[task] = end
-        else:
-            number = task - actions
-            reader = tasks.reader[number]
-            arrives = ended[tasks.sender[number]] + delay[tasks.route_of[number]]
-            ready[reader] = maximum(ready[reader], arrives)
-    return free
+            begin = free[row]
+            for sender, route in sent[task]:
+                begin = maximum(begin, ended[sender] + delay[route])
+            free[row] = ended[task] = begin + length_of[price_of[task]]
+    return [ended[number] for number in _last_backwards(tasks)]
+
+
+def _read_by(tasks: Arrangement) -> list[list[tuple[int, int]]]:
+    """For each action what it waits for: who sends it, and by which route."""
+    found: list[list[tuple[int, int]]] = [[] for _ in range(tasks.actions)]
+    for sender, reader, route in zip(tasks.sender, tasks.reader, tasks.route_of, strict=True):
+        found[reader].append((sender, route))
+    return found
+
+
+def _last_backwards(tasks: Arrangement) -> Iterator[int]:
+    """Of each stage of each row."""
+    for first, row in zip(tasks.first, tasks.rows, strict=False):
+        last = {a.stage: i for i, a in enumerate(row, first) if a.kind in ("B", "W")}
+        yield from (last[stage] for stage in sorted(last))
 
 
 @lru_cache(maxsize=512)
