@@ -202,7 +202,7 @@ class DegreeSearch:
             heapq.heappush(self._passed, (found.step_time_s, next(self._numbers), found))
 
     def _try_passed(self) -> None:
-        """One block more after the other, the fastest first, as long as there is time for proofs."""
+        """One block more after the other, the fastest first, while there is time for proofs."""
         looked = monotonic()
         enough = looked + max(self.budget.proof_s, PROOF_SHARE * (looked - self.started))
         while self._passed and self._passed[0][0] < self._enough_s and monotonic() < enough:

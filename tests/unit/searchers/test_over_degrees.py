@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from random import Random
 
@@ -10,8 +11,8 @@ import pytest
 from autopar.errors import AutoparError
 from autopar.ir.strategy import Training
 from autopar.recipes import Degrees
-from autopar.searchers.over_degrees import DegreePrices, search_degrees
-from benchmarks.degrees import candidates
+from autopar.searchers.degree_space import DegreeSpace
+from autopar.searchers.over_degrees import DegreePrices
 from benchmarks.transformer import Transformer
 from cost_models import cost_model
 
@@ -20,6 +21,14 @@ LLAMA = Transformer(
     12, 512, 16, 8, 1024, 1024, 256, gated=True, biased=False, tied=False, dtype="bfloat16"
 )
 BATCH = 64
+SPACE = DegreeSpace(32, 12, BATCH)
+
+
+def recomputing(random: Random, those: Iterable[Degrees]) -> Iterator[Degrees]:
+    """Each in some way, in some of its blocks."""
+    for one in those:
+        way = random.choice(["none", "attention", "selective", "full"])
+        yield replace(one, recompute=way, recomputed=random.choice([1.0, 0.5, 0.25]))
 
 
 def prices_of(of: Transformer) -> DegreePrices:
@@ -31,17 +40,17 @@ def prices_of(of: Transformer) -> DegreePrices:
 def test_priced_together_is_priced_alone(of: Transformer) -> None:
     """Step times to the last digits, except that no transfer waits for another."""
     prices = prices_of(of)
-    sample = Random(0).sample(list(candidates(32, of.layers, BATCH)), 9)
+    sample = list(recomputing(Random(0), Random(0).sample(list(SPACE), 12)))
     found = prices.bounds(sample)
     assert not found.skipped and len(found.candidates) == len(sample)
     equal = 0
     for one in found.candidates:
-        alone = prices.evaluated(one.degrees)
+        _, alone = prices.evaluated(one.degrees)
         assert one.step_time_s <= alone.step_time_s * (1 + 1e-9), one
         assert one.step_time_s >= alone.step_time_s * 0.99, one
         assert one.memory_bytes <= alone.peak_memory_bytes, one
         equal += one.step_time_s == pytest.approx(alone.step_time_s, rel=1e-9)
-    assert equal >= 8
+    assert equal >= 10
 
 
 def test_with_context_parallelism_and_replicas() -> None:
@@ -52,20 +61,9 @@ def test_with_context_parallelism_and_replicas() -> None:
         Degrees(4, 4, 2, 1, 3, microbatch=1, zero=2, recompute="selective"),
     ):
         (one,) = prices.bounds([of]).candidates
-        alone = prices.evaluated(of)
+        _, alone = prices.evaluated(of)
         assert one.step_time_s == pytest.approx(alone.step_time_s, rel=1e-9)
         assert one.memory_bytes <= alone.peak_memory_bytes
-
-
-def test_the_best_is_the_best_of_all() -> None:
-    prices = prices_of(GPT)
-    sample = Random(1).sample(list(candidates(32, GPT.layers, BATCH)), 8)
-    alone = [(prices.evaluated(of), of) for of in sample]
-    limit = sorted(one.peak_memory_bytes for one, _ in alone)[4]
-    found = search_degrees(prices, prices.bounds(sample), limit)
-    fitting = [(e.step_time_s, of) for e, of in alone if e.peak_memory_bytes <= limit]
-    assert found.estimate is not None
-    assert found.estimate.step_time_s == pytest.approx(min(time_s for time_s, _ in fitting))
 
 
 def test_what_cannot_be_is_said() -> None:
@@ -73,8 +71,8 @@ def test_what_cannot_be_is_said() -> None:
     found = prices.bounds([Degrees(pipeline=8, data=4), Degrees(tensor=2, data=16, microbatch=3)])
     assert not found.candidates
     assert {text.partition(" ")[0] for text in found.skipped} == {"8", "a"}
-    apart = prices.bounds([Degrees(data=32, experts=2), Degrees(data=32, recomputed=0.5)])
-    assert list(apart.skipped.values()) == [2]
+    apart = prices.bounds([Degrees(data=32, experts=2)])
+    assert list(apart.skipped.values()) == [1]
     usual = Degrees(tensor=2, data=16)
     (one,), (same,) = (
         prices.bounds([of]).candidates for of in (usual, replace(usual, microbatch=4))
