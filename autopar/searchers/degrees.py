@@ -29,6 +29,10 @@ from autopar.simulator.recompute_choices import KINDS
 TOGETHER = 200
 """At most, of those that do not fit."""
 
+NEAR = 0.02
+"""What is kept is not quite a bound where kernels of small models keep other things under another
+way to store parameters; what is so little (relative) above the limit is evaluated in full, too."""
+
 PROOF_SHARE = 0.5
 """Of the time until then, how long the gap may be worked on at least."""
 
@@ -146,7 +150,11 @@ class DegreeSearch:
         self._complete = True
 
     def _may_fit(self, one: Candidate) -> bool:
-        return one.memory_bytes <= self.problem.memory_limit_bytes
+        return one.memory_bytes <= self._kept_limit_bytes
+
+    @property
+    def _kept_limit_bytes(self) -> float:
+        return self.problem.memory_limit_bytes * (1 + NEAR)
 
     def _next_too_large(self) -> Iterator[Candidate]:
         """The next ones that do not fit, some of them: they are priced together."""
@@ -160,7 +168,7 @@ class DegreeSearch:
     def _recompute_in(self, those: Sequence[Candidate]) -> None:
         self.progress(f"recomputing as little as fits in {len(those)} of them")
         plain = [one.degrees for one in those]
-        self._push(self.prices.recomputing(plain, self._ways, self.problem.memory_limit_bytes))
+        self._push(self.prices.recomputing(plain, self._ways, self._kept_limit_bytes))
 
     def _push(self, candidates: Iterable[Candidate]) -> None:
         for one in candidates:

@@ -498,7 +498,10 @@ class DegreePrices:
             return np.zeros(0)
         of = alike.of
         if alike.is_alone:
-            found: Numbers = of[WHOLE][:, [ALWAYS, GRADIENTS, SAVED]].sum(axis=1)
+            one = of[WHOLE]
+            beside = np.maximum(one[:, GRADIENTS], one[:, SAVED])  # one takes the other's place
+            several = one[:, GRADIENTS] + one[:, SAVED]
+            found: Numbers = one[:, ALWAYS] + np.where(alike.counts > 1, several, beside)
             return found
         kept = _kept(alike.schedule, alike.rows, alike.chunks, alike.counts, of)
         rows = [
