@@ -12,7 +12,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from time import process_time
 from typing import Any
@@ -30,7 +30,7 @@ Sizes = tuple[int, ...]
 class Case:
     """``build``: the model on the meta device, its batch size and its sequence length. ``mesh``:
     ``None`` means every mesh of up to three axes. ``memory_limit_bytes``: ``None`` means that of
-    the device. ``searcher``: of plans of one stage, or ``hybrid``."""
+    the device. ``searcher``: of plans of one stage (``ilp``), of ``degrees``, or ``hybrid``."""
 
     model: str
     build: Callable[[], tuple[Any, int, int]]
@@ -38,6 +38,7 @@ class Case:
     mesh: Sizes | None
     memory_limit_bytes: int | None = None
     searcher: str = "ilp"
+    recompute: str = "none"
 
 
 class LossOf(torch.nn.Module):
@@ -55,6 +56,7 @@ class LossOf(torch.nn.Module):
 class Row:
     model: str
     topology: str
+    searcher: str
     mesh: str
     operators: int
     extraction_cpu_s: float
@@ -111,6 +113,18 @@ def gpt3(batch: int = 1536) -> tuple[Any, int, int]:
 
 H100, A100 = "32x8xh100-sxm", "128x8xa100-sxm-80gb"
 NODE, NODES = "1x8xa100-sxm-80gb", "2x8xa100-sxm-80gb"
+LARGEST = "2048x8xa100-sxm-80gb"
+
+
+def _both(
+    name: str, model: str, build: Callable[[], tuple[Any, int, int]], topology: str
+) -> Iterator[tuple[str, Case]]:
+    """All meshes and stages, with recomputation: among degrees, and among all plans."""
+    for searcher in ("degrees", "hybrid"):
+        case = Case(model, build, topology, None, None, searcher, "auto")
+        yield f"{name}-{searcher}", case
+
+
 CASES = {
     "llama32": Case("Llama-3-8B", lambda: llama(32), H100, (32, 8)),
     "llama32-3d": Case("Llama-3-8B", lambda: llama(32), H100, (4, 8, 8)),
@@ -118,13 +132,15 @@ CASES = {
     "llama128-free": Case(
         "Llama-3-8B, 128 layers, no memory limit", lambda: llama(128), H100, (32, 8), 10**15
     ),
-    "llama2-8": Case("Llama-2-7B", lambda: llama2(16), NODE, None, None, "hybrid"),
-    "llama2-8-64": Case("Llama-2-7B, batch 64", lambda: llama2(64), NODE, None, None, "hybrid"),
-    "llama2-16-64": Case("Llama-2-7B, batch 64", lambda: llama2(64), NODES, None, None, "hybrid"),
+    **dict(_both("llama2-8", "Llama-2-7B, batch 16", lambda: llama2(16), NODE)),
+    **dict(_both("llama2-8-64", "Llama-2-7B, batch 64", lambda: llama2(64), NODE)),
+    **dict(_both("llama2-16", "Llama-2-7B, batch 16", lambda: llama2(16), NODES)),
+    **dict(_both("llama2-16-64", "Llama-2-7B, batch 64", lambda: llama2(64), NODES)),
     "gpt3": Case("GPT-3 175B", gpt3, A100, None),
-    "gpt3-stages": Case("GPT-3 175B", lambda: gpt3(3072), A100, None, None, "hybrid"),
+    **dict(_both("gpt3-1024", "GPT-3 175B, batch 3072", lambda: gpt3(3072), A100)),
+    **dict(_both("gpt3-16384", "GPT-3 175B, batch 3072", lambda: gpt3(3072), LARGEST)),
 }
-LONG = ("gpt3", "gpt3-stages")
+LONG = tuple(name for name in CASES if name.startswith("gpt3"))
 
 
 def measure(case: Case) -> Row:
@@ -137,7 +153,7 @@ def measure(case: Case) -> Row:
     started = process_time()
     graph = api.extract(module, inputs, precision="mixed")
     extracted = process_time()
-    wanted: dict[str, Any] = {"searcher": case.searcher}
+    wanted: dict[str, Any] = {"searcher": case.searcher, "recompute": case.recompute}
     if case.mesh is not None:
         wanted["mesh"] = case.mesh
     if case.memory_limit_bytes is not None:
@@ -150,6 +166,7 @@ def measure(case: Case) -> Row:
     return Row(
         model=case.model,
         topology=case.topology,
+        searcher=case.searcher,
         mesh="all" if case.mesh is None else "x".join(map(str, case.mesh)),
         operators=len(graph.operators),
         extraction_cpu_s=extracted - started,
@@ -175,6 +192,8 @@ def in_own_process(name: str) -> Row | None:
 
 HEADER = (
     "model",
+    "machine",
+    "searcher",
     "mesh",
     "extraction CPU s",
     "search CPU s",
@@ -189,6 +208,8 @@ HEADER = (
 def line(row: Row) -> tuple[str, ...]:
     return (
         row.model,
+        row.topology,
+        row.searcher,
         row.mesh,
         f"{row.extraction_cpu_s:.1f}",
         f"{row.search_cpu_s:.2f}",
