@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -26,7 +27,7 @@ from cost_models import cost_model
 GPT = Transformer(4, 256, 8, 8, 1024, 1024, 128, flash=False, dropout=True)
 LLAMA = Transformer(4, 256, 8, 4, 512, 1024, 128, gated=True, biased=False, tied=False)
 WAYS = ("attention", "selective", "full")
-BATCH = 8
+BATCH = 4
 EXACT = Budget(gap=1e-9)
 
 
@@ -100,11 +101,11 @@ def test_finds_the_fastest_of_all(of: Transformer, devices: int) -> None:
         check(of, devices, degrees.search(problem_of(of, devices, limit), EXACT), limit)
 
 
-def test_the_hybrid_search_is_never_slower() -> None:
+def test_the_hybrid_search_is_never_slower_even_if_its_time_ends() -> None:
     sizes = sorted(size for *_, size in everything(GPT, 2))
     limit = sizes[len(sizes) // 10]
     alone = degrees.search(problem_of(GPT, 2, limit), EXACT)
-    both = hybrid.search(problem_of(GPT, 2, limit), Budget(gap=1e-3, proof_s=0.2))
+    both = hybrid.search(problem_of(GPT, 2, limit), Budget(time_s=3.0))
     assert alone.best and alone.best.estimate and both.best and both.best.estimate
     assert both.best.estimate.step_time_s <= alone.best.estimate.step_time_s * (1 + 1e-9)
 
@@ -124,7 +125,8 @@ def test_where_nothing_fits_nothing_is_proved() -> None:
 def test_what_the_bound_is_of_is_said() -> None:
     plan = api.plan(GPT.graph(BATCH), topology="1x2xa100-sxm-80gb", searcher="degrees")
     assert plan.search.among.endswith("degrees of parallelism")
-    assert plan_from_json(plan_to_json(plan)).search == plan.search
+    written = json.loads(json.dumps(plan_to_json(plan)))
+    assert plan_from_json(written).search == plan.search
 
 
 def test_an_interrupted_search_keeps_its_best() -> None:
@@ -132,7 +134,7 @@ def test_an_interrupted_search_keeps_its_best() -> None:
 
     def stop(line: str) -> None:
         lines.append(line)
-        if len(lines) == 3:
+        if len(lines) == 2:
             raise KeyboardInterrupt
 
     result = degrees.search(problem_of(GPT, 2, 10**12), EXACT, stop)
