@@ -18,56 +18,49 @@ from dataclasses import replace
 from autopar.ir.graph import OperatorGraph, TensorSpec
 from autopar.ir.rule import Inner, OpRule, Saved
 from autopar.ops.proposals import Proposals, call_key
+from autopar.ops.signatures import labels, points, signature
 
 Shapes = tuple[TensorSpec, ...]
 
 
-def _labels(spec: TensorSpec) -> list[str]:
-    return ["1" if size == 1 else f"d{i}" for i, size in enumerate(spec.shape)]
-
-
-def _signature(inputs: list[list[str]], outputs: list[list[str]]) -> str:
-    return " -> ".join(", ".join(map(" ".join, side)) for side in (inputs, outputs))
-
-
 def _rms_norm(inputs: Shapes) -> OpRule:
     """Along the last dim."""
-    *rows, last = _labels(inputs[0])
+    *rows, last = labels(inputs[0].shape)
     x = [*rows, last]
     return OpRule(
-        _signature([x, [last]], [x]),
+        signature([x, [last]], [x]),
         whole=(last,),
-        saves=(Saved("input 0"), Saved("input 1"), Saved(" ".join(rows), dtype="float32")),
+        saves=(Saved("input 0"), Saved("input 1"), Saved(points(rows), dtype="float32")),
     )
 
 
 def _swiglu(inputs: Shapes) -> OpRule:
     """Of a gate and what it lets through, and perhaps a weight for each row."""
-    x = _labels(inputs[0])
+    x = labels(inputs[0].shape)
     read = [x, x, [*x[:-1], "1"]][: len(inputs)]
     return OpRule(
-        _signature(read, [x]), saves=tuple(Saved(f"input {i}") for i in range(len(inputs)))
+        signature(read, [x]), saves=tuple(Saved(f"input {i}") for i in range(len(inputs)))
     )
 
 
 def _dropout(inputs: Shapes) -> OpRule:
-    x = _labels(inputs[0])
-    return OpRule(_signature([x], [x, x]), linear=(0,), saves=(Saved("output 1"),))
+    x = labels(inputs[0].shape)
+    return OpRule(signature([x], [x, x]), linear=(0,), saves=(Saved("output 1"),))
 
 
 def _cross_entropy(inputs: Shapes) -> OpRule:
     """Of logits by sample, class and position. Split by classes, the largest logit and the sum of
     exponentials of each token are reduced; the mean is over the tokens of the batch."""
-    sample, _, position = _labels(inputs[0])
+    sample, _, position = labels(inputs[0].shape)
     tokens = [name for name in (sample, position) if name != "1"]
-    row = Inner("classes", "all_reduce", "forward", " ".join(tokens), dtype="float32")
+    row = Inner("classes", "all_reduce", "forward", points(tokens), dtype="float32")
     counted = [Inner(name, "all_reduce", "forward", dtype="float64") for name in tokens]
     return OpRule(
-        _signature([[sample, "classes", position], [sample, position]], [[]]),
+        signature([[sample, "classes", position], [sample, position]], [[]]),
         sums=(*tokens, "classes"),
         special=(*tokens, "classes"),
         inner=(*counted, row, row),
-        saves=(Saved("input 0"), Saved("input 1"), Saved(" ".join(tokens), dtype="float32")),
+        saves=(Saved("input 0"), Saved("input 1"), Saved(points(tokens), dtype="float32")),
     )
 
 

@@ -106,6 +106,16 @@ def test_kernels_communicate_as_their_parts_do_and_take_and_keep_less(
     assert fused.peak_memory_bytes <= parts.peak_memory_bytes
 
 
+@pytest.mark.parametrize("model", [LLAMA, GPT, EXPERTS])
+def test_a_batch_may_be_of_one_sample(model: Transformer) -> None:
+    graph = replace(model, fused=True).graph(1)
+    divided = division(graph, 1, proposals(graph))
+    degrees = Degrees(data=1, context=8, zero=1)
+    machine = cost_model("1x8xh100-sxm")
+    strategy = hybrid(divided, degrees, machine, MIXED)
+    assert evaluate(divided.graph, divided.rules, machine, strategy).step_time_s > 0
+
+
 def test_every_kernel_is_in_some_graph() -> None:
     graphs = [replace(model, fused=True).graph(2) for model in (LLAMA, GPT, EXPERTS)]
     used = {o.op for graph in graphs for o in graph.operators if o.op.startswith("fused.")}
