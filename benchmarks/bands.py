@@ -308,7 +308,7 @@ def memory_residuals_of(compared: Iterable[Compared]) -> list[Residual]:
         run, error = one.run, None
         if run.memory_bytes is not None:
             error = math.log(run.memory_bytes / one.memory_bytes)
-        elif one.fits == run.ran_out:
+        elif one.false_fit or one.false_reject:
             error = -math.log(one.needed)
         if error is not None:
             found.append(Residual(run.source, run.name, error, {}))

@@ -25,7 +25,7 @@ svg text { font: 12px system-ui, sans-serif }
 COLUMNS = (
     *("source", "rows", "predicted", "mean error of steps", "bias", "largest"),
     *("in the band", "tau"),
-    *("mean error of memory", "largest", "false fits", "false rejects"),
+    *("mean error of memory", "largest", "false fits", "false rejects", "not judged"),
 )
 
 
@@ -146,7 +146,7 @@ def _table(found: Sequence[Quality], colours: dict[str, str]) -> str:
                 share(one.step_in_band),
                 "-" if one.tau is None else f"{one.tau:.3f}",
                 *(share(one.memory_mean), share(one.memory_largest)),
-                *(str(one.false_fits), str(one.false_rejects)),
+                *(str(one.false_fits), str(one.false_rejects), str(one.not_judged)),
             )
         )
         for one in found

@@ -32,6 +32,7 @@ from autopar.simulator.microbatches import Division, division
 from autopar.simulator.pipelines import PricedPipeline, StagePrices, evaluate_stages
 from autopar.simulator.prices import evaluate
 from autopar.simulator.stages import pipelined
+from benchmarks.kernels import proposals
 from benchmarks.transformer import Experts, Transformer
 from cost_models import Topology, cost_model, topology
 from cost_models.analytical import MATMUL_EFFICIENCY
@@ -113,6 +114,14 @@ class Run:
     assumed: tuple[str, ...] = ()
 
     @property
+    def other_recomputation(self) -> tuple[Degrees, Degrees] | None:
+        """Where the row does not say what is recomputed, what keeps most and what keeps least."""
+        if ASSUMED_RECOMPUTED.isdisjoint(self.assumed):
+            return None
+        most, least = (replace(self.degrees, recompute=kind) for kind in ("none", "full"))
+        return most, least
+
+    @property
     def topology(self) -> Topology:
         """Its machine, with the kernels that its software has."""
         found = topology(self.machine)
@@ -132,7 +141,8 @@ def _with_attention(machine: Topology, share: float) -> Topology:
 @dataclass(frozen=True)
 class Compared:
     """``memory_bytes``: what the allocator reserves; ``device_bytes``: all that the process has of
-    the ``limit_bytes`` of the device."""
+    the ``limit_bytes`` of the device. ``judged``: whether it fits whatever is recomputed, or does
+    not, where the row does not say that; else what is assumed of the row decides."""
 
     run: Run
     step_s: float
@@ -140,6 +150,7 @@ class Compared:
     device_bytes: int
     limit_bytes: int
     band: Band | None = None
+    judged: bool = True
 
     @property
     def step_error(self) -> float | None:
@@ -164,6 +175,14 @@ class Compared:
     @property
     def fits(self) -> bool:
         return self.needed <= 1
+
+    @property
+    def false_fit(self) -> bool:
+        return self.judged and self.run.ran_out and self.fits
+
+    @property
+    def false_reject(self) -> bool:
+        return self.judged and not self.run.ran_out and not self.fits
 
 
 # ---- from a row to a run -------------------------------------------------------------------------
@@ -324,6 +343,9 @@ RECOMPUTE: tuple[tuple[str, str, str], ...] = (
 )
 
 
+ASSUMED_RECOMPUTED = frozenset(what for *_, what in RECOMPUTE if what)
+
+
 def _recompute(text: str, layers: float, assumed: list[str]) -> tuple[str, float]:
     """What is recomputed, and in which part of the ``layers`` of a stage."""
     said = text.lower()
@@ -379,6 +401,7 @@ def _model(row: Row, degrees: Degrees) -> Transformer:
         raise SkippedError(f"precision is {row['precision']!r}: not known")
     products = next((name for key, name in PRODUCTS.items() if precision.startswith(key)), None)
     gated, flash = _flag(row, "gated_mlp"), _flag(row, "flash_attn")
+    engine = row["source"].startswith(TRANSFORMER_ENGINE)
     family, heads = row["model_family"], _number(row, "heads")
     layers = _number(row, "layers")
     if layers > MOST_LAYERS:
@@ -396,11 +419,13 @@ def _model(row: Row, degrees: Degrees) -> Transformer:
         flash=flash,
         dropout=not flash,
         tied=not gated,
-        fused_loss=family.startswith("MPT"),
+        fused_loss=family.startswith("MPT") or engine,
         dtype=dtype,
         head_width=_number(row, "head_dim", 0) or None,
         products=products,
         experts=_experts(row, degrees),
+        engine=engine,
+        fused=True,
     )
 
 
@@ -456,17 +481,28 @@ def predicted(runs: Iterable[Run]) -> Iterator[tuple[Run, Compared | Exception]]
                 continue
             divided.append(found)  # prices are kept by its rules
             memory = estimate.memory
-            yield (
+            compared = Compared(
                 run,
-                Compared(
-                    run,
-                    estimate.step_time_s,
-                    memory.reserved_bytes,
-                    memory.device_bytes,
-                    machine.memory_bytes,
-                    estimate.band,
-                ),
+                estimate.step_time_s,
+                memory.reserved_bytes,
+                memory.device_bytes,
+                machine.memory_bytes,
+                estimate.band,
             )
+            yield run, replace(compared, judged=_is_judged(compared, machine))
+
+
+def _is_judged(compared: Compared, machine: CostModel) -> bool:
+    """Whether what is assumed to be recomputed does not decide if it fits."""
+    run = compared.run
+    if run.other_recomputation is None:
+        return True
+    most, least = run.other_recomputation
+    other = most if compared.fits else least
+    if other == run.degrees:
+        return True
+    estimate, *_ = _estimate(replace(run, degrees=other), machine, StagePrices(machine), {})
+    return (estimate.memory.device_bytes <= machine.memory_bytes) == compared.fits
 
 
 def _estimate(
@@ -555,7 +591,8 @@ def _check_sharded(degrees: Degrees, graph: OperatorGraph, strategy: Strategy) -
 @lru_cache(maxsize=8)
 def _divided(model: Transformer, batch: int, count: int) -> tuple[Division, Structure]:
     """Rows of one model follow each other."""
-    found = division(model.graph(batch), count)
+    graph = model.graph(batch)
+    found = division(graph, count, proposals(graph))
     return found, Structure(found.graph, found.rules)
 
 
@@ -572,7 +609,8 @@ def _ends(copies: int, degrees: Degrees) -> frozenset[int]:
 class Quality:
     """Of the rows of one source. Errors are relative; mean and largest are of their size, ``bias``
     is their mean with its sign; ``step_in_band``: the share of steps that lies in its band.
-    ``None`` where nothing of the kind was measured. ``assumed``: what some rows do not say.
+    ``None`` where nothing of the kind was measured. ``assumed``: what some rows do not say;
+    ``not_judged``: of how many that decides whether they fit.
     ``left_out``: names of rows and why."""
 
     source: str
@@ -589,6 +627,7 @@ class Quality:
     memory_largest: float | None
     false_fits: int
     false_rejects: int
+    not_judged: int
     left_out: tuple[tuple[str, str], ...] = ()
 
 
@@ -612,8 +651,9 @@ def quality(
         kendall_tau(pairs),
         _mean(map(abs, memory)),
         max(map(abs, memory), default=None),
-        sum(one.run.ran_out and one.fits for one in compared),
-        sum(not one.run.ran_out and not one.fits for one in compared),
+        sum(one.false_fit for one in compared),
+        sum(one.false_reject for one in compared),
+        sum(not one.judged for one in compared),
         tuple(left_out),
     )
 

@@ -35,7 +35,11 @@ class Transformer:
     and learned positions (GPT), the last two with ``biased``. ``flash``: fused attention; else its
     products are separate. ``tied``: one table for embedding and head. ``fused_loss``: the loss
     reads logits as they are (llm-foundry's default, ``fused_crossentropy``), else in fp32.
-    ``products``: the dtype to which operands of the products of blocks are cast, each tensor once.
+    ``products``: the dtype to which operands of the products of blocks are cast, each tensor once;
+    with ``engine`` as Transformer Engine does it: norms write what products take, and weights are
+    kept so, for rows and for columns (two narrow bytes: as many as a wide element has).
+    ``fused``: the kernels of ``benchmarks/kernels.py`` in place of what ATen has for norms, SwiGLU,
+    dropout and, with ``fused_loss``, cross-entropy.
     """
 
     layers: int
@@ -55,6 +59,8 @@ class Transformer:
     head_width: int | None = None
     products: str | None = None
     experts: Experts | None = None
+    engine: bool = False
+    fused: bool = False
 
     def graph(self, batch: int) -> OperatorGraph:
         """Of one global batch."""
@@ -94,7 +100,8 @@ class _Builder:
         # (sample, class, position): samples and positions stay apart, for axes that divide either
         by_class = (self.batch, of.vocabulary, of.length)
         logits = self._op("", "transpose.int", (logits,), by_class, 1, 2)
-        loss = self._op("", "cross_entropy_loss", (logits, targets), ())
+        kernel = "fused.cross_entropy" if of.fused and of.fused_loss else "cross_entropy_loss"
+        loss = self._op("", kernel, (logits, targets), ())
         return OperatorGraph(
             tuple(self.tensors),
             tuple(self.operators),
@@ -123,9 +130,9 @@ class _Builder:
 
     def _block(self, x: str, name: str, tables: tuple[str, ...]) -> str:
         shape = self.specs[x].shape
-        y = self._attention(self._norm(x, f"{name}.norm_1"), name, tables)
+        y = self._attention(self._norm(x, f"{name}.norm_1", narrow=True), name, tables)
         x = self._op(name, "add.Tensor", (x, self._dropped(y, name)), shape)
-        y = self._norm(x, f"{name}.norm_2")
+        y = self._norm(x, f"{name}.norm_2", narrow=self.of.experts is None)
         y = self._mlp(y, name) if self.of.experts is None else self._expert_mlp(y, name)
         return self._op(name, "add.Tensor", (x, self._dropped(y, name)), shape)
 
@@ -133,19 +140,26 @@ class _Builder:
         of = self.of
         up = self._linear(y, f"{name}.up", of.ffn)
         if of.gated:
-            gate = self._linear(y, f"{name}.gate", of.ffn)
-            gate = self._op(name, "silu", (gate,), self.specs[gate].shape)
-            up = self._op(name, "mul.Tensor", (gate, up), self.specs[up].shape)
+            up = self._swiglu(self._linear(y, f"{name}.gate", of.ffn), up, name)
         else:
             up = self._op(name, "gelu", (up,), self.specs[up].shape)
         return self._linear(up, f"{name}.down", of.width)
+
+    def _swiglu(self, gate: str, up: str, name: str, *weights: str) -> str:
+        """``weights``: of rows, where it applies them."""
+        shape = self.specs[up].shape
+        if self.of.fused:
+            return self._op(name, "fused.swiglu", (gate, up, *weights), shape)
+        gate = self._op(name, "silu", (gate,), shape)
+        return self._op(name, "mul.Tensor", (gate, up), shape)
 
     def _expert_mlp(self, y: str, name: str) -> str:
         of, width = self.of.experts, self.of.width
         assert of is not None
         batch, groups, tokens = self.batch, of.groups, self.of.length // of.groups
         each = -(-tokens * of.chosen // of.count)  # tokens of a group for one expert
-        weights = self._routed(y, name, (batch, groups, tokens, of.chosen, 1))
+        of_tokens = (batch, groups, tokens, of.chosen, 1)
+        weights = self._routed(y, name, of_tokens)
         shape = (batch, groups, tokens, 1, width)
         y = self._op(name, "view", (y,), shape, shape)
         chosen = (batch, groups, tokens, of.chosen, width)
@@ -155,10 +169,17 @@ class _Builder:
         y = self._op(name, "view", (y,), by_expert, by_expert)
         sent = (of.count, batch, groups, each, width)
         y = self._op(name, "permute", (y,), sent, (2, 0, 1, 3, 4))
-        y = self._one_expert(y, name, of)
+        applied = ()
+        if self.of.fused:
+            shape = (*by_expert[:-1], 1)
+            w = self._op(name, "view", (weights,), shape, shape)
+            shape = (*sent[:-1], 1)
+            applied = (self._op(name, "permute", (w,), shape, (2, 0, 1, 3, 4)),)
+        y = self._one_expert(y, name, of, applied)
         y = self._op(name, "permute", (y,), by_expert, (1, 2, 0, 3, 4))
         y = self._op(name, "reshape", (y,), chosen, chosen)
-        y = self._op(name, "mul.Tensor", (y, weights), chosen)
+        if not applied:
+            y = self._op(name, "mul.Tensor", (y, weights), chosen)
         y = self._op(name, "sum.dim_IntList", (y,), (*chosen[:3], width), (3,))
         whole = (batch, self.of.length, width)
         return self._op(name, "view", (y,), whole, whole)
@@ -176,18 +197,17 @@ class _Builder:
         best, _ = self._outputs(name, "topk", (scored,), kinds, of.chosen)
         return self._op(name, "view", (best,), shape, shape)
 
-    def _one_expert(self, y: str, name: str, of: Experts) -> str:
+    def _one_expert(self, y: str, name: str, of: Experts, weights: tuple[str, ...]) -> str:
         up = self._by_experts(y, f"{name}.experts.up", of.ffn)
         gate = self._by_experts(y, f"{name}.experts.gate", of.ffn)
-        gate = self._op(name, "silu", (gate,), self.specs[gate].shape)
-        up = self._op(name, "mul.Tensor", (gate, up), self.specs[up].shape)
+        up = self._swiglu(gate, up, name, *weights)
         return self._by_experts(up, f"{name}.experts.down", self.of.width)
 
     def _by_experts(self, x: str, name: str, out: int) -> str:
         """A product for each expert."""
         shape = self.specs[x].shape
         weight = self._parameter(f"{name}.weight", (shape[0], out, shape[-1]))
-        read = (self._narrowed(x, name), self._narrowed(weight, name))
+        read = (self._narrowed(x, name), self._narrowed_weight(weight, name))
         made = [((*shape[:-1], out), self.of.dtype)]
         arguments = ("ebgcw,efw->ebgcf", (Input(0), Input(1)))
         return self._add(name, "einsum", read, made, arguments, ())[0]
@@ -247,14 +267,14 @@ class _Builder:
     def _linear(self, x: str, name: str, out: int) -> str:
         shape = self.specs[x].shape
         weight = self._parameter(f"{name}.weight", (out, shape[-1]))
-        read = [self._narrowed(x, name), self._narrowed(weight, name)]
+        read = [self._narrowed(x, name), self._narrowed_weight(weight, name)]
         if self.of.biased:
             read.append(self._parameter(f"{name}.bias", (out,)))
         return self._op(name, "linear", tuple(read), (*shape[:-1], out), dtype=self.of.dtype)
 
     def _narrowed(self, x: str, name: str) -> str:
         """As products take it; all that read it read one cast."""
-        if self.of.products is None:
+        if self.of.products in (None, self.specs[x].dtype):
             return x
         if x not in self.narrow:
             to, shape = self.of.products, self.specs[x].shape
@@ -262,9 +282,16 @@ class _Builder:
             self.narrow[x] = self._op(name, "_to_copy", (x,), shape, dtype=to, keywords=keywords)
         return self.narrow[x]
 
-    def _norm(self, x: str, name: str) -> str:
+    def _narrowed_weight(self, weight: str, name: str) -> str:
+        return weight if self.of.engine else self._narrowed(weight, name)
+
+    def _norm(self, x: str, name: str, *, narrow: bool = False) -> str:
+        """``narrow``: only products read it."""
         sizes = (self.of.width,)
         weight = self._parameter(f"{name}.weight", sizes)
+        if self.of.gated and self.of.fused:
+            dtype = (narrow and self.of.engine and self.of.products) or self.of.dtype
+            return self._op(name, "fused.rms_norm", (x, weight), self.specs[x].shape, dtype=dtype)
         if self.of.gated:
             return self._call(name, "rms_norm", (x, weight), (Input(0), sizes, Input(1)))
         bias = (self._parameter(f"{name}.bias", sizes),) if self.of.biased else ()
@@ -284,7 +311,8 @@ class _Builder:
             return x
         spec = self.specs[x]
         made = [(spec.shape, spec.dtype), (spec.shape, "bool")]
-        return self._outputs(name, "native_dropout", (x,), made, DROPOUT, True)[0]
+        kernel = "fused.dropout" if self.of.fused else "native_dropout"
+        return self._outputs(name, kernel, (x,), made, DROPOUT, True)[0]
 
     def _op(
         self,
@@ -320,7 +348,9 @@ class _Builder:
         arguments: tuple[object, ...],
         keywords: tuple[tuple[str, object], ...],
     ) -> tuple[str, ...]:
-        base = ".".join(filter(None, (module, op.partition(".")[0].strip("_"))))
+        full = op if op.startswith("fused.") else f"aten.{op}"
+        full = full if full.count(".") == 2 else f"{full}.default"
+        base = ".".join(filter(None, (module, full.split(".")[1].strip("_"))))
         count = self.names[base] = self.names.get(base, -1) + 1
         name = f"{base}_{count}" if count else base
         several = len(made) > 1
@@ -328,7 +358,6 @@ class _Builder:
         flows = any(self.by_gradient[n] for n in read)
         for output, (shape, dtype) in zip(outputs, made, strict=True):
             self._tensor(output, shape, dtype, Role.ACTIVATION, flows and "float" in dtype)
-        full = f"aten.{op}" if "." in op else f"aten.{op}.default"
         self.operators.append(Operator(name, full, read, outputs, arguments, keywords, module))
         return outputs
 

@@ -38,7 +38,8 @@ def text(found: Quality) -> str:
         f"(bias {share(found.step_bias)}), largest {share(found.step_largest)}, tau {tau}, "
         f"in the band {share(found.step_in_band)}",
         f"  memory: mean error {share(found.memory_mean)}, largest {share(found.memory_largest)}; "
-        f"{found.false_fits} false fits, {found.false_rejects} false rejects",
+        f"{found.false_fits} false fits, {found.false_rejects} false rejects, "
+        f"{found.not_judged} not judged",
     ]
     lines += [f"    assumed of {n}: {what}" for what, n in found.assumed.items()]
     lines += [f"    skipped {n}: {reason}" for reason, n in found.skipped.items()]
@@ -63,8 +64,9 @@ def main() -> int:
             error = "-" if one.step_error is None else f"{one.step_error:+.1%}"
             memory = "" if one.run.memory_bytes is None else f"{one.memory_error:+.1%}"
             fits = "fits" if one.fits else "does not fit"
-            wrong = " (it did)" if not one.run.ran_out and not one.fits else ""
-            wrong = " (it did not)" if one.run.ran_out and one.fits else wrong
+            wrong = " (it did)" if one.false_reject else ""
+            wrong = " (it did not)" if one.false_fit else wrong
+            wrong = wrong if one.judged else " (not judged)"
             print(
                 f"{one.run.name}\t{one.run.step_s}\t{one.step_s:.4g}\t{error}"
                 f"\t{one.memory_bytes / 1e9:.1f} GB {memory}\t{fits}{wrong}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 from autopar.ir.graph import Argument, Dtype, Input, Operator, OperatorGraph, TensorSpec
 from autopar.ir.rule import BoundRule, OpRule, bind
@@ -42,4 +43,12 @@ def bind_proposal(
     inputs = tuple(graph.spec(name) for name in operator.inputs)
     outputs = tuple(graph.spec(name) for name in operator.outputs)
     rule = dict(proposals).get(call_key(operator, inputs))
-    return None if rule is None else bind(rule, inputs, outputs)
+    return None if rule is None else _bound(rule, inputs, outputs)
+
+
+@lru_cache(maxsize=16384)
+def _bound(
+    rule: OpRule, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
+) -> BoundRule:
+    """One for equal calls, as those of the table have: what is priced is kept by it."""
+    return bind(rule, inputs, outputs)

@@ -28,7 +28,7 @@ from autopar.ir.rule import REPLICATED, SUMMED, BoundRule, Choice, Dim, Inner, O
 from autopar.ir.sharding import INVARIANT, PARTIAL, Placement, shard
 from autopar.ops import Proposals, bind_operator, bound_rules, with_parts
 from autopar.ops.factories import COUNTERS, READ_NO_VALUES
-from autopar.ops.proposals import call_key
+from autopar.ops.proposals import bind_proposal, call_key
 from autopar.ops.signatures import with_argument
 from autopar.simulator.edges import Rules
 
@@ -648,7 +648,7 @@ class _Propagation:
             proposals: Proposals = ((call_key(operator, specs[0]), self._proposal(operator.name)),)
         else:
             proposals = ()
-        found = bind_operator(divided, operator)
+        found = bind_operator(divided, operator) or bind_proposal(divided, operator, proposals)
         if found is None:
             one = replace(divided, operators=(operator,))
             found = bound_rules(one, proposals)[operator.name]

@@ -7,8 +7,10 @@ activations. Both slow down while both are busy.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 from autopar.ir.graph import OperatorGraph
 from autopar.ir.sharding import Mesh
@@ -84,22 +86,37 @@ def _reduction_s(edge: ParameterEdge, costs: Costs) -> float:
 
 
 def held_bytes(
-    graph: OperatorGraph, parameters: Sequence[tuple[ParameterEdge, int]], mesh: Mesh
+    graph: OperatorGraph,
+    parameters: Sequence[tuple[ParameterEdge, int]],
+    mesh: Mesh,
+    gradients_bytes: int = 0,
 ) -> int:
-    """What is gathered beside what the operator at hand uses: the parameters of the next block, and
-    those that are used outside of repeated blocks, which stay from their forward to their backward
-    (FSDP does not reshard its root)."""
-    copies = {
-        operator.name: block.copies
+    """What a device has beside what the operator at hand uses, and beside ``gradients_bytes``.
+
+    The parameters of the next block, and those that are used outside of repeated blocks, which stay
+    from their forward to their backward (FSDP does not reshard its root). And what the allocator
+    keeps for the other streams, since memory stays with the stream that asked for it: the buffer
+    into which the largest of these groups is gathered, and gradients that were reduced, whose
+    memory waits for those of the next step (torch/distributed/fsdp/_fully_shard:
+    ``foreach_all_gather`` and ``foreach_reduce``).
+    """
+    starts = {
+        operator.name: (block.start, block.copies)
         for block in blocks(graph)
         for operator in graph.operators[block.start : block.stop]
     }
-    held = 0.0
+    groups: Counter[int] = Counter()
+    reduced = 0
     for edge, count in parameters:
         if edge.gathers:
-            of_each = max(copies.get(name, 1) for name in edge.consumers)
-            held += local_bytes(edge.spec, edge.target, mesh) * count / of_each
-    return round(held)
+            start, copies = max(
+                (starts.get(name, (-1, 1)) for name in edge.consumers), key=itemgetter(1)
+            )
+            groups[start] += local_bytes(edge.spec, edge.target, mesh) * count // copies
+            if edge.trainable:
+                reduced += local_bytes(edge.spec, edge.destination, mesh) * count
+    gathered = sum(groups.values()) + max(groups.values(), default=0)
+    return gathered + max(0, reduced - gradients_bytes)
 
 
 @dataclass(frozen=True, slots=True)

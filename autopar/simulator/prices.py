@@ -75,7 +75,7 @@ def evaluate(
     }
     memory = peak_memory(graph, rules, strategy, seen)
     if overlapped:
-        held = held_bytes(graph, needed.parameters, strategy.mesh)
+        held = held_bytes(graph, needed.parameters, strategy.mesh, memory.gradients_bytes)
         memory = replace(memory, buffers_bytes=memory.buffers_bytes + held)
         beside = ahead(needed.parameters, costs)
         found = hidden(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph
+from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph, Role
 from autopar.ir.sharding import Sharding, local_shape
 from autopar.ir.strategy import Strategy
 from autopar.simulator.blocks import Block
@@ -160,7 +160,14 @@ class BlockChoices:
         return tuple(offset for offset in self.full if offset not in kept)
 
     def _weighs(self, offset: int) -> bool:
-        return any(name not in self.graph.producer for name in self._operator(offset).inputs)
+        return any(map(self._is_weight, self._operator(offset).inputs))
+
+    def _is_weight(self, name: str) -> bool:
+        """A parameter, or what is made of parameters alone: a cast of one."""
+        producer = self.graph.producer.get(name)
+        if producer is None:
+            return self.graph.by_name[name].role is Role.PARAMETER
+        return bool(producer.inputs) and all(map(self._is_weight, producer.inputs))
 
     @cached_property
     def elementwise(self) -> tuple[int, ...]:

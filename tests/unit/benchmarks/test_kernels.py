@@ -1,0 +1,132 @@
+"""Kernels of published programs: what they keep, and that they are divided as their parts are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from autopar.ir.simulation import Estimate
+from autopar.ir.strategy import Training
+from autopar.recipes import Degrees, hybrid
+from autopar.simulator.memory import saved_bytes
+from autopar.simulator.microbatches import division
+from autopar.simulator.prices import evaluate
+from benchmarks.kernels import RULES, proposals
+from benchmarks.transformer import Experts, Transformer
+from cost_models import cost_model
+
+LAYERS, WIDTH, HEADS, KV_HEADS, FFN, LENGTH = 3, 64, 4, 2, 192, 32
+LLAMA = Transformer(LAYERS, WIDTH, HEADS, KV_HEADS, FFN, 128, LENGTH, gated=True, biased=False)
+LLAMA = replace(LLAMA, tied=False, fused_loss=True)
+GPT = Transformer(2, WIDTH, HEADS, HEADS, FFN, 128, LENGTH, flash=False, dropout=True)
+EXPERTS = replace(LLAMA, experts=Experts(4, 2, 96))
+MIXED = Training("adam", "mixed")
+
+
+def kept_of_a_token(model: Transformer) -> float:
+    """Bytes that a block keeps of a token of one sample on one device."""
+
+    def kept(layers: int) -> int:
+        graph = replace(model, layers=layers).graph(1)
+        divided = division(graph, 1, proposals(graph))
+        strategy = hybrid(divided, Degrees(1), cost_model("1x1xh100-sxm"), MIXED)
+        return saved_bytes(divided.graph, divided.rules, strategy)
+
+    return (kept(2) - kept(1)) / LENGTH
+
+
+def test_a_block_keeps_what_its_kernels_do() -> None:
+    """Before each norm, after it, queries, keys, values, what attention gives, the two factors of
+    SwiGLU and what comes of them, in bf16; a float32 for each row of a norm and of attention."""
+    grouped = 2 * WIDTH * KV_HEADS // HEADS
+    wide = 4 * WIDTH + (WIDTH + grouped) + WIDTH + 3 * FFN
+    rows = 2 * 4 + 4 * HEADS
+    assert kept_of_a_token(replace(LLAMA, fused=True)) == 2 * wide + rows
+    # ATen's rms_norm has two float32 copies for its input, and SwiGLU is in parts
+    assert kept_of_a_token(LLAMA) == 2 * wide + rows + 2 * (8 - 2) * WIDTH + 2 * FFN
+
+
+def test_transformer_engine_keeps_a_byte_of_what_products_take() -> None:
+    """And no weights: those that it keeps from step to step are as products take them."""
+    engine = replace(LLAMA, fused=True, engine=True, products="float8_e4m3fn")
+    taken = WIDTH + WIDTH + WIDTH + FFN  # by the products: of queries to values, out, up, down
+    grouped = 2 * WIDTH * KV_HEADS // HEADS
+    wide = 2 * WIDTH + (WIDTH + grouped) + WIDTH + 2 * FFN
+    assert kept_of_a_token(engine) == taken + 2 * wide + 2 * 4 + 4 * HEADS
+    cast = kept_of_a_token(replace(engine, engine=False))
+    weights = WIDTH * (2 * WIDTH + grouped) + 3 * WIDTH * FFN
+    assert cast == kept_of_a_token(engine) + weights / LENGTH
+
+
+def test_experts_apply_weights_of_tokens_where_they_are_narrowest() -> None:
+    """Not to what they give, which would be kept: as wide as the model, for each chosen expert."""
+    chosen, ffn = 2, 96
+    plain, fused = kept_of_a_token(EXPERTS), kept_of_a_token(replace(EXPERTS, fused=True))
+    of_norms, of_weights = 2 * (8 - 2) * WIDTH, 0
+    assert plain - fused == of_norms + 2 * chosen * (ffn + WIDTH) + of_weights
+
+
+def evaluated(model: Transformer, degrees: Degrees) -> Estimate:
+    graph = model.graph(8)
+    count = degrees.microbatches(8)
+    divided = division(graph, count, proposals(graph))
+    machine = cost_model("1x8xh100-sxm")
+    strategy = hybrid(divided, degrees, machine, MIXED)
+    return evaluate(divided.graph, divided.rules, machine, strategy)
+
+
+@pytest.mark.parametrize("model", [LLAMA, GPT, EXPERTS])
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        Degrees(data=8, zero=3),
+        Degrees(tensor=2, data=4, microbatch=1),
+        Degrees(tensor=2, data=2, microbatch=2, between="sequence", zero=1),
+        Degrees(data=4, context=2, zero=1),
+    ],
+    ids=["data", "tensor", "sequence", "context"],
+)
+def test_kernels_communicate_as_their_parts_do_and_take_and_keep_less(
+    model: Transformer, degrees: Degrees
+) -> None:
+    degrees = replace(degrees, data=8 // (degrees.tensor * degrees.context))
+    parts, fused = evaluated(model, degrees), evaluated(replace(model, fused=True), degrees)
+
+    def sent(estimate: Estimate) -> Counter[tuple[str, str, str]]:
+        found: Counter[tuple[str, str, str]] = Counter()
+        for one in estimate.collectives:
+            found[one.kind, one.phase, one.axis] += one.bytes * one.count
+        return found
+
+    if model is not EXPERTS:  # there, weights of tokens are sent to experts, not experts' results
+        assert sent(fused) == sent(parts)
+    assert fused.step_time_s <= parts.step_time_s
+    assert fused.peak_memory_bytes <= parts.peak_memory_bytes
+
+
+@pytest.mark.parametrize("model", [LLAMA, GPT, EXPERTS])
+def test_a_batch_may_be_of_one_sample(model: Transformer) -> None:
+    graph = replace(model, fused=True).graph(1)
+    divided = division(graph, 1, proposals(graph))
+    degrees = Degrees(data=1, context=8, zero=1)
+    machine = cost_model("1x8xh100-sxm")
+    strategy = hybrid(divided, degrees, machine, MIXED)
+    assert evaluate(divided.graph, divided.rules, machine, strategy).step_time_s > 0
+
+
+def test_every_kernel_is_in_some_graph() -> None:
+    graphs = [replace(model, fused=True).graph(2) for model in (LLAMA, GPT, EXPERTS)]
+    used = {o.op for graph in graphs for o in graph.operators if o.op.startswith("fused.")}
+    assert used == set(RULES)
+
+
+def test_equal_calls_have_one_rule() -> None:
+    """Prices are kept by it: copies of a block are priced once."""
+    graph = replace(LLAMA, fused=True).graph(8)
+    for count in (1, 4):
+        found = division(graph, count, proposals(graph))
+        norms = [o.name for o in graph.operators if "rms_norm" in o.op]
+        assert len(norms) == 2 * LAYERS + 1
+        assert len({id(found.rules[name]) for name in norms}) == 1
