@@ -127,9 +127,16 @@ class StageParts:
         return self.input_communication_s + self.weight_communication_s
 
 
-def stage_parts(part: StagePart, costs: Costs, *, parted: bool = False) -> StageParts:
+def stage_parts(
+    part: StagePart,
+    costs: Costs,
+    *,
+    parted: bool = False,
+    handed_on: frozenset[str] = frozenset(),
+) -> StageParts:
     """One stage of several, from the same prices as ``evaluate``; the norm of gradients is left to
-    those who know all stages. ``parted``: its backwards are ``I`` and ``W``."""
+    those who know all stages. ``parted``: its backwards are ``I`` and ``W``. ``handed_on``: what
+    arrives in the memory of its own devices, without a message."""
     graph, rules = part.graph, part.division.rules
     training = replace(part.strategy.training, clip_norm=None)
     strategy = replace(part.strategy, microbatches=1, training=training)
@@ -140,7 +147,7 @@ def stage_parts(part: StagePart, costs: Costs, *, parted: bool = False) -> Stage
     forward_s, backward_s = _operators_s(seen, rules, strategy, costs, recomputed)
     moved_s, moved_back_s = _local_moves_s(replace(needed, parameters=()), strategy, costs)
     input_s = _input_gradients_s(part, costs) + _again_s(part, recomputed, costs)
-    weight_s = backward_s - input_s
+    weight_s = _weight_gradients_s(part, costs) if parted else backward_s - input_s
     weight_communication_s, reduction_s = _total_s(again, "backward"), 0.0
     for edge, count in needed.parameters:
         there_s, back_s = _parameter_moves_s(edge, costs)
@@ -153,11 +160,12 @@ def stage_parts(part: StagePart, costs: Costs, *, parted: bool = False) -> Stage
             weight_s += back_s * count
             weight_communication_s += collectives_s * count
     stored = [one for one in stored_alike(graph, strategy) if one[0].differentiable]
+    messages_s, answers_s = (n * costs.host.message_s for n in _messages(part, handed_on))
     communication_s = _total_s((*once, *again), "backward")
     return StageParts(
-        forward_compute_s=forward_s + moved_s + costs.host.pass_s,
+        forward_compute_s=forward_s + moved_s + costs.host.pass_s + messages_s,
         forward_communication_s=_total_s(once, "forward"),
-        input_compute_s=input_s + moved_back_s + costs.host.pass_s,
+        input_compute_s=input_s + moved_back_s + costs.host.pass_s + answers_s,
         input_communication_s=communication_s - weight_communication_s,
         weight_compute_s=weight_s + costs.host.pass_s * parted,
         weight_communication_s=weight_communication_s,
@@ -177,23 +185,44 @@ def stage_parts(part: StagePart, costs: Costs, *, parted: bool = False) -> Stage
     )
 
 
+def _messages(part: StagePart, handed_on: frozenset[str]) -> tuple[int, int]:
+    """How many the forward of a microbatch takes and sends, and how many its backward."""
+    taken = [name for name in part.given if name not in handed_on]
+    sent = [part.returns.get(name, 1) for name in part.ends if name != part.graph.loss]
+    given_back = sum(part.graph.by_name[name].differentiable for name in taken)
+    return len(taken) + sum(sent), given_back + sum(part.returns.values())
+
+
 def _total_s(promised: Iterable[PromisedCollective], phase: str) -> float:
     return sum(one.time_s * one.count for one in promised if one.phase == phase)
 
 
 def _input_gradients_s(part: StagePart, costs: Costs) -> float:
     """Of the operators' backwards, what gives gradients of what is no parameter."""
-    total = 0.0
+    return sum(backward_s for backward_s in _gradients_s(part, costs, of_parameters=False))
+
+
+def _weight_gradients_s(part: StagePart, costs: Costs) -> float:
+    """What gives gradients of parameters, asked for later than those of inputs: what both read is
+    read again, and each operator is asked by itself."""
+    return sum(
+        backward_s + costs.host.part_s
+        for backward_s in _gradients_s(part, costs, of_parameters=True)
+    )
+
+
+def _gradients_s(part: StagePart, costs: Costs, *, of_parameters: bool) -> Iterator[float]:
+    """Backwards of operators that give such gradients, and no others."""
     for operator in part.graph.operators:
         if carries_gradient(part.graph, operator):
             wanted = tuple(
                 part.graph.by_name[name].differentiable
-                and part.graph.by_name[name].role is not Role.PARAMETER
+                and (part.graph.by_name[name].role is Role.PARAMETER) == of_parameters
                 for name in operator.inputs
             )
             bound, split = part.division.rules[operator.name], part.strategy.splits[operator.name]
-            total += costs.operator_s(bound, split, wanted)[1]
-    return total
+            if any(wanted):
+                yield costs.operator_s(bound, split, wanted)[1]
 
 
 def _again_s(part: StagePart, recomputed: Recomputation, costs: Costs) -> float:
@@ -464,4 +493,4 @@ def update_time_s(elements: int, spec: TensorSpec, training: Training, costs: Co
     written."""
     item = ITEM_BYTES[spec.dtype]
     moved = elements * (3 * item + 2 * optimizer_bytes_per_element(spec, training))
-    return costs.memory_bound_s(float(moved), spec.dtype)
+    return costs.memory_bound_s(float(moved), spec.dtype, f"update {training.state_tensors}")
