@@ -34,7 +34,7 @@ from autopar.ir.plan import Plan, load_plan, save_plan
 from autopar.ir.rule import NOTHING
 from autopar.ir.sharding import Mesh
 from autopar.ir.strategy import Stage, Storage, Strategy
-from autopar.runtime.bench import Bench, Rounds, profile_of, quietest_half
+from autopar.runtime.bench import Bench, Rounds, profile_of, quietest
 from autopar.runtime.devices import MeasuredDevice, cores, processor_seconds
 from autopar.runtime.launch import torchrun
 from autopar.runtime.profiler import machine_fingerprint, profile, save
@@ -48,7 +48,7 @@ DEVICES = 4
 ROUNDS, STEPS = 8, 3
 """In each round each plan takes so many steps, after one that warms up."""
 
-PROFILE_S, ROUND_S, SPEEDS_S = 10.0, 3.0, 0.3
+PROFILE_S, ROUND_S, SPEEDS_S = 10.0, 5.0, 0.3
 """How long the machine is measured: for the search, in a round, and each time that some devices are
 measured with and without the others."""
 
@@ -261,7 +261,7 @@ def alone(graph: OperatorGraph) -> Strategy:
 # ---- measuring -----------------------------------------------------------------------------------
 
 
-def measure(model: str, folder: Path, rounds: int, patience_s: float) -> None:
+def measure(model: str, folder: Path, rounds: int, patience_s: float, real_time: bool) -> None:
     """All plans of a model, written with what the machine does now, and what it and they took."""
     say(f"{model}: measuring the machine, to search with")
     machine = Profiled(profile(DEVICES, PROFILE_S))
@@ -271,6 +271,7 @@ def measure(model: str, folder: Path, rounds: int, patience_s: float) -> None:
         save_plan(plan_of(case, machine), folder / f"{number}.json")
     say(f"{model}: {rounds} rounds of {len(cases)} plans and the machine")
     asked = ["--worker", str(folder), "--rounds", str(rounds), "--patience", str(patience_s)]
+    asked += ["--real-time"] * real_time
     code = torchrun(DEVICES, "benchmarks.pipelines", asked)
     if code:
         raise SystemExit(f"the processes of {model} ended with {code}")
@@ -293,7 +294,7 @@ class Taken:
 
     @property
     def quietest(self) -> list[Moment]:
-        return quietest_half([Moment(**moment) for moment in self.found["moments"]])
+        return quietest([Moment(**moment) for moment in self.found["moments"]])
 
     @property
     def step_s(self) -> float:
@@ -373,7 +374,7 @@ class Moment:
     others: float
 
 
-def work(folder: Path, rounds: int, patience: Patience) -> None:
+def work(folder: Path, rounds: int, patience: Patience, real_time: bool) -> None:
     """One of the processes: in each round measure the machine, and take steps of every plan."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -385,6 +386,8 @@ def work(folder: Path, rounds: int, patience: Patience) -> None:
     ready = [prepare(plan, api.source_of(plan), seed=0) for plan in plans]
     moments: list[list[Moment]] = [[] for _ in ready]
     speeds = []
+    if real_time and machine.parts:  # all threads that communicate are there by then
+        before_all_others()
     for number in range(rounds):
         if dist.get_rank() == 0:
             say(f"round {number + 1} of {rounds}, load average {os.getloadavg()[0]:.1f}")
@@ -400,6 +403,14 @@ def work(folder: Path, rounds: int, patience: Patience) -> None:
     peaks = [int(largest([float(one.peak_bytes())])[0]) for one in ready]
     if dist.get_rank() == 0:
         leave(folder, paths, known, machine, moments, peaks)
+
+
+def before_all_others() -> None:
+    """From now on other programs get what these processes leave: all their threads take turns with
+    each other only. Threads that pass messages on may not go before those that compute: they wait
+    for these without sleeping."""
+    for thread in map(int, os.listdir("/proc/self/task")):
+        os.sched_setscheduler(thread, os.SCHED_RR, os.sched_param(1))
 
 
 def share_groups() -> None:
@@ -516,9 +527,10 @@ def report(rows: Sequence[Row]) -> str:
 
 
 def by_model(rows: Sequence[Row]) -> str:
-    """Errors, order, and how much slower than the best is the plan that predictions prefer."""
+    """Errors, order, and how much slower than the best is the plan that predictions prefer, and the
+    one that the search had found before with a profile of its own."""
     columns = ["model", "predicted with", "plans", "median error", "bias", "Kendall's tau"]
-    columns += ["predicted best", "is slower by"]
+    columns += ["predicted best", "is slower by", "searched"]
     lines = [columns, ["---"] * len(columns)]
     for model in [*dict.fromkeys(row.model for row in rows), ALL]:
         for after in (False, True):
@@ -536,6 +548,7 @@ def by_model(rows: Sequence[Row]) -> str:
                     f"{kendall_tau(times(judged, after)):.2f}",
                     "" if model == ALL else chosen[0][0],
                     f"{max(slower for _, slower in chosen):.0%}",
+                    f"{max(_searched(of, name) for name in {r.model for r in of}):.0%}",
                 ]
             )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -550,6 +563,13 @@ def _chosen(rows: Sequence[Row], model: str, after: bool) -> tuple[str, float]:
     chosen = min(of, key=lambda row: row.ratio(corrected=after) * row.measured_step_s)
     best_s = min(row.measured_step_s for row in of)
     return f"{chosen.plan}, {chosen.schedule}", chosen.measured_step_s / best_s - 1
+
+
+def _searched(rows: Sequence[Row], model: str) -> float:
+    """How much slower than the best of a model is what the search found."""
+    of = [row for row in rows if row.model == model]
+    (found,) = (row for row in of if row.plan == "searched")
+    return found.measured_step_s / min(row.measured_step_s for row in of) - 1
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -603,7 +623,7 @@ def all_measured(asked: argparse.Namespace) -> Iterator[Row]:
             folder = (asked.keep or Path(name)) / model
             folder.mkdir(parents=True, exist_ok=True)
             if not asked.again:
-                measure(model, folder, asked.rounds, asked.patience)
+                measure(model, folder, asked.rounds, asked.patience, asked.real_time)
             yield from rows(model, folder)
 
 
@@ -623,12 +643,18 @@ def main() -> None:
         default=120.0,
         help="seconds to wait, for a model, for other programs to pause before measurements",
     )
+    parser.add_argument(
+        "--real-time",
+        action="store_true",
+        help="measure with real-time priority, which needs its right: all other programs wait",
+    )
     parser.add_argument("--again", action="store_true", help="price what --keep has; no measuring")
     parser.add_argument("--keep", type=Path, help="a folder for plans, profiles and all moments")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        work(arguments.worker, arguments.rounds, Patience(arguments.patience))
+        patience = Patience(arguments.patience)
+        work(arguments.worker, arguments.rounds, patience, arguments.real_time)
         return
     path = arguments.report
     if path is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, Protocol
 
 CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
@@ -18,6 +18,8 @@ class Work:
     that gives a gradient; ``attention`` with ``shape`` (batch x heads, query length, key length,
     head dim), fused; ``memory`` (bound by bytes) with no shape.
     ``flops``: floating-point operations; ``bytes``: read and written in device memory.
+    ``of``: whose work that is bound by memory is, where several kernels do it: ``loss``, a softmax
+    with what compares it; ``update 2``, an optimizer with so many states.
     """
 
     kind: Literal["matmul", "convolution", "attention", "memory"]
@@ -25,6 +27,7 @@ class Work:
     flops: float
     bytes: float
     shape: tuple[int, ...] = ()
+    of: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +53,21 @@ class HostTime:
     """What devices wait for beside work and collectives, because their host does one thing after
     the other: ``view_s`` for an operator that gives its input another shape, forward or backward;
     ``pass_s`` for the forward or the backward of a microbatch, beside its operators;
-    ``operator_s`` is the least from one kernel of an operator to the next, however short it is."""
+    ``operator_s`` is the least from one kernel of an operator to the next, however short it is;
+    ``part_s`` for an operator of which gradients of parameters are asked for by themselves, in a
+    backward in two parts; ``step_s`` for a redistribution's step that is no collective;
+    ``message_s`` for a message that is sent, or received, beside what goes on without the
+    device."""
 
     view_s: float = 0.0
     pass_s: float = 0.0
     operator_s: float = 0.0
+    part_s: float = 0.0
+    step_s: float = 0.0
+    message_s: float = 0.0
+
+    def times(self, factor: float) -> HostTime:
+        return HostTime(*(factor * getattr(self, f.name) for f in fields(self)))
 
 
 class CostModel(Protocol):

@@ -17,8 +17,9 @@ from cost_models.collectives import members_in_unit
 from cost_models.interface import Collective, CollectiveKind, HostTime, Work
 
 FORMAT = "autopar-profile"
-VERSION = 3
-"""Up to 2, there were no convolutions, and collectives without what the runtime adds to them."""
+VERSION = 4
+"""Up to 2, there were no convolutions, and collectives without what the runtime adds to them; up to
+3, operands were in the caches, and updates were passes over memory like others."""
 
 Where = Literal["inside", "across", "all"]
 """Where the ranks of a measured group are: on one host, each on another, or all devices."""
@@ -49,11 +50,13 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """Seconds of an elementwise operator that reads and writes ``bytes``."""
+    """Seconds of an elementwise operator that reads and writes ``bytes``, or of what else is bound
+    by memory: ``of`` as in ``Work``."""
 
     dtype: str
     bytes: int
     seconds: float
+    of: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +111,8 @@ class Profile:
     ``devices`` are on ``hosts`` of equally many, those of a host one after the other. All work at
     once during each measurement. ``operator_s``: what any operator takes, however small (Python,
     dispatch, autograd), averaged over forward and backward. ``call_s``: the part of it that every
-    measured ``Product`` and ``Pass`` contains. ``view_s`` and
-    ``pass_s`` as in ``HostTime``. ``speeds``: (so many devices, how many times as fast each is
+    measured ``Product`` and ``Pass`` contains. ``view_s``, ``pass_s``, ``part_s``, ``step_s`` and
+    ``message_s`` as in ``HostTime``. ``speeds``: (so many devices, how many times as fast each is
     when the others idle), fewest first: processes on fewer cores, cores that share a memory.
     ``others``: the share of the processors that other programs used meanwhile. ``left_out``: what
     was still to be measured when somebody ended it.
@@ -128,6 +131,9 @@ class Profile:
     exchanges: tuple[Exchange, ...]
     view_s: float = 0.0
     pass_s: float = 0.0
+    part_s: float = 0.0
+    step_s: float = 0.0
+    message_s: float = 0.0
     speeds: tuple[tuple[int, float], ...] = ()
     hosts: int = 1
     overlaps: tuple[Overlap, ...] = ()
@@ -194,12 +200,14 @@ def _check(profile: Profile) -> None:
     seconds += [profile.operator_s, profile.call_s, profile.devices, profile.memory_bytes]
     seconds += [f for c in profile.corrections for _, f in c.factors]
     seconds += [speed for _, speed in profile.speeds]
-    beside = [profile.view_s, profile.pass_s]
+    beside = [profile.view_s, profile.pass_s, profile.part_s, profile.step_s, profile.message_s]
     if not all(isinstance(s, int | float) and 0 < s < math.inf for s in seconds) or not all(
         isinstance(s, int | float) and 0 <= s < math.inf for s in beside
     ):
         raise ProfileError("the profile has times that are not positive; measure again")
-    if not profile.passes or not any(p.kind == "matmul" for p in profile.products):
+    if not any(p.of == "" for p in profile.passes) or not any(
+        p.kind == "matmul" for p in profile.products
+    ):
         raise ProfileError("the profile has no matmul or no pass over memory; measure again")
     if not isinstance(profile.hosts, int) or profile.hosts < 1 or profile.devices % profile.hosts:
         raise ProfileError(
@@ -227,6 +235,9 @@ def corrected(profile: Profile, factors: Mapping[str, float]) -> Profile:
         call_s=overhead * profile.call_s,
         view_s=overhead * profile.view_s,
         pass_s=overhead * profile.pass_s,
+        part_s=overhead * profile.part_s,
+        step_s=overhead * profile.step_s,
+        message_s=overhead * profile.message_s,
         products=tuple(replace(p, seconds=worked(p.seconds)) for p in profile.products),
         passes=tuple(replace(p, seconds=worked(p.seconds)) for p in profile.passes),
         exchanges=tuple(replace(e, seconds=communication * e.seconds) for e in profile.exchanges),
@@ -299,7 +310,9 @@ class Profiled:
 
     @property
     def host_time(self) -> HostTime:
-        return HostTime(self.profile.view_s, self.profile.pass_s)
+        of = self.profile
+        beside = {name: getattr(of, name) for name in ("part_s", "step_s", "message_s")}
+        return HostTime(of.view_s, of.pass_s, **beside)
 
     def compute_time_s(self, work: Work) -> float:
         known = self._computed.get(work)
@@ -350,22 +363,26 @@ class Profiled:
                 )
 
     def _pass_s(self, work: Work) -> float:
-        """Between two measured sizes on a line in log-log; beyond them in proportion."""
-        curve = self._curves.get(work.dtype) or self._curves.get(SAME_SPEED.get(work.dtype, ""))
-        return _interpolate(curve or next(iter(self._curves.values())), work.bytes)
+        """Between two measured sizes on a line in log-log; beyond them in proportion. A plain pass
+        stands in for what was not measured."""
+        curves = self._curves.get(work.of) or self._curves[""]
+        curve = curves.get(work.dtype) or curves.get(SAME_SPEED.get(work.dtype, ""))
+        return _interpolate(curve or next(iter(curves.values())), work.bytes)
 
     @cached_property
-    def _curves(self) -> dict[str, list[tuple[float, float]]]:
-        """(bytes, seconds beyond the call) by dtype, float32 first if it was measured."""
-        dtypes = sorted({p.dtype for p in self.profile.passes}, key=lambda d: (d != "float32", d))
-        return {
-            dtype: _rising(
+    def _curves(self) -> dict[str, dict[str, list[tuple[float, float]]]]:
+        """(bytes, seconds beyond the call) by what it is of and dtype, float32 first if it was
+        measured."""
+        found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+        for of, dtype in sorted(
+            {(p.of, p.dtype) for p in self.profile.passes}, key=lambda k: (k[1] != "float32", k)
+        ):
+            found.setdefault(of, {})[dtype] = _rising(
                 (float(p.bytes), _beyond_call_s(p.seconds, self.profile.call_s))
                 for p in self.profile.passes
-                if p.dtype == dtype
+                if (p.of, p.dtype) == (of, dtype)
             )
-            for dtype in dtypes
-        }
+        return found
 
     def _product_s(self, work: Work) -> float:
         if len(work.shape) != 4 or min(work.shape) < 1:

@@ -87,6 +87,7 @@ def classified(*, normalises: bool) -> RuleMaker:
             whole=("classes",) if fixed and classes != "1" else (),
             sums=reduced if fixed else (*reduced, "classes"),
             special=counted if fixed else (*counted, "classes"),
+            of="loss" if normalises else "",
             inner=tuple(inner),
             saves=(
                 Saved(points(logits)) if normalises else Saved("input 0"),

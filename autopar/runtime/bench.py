@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
+from itertools import cycle
 from statistics import fmean, median
 from typing import Any, Protocol, TypeVar
 
@@ -93,6 +94,25 @@ CONVOLUTIONS = (
 )
 """Of images and of features, windows from one point to 7 x 7, patches, channels apart."""
 
+PASS_WIDTH = 256
+"""Of the rows that a norm is over."""
+
+LOSSES = ((64, 512), (256, 2048), (512, 4096))
+"""(rows, classes)."""
+
+UPDATES: tuple[tuple[type[torch.optim.Optimizer], dict[str, Any]], ...] = (
+    (torch.optim.SGD, {"lr": 1e-3}),
+    (torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9}),
+    (torch.optim.AdamW, {"lr": 1e-3}),
+)
+"""An optimizer of each number of states."""
+
+UPDATE_BYTES = (2**10, 2**18, 2**22)
+"""Of a parameter."""
+
+MOST_UPDATED = 16
+"""Parameters in a step."""
+
 PASS_BYTES = (2**12, 2**15, 2**18, 2**21, 2**23, 2**25)
 EXCHANGE_BYTES = (2**10, 2**14, 2**17, 2**20, 2**22, 2**24)
 OVERLAP_BYTES = (2**20, 2**24)
@@ -128,11 +148,13 @@ Answer = Product | Pass | Exchange | float
 
 @dataclass(frozen=True)
 class Question:
-    """A call to be timed, and what its seconds mean. ``together``: it is a collective."""
+    """A call to be timed, and what its seconds mean. ``together``: it is a collective. ``spends``:
+    what it takes of the processor is asked, not how long it waits."""
 
     call: Callable[[], Any]
     answer: Callable[[float], Answer]
     together: bool = False
+    spends: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,12 +185,12 @@ class Rounds:
 
     def seconds(self, part: str) -> list[float]:
         """Of each question: the median of the quietest rounds."""
-        chosen = [moment.seconds for moment in quietest_half(self.moments[part])]
+        chosen = [moment.seconds for moment in quietest(self.moments[part])]
         return [median(of_question) for of_question in zip(*chosen, strict=True)]
 
     @property
     def others(self) -> float:
-        return fmean(m.others for of in self.moments.values() for m in quietest_half(of))
+        return fmean(m.others for of in self.moments.values() for m in quietest(of))
 
 
 class _Disturbed(Protocol):
@@ -179,9 +201,18 @@ class _Disturbed(Protocol):
 Some = TypeVar("Some", bound=_Disturbed)
 
 
-def quietest_half(moments: Sequence[Some]) -> list[Some]:
-    """Those in which others used least; of an odd number the one in the middle, too."""
-    return sorted(moments, key=lambda moment: moment.others)[: (len(moments) + 1) // 2]
+def quietest(moments: Sequence[Some]) -> list[Some]:
+    """The half in which others used least; of an odd number the one in the middle, too; and all
+    that were about as quiet as the quietest, since then something else tells rounds apart."""
+    ordered = sorted(moments, key=lambda moment: moment.others)
+    half = (len(ordered) + 1) // 2
+    return ordered[:half] + [
+        moment for moment in ordered[half:] if moment.others < ordered[0].others + AS_QUIET
+    ]
+
+
+AS_QUIET = 0.1
+"""Of the processors."""
 
 
 @dataclass(frozen=True)
@@ -246,26 +277,31 @@ class Bench:
         less = self.usual_stretch / fmean(stretched)
         return Moment(
             tuple(
-                time_s * (less if question.together or not self._by_processor else 1.0)
+                time_s
+                * (
+                    1.0
+                    if question.spends or (self.by_processor and not question.together)
+                    else less
+                )
                 for question, time_s in zip(part.questions, times, strict=True)
             ),
             self.others(before),
         )
 
     @property
-    def _by_processor(self) -> bool:
+    def by_processor(self) -> bool:
         """Whether a process's own time tells what it computes: no device does it, nor threads."""
         return not self.device.on_gpu and torch.get_num_threads() == 1
 
     @property
     def usual_stretch(self) -> float:
         """What the devices do to each other: more of them than processors take turns."""
-        return max(1.0, self.per_host / cores()) if self._by_processor else 1.0
+        return max(1.0, self.per_host / cores()) if self.by_processor else 1.0
 
     def stretch(self) -> float:
         """Seconds that pass for one that a process computes, while all do."""
         dist.barrier()
-        if not self._by_processor:
+        if not self.by_processor:
             return 1.0
         began_s, spent_s = time.perf_counter(), time.process_time()
         while (passed_s := time.perf_counter() - began_s) < STRETCH_S:
@@ -303,7 +339,15 @@ class Bench:
         graphs = (sample_graph(SHORT), sample_graph(LONG), sample_graph(LONG, views=True))
         calls: list[Callable[[], Any]] = [lambda: torch.mul(small, small)]
         calls += [microbatch(graph, communicator, device) for graph in graphs]
-        return [Question(call, _seconds) for call in calls]
+        calls += [microbatch(graphs[1], communicator, device, parted=True)]
+        found = [Question(call, _seconds) for call in calls]
+        if self.devices > 1:
+            everybody, axis = self._over(self.devices, 1)
+            group = everybody.groups[everybody.mesh.names[axis]]
+            held = small.clone().requires_grad_()
+            found.append(Question(partial(everybody.move, held, Step(axis, "I", "R")), _seconds))
+            found.append(Question(partial(_pass_on, small, group), _half, True, self.by_processor))
+        return found
 
     def _matmuls(self) -> list[Question]:
         shapes = [(b, *self.device.product_sizes(m, n, k)) for b, m, n, k in MATMULS]
@@ -320,18 +364,37 @@ class Bench:
         """As a layer has them forward, for the gradient of its input and for that of its weights:
         of the two operands one, none, or the other lies transposed."""
         batch, m, n, k = shape
-        left, right = self._random(batch, m, k, dtype=dtype), self._random(batch, k, n, dtype=dtype)
-        left_t = left.transpose(1, 2).contiguous().transpose(1, 2)
-        right_t = right.transpose(1, 2).contiguous().transpose(1, 2)
-        pairs = [(left, right_t), (left, right), (left_t, right)]
-        if batch == 1:
-            pairs = [(a[0], b[0]) for a, b in pairs]
+        some = () if batch == 1 else (batch,)
+        rows, rows_t = (self._in_turn(dtype, *some, *of) for of in ((m, k), (k, m)))
+        columns, columns_t = (self._in_turn(dtype, *some, *of) for of in ((k, n), (n, k)))
 
         def three() -> None:
-            for a, b in pairs:
-                torch.matmul(a, b)
+            torch.matmul(rows(), columns_t().mT)
+            torch.matmul(rows(), columns())
+            torch.matmul(rows_t().mT, columns())
 
         return three
+
+    def _in_turn(self, dtype: torch.dtype, *shape: int) -> Callable[[], torch.Tensor]:
+        """Operands one after the other from more memory than caches hold, as in a program, where
+        what is read was written some time ago."""
+        count = math.prod(shape)
+        memory = self._memories.get(dtype)
+        if memory is None or memory.numel() < count:
+            least = self.device.byte_sizes((RING_BYTES,))[0] // dtype.itemsize
+            memory = self._memories[dtype] = self._random(max(count, least), dtype=dtype)
+        copies = min(MOST_COPIES, memory.numel() // count)
+        return cycle([memory[i * count :][:count].view(shape) for i in range(copies)]).__next__
+
+    @cached_property
+    def _memories(self) -> dict[torch.dtype, torch.Tensor]:
+        return {}
+
+    def _kept(self, dtype: torch.dtype, count: int) -> deque[torch.Tensor]:
+        """For results of so many elements, which stay as long: as in a program, where what is
+        written is new memory."""
+        least = self.device.byte_sizes((RING_BYTES,))[0] // dtype.itemsize
+        return deque(maxlen=max(1, min(MOST_COPIES, least // count)))
 
     def _random(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.randn(*shape, device=self.device.torch_device).to(dtype)
@@ -352,16 +415,20 @@ class Bench:
         """Forward, gradient of the input, gradient of the weights."""
         side = of.size * of.stride
         margin = (of.window - 1) // 2 if of.window != of.stride else 0
-        x = self._random(of.batch, of.channels, side, side, dtype=dtype)
-        weight = self._random(of.out, of.channels // of.groups, of.window, of.window, dtype=dtype)
+        x = self._in_turn(dtype, of.batch, of.channels, side, side)
+        weight = self._in_turn(dtype, of.out, of.channels // of.groups, of.window, of.window)
         shared = ([of.stride] * 2, [margin] * 2, [1, 1])
-        forward = partial(torch.ops.aten.conv2d, x, weight, None, *shared, of.groups)
-        given = torch.randn_like(forward())
-        backward = partial(
-            torch.ops.aten.convolution_backward,
-            *(given, x, weight, None, *shared, False, [0, 0], of.groups),
-        )
-        return [forward, *(partial(backward, [i == 0, i == 1, False]) for i in range(2))]
+        made = torch.ops.aten.conv2d(x(), weight(), None, *shared, of.groups)
+        given, kept = self._in_turn(dtype, *made.shape), self._kept(dtype, made.numel())
+
+        def forward() -> None:
+            kept.append(torch.ops.aten.conv2d(x(), weight(), None, *shared, of.groups))
+
+        def backward(*wanted: bool) -> None:
+            of_windows = (None, *shared, False, [0, 0], of.groups, [*wanted, False])
+            torch.ops.aten.convolution_backward(given(), x(), weight(), *of_windows)
+
+        return [forward, partial(backward, True, False), partial(backward, False, True)]
 
     def _attentions(self) -> list[Question]:
         return [
@@ -395,14 +462,37 @@ class Bench:
     def _passes(self) -> list[Question]:
         """The mean of a cheap and two dear elementwise operators, since ``Work`` does not say
         which it is."""
-        found, sizes = [], self.device.byte_sizes(PASS_BYTES)
+        found = []
         for dtype in self.dtypes:
             kind = getattr(torch, dtype)
-            largest = self._random(sizes[-1] // 2 // kind.itemsize, dtype=kind)
-            for size in sizes:
-                rows = largest[: size // 2 // kind.itemsize].view(-1, 64)
-                found.append(Question(partial(_three_passes, rows), partial(_third, dtype, size)))
-        return found
+            for size in self.device.byte_sizes(PASS_BYTES):
+                shape = (size // 2 // kind.itemsize // PASS_WIDTH, PASS_WIDTH)
+                rows, kept = self._in_turn(kind, *shape), self._kept(kind, math.prod(shape))
+                call = partial(_three_passes, rows, kept)
+                found.append(Question(call, partial(_third, dtype, size)))
+        return [*found, *self._losses(), *self._updates()]
+
+    def _losses(self) -> Iterator[Question]:
+        """Cross-entropy forward and backward, of which the first is priced as reading the logits,
+        the second as reading what was saved and writing as much."""
+        for rows, classes in LOSSES:
+            rows *= self.device.byte_sizes((1,))[0]
+            logits = self._in_turn(torch.float32, rows, classes)
+            labels = torch.arange(rows, device=self.device.torch_device) % classes
+            yield Question(
+                partial(_loss, logits, labels), partial(_third_of_loss, 4 * rows * classes)
+            )
+
+    def _updates(self) -> Iterator[Question]:
+        for states, (maker, options) in enumerate(UPDATES):
+            for size in self.device.byte_sizes(UPDATE_BYTES):
+                count = max(1, min(MOST_UPDATED, RING_BYTES // size))
+                parameters = [self._random(size // 4) for _ in range(count)]
+                for parameter in parameters:  # not zeros, with which CPUs are slow
+                    parameter.grad = torch.randn_like(parameter)
+                step = maker([{"params": parameters}], **options).step
+                moved = size * (3 + 2 * states)
+                yield Question(step, partial(_pass_of_one, moved, f"update {states}", count))
 
     # ---- collectives ---------------------------------------------------------------------------
 
@@ -481,19 +571,11 @@ class Bench:
         ratios = []
         for question in questions * ALONE_ROUNDS:
             dist.barrier()
-            (together_s,) = self._mean([self._passing_s(question, budget_s)])
-            mine_s = self._passing_s(question, budget_s) if dist.get_rank() < few else 0.0
+            (together_s,) = self._mean([self._steady_s(question, budget_s)])
+            dist.barrier()
+            mine_s = self._steady_s(question, budget_s, few) if dist.get_rank() < few else 0.0
             ratios.append(together_s / (self._mean([mine_s])[0] * self.devices / few))
         return median(ratios)
-
-    def _passing_s(self, question: Question, budget_s: float) -> float:
-        """Of a call, as it passes for this process."""
-        began_s, calls = time.perf_counter(), 0
-        while (passed_s := time.perf_counter() - began_s) < budget_s or calls == 0:
-            question.call()
-            self.device.synchronize()
-            calls += 1
-        return passed_s / calls
 
     def _large_pass(self) -> Callable[[], Any]:
         return partial(torch.mul, self._random(self.device.byte_sizes(PASS_BYTES)[3] // 8), 2.0)
@@ -505,15 +587,17 @@ class Bench:
 
     def _repeated_s(self, question: Question, calls: int) -> float:
         self.device.synchronize()
-        start = time.perf_counter()
+        start, spent_s = time.perf_counter(), time.process_time()
         for _ in range(calls):
             question.call()
         self.device.synchronize()
+        if question.spends:
+            return (time.process_time() - spent_s) * self.usual_stretch / calls
         return (time.perf_counter() - start) / calls
 
-    def _steady_s(self, question: Question, budget_s: float) -> float:
+    def _steady_s(self, question: Question, budget_s: float, at_work: int = 0) -> float:
         """While the other ranks do the same: for as long, however often. On a CPU the seconds that
-        it computes, times what devices wait for each other."""
+        it computes, times what devices wait for each other. ``at_work``: devices, if not all."""
         start, spent_s, calls = time.perf_counter(), time.process_time(), 0
         while (elapsed := time.perf_counter() - start) < budget_s or calls == 0:
             batch = max(1, calls // 4)
@@ -521,8 +605,9 @@ class Bench:
                 question.call()
             calls += batch
             self.device.synchronize()
-        if self._by_processor:
-            return (time.process_time() - spent_s) * self.usual_stretch / calls
+        if self.by_processor:
+            in_turns = max(1.0, min(at_work or self.per_host, self.per_host) / cores())
+            return (time.process_time() - spent_s) * in_turns / calls
         return elapsed / calls
 
     def _mean(self, seconds: Iterable[float]) -> list[float]:
@@ -531,6 +616,10 @@ class Bench:
         return [float(value) for value in total / self.devices]
 
 
+RING_BYTES = 2**24
+"""More than the cache of a core, and its share of one that all have."""
+
+MOST_COPIES = 64
 MOST_CALLS = 1000
 MORE_IMAGES_ON_GPU = 16
 OVERLAP_ROUNDS = 3
@@ -548,7 +637,7 @@ def profile_of(bench: Bench, rounds: Rounds, machine: str) -> Profile | None:
         for question, seconds in zip(part.questions, rounds.seconds(part.name), strict=True)
     ]
     call_s, *of_programs = (a for a in answers if isinstance(a, float))
-    programs = Programs(*of_programs)
+    programs, (step_s, message_s) = Programs(*of_programs[:4]), of_programs[4:] or (0.0, 0.0)
     left_out = [part.name for part in bench.parts if part.name not in names]
     left_out += ["devices with and without the others"] * (rounds.speeds is None)
     left_out += ["collectives beside products"] * (rounds.overlaps is None)
@@ -567,6 +656,9 @@ def profile_of(bench: Bench, rounds: Rounds, machine: str) -> Profile | None:
         exchanges=tuple(a for a in answers if isinstance(a, Exchange)),
         view_s=max(programs.view_s, LEAST_S),
         pass_s=max(programs.pass_s, LEAST_S),
+        part_s=max(programs.part_s, LEAST_S),
+        step_s=step_s,
+        message_s=message_s if bench.by_processor else 0.0,  # GPUs go on while their host sends
         speeds=rounds.speeds or (),
         hosts=bench.hosts,
         overlaps=rounds.overlaps or (),
@@ -579,10 +671,20 @@ def _seconds(seconds: float) -> float:
     return seconds
 
 
-def _three_passes(rows: torch.Tensor) -> None:
-    torch.mul(rows, 2.0)
-    F.gelu(rows)
-    F.layer_norm(rows, (rows.shape[1],))
+def _half(seconds: float) -> float:
+    """Of two messages, one each way."""
+    return seconds / 2
+
+
+def _three_passes(rows: Callable[[], torch.Tensor], kept: deque[torch.Tensor]) -> None:
+    kept.append(torch.mul(rows(), 2.0))
+    kept.append(F.gelu(rows()))
+    kept.append(F.layer_norm(rows(), (PASS_WIDTH,)))
+
+
+def _loss(logits: Callable[[], torch.Tensor], labels: torch.Tensor) -> None:
+    scores = logits().detach().requires_grad_()
+    F.cross_entropy(scores, labels).backward()  # type: ignore[no-untyped-call]
 
 
 def _product_of_three(dtype: str, shape: tuple[int, ...], seconds: float) -> Product:
@@ -591,6 +693,14 @@ def _product_of_three(dtype: str, shape: tuple[int, ...], seconds: float) -> Pro
 
 def _third(dtype: str, size_bytes: int, seconds: float) -> Pass:
     return Pass(dtype, size_bytes, seconds / 3)
+
+
+def _third_of_loss(size_bytes: int, seconds: float) -> Pass:
+    return Pass("float32", size_bytes, seconds / 3, "loss")
+
+
+def _pass_of_one(moved: int, of: str, count: int, seconds: float) -> Pass:
+    return Pass("float32", moved, seconds / count, of)
 
 
 def _some_divisors(count: int) -> list[int]:

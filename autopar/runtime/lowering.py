@@ -175,9 +175,13 @@ def lower(
     strategy: Strategy,
     rules: Rules,
     device: torch.device | str = "cpu",
+    *,
+    parted: bool = False,
 ) -> LoweredProgram:
-    """As ``lower_microbatch``, when the batch is not divided in time."""
-    return lower_microbatch(undivided(graph, rules), strategy, device)
+    """As ``lower_microbatch``, when the batch is not divided in time. ``parted``: its backward can
+    come in two parts."""
+    division = undivided(graph, rules)
+    return _Lowering(division, strategy, torch.device(device), parted=parted).program()
 
 
 def lower_microbatch(

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from autopar.ir.schedule import Action, Kind
 from autopar.ir.sharding import local_shape
@@ -22,6 +21,7 @@ from autopar.runtime.peers import Peers
 from autopar.runtime.pieces import box
 from autopar.runtime.shared_gradients import Groups, SharedGradients
 from autopar.runtime.step import TrainingStep
+from autopar.runtime.two_parts import Product, input_part, weight_part
 from autopar.simulator.messages import Message
 from autopar.simulator.row_memory import MOST_UNDER_WAY
 from autopar.simulator.stages import Boundary, Move, Pipelined
@@ -240,9 +240,6 @@ class _Arrive(torch.autograd.Function):
         return None, None, None, None
 
 
-_Product = tuple[list[GradientEdge], list[Tensor], list[GradientEdge]]
-"""Outputs of an operator with their gradients, and its parameters."""
-
 _Key = tuple[Boundary, int]
 """What goes over a boundary for a microbatch."""
 
@@ -272,7 +269,7 @@ class _Stage:
         self.execution.seed = seed + step.steps_done
         self.execution.divisors = divisors(step.program, step.state.buffers, inputs)
         self.kept: dict[int, _Kept] = {}
-        self.weights: dict[int, list[_Product]] = {}
+        self.weights: dict[int, list[Product]] = {}
         self.made: dict[_Key, Tensor] = {}
         self.gradients: dict[_Key, Tensor] = {}
         self.arriving: dict[_Key, Callable[[], Tensor]] = {}
@@ -327,37 +324,16 @@ class _Stage:
         assert kept.parted is not None
         roots, gradients = self._roots(kept, microbatch)
         leaves = {b: leaf for b, leaf in kept.leaves.items() if b.gradient}
-        outputs = [made for of in kept.parted.outputs.values() for made in of]
-        wanted: list[Any] = [*leaves.values(), *outputs]
         with self.step.communicator.recorder.during("backward"):
-            found = (
-                torch.autograd.grad(roots, wanted, gradients, retain_graph=True, allow_unused=True)
-                if roots and wanted
-                else (None,) * len(wanted)
+            found, self.weights[microbatch] = input_part(
+                kept.parted, roots, gradients, list(leaves.values())
             )
-        self._give_back(microbatch, dict(zip(leaves, found, strict=False)), kept)
-        arrived = iter(found[len(leaves) :])
-        work: list[_Product] = []
-        for operator, made in kept.parted.outputs.items():
-            pairs = [(edge, g) for edge in made if (g := next(arrived)) is not None]
-            if pairs:
-                edges, its_gradients = [edge for edge, _ in pairs], [g for _, g in pairs]
-                work.append((edges, its_gradients, kept.parted.aliases[operator]))
-        self.weights[microbatch] = work
+        self._give_back(microbatch, dict(zip(leaves, found, strict=True)), kept)
 
     def weight_gradient(self, microbatch: int) -> None:
         del self.kept[microbatch]
-        uses: list[GradientEdge] = []
-        gradients: list[Tensor] = []
         with self.step.communicator.recorder.during("backward"):
-            for made, given, aliases in self.weights.pop(microbatch):
-                found = torch.autograd.grad(made, aliases, given, allow_unused=True)
-                for alias, gradient in zip(aliases, found, strict=True):
-                    if gradient is not None:
-                        uses.append(alias)
-                        gradients.append(gradient)
-            if uses:
-                torch.autograd.backward(uses, gradients)
+            weight_part(self.weights.pop(microbatch))
 
     def _roots(self, kept: _Kept, microbatch: int) -> tuple[list[Tensor], list[Tensor | None]]:
         """Where the backward begins, with the gradients that came back: of a tensor that several

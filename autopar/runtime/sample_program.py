@@ -19,9 +19,10 @@ from autopar.ir.sharding import Mesh
 from autopar.ir.strategy import Stage, Storage, Strategy, Training
 from autopar.ops import bound_rules
 from autopar.runtime.collectives import Communicator, device_mesh
-from autopar.runtime.lowering import lower
+from autopar.runtime.lowering import PartedBackward, lower
 from autopar.runtime.step import TrainingStep
 from autopar.runtime.storage import State
+from autopar.runtime.two_parts import input_part, weight_part
 
 ROWS, WIDTH = 8, 16
 ALONE = Mesh((("device", 1),))
@@ -29,6 +30,10 @@ ALONE = Mesh((("device", 1),))
 WORKS_OF_BLOCK = 12
 """Those that are priced: of a norm, gelu and sum one forward and one backward, of each of two
 products one forward and two backward."""
+
+WORKS_MORE_IN_PARTS, TRAINED_OF_BLOCK = 1, 3
+"""In a backward in two parts: works (a norm is one in each), and operators that are asked for the
+gradients of their parameters by themselves."""
 
 VIEWS_OF_BLOCK = 16
 
@@ -86,11 +91,13 @@ def sample_graph(blocks: int, *, views: bool = False) -> OperatorGraph:
 
 @dataclass(frozen=True, slots=True)
 class Programs:
-    """Seconds of a microbatch of three programs, which take the parts of it apart."""
+    """Seconds of a microbatch of programs, which take the parts of it apart; ``parted_s``: of the
+    long one, with its backward in two parts."""
 
     short_s: float
     long_s: float
     with_views_s: float
+    parted_s: float
 
     @property
     def operator_s(self) -> float:
@@ -105,6 +112,13 @@ class Programs:
     def pass_s(self) -> float:
         """Of a forward or a backward of no operator."""
         return (self.short_s - SHORT * WORKS_OF_BLOCK * self.operator_s) / 2
+
+    @property
+    def part_s(self) -> float:
+        """Of an operator with parameters, in the second part of a backward."""
+        works_s = LONG * WORKS_MORE_IN_PARTS * self.operator_s
+        more_s = self.parted_s - self.long_s - works_s - self.pass_s
+        return more_s / LONG / TRAINED_OF_BLOCK
 
 
 def alone() -> Communicator:
@@ -121,9 +135,13 @@ def local_type() -> str:
 
 
 def microbatch(
-    graph: OperatorGraph, communicator: Communicator, device: torch.device
+    graph: OperatorGraph,
+    communicator: Communicator,
+    device: torch.device,
+    *,
+    parted: bool = False,
 ) -> Callable[[], None]:
-    """A function that does a forward and a backward."""
+    """A function that does a forward and a backward, or one in two parts."""
     nothing, whole = (NOTHING,), ("I",)
     strategy = Strategy(
         (Stage(tuple(o.name for o in graph.operators), (0,), ALONE),),
@@ -134,7 +152,7 @@ def microbatch(
     values = {
         p.name: torch.rand(p.spec.shape, device=device).requires_grad_() for p in graph.parameters
     }
-    program = lower(graph, strategy, bound_rules(graph), device)
+    program = lower(graph, strategy, bound_rules(graph), device, parted=parted)
     step = TrainingStep(program, strategy, State(values, {}), communicator)
     inputs = {"x": torch.rand(ROWS, WIDTH, device=device)}
 
@@ -143,7 +161,14 @@ def microbatch(
         loss.backward()  # type: ignore[no-untyped-call]
         step.execution.gradients.clear()
 
-    return both
+    def all_three() -> None:
+        noted = step.execution.parted = PartedBackward()
+        loss, _ = program(step.execution, {}, step.microbatch(inputs, 0))
+        step.execution.parted = None
+        weight_part(input_part(noted, [loss], [None], ())[1])
+        step.execution.gradients.clear()
+
+    return all_three if parted else both
 
 
 __all__ = ["LONG", "SHORT", "Programs", "alone", "microbatch", "sample_graph"]

@@ -67,6 +67,7 @@ from autopar.simulator.prices import (
     StageParts,
     again_parts,
     evaluate,
+    later_parts,
     operator_parts,
     parameter_parts,
     sum_time_s,
@@ -821,8 +822,10 @@ class _Cut:
 
     def operators_s(self, kind: int) -> Numbers:
         if kind not in self._operators_s:
-            of = operator_parts(self.part(kind), self.costs)
-            self._operators_s[kind] = _seconds(of)
+            part = self.part(kind)
+            found = _seconds(operator_parts(part, self.costs))
+            found[WEIGHTS] += later_parts(part, self.costs).weight_compute_s
+            self._operators_s[kind] = found
         return self._operators_s[kind]
 
 

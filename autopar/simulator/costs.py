@@ -94,9 +94,9 @@ class Costs:
         """A device waits for its host where that takes longer."""
         return max(self.host.operator_s, self.cost_model.compute_time_s(of))
 
-    def memory_bound_s(self, moved_bytes: float, dtype: str) -> float:
-        """An elementwise pass that reads and writes ``moved_bytes``."""
-        return self.cost_model.compute_time_s(Work("memory", dtype, 0.0, moved_bytes))
+    def memory_bound_s(self, moved_bytes: float, dtype: str, of: str = "") -> float:
+        """An elementwise pass that reads and writes ``moved_bytes``; ``of`` as in ``Work``."""
+        return self.cost_model.compute_time_s(Work("memory", dtype, 0.0, moved_bytes, of=of))
 
     # ---- communication -------------------------------------------------------------------------
 
@@ -144,7 +144,8 @@ class Costs:
         self, spec: TensorSpec, source: Sharding, target: Sharding, *, backward: bool
     ) -> float:
         """The part of ``redistribution_s`` that is no collective: masks and pads (to P) write a
-        whole local tensor, slices (to S) copy their part."""
+        whole local tensor, slices (to S) copy their part; each is a call of the host, and so is a
+        step that moves nothing."""
         path = steps(source, target)
         if backward:
             path = tuple(reverse(step) for step in reversed(path))
@@ -152,9 +153,11 @@ class Costs:
         total = 0.0
         for step in path:
             current[step.axis] = step.target
-            if forward_collective(step) is None and step.target[0] in "SP":
-                moved = 2.0 * _bytes(spec, tuple(current), self.mesh)
-                total += self.memory_bound_s(moved, spec.dtype)
+            if forward_collective(step) is None:
+                total += self.host.step_s
+                if step.target[0] in "SP":
+                    moved = 2.0 * _bytes(spec, tuple(current), self.mesh)
+                    total += self.memory_bound_s(moved, spec.dtype)
         return total
 
 
@@ -237,13 +240,14 @@ def work(
     moved = float(sum(read) + sum(written))
     if moved == 0:
         return [], []
-    forward = [Work("memory", dtype, float(max(written, default=0)), moved)]
+    of = bound.rule.of
+    forward = [Work("memory", dtype, float(max(written, default=0)), moved, of=of)]
     if not any(differentiable):
         return forward, []
     given = sum(n for n, spec in zip(written, bound.output_specs, strict=True) if spec.is_floating)
     saved = _saved_bytes(bound, sizes, read, written, differentiable)
     gradients = sum(n for n, needed in zip(read, differentiable, strict=True) if needed)
-    return forward, [Work("memory", dtype, 0.0, float(given + saved + gradients))]
+    return forward, [Work("memory", dtype, 0.0, float(given + saved + gradients), of=of)]
 
 
 def _saved_bytes(
@@ -286,16 +290,21 @@ def _attention(
 def _products(
     bound: BoundRule, sizes: dict[str, int], dtype: str, differentiable: tuple[bool, ...]
 ) -> tuple[list[Work], list[Work]]:
-    """One product more in the backward for each operand that needs a gradient (at most two; a
-    bias' gradient is a sum that is not counted)."""
+    """One product more in the backward for each operand that needs a gradient (a bias' gradient is
+    a sum that is not counted)."""
     kind: Literal["matmul", "convolution"] = (
         "convolution" if bound.rule.kind == "convolution" else "matmul"
     )
     forward, backward = [], []
+    operands = [g for i, g in enumerate(differentiable) if i not in bound.rule.addends]
     for product in bound.rule.products:
         batch, m, n, k = _shape(product, sizes)
         forward.append(_product(kind, dtype, (batch, m, n, k)))
-        gradients = [(batch, m, k, n), (batch, k, n, m)][: sum(differentiable)]
+        gradients = [(batch, m, k, n), (batch, k, n, m)]
+        if len(operands) == 2:
+            gradients = [shape for shape, g in zip(gradients, operands, strict=True) if g]
+        else:
+            gradients = gradients[: sum(operands)]
         backward += [_product(kind, dtype, shape) for shape in gradients]
     return forward, backward
 

@@ -138,7 +138,9 @@ class StagePrices:
         if found is None:
             found = self._known[key] = PricedStage(
                 part,
-                stage_parts(part, self.costs(part.mesh, devices), parted=parted),
+                stage_parts(
+                    part, self.costs(part.mesh, devices), parted=parted, handed_on=handed_on
+                ),
                 stage_bytes(part, parted=parted, handed_on=handed_on, shared=shared),
             )
         return found

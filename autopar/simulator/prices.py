@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from math import prod
+from functools import partial
 from operator import attrgetter
 from typing import Literal
 
@@ -138,27 +139,37 @@ class StageParts:
 _values = attrgetter(*(one.name for one in fields(StageParts)))
 
 
-def stage_parts(part: StagePart, costs: Costs, *, parted: bool = False) -> StageParts:
+def stage_parts(
+    part: StagePart,
+    costs: Costs,
+    *,
+    parted: bool = False,
+    handed_on: frozenset[str] = frozenset(),
+) -> StageParts:
     """One stage of several, from the same prices as ``evaluate``; the norm of gradients is left to
-    those who know all stages. ``parted``: its backwards are ``I`` and ``W``."""
+    those who know all stages. ``parted``: its backwards are ``I`` and ``W``. ``handed_on``: what
+    arrives in the memory of its own devices, without a message."""
     of = part.graph, part.division.rules, part.strategy
     again = recomputation(*of)
     used = tuple(parameter_edges(*of, again.again))
     found = (
-        operator_parts(part, costs)
+        operator_parts(part, costs, handed_on)
         + again_parts(part, again, costs)
         + parameter_parts(part, used, costs)
     )
-    return found + twice_parts(part, used, costs) if parted else found
+    return found + later_parts(part, costs) + twice_parts(part, used, costs) if parted else found
 
 
-def operator_parts(part: StagePart, costs: Costs) -> StageParts:
-    """Of that, what does not depend on storages and recomputation: operators once, and what is
-    between them."""
+def operator_parts(
+    part: StagePart, costs: Costs, handed_on: frozenset[str] = frozenset()
+) -> StageParts:
+    """Of that, what does not depend on storages and recomputation: operators once, what is between
+    them, and messages."""
     graph, rules, splits, mesh = part.graph, part.division.rules, part.strategy.splits, part.mesh
     found = _Sums(costs)
+    messages_s, answers_s = (n * costs.host.message_s for n in _messages(part, handed_on))
     pass_s = costs.host.pass_s
-    forward_s, input_s, weight_s = pass_s, pass_s, 0.0
+    forward_s, input_s, weight_s = pass_s + messages_s, pass_s + answers_s, 0.0
     for operator in graph.operators:
         bound, split, name = rules[operator.name], splits[operator.name], operator.name
         there_s, back_s = _operator_s(graph, rules, part.strategy, costs, operator)
@@ -240,6 +251,29 @@ def _parameter_price(edge: ParameterEdge, costs: Costs) -> ParameterPrice:
         found = ParameterPrice(there, back, *_parameter_moves_s(edge, costs))
         costs.parameters[key] = found
     return found
+
+
+def _messages(part: StagePart, handed_on: frozenset[str]) -> tuple[int, int]:
+    """How many the forward of a microbatch takes and sends, and how many its backward."""
+    taken = [name for name in part.given if name not in handed_on]
+    sent = [part.returns.get(name, 1) for name in part.ends if name != part.graph.loss]
+    given_back = sum(part.graph.by_name[name].differentiable for name in taken)
+    return len(taken) + sum(sent), given_back + sum(part.returns.values())
+
+
+def later_parts(part: StagePart, costs: Costs) -> StageParts:
+    """What gradients of parameters take more where they are asked for later than those of inputs:
+    what both read is read again, and each operator is asked by itself."""
+    graph, rules, splits = part.graph, part.division.rules, part.strategy.splits
+    more_s = 0.0
+    for operator in filter(partial(carries_gradient, graph), graph.operators):
+        price = partial(costs.operator_s, rules[operator.name], splits[operator.name])
+        inputs, parameters = _are_inputs(graph, operator), _are_parameters(graph, operator)
+        if any(parameters):
+            more_s += price(parameters)[1] + costs.host.part_s
+        both = _operator_s(graph, rules, part.strategy, costs, operator)[1]
+        more_s -= both - price(inputs)[1]
+    return _Sums(costs).parts(weight_s=more_s)
 
 
 def twice_parts(part: StagePart, used: Iterable[ParameterEdge], costs: Costs) -> StageParts:
@@ -332,6 +366,11 @@ def _are_inputs(graph: OperatorGraph, operator: Operator) -> tuple[bool, ...]:
     """Which of what it reads needs a gradient and is no parameter."""
     tensors = [graph.by_name[name] for name in operator.inputs]
     return tuple(t.differentiable and t.role is not Role.PARAMETER for t in tensors)
+
+
+def _are_parameters(graph: OperatorGraph, operator: Operator) -> tuple[bool, ...]:
+    tensors = [graph.by_name[name] for name in operator.inputs]
+    return tuple(t.differentiable and t.role is Role.PARAMETER for t in tensors)
 
 
 def _has_both_gradients(graph: OperatorGraph, operator: Operator) -> bool:
@@ -570,4 +609,4 @@ def update_time_s(elements: int, spec: TensorSpec, training: Training, costs: Co
     written."""
     item = ITEM_BYTES[spec.dtype]
     moved = elements * (3 * item + 2 * optimizer_bytes_per_element(spec, training))
-    return costs.memory_bound_s(float(moved), spec.dtype)
+    return costs.memory_bound_s(float(moved), spec.dtype, f"update {training.state_tensors}")

@@ -157,7 +157,11 @@ def _alternative(
     left = min(kept, round(taken_bytes * share)) if recomputed else kept
     # reads parameter, gradient and states, writes parameter and states
     moved = size * (3 + 2 * states)
-    update_s = cost_model.compute_time_s(Work("memory", "float32", 0.0, moved)) if size else 0.0
+    update_s = (
+        cost_model.compute_time_s(Work("memory", "float32", 0.0, moved, of=f"update {states}"))
+        if size
+        else 0.0
+    )
     cost = StageCost(
         forward_s=measured.forward_s * share,
         backward_s=measured.backward_s * share + again_s,

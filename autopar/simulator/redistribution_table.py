@@ -39,6 +39,8 @@ BASE = 1024
 _KINDS: tuple[CollectiveKind, ...] = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 _NOTHING = 0
 _COPY = 1  # a slice, mask or pad inside the device
+_CALL = 2  # what was one thing is another from now on: only the host does it
+_FIRST = 3  # of the collectives
 _LARGER = np.iinfo(np.int64).max  # than any code
 _MOST_STEPS = 8  # 6 is the most that 3 axes need
 
@@ -93,8 +95,8 @@ Encoded = tuple[tuple[int, ...], tuple[int, ...]]
 class Paths:
     """The steps between pairs of codes, numbered; many pairs have the same steps.
 
-    ``what`` is nothing, a copy, or 2 + kind * axes + axis; the buffer of the step is the whole
-    tensor divided by the axes in the bits of ``mask``.
+    ``what`` is nothing, a copy, a call, or 3 + kind * axes + axis; the buffer of the step is the
+    whole tensor divided by the axes in the bits of ``mask``.
     """
 
     axes: int
@@ -148,7 +150,7 @@ class Paths:
     def communicates(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether the forward of each path has a collective."""
         if len(self._collective) != self.count:
-            self._collective = np.asarray((self.arrays()[0][:, 0] > _COPY).any(axis=-1))
+            self._collective = np.asarray((self.arrays()[0][:, 0] >= _FIRST).any(axis=-1))
         return self._collective[numbers]
 
     @property
@@ -183,10 +185,12 @@ class Paths:
             after = before | bit if step.target[0] == "S" else before & ~bit
             kind = forward_collective(step)
             if kind is not None:
-                what[i] = 2 + _KINDS.index(kind) * self.axes + step.axis
+                what[i] = _FIRST + _KINDS.index(kind) * self.axes + step.axis
                 mask[i] = before & after  # the larger buffer is divided by fewer axes
             elif step.target[0] in "SP":
                 what[i], mask[i] = _COPY, after
+            else:
+                what[i] = _CALL
             before = after
         return tuple(what), tuple(mask)
 
@@ -258,7 +262,7 @@ class RedistributionTable:
             by_step = self._step_seconds(spec)
             if not copies:
                 by_step = by_step.copy()
-                by_step[_COPY] = 0.0
+                by_step[[_COPY, _CALL]] = 0.0
             new = by_step[what[known:], mask[known:]].sum(axis=-1)
             times = np.concatenate([times, new])
             self._times[key] = (self.paths.count, times)
@@ -271,16 +275,17 @@ class RedistributionTable:
         if found is None:
             mesh = self.costs.mesh
             axes = len(mesh.axes)
-            found = np.zeros((2 + len(_KINDS) * axes, 1 << axes))
+            found = np.zeros((_FIRST + len(_KINDS) * axes, 1 << axes))
+            found[[_COPY, _CALL]] = self.costs.host.step_s
             for mask in range(1 << axes):
                 cut = prod(size for axis, size in enumerate(mesh.sizes) if mask >> axis & 1)
                 local_bytes = spec.bytes // cut
                 if local_bytes == 0:
                     continue
-                found[_COPY, mask] = self.costs.memory_bound_s(2.0 * local_bytes, spec.dtype)
+                found[_COPY, mask] += self.costs.memory_bound_s(2.0 * local_bytes, spec.dtype)
                 for kind in range(len(_KINDS)):
                     for axis in range(axes):
-                        found[2 + kind * axes + axis, mask] = self.costs.collective_s(
+                        found[_FIRST + kind * axes + axis, mask] = self.costs.collective_s(
                             _KINDS[kind], axis, local_bytes
                         )
             self._steps[key] = found

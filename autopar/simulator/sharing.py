@@ -65,9 +65,7 @@ class Alone:
 
     @property
     def host_time(self) -> HostTime:
-        time = host_time_of(self.all_busy)
-        of_all = (time.view_s, time.pass_s, time.operator_s)
-        return HostTime(*(time_s / self.speed for time_s in of_all))
+        return host_time_of(self.all_busy).times(1.0 / self.speed)
 
     def compute_time_s(self, work: Work) -> float:
         return self.all_busy.compute_time_s(work) / self.speed

@@ -56,12 +56,12 @@ def test_tau_counts_pairs() -> None:
 def test_plans_that_correct_a_profile_are_not_judged_by_it() -> None:
     rows = [
         replace(ROW, predicted_step_s=0.5, corrected_step_s=1.0, corrects=1),
-        replace(ROW, plan="b", predicted_step_s=0.8, corrected_step_s=1.1),
+        replace(ROW, plan="searched", predicted_step_s=0.8, corrected_step_s=1.1),
         # predicted to be the best, and slower by 30%
         replace(ROW, plan="c", predicted_step_s=0.4, corrected_step_s=0.9, measured_step_s=1.3),
     ]
     _, _, before, after, *_ = by_model(rows).splitlines()
     assert before.split(" | ")[1:5] == ["the profile", "3", "50%", "-50%"]
     assert after.split(" | ")[1:3] == ["the profile, corrected", "2"]
-    assert before.endswith("c, 1f1b | 30% |")
-    assert after.endswith("c, 1f1b | 30% |")
+    assert before.endswith("c, 1f1b | 30% | 0% |")
+    assert after.endswith("c, 1f1b | 30% | 0% |")

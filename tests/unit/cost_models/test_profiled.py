@@ -20,6 +20,7 @@ from cost_models.profiled import (
     Correction,
     Exchange,
     Overlap,
+    Pass,
     corrected,
     fit_line,
     profile_from_json,
@@ -206,6 +207,9 @@ def test_all_that_is_measured_is_kept_and_told() -> None:
     made = ideal(
         view_s=1e-6,
         pass_s=1e-5,
+        part_s=2e-5,
+        step_s=3e-5,
+        message_s=4e-5,
         speeds=((1, 2.0), (2, 1.5)),
         hosts=2,
         overlaps=(Overlap("all_reduce", 2**20, 1.0, 1.1, 1.4),),
@@ -213,7 +217,9 @@ def test_all_that_is_measured_is_kept_and_told() -> None:
         corrections=(Correction("01", "2026-11-26", (("p.json", 1.0, 2.0),), (("compute", 1.5),)),),
     )
     assert profile_from_json(json.loads(json.dumps(profile_to_json(made)))) == made
-    assert host_time_of(Profiled(made)) == HostTime(1e-6, 1e-5)
+    assert host_time_of(Profiled(made)) == HostTime(
+        1e-6, 1e-5, part_s=2e-5, step_s=3e-5, message_s=4e-5
+    )
     assert Profiled(made).speeds == ((1, 2.0), (2, 1.5))
     assert Profiled(made).scale_up_devices == 4
     assert made.digest != ideal().digest == ideal().digest
@@ -289,6 +295,19 @@ def test_convolutions_have_prices_of_their_own() -> None:
     assert with_them == pytest.approx(OPERATOR_S + 3 * work.flops / FLOPS_PER_S)
     without = Profiled(ideal()).compute_time_s(work)
     assert without == pytest.approx(OPERATOR_S + work.flops / FLOPS_PER_S)
+
+
+def test_what_several_kernels_do_has_a_price_of_its_own_or_that_of_a_pass() -> None:
+    slower = tuple(Pass("float32", n, CALL_S + 3 * n / BYTES_PER_S, "update 2") for n in SIZES)
+    plain = ideal()
+    made = Profiled(replace(plain, passes=(*slower, *plain.passes)))
+    size = float(SIZES[2])
+
+    def beside_s(model: Profiled, of: str) -> float:
+        return model.compute_time_s(Work("memory", "float32", 0.0, size, of=of)) - OPERATOR_S
+
+    assert beside_s(made, "update 2") == pytest.approx(3 * beside_s(made, ""))
+    assert beside_s(made, "loss") == beside_s(made, "") == beside_s(Profiled(plain), "update 2")
 
 
 @given(*[st.floats(0.1, 10.0)] * 3)

@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from autopar.ir.graph import TensorSpec
 from autopar.ir.search import Budget, Problem
 from autopar.ir.sharding import Mesh
 from autopar.ops import bound_rules
 from autopar.searchers import exhaustive, ilp
+from autopar.simulator.costs import Costs
 from autopar.simulator.meshes import mesh
 from autopar.simulator.pipelines import PricedPipeline, StagePrices
 from autopar.simulator.prices import evaluate
@@ -34,7 +36,7 @@ class WithHost(FakePrices):
 class HashWithHost(HashPrices):
     @property
     def host_time(self) -> HostTime:
-        return HostTime(3e-7, 2e-6)
+        return HostTime(3e-7, 2e-6, step_s=5e-7)
 
 
 def test_views_and_passes_take_the_time_of_the_host() -> None:
@@ -79,6 +81,43 @@ def test_a_search_finds_and_proves_what_trying_everything_finds() -> None:
         assert found.estimate.step_time_s == pytest.approx(tried.estimate.step_time_s)
         assert result.stop_reason == "optimal"
         assert result.lower_bound_s == pytest.approx(found.estimate.step_time_s, rel=1e-5)
+
+
+def test_messages_take_time_at_both_ends_and_backwards_in_two_parts_that_of_their_calls() -> None:
+    """A chain of four: the first sends forward and takes a gradient, those between do both twice,
+    the last the other way round."""
+    host = HostTime(message_s=100.0, part_s=1000.0)
+    for schedule, parted in (("1f1b", 0), ("zero_bubble_h1", 1)):
+        plan = pipelined(divided(blocks(), 8), chain(4, schedule))
+        plain, found = (
+            PricedPipeline(plan, StagePrices(prices)).stages
+            for prices in (FakePrices(devices=4), WithHost(devices=4, host_time=host))
+        )
+        for number, (before, after) in enumerate(zip(plain, found, strict=True)):
+            messages = 1 if number in (0, 3) else 2
+            graph = after.part.graph
+            trained = {o.name for p in graph.parameters for o, _ in graph.consumers[p.name]}
+            for kind, beside_s in (
+                ("forward_compute_s", messages * 100.0),
+                ("input_compute_s", messages * 100.0),
+                ("weight_compute_s", parted * len(trained) * 1000.0),
+            ):
+                more_s = getattr(after.parts, kind) - getattr(before.parts, kind)
+                assert more_s == pytest.approx(beside_s), (kind, number)
+
+
+def test_steps_that_move_nothing_are_calls() -> None:
+    """What is whole and is used for different work from now on; sums are collectives, which are
+    measured with their call; a slice is a call and a copy."""
+    spec = TensorSpec((8, 4), "float32")
+    prices = WithHost(devices=2, host_time=HostTime(step_s=8.0))
+    costs = Costs(prices, mesh((2,)))
+    slice_s = 8.0 + prices.work["memory"] * 2 * spec.bytes / 2
+    for source, target, forward_s in (("I", "R", 8.0), ("P", "I", 0.0), ("I", "S(0)", slice_s)):
+        found = costs.moves_s(spec, (source,), (target,), backward=False)
+        assert found == pytest.approx(forward_s)
+    assert costs.moves_s(spec, ("I",), ("R",), backward=True) == 0.0
+    assert costs.moves_s(spec, ("P",), ("I",), backward=True) == pytest.approx(8.0)
 
 
 def test_stages_have_a_pass_each_and_one_more_for_a_backward_in_two_parts() -> None:

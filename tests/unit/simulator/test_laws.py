@@ -8,6 +8,7 @@ from random import Random
 
 import pytest
 
+from autopar.ir.rule import NOTHING
 from autopar.ops import bound_rules
 from autopar.simulator.costs import Costs, work
 from autopar.simulator.meshes import mesh
@@ -17,13 +18,30 @@ from autopar.simulator.prices import evaluate
 from autopar.simulator.staged import even_cuts, runs, staged
 from cost_models import Analytical, topology, topology_names
 from cost_models.topology import Topology
-from tests.helpers.random_graphs import random_graph
+from tests.helpers.random_graphs import Builder, random_graph
 from tests.helpers.staged_plans import blocks
 from tests.helpers.strategies import random_strategy
 from tests.unit.cost_models.test_laws import NEAR, with_device, with_links
 
 HOSTS_BY_DEVICES = mesh((2, 2))
 DEVICE = ("peak", "memory", "launch")
+
+
+def test_a_product_has_one_more_for_each_operand_that_needs_a_gradient() -> None:
+    """Of x and weights one each, of the bias, which is added, none."""
+    build = Builder()
+    build.linear(build.input(8, 4), build.parameter(16, 4), build.parameter(16))
+    (operator,) = build.operators
+    bound = bound_rules(build.graph(operator.outputs[0]))[operator.name]
+    of_x, of_weight = (1, 8, 4, 16), (1, 4, 16, 8)
+    for wanted, shapes in (
+        ((True, True, True), [of_x, of_weight]),
+        ((False, True, True), [of_weight]),
+        ((True, False, True), [of_x]),
+        ((False, False, True), []),
+    ):
+        _, backward = work(bound, (NOTHING,), mesh((1,)), wanted)
+        assert [one.shape for one in backward] == shapes
 
 
 def machine(name: str) -> Topology:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from random import Random
 
 import pytest
 
 from autopar.api import machine
 from autopar.errors import AutoparError
+from autopar.ir.graph import Operator, Role
+from autopar.ir.rule import NOTHING
 from autopar.ir.schedule import Action
 from autopar.ir.sharding import Mesh
 from autopar.ir.strategy import Stage, Strategy
 from autopar.schedules import SCHEDULES
-from autopar.simulator.microbatches import division
+from autopar.simulator.costs import Costs
+from autopar.simulator.edges import carries_gradient
+from autopar.simulator.microbatches import Division, division
 from autopar.simulator.pipelines import PricedPipeline, StagePrices, evaluate_stages
 from autopar.simulator.prices import evaluate
 from autopar.simulator.row_memory import MOST_UNDER_WAY
@@ -23,6 +28,7 @@ from autopar.simulator.staged import block_starts, even_cuts, runs, staged
 from autopar.simulator.stages import Move, pipelined
 from tests.helpers.cases import case, divided
 from tests.helpers.fake_prices import FakePrices
+from tests.helpers.random_graphs import Builder
 from tests.helpers.staged_plans import ALONE, blocks, chain
 from tests.helpers.stages import PAIR, in_order, looped, strategy_of
 from tests.helpers.strategies import one_stage, replicate
@@ -47,10 +53,42 @@ def test_stages_compute_together_what_one_stage_does(name: str, schedule: str) -
     cuts = sorted(Random(name).sample(range(1, len(graph.operators)), 3))
     strategy = staged(graph, runs(graph, cuts), [alone] * 4, schedule, 4)
     found = PricedPipeline(pipelined(of, strategy), StagePrices(PRICES)).stages
-    for kind in ("forward_compute_s", "backward_compute_s"):
+    again_s = {"forward_compute_s": 0.0, "backward_compute_s": 0.0}
+    if schedule == "zero_bubble_h1":
+        again_s["backward_compute_s"] = sum(map(partial(read_again_s, of), of.graph.operators))
+        assert again_s["backward_compute_s"] >= 0
+    for kind, more_s in again_s.items():
         parts = sum(getattr(stage.parts, kind) for stage in found)
-        assert 4 * parts == pytest.approx(getattr(whole, kind))
+        assert 4 * parts == pytest.approx(getattr(whole, kind) + 4 * more_s)
     assert sum(stage.parts.optimizer_s for stage in found) == pytest.approx(whole.optimizer_s)
+
+
+def read_again_s(of: Division, operator: Operator) -> float:
+    """What gradients of inputs and of parameters take apart more than together."""
+    tensors = [of.graph.by_name[name] for name in operator.inputs]
+    if not carries_gradient(of.graph, operator):
+        return 0.0
+    ways = [
+        tuple(t.differentiable and (t.role is Role.PARAMETER) in kinds for t in tensors)
+        for kinds in ((True,), (False,), (True, False))
+    ]
+    costs, bound = Costs(PRICES, ALONE), of.rules[operator.name]
+    weights, inputs, both = (costs.operator_s(bound, (NOTHING,), way)[1] for way in ways)
+    return weights + inputs - both
+
+
+def test_a_norm_reads_twice_for_a_backward_in_two_parts_and_a_product_does_not() -> None:
+    """Of the norm what it is given and what it saved, its input and little more; of the product,
+    each of the two gradients is one product."""
+    build = Builder()
+    x = build.linear(build.input(8, 16), build.parameter(16, 16))
+    y = build.layer_norm(build.linear(x, build.parameter(16, 16)))
+    graph = build.graph(build.total(y))
+    of = divided(graph, 1)
+    _, product, norm, _ = graph.operators
+    assert read_again_s(of, product) == 0
+    whole_bytes = 8 * 16 * 4
+    assert 2 * whole_bytes <= read_again_s(of, norm) / PRICES.work["memory"] < 3 * whole_bytes
 
 
 @pytest.mark.parametrize("schedule", sorted(SCHEDULES))
