@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from math import prod
 from functools import partial
+from math import prod
 from operator import attrgetter
 from typing import Literal
 
