@@ -128,6 +128,7 @@ class OpRule:
       implementation agrees on them (statistics of batch norm): replicated, and no factor's sum.
     - ``kind`` and ``products`` say what it costs: ``view`` nothing (no memory is touched),
       ``memory`` bytes read and written, the kinds of ``PRODUCTS`` the products.
+    - ``causal``: a fused kernel that leaves out what the mask hides, a block of keys at a time.
     - ``saves``: what is kept for the backward.
     - ``inner``: collectives of its local implementation; ``special``: factors whose split needs an
       implementation of its own in ``autopar/runtime/local_ops.py`` (``"*"``: it is always used).
@@ -145,6 +146,7 @@ class OpRule:
     agreed: tuple[int, ...] = ()
     kind: Kind = "memory"
     products: tuple[Product, ...] = ()
+    causal: bool = False
     saves: tuple[Saved, ...] = ()
     inner: tuple[Inner, ...] = ()
     special: tuple[str, ...] = ()

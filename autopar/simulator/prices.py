@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from types import MappingProxyType
 
 from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph, Role, TensorSpec
+from autopar.ir.rule import BoundRule, Split
 from autopar.ir.sharding import Mesh, Sharding, gradient, local_shape
 from autopar.ir.simulation import Estimate, PromisedCollective
 from autopar.ir.strategy import Storage, Strategy, Training
@@ -23,7 +25,14 @@ from autopar.simulator.edges import (
 )
 from autopar.simulator.folding import Folded, whole
 from autopar.simulator.memory import local_bytes, optimizer_bytes_per_element, peak_memory
-from autopar.simulator.overlap import Streams, ahead, held_bytes, hidden
+from autopar.simulator.overlap import (
+    NOTHING_AT_ONCE,
+    Overlap,
+    Streams,
+    ahead,
+    held_bytes,
+    hidden,
+)
 from autopar.simulator.recomputation import Recomputation, check_recompute, recomputation
 from autopar.simulator.redistribution import Transfer, transfers
 from autopar.simulator.reserved import communicators, reserved
@@ -39,13 +48,13 @@ def evaluate(
     *,
     compute_cache: ComputeCache | None = None,
     folded: Folded | None = None,
-    overlapped: bool = False,
+    overlap: Overlap = NOTHING_AT_ONCE,
 ) -> Estimate:
     """Price a whole strategy, choice by choice. ``graph`` is that of one microbatch.
 
-    Times are summed: nothing overlaps. ``overlapped``: as run by a program that gathers parameters
-    ahead and reduces gradients beside the backward; the communication of the estimate is then what
-    compute does not hide of that of the promise, and its buffers have what is gathered ahead.
+    Times are summed, but for what the program that runs it does at once (``overlap``): the
+    communication of the estimate is then what compute does not hide of that of the promise, its
+    compute has what devices wait for their host, and its buffers what is gathered ahead.
     ``folded``: the same graph with equal blocks left out, for strategies that treat the copies
     alike; the answer is the same, sooner.
     """
@@ -55,7 +64,8 @@ def evaluate(
     costs = Costs(cost_model, strategy.mesh, {} if compute_cache is None else compute_cache)
     needed = _needed(seen, rules, strategy, again)
     promised = tuple(_priced(_promise(graph, seen, rules, strategy, needed), costs))
-    forward_s, backward_s = _operators_s(seen, rules, strategy, costs, again)
+    price = costs.device_s if overlap.launches else costs.operator_s
+    forward_s, backward_s = _operators_s(seen, rules, strategy, price, again)
     moved_forward_s, moved_backward_s = _local_moves_s(needed, strategy, costs)
     times = strategy.microbatches
     forward_s = (forward_s + moved_forward_s + costs.host.pass_s) * times
@@ -69,8 +79,10 @@ def evaluate(
         phase: sum(c.time_s * c.count for c in promised if c.phase == phase)
         for phase in ("forward", "backward", "step")
     }
+    if overlap.sums:
+        spent["backward"] -= times * _beside_weights_s(seen.graph, rules, needed, strategy, costs)
     memory = peak_memory(graph, rules, strategy, seen)
-    if overlapped:
+    if overlap.parameters:
         held = held_bytes(graph, needed.parameters, strategy.mesh)
         memory = replace(memory, buffers_bytes=memory.buffers_bytes + held)
         beside = ahead(needed.parameters, costs)
@@ -84,6 +96,10 @@ def evaluate(
         spent["forward"] -= found.forward_s
         spent["backward"] -= found.backward_s
         spent["step"] -= found.step_s
+    if overlap.launches:
+        host_forward_s, host_backward_s = _host_s(seen, rules, strategy, promised, costs, again)
+        forward_s += max(0.0, times * host_forward_s - forward_s - spent["forward"])
+        backward_s += max(0.0, times * host_backward_s - backward_s - spent["backward"])
     return Estimate(
         step_time_s=forward_s + backward_s + optimizer_s + sum(spent.values()),
         forward_compute_s=forward_s,
@@ -127,9 +143,13 @@ class StageParts:
         return self.input_communication_s + self.weight_communication_s
 
 
-def stage_parts(part: StagePart, costs: Costs, *, parted: bool = False) -> StageParts:
+def stage_parts(
+    part: StagePart, costs: Costs, *, parted: bool = False, overlap: Overlap = NOTHING_AT_ONCE
+) -> StageParts:
     """One stage of several, from the same prices as ``evaluate``; the norm of gradients is left to
-    those who know all stages. ``parted``: its backwards are ``I`` and ``W``."""
+    those who know all stages. ``parted``: its backwards are ``I`` and ``W``. ``overlap``: as for
+    ``evaluate``; parameters that are gathered ahead are not, and what is done in both parts of a
+    backward is not hidden."""
     graph, rules = part.graph, part.division.rules
     training = replace(part.strategy.training, clip_norm=None)
     strategy = replace(part.strategy, microbatches=1, training=training)
@@ -137,9 +157,10 @@ def stage_parts(part: StagePart, costs: Costs, *, parted: bool = False) -> Stage
     needed = _needed(seen, rules, strategy, recomputed, part.ends, part.given)
     once = tuple(_priced(_promise(graph, seen, rules, strategy, needed), costs))
     again = tuple(_priced(_done_in_both_parts(part), costs)) if parted else ()
-    forward_s, backward_s = _operators_s(seen, rules, strategy, costs, recomputed)
+    price = costs.device_s if overlap.launches else costs.operator_s
+    forward_s, backward_s = _operators_s(seen, rules, strategy, price, recomputed)
     moved_s, moved_back_s = _local_moves_s(replace(needed, parameters=()), strategy, costs)
-    input_s = _input_gradients_s(part, costs) + _again_s(part, recomputed, costs)
+    input_s = _input_gradients_s(part, price) + _again_s(part, recomputed, price)
     weight_s = backward_s - input_s
     weight_communication_s, reduction_s = _total_s(again, "backward"), 0.0
     for edge, count in needed.parameters:
@@ -153,10 +174,18 @@ def stage_parts(part: StagePart, costs: Costs, *, parted: bool = False) -> Stage
             weight_s += back_s * count
             weight_communication_s += collectives_s * count
     stored = [one for one in stored_alike(graph, strategy) if one[0].differentiable]
+    forward_communication_s = _total_s(once, "forward")
     communication_s = _total_s((*once, *again), "backward")
+    if overlap.sums and not parted:
+        communication_s -= _beside_weights_s(graph, rules, needed, strategy, costs)
+    if overlap.launches:
+        host_s, host_back_s = _host_s(seen, rules, strategy, (*once, *again), costs, recomputed)
+        moved_s += max(0.0, host_s - forward_s - moved_s - forward_communication_s)
+        busy_s = input_s + moved_back_s + weight_s + communication_s
+        moved_back_s += max(0.0, host_back_s - busy_s)
     return StageParts(
         forward_compute_s=forward_s + moved_s + costs.host.pass_s,
-        forward_communication_s=_total_s(once, "forward"),
+        forward_communication_s=forward_communication_s,
         input_compute_s=input_s + moved_back_s + costs.host.pass_s,
         input_communication_s=communication_s - weight_communication_s,
         weight_compute_s=weight_s + costs.host.pass_s * parted,
@@ -181,7 +210,11 @@ def _total_s(promised: Iterable[PromisedCollective], phase: str) -> float:
     return sum(one.time_s * one.count for one in promised if one.phase == phase)
 
 
-def _input_gradients_s(part: StagePart, costs: Costs) -> float:
+Price = Callable[[BoundRule, Split, tuple[bool, ...]], tuple[float, float]]
+"""Seconds of an operator's forward and backward, as those of ``Costs``."""
+
+
+def _input_gradients_s(part: StagePart, price: Price) -> float:
     """Of the operators' backwards, what gives gradients of what is no parameter."""
     total = 0.0
     for operator in part.graph.operators:
@@ -192,15 +225,15 @@ def _input_gradients_s(part: StagePart, costs: Costs) -> float:
                 for name in operator.inputs
             )
             bound, split = part.division.rules[operator.name], part.strategy.splits[operator.name]
-            total += costs.operator_s(bound, split, wanted)[1]
+            total += price(bound, split, wanted)[1]
     return total
 
 
-def _again_s(part: StagePart, recomputed: Recomputation, costs: Costs) -> float:
+def _again_s(part: StagePart, recomputed: Recomputation, price: Price) -> float:
     """What is run again, for the gradients of inputs."""
     graph, rules = part.graph, part.division.rules
     return sum(
-        _operator_s(graph, rules, part.strategy, costs, graph.operator[name])[0]
+        _operator_s(graph, rules, part.strategy, price, graph.operator[name])[0]
         for name in recomputed.again
     )
 
@@ -234,13 +267,13 @@ def _has_both_gradients(graph: OperatorGraph, operator: Operator) -> bool:
 
 
 def _operators_s(
-    seen: Folded, rules: Rules, strategy: Strategy, costs: Costs, again: Recomputation
+    seen: Folded, rules: Rules, strategy: Strategy, price: Price, again: Recomputation
 ) -> tuple[float, float]:
     """Compute of all operators, forward and backward; what is run again is a part of the
     backward."""
     forward_s = backward_s = 0.0
     for operator in seen.graph.operators:
-        forward, backward = _operator_s(seen.graph, rules, strategy, costs, operator)
+        forward, backward = _operator_s(seen.graph, rules, strategy, price, operator)
         if operator.name in again.again:
             backward += forward
         forward_s += forward * seen.weight[operator.name]
@@ -249,12 +282,63 @@ def _operators_s(
 
 
 def _operator_s(
-    graph: OperatorGraph, rules: Rules, strategy: Strategy, costs: Costs, operator: Operator
+    graph: OperatorGraph, rules: Rules, strategy: Strategy, price: Price, operator: Operator
 ) -> tuple[float, float]:
     differentiable = tuple(graph.by_name[name].differentiable for name in operator.inputs)
     if not carries_gradient(graph, operator):
         differentiable = (False,) * len(differentiable)
-    return costs.operator_s(rules[operator.name], strategy.splits[operator.name], differentiable)
+    return price(rules[operator.name], strategy.splits[operator.name], differentiable)
+
+
+def _host_s(
+    seen: Folded,
+    rules: Rules,
+    strategy: Strategy,
+    promised: Iterable[PromisedCollective],
+    costs: Costs,
+    again: Recomputation,
+) -> tuple[float, float]:
+    """What the host takes for one microbatch's forward and backward: for each kernel, and for each
+    collective."""
+    forward_s, backward_s = _operators_s(seen, rules, strategy, costs.host_s, again)
+    counts = Counter[str]()
+    for one in promised:
+        counts[one.phase] += one.count
+    each_s = costs.host.operator_s / strategy.microbatches
+    return forward_s + each_s * counts["forward"], backward_s + each_s * counts["backward"]
+
+
+def _beside_weights_s(
+    graph: OperatorGraph, rules: Rules, needed: Needed, strategy: Strategy, costs: Costs
+) -> float:
+    """What of the sums of gradients of inputs of products is hidden by the products that give
+    gradients of weights (Megatron-LM: a column-parallel layer's all-reduce or reduce-scatter)."""
+    streams, total = Streams(slowdown_of(costs.cost_model)), 0.0
+    for edge, count in needed.activations:
+        sums_s = sum(map(costs.transfer_s, edge.transfers(costs.mesh)[1]))
+        if sums_s > 0:
+            names = [name for name in edge.consumers if name in graph.operator]
+            products_s = sum(
+                _weight_gradient_s(graph, rules, strategy, costs, graph.operator[name])
+                for name in names
+            )
+            total += count * (sums_s - streams.exposed_s(products_s, sums_s))
+    return total
+
+
+def _weight_gradient_s(
+    graph: OperatorGraph, rules: Rules, strategy: Strategy, costs: Costs, operator: Operator
+) -> float:
+    """Of a product, the one that gives the gradient of its weight."""
+    bound = rules[operator.name]
+    weight = tuple(
+        graph.by_name[name].differentiable and graph.by_name[name].role is Role.PARAMETER
+        for name in operator.inputs
+    )
+    if not bound.rule.products or not any(weight):
+        return 0.0
+    alone = tuple(i == weight.index(True) for i in range(len(weight)))
+    return costs.device_s(bound, strategy.splits[operator.name], alone)[1]
 
 
 @dataclass(frozen=True, slots=True)

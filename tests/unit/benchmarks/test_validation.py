@@ -15,10 +15,15 @@ from torch import nn
 from autopar import api
 from autopar.extractor import extract
 from autopar.ir.graph import OperatorGraph
+from autopar.ir.plan import Plan
+from autopar.ir.simulation import Estimate
 from autopar.recipes import Degrees, hybrid
 from autopar.simulator.microbatches import division
+from autopar.simulator.pipelines import StagePrices, evaluate_stages
+from autopar.simulator.prices import evaluate
+from benchmarks import runs
 from benchmarks.report import page
-from benchmarks.runs import Compared, Row, kendall_tau, run_of, share, validate
+from benchmarks.runs import Compared, Row, Run, kendall_tau, overlap_of, run_of, share, validate
 from benchmarks.transformer import DROPOUT, Transformer
 from benchmarks.validate import main, text
 from cost_models import cost_model
@@ -176,15 +181,24 @@ def test_a_row_says_what_a_recipe_says() -> None:
     assert (run.model.vocabulary, run.model.dtype) == (1024, "float16")  # padded for two devices
 
 
+def run_by_its_program(plan: Plan, run: Run) -> Estimate:
+    """The plan as the program of a published run executes it, which does some things at once."""
+    machine, how = cost_model(run.topology), overlap_of(run)
+    of = division(plan.graph, plan.strategy.microbatches)
+    if len(plan.strategy.stages) > 1:
+        return evaluate_stages(of, machine, plan.strategy, StagePrices(machine, overlap=how))
+    return evaluate(of.graph, of.rules, machine, plan.strategy, overlap=how)
+
+
 def test_a_row_is_predicted_as_its_model_is_planned() -> None:
-    """No second model for validation."""
+    """No second model for validation: the strategy, prices and memory of a plan."""
     run = run_of({**ROW, "precision": "bf16"})
     (_, _), (compared,) = validate([{**ROW, "precision": "bf16"}])
     graph = traced(run.model, 16)
     plan = api.plan(
         graph, topology=run.machine, recipe=run.degrees, precision="mixed", optimizer="adam"
     )
-    assert plan.estimate.step_time_s == pytest.approx(compared.step_s)
+    assert run_by_its_program(plan, run).step_time_s == pytest.approx(compared.step_s)
     assert plan.estimate.reserved_memory_bytes == compared.memory_bytes
     assert plan.estimate.device_memory_bytes == compared.device_bytes
 
@@ -281,13 +295,19 @@ def test_narrow_products_are_faster_and_their_casts_cost() -> None:
 
 
 def test_attention_takes_what_the_software_of_a_run_takes() -> None:
-    """Transformer Engine's does not compute what is masked; attention in parts is the same."""
-    h100 = {"gpu_type": "H100-80GB-SXM", "precision": "bf16", "flash_attn": "True"}
-    others, engine = predicted(h100), predicted({**h100, "source": "NVIDIA NeMo docs"})
-    assert engine.step_s < others.step_s
-    parts = {**h100, "flash_attn": "False"}
-    apart = predicted({**parts, "source": "NVIDIA NeMo docs"}).step_s
-    assert apart == pytest.approx(predicted(parts).step_s)
+    """Megatron-LM has Transformer Engine's on H100, FSDP FlashAttention-2 there too, and both have
+    that on A100; attention in parts is of no library."""
+    rows = {"flash_attn": "True", "zero_fsdp": "1", "precision": "bf16"}
+    for gpu, engine in (("H100-80GB-SXM", True), ("A100-80GB-SXM", False)):
+        megatron = run_of({**ROW, **rows, "gpu_type": gpu}).topology.device
+        cells = {"zero_fsdp": "FSDP", "TP": "1", "PP": "1", "DP": "8", "sequence_parallel": "False"}
+        fsdp = run_of({**ROW, **rows, **cells, "gpu_type": gpu}).topology.device
+        assert (megatron != fsdp) is engine is megatron.attention_as_products
+        if engine:
+            speeds = (dict(of.attention_flops_per_s)["bfloat16"] for of in (megatron, fsdp))
+            assert next(speeds) == pytest.approx(539 / 335 * next(speeds))
+        parts = run_of({**ROW, **rows, "flash_attn": "False", "gpu_type": gpu}).topology.device
+        assert parts == fsdp
 
 
 def test_experts_of_a_row_work_as_much_as_those_that_are_chosen() -> None:
@@ -322,7 +342,7 @@ def test_a_part_of_the_blocks_is_evaluated_as_the_whole_graph_is() -> None:
     plan = api.plan(
         graph, topology=one.run.machine, recipe=one.run.degrees, precision="mixed", optimizer="adam"
     )
-    assert plan.estimate.step_time_s == pytest.approx(one.step_s)
+    assert run_by_its_program(plan, one.run).step_time_s == pytest.approx(one.step_s)
     assert plan.estimate.memory.reserved_bytes == one.memory_bytes
 
 
@@ -383,6 +403,26 @@ def test_the_page_has_times_and_memory_lines_and_what_was_left_out() -> None:
     assert "somebody: 1 rows, micro_batch is 1" in shown
 
 
+def test_a_defect_is_told_by_the_name_of_its_row_and_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = runs._estimate
+
+    def broken(run: Run, *rest: Any) -> Any:
+        if run.name == "broken":
+            raise KeyError("a dict of ours")
+        return right(run, *rest)
+
+    monkeypatch.setattr(runs, "_estimate", broken)
+    rows = [{**ROW, "config_id": name} for name in ("first", "broken", "last")]
+    (found, every), compared = validate(rows)
+    assert [one.run.name for one in compared] == ["first", "last"]
+    assert found.failed == every.failed == (("broken", "KeyError: 'a dict of ours'"),)
+    assert (found.rows, found.predicted, found.skipped) == (3, 2, {})
+    assert "FAILED: broken: KeyError" in text(found)
+    assert "broken" in page([found, every], compared)
+
+
 def test_any_cells_are_read_without_a_traceback() -> None:
     """Rows whose cells are drawn at random from what tables have in other places."""
     rng = Random(0)
@@ -396,7 +436,7 @@ def test_any_cells_are_read_without_a_traceback() -> None:
     rows.append({None: ["more"], "config_id": "short"})
     *_, every = validate(rows)[0]
     assert every.rows == len(rows) and every.predicted + len(every.left_out) == len(rows)
-    assert not [reason for _, reason in every.left_out if "Error: " in reason]
+    assert not every.failed
     page(*validate(rows))
 
 
