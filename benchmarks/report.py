@@ -175,7 +175,7 @@ def _assumed(found: Sequence[Quality]) -> str:
 def _skipped(found: Sequence[Quality]) -> str:
     """By reason, with the names of the rows."""
     names: dict[str, list[str]] = {}
-    for name, reason in found[-1].left_out:
+    for name, reason in (*found[-1].left_out, *found[-1].failed):
         names.setdefault(reason, []).append(name)
     items = "".join(
         f"<li><details><summary>{len(of)}: {escape(reason)}</summary>{escape(', '.join(of))}"

@@ -29,6 +29,7 @@ from autopar.simulator.costs import ComputeCache
 from autopar.simulator.folding import Folded
 from autopar.simulator.listing import Structure
 from autopar.simulator.microbatches import Division, division
+from autopar.simulator.overlap import Overlap
 from autopar.simulator.pipelines import PricedPipeline, StagePrices, evaluate_stages
 from autopar.simulator.prices import evaluate
 from autopar.simulator.stages import pipelined
@@ -75,16 +76,10 @@ DTYPES["nvfp4"] = "bfloat16"
 PRODUCTS = {"fp8": "float8_e4m3fn", "mxfp8": "float8_e4m3fn", "nvfp4": "float4_e2m1fn_x2"}
 """Of products with the weights of blocks; attention, embedding and head are in the other."""
 
-TRANSFORMER_ENGINE = ("NVIDIA NeMo", "Megatron-Bridge", "Megatron-LM examples/llama")
-"""How sources begin whose runs have the attention of Transformer Engine, cuDNN's: it uses the
-instructions of the chip, as FlashAttention-2 does not on H100, and does not compute what is masked,
-which prices count."""
-
-ENGINE_ATTENTION = 2 * 450 / 794.5
-"""Of the largest product, masked pairs counted: cuDNN's causal attention of heads of 128 comes to
-about 450 TFLOP/s on H100, forward and backward together, half of the pairs counted (Shah et al.
-2024, FlashAttention-3, arXiv 2407.08608, figures 5 and 6, from memory). Of chips after it the same
-share is assumed."""
+ENGINE_ATTENTION = 539 / 794.5
+"""cuDNN's causal attention beside the largest product on H100, heads of 128 (Shah et al. 2024,
+FlashAttention-3, arXiv 2407.08608, figure 5: 539 TFLOP/s at 16k tokens, where FlashAttention-2 has
+335). Of chips after it the same share is assumed."""
 
 OUT_OF_MEMORY = "oom"
 MOST_LAYERS = 4096
@@ -93,6 +88,10 @@ GIB = 2**30
 
 class SkippedError(Exception):
     """Why a row is not predicted."""
+
+
+class DefectError(Exception):
+    """What went wrong here, with a row that should have been predicted."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,25 @@ class Run:
     def topology(self) -> Topology:
         """Its machine, with the kernels that its software has."""
         found = topology(self.machine)
-        engine = self.source.startswith(TRANSFORMER_ENGINE)
-        return _with_attention(found, ENGINE_ATTENTION) if engine else found
+        return _with_engine(found) if self.is_megatron and self.model.flash else found
+
+    @property
+    def is_megatron(self) -> bool:
+        """Whether it is of Megatron-LM's family rather than of FSDP and DeepSpeed, which is what
+        shards parameters."""
+        return self.degrees.zero < 3
+
+
+def _has_engine(machine: Topology) -> bool:
+    """Whether Megatron-LM's blocks are those of Transformer Engine, as on chips since H100."""
+    newer = "float8_e4m3fn" in dict(machine.device.peak_flops_per_s)
+    return newer and machine.device.vendor == "nvidia"
+
+
+def _with_engine(machine: Topology) -> Topology:
+    """The attention of Transformer Engine is cuDNN's: it uses the chip's own instructions, as
+    FlashAttention-2 does not, which is what A100 has."""
+    return _with_attention(machine, ENGINE_ATTENTION) if _has_engine(machine) else machine
 
 
 def _with_attention(machine: Topology, share: float) -> Topology:
@@ -135,7 +151,12 @@ def _with_attention(machine: Topology, share: float) -> Topology:
     peaks, measured = dict(device.peak_flops_per_s), dict(device.achievable_flops_per_s)
     largest = measured.get("bfloat16", peaks["bfloat16"] * MATMUL_EFFICIENCY)
     speeds = {**dict(device.attention_flops_per_s), "bfloat16": share * largest}
-    return replace(machine, device=replace(device, attention_flops_per_s=tuple(speeds.items())))
+    return replace(
+        machine,
+        device=replace(
+            device, attention_flops_per_s=tuple(speeds.items()), attention_as_products=True
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -401,7 +422,7 @@ def _model(row: Row, degrees: Degrees) -> Transformer:
         raise SkippedError(f"precision is {row['precision']!r}: not known")
     products = next((name for key, name in PRODUCTS.items() if precision.startswith(key)), None)
     gated, flash = _flag(row, "gated_mlp"), _flag(row, "flash_attn")
-    engine = row["source"].startswith(TRANSFORMER_ENGINE)
+    engine = degrees.zero < 3 and _has_engine(topology(_machine(row, degrees)))
     family, heads = row["model_family"], _number(row, "heads")
     layers = _number(row, "layers")
     if layers > MOST_LAYERS:
@@ -470,14 +491,24 @@ def predicted(runs: Iterable[Run]) -> Iterator[tuple[Run, Compared | Exception]]
         except ValueError as error:
             yield from ((run, error) for run in together)
             continue
-        prices, divided = StagePrices(machine), []
+        prices, divided = StagePrices(machine, overlap=overlap_of(together[0])), []
         cache: ComputeCache = {}
         for run in together:
             try:
                 estimate, strategy, found = _estimate(run, machine, prices, cache)
-                estimate = banded(found.graph, found.rules, machine, strategy, estimate)
-            except Exception as error:  # of a table of strangers, a row that breaks is left out
+                estimate = banded(
+                    found.graph,
+                    found.rules,
+                    machine,
+                    strategy,
+                    estimate,
+                    overlap=overlap_of(run),
+                )
+            except (AutoparError, ValueError) as error:
                 yield run, error
+                continue
+            except Exception as error:  # a defect of ours: told by name, and the others go on
+                yield run, DefectError(f"{type(error).__name__}: {error}")
                 continue
             divided.append(found)  # prices are kept by its rules
             memory = estimate.memory
@@ -518,7 +549,7 @@ def _estimate(
         strategy,
         compute_cache=cache,
         folded=_folded(structure, run.degrees),
-        overlapped=_overlapped(run),
+        overlap=overlap_of(run),
     )
     return estimate, strategy, found
 
@@ -529,7 +560,7 @@ def estimate(run: Run) -> Estimate:
         AutoparError, ValueError: there is no such strategy, or no price.
     """
     machine = cost_model(run.topology)
-    return _estimate(run, machine, StagePrices(machine), {})[0]
+    return _estimate(run, machine, StagePrices(machine, overlap=overlap_of(run)), {})[0]
 
 
 def step_s(run: Run, machine: CostModel) -> float:
@@ -540,7 +571,9 @@ def step_s(run: Run, machine: CostModel) -> float:
     """
     found, structure, strategy = _planned(run, machine)
     if len(strategy.stages) > 1:
-        played = PricedPipeline(pipelined(found, strategy), StagePrices(machine)).timeline
+        played = PricedPipeline(
+            pipelined(found, strategy), StagePrices(machine, overlap=overlap_of(run))
+        ).timeline
         return played.step_time_s  # type: ignore[return-value]
     return evaluate(
         found.graph,
@@ -548,13 +581,14 @@ def step_s(run: Run, machine: CostModel) -> float:
         machine,
         strategy,
         folded=_folded(structure, run.degrees),
-        overlapped=_overlapped(run),
+        overlap=overlap_of(run),
     ).step_time_s
 
 
-def _overlapped(run: Run) -> bool:
-    """As FSDP and DeepSpeed do."""
-    return run.degrees.zero == 3
+def overlap_of(run: Run) -> Overlap:
+    """All prepare kernels ahead. FSDP and DeepSpeed gather parameters ahead, Megatron-LM sums the
+    gradients of inputs beside the products that give those of weights (arXiv 2205.05198, 4.2.2)."""
+    return Overlap(launches=True, parameters=not run.is_megatron, sums=run.is_megatron)
 
 
 def _planned(run: Run, machine: CostModel) -> tuple[Division, Structure, Strategy]:
@@ -610,8 +644,8 @@ class Quality:
     """Of the rows of one source. Errors are relative; mean and largest are of their size, ``bias``
     is their mean with its sign; ``step_in_band``: the share of steps that lies in its band.
     ``None`` where nothing of the kind was measured. ``assumed``: what some rows do not say;
-    ``not_judged``: of how many that decides whether they fit.
-    ``left_out``: names of rows and why."""
+    ``not_judged``: of how many that decides whether they fit. ``left_out``: names of rows that
+    cannot be, and why; ``failed``: of rows that met a defect."""
 
     source: str
     rows: int
@@ -629,10 +663,14 @@ class Quality:
     false_rejects: int
     not_judged: int
     left_out: tuple[tuple[str, str], ...] = ()
+    failed: tuple[tuple[str, str], ...] = ()
 
 
 def quality(
-    source: str, compared: Sequence[Compared], left_out: Sequence[tuple[str, str]]
+    source: str,
+    compared: Sequence[Compared],
+    left_out: Sequence[tuple[str, str]],
+    failed: Sequence[tuple[str, str]] = (),
 ) -> Quality:
     steps = [(one.step_error, one) for one in compared]
     errors = [error for error, _ in steps if error is not None]
@@ -640,7 +678,7 @@ def quality(
     pairs = [(one.run.step_s, one.step_s) for one in compared if one.run.step_s is not None]
     return Quality(
         source,
-        len(compared) + len(left_out),
+        len(compared) + len(left_out) + len(failed),
         len(compared),
         dict(Counter(reason for _, reason in left_out).most_common()),
         dict(Counter(what for one in compared for what in one.run.assumed).most_common()),
@@ -655,6 +693,7 @@ def quality(
         sum(one.false_reject for one in compared),
         sum(not one.judged for one in compared),
         tuple(left_out),
+        tuple(failed),
     )
 
 
@@ -685,6 +724,7 @@ def validate(rows: Iterable[Row]) -> tuple[list[Quality], list[Compared]]:
     """By source in the order of the rows, then all of them together."""
     runs: list[Run] = []
     left_out = defaultdict[str, list[tuple[str, str]]](list)
+    failed = defaultdict[str, list[tuple[str, str]]](list)
     sources: dict[str, list[Compared]] = {}
     for row in map(cleaned, rows):
         sources.setdefault(row["source"], [])
@@ -696,17 +736,12 @@ def validate(rows: Iterable[Row]) -> tuple[list[Quality], list[Compared]]:
         if isinstance(answer, Compared):
             sources[run.source].append(answer)
         else:
-            left_out[run.source].append((run.name, _said(answer)))
+            reasons = failed if isinstance(answer, DefectError) else left_out
+            reasons[run.source].append((run.name, str(answer)))
     everything = [one for compared in sources.values() for one in compared]
-    whole = [one for reasons in left_out.values() for one in reasons]
-    found = [quality(source, of, left_out[source]) for source, of in sources.items()]
-    return [*found, quality("all", everything, whole)], everything
-
-
-def _said(error: Exception) -> str:
-    """What is no answer to a question of the row is named as what it is."""
-    known = isinstance(error, AutoparError | ValueError)
-    return str(error) if known else f"{type(error).__name__}: {error}"
+    found = [quality(name, of, left_out[name], failed[name]) for name, of in sources.items()]
+    whole = ([one for of in reasons.values() for one in of] for reasons in (left_out, failed))
+    return [*found, quality("all", everything, *whole)], everything
 
 
 def share(number: float | None) -> str:

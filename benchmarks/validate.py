@@ -2,6 +2,7 @@
 
 Printed by source: rows, those that were skipped and why, the errors of times and
 memory, whether their order is right (Kendall's tau), and what was wrongly thought to fit or not.
+A row that meets a defect of autopar is told by name, and the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def text(found: Quality) -> str:
     ]
     lines += [f"    assumed of {n}: {what}" for what, n in found.assumed.items()]
     lines += [f"    skipped {n}: {reason}" for reason, n in found.skipped.items()]
+    lines += [f"    FAILED: {name}: {what}" for name, what in found.failed]
     return "\n".join(lines)
 
 
@@ -76,7 +78,7 @@ def main() -> int:
         arguments.output.write_text(page(found, compared))
     rate = found[-1].rows / elapsed_s * 60
     print(f"{found[-1].rows} rows in {elapsed_s:.1f} CPU s, {rate:.0f} a minute", file=sys.stderr)
-    return 0
+    return int(bool(found[-1].failed))
 
 
 if __name__ == "__main__":

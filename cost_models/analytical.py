@@ -16,6 +16,11 @@ MATMUL_EFFICIENCY = 0.78
 """Of the peak, where no largest product was measured: the median of the ten machines whose files
 have one (MAMF, stas00/ml-engineering@744d01e), which spread from 0.51 to 0.87."""
 
+ATTENTION_SHARE = 203 / 271.2
+"""Of the largest product, for fused attention where it was not measured: as on A100, heads of 128,
+forward and backward together (FlashAttention-2, Dao 2023, arXiv 2307.08691, figure 4, from memory;
+the product: MAMF, stas00/ml-engineering@744d01e)."""
+
 ITEM_BYTES = {"float32": 4, "tensorfloat32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64), (32, 32))
@@ -130,10 +135,12 @@ class Analytical:
         return work.flops * waste / self._attention_speed(work)
 
     def _attention_speed(self, work: Work) -> float:
-        measured = dict(self.topology.device.attention_flops_per_s)
-        if work.dtype in measured:
-            return measured[work.dtype]
-        return self._speed(work) * self.calibration.attention_efficiency
+        device, calibration = self.topology.device, self.calibration
+        measured = dict(device.attention_flops_per_s)
+        largest = measured.get(work.dtype, self._speed(work) * ATTENTION_SHARE)
+        if device.attention_as_products:
+            return largest * calibration.matmul_efficiency
+        return largest * calibration.attention_efficiency
 
     def _speed(self, work: Work) -> float:
         """Flops per second of the largest product."""

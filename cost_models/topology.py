@@ -25,7 +25,8 @@ class Device:
     of real matrix products, for some of these dtypes. ``cores``: what tiles are spread over
     (streaming multiprocessors, compute units). ``launch_s``: the shortest time of any kernel.
     ``attention_flops_per_s``: measured maxima of fused attention, where these are other than
-    products let expect. ``compiled``: programs run as a whole, not operator by operator.
+    products let expect; ``attention_as_products``: of kernels that use the chip's own instructions
+    as its products do. ``compiled``: programs run as a whole, not operator by operator.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Device:
     launch_s: float = 3e-6
     achievable_flops_per_s: tuple[tuple[str, float], ...] = ()
     attention_flops_per_s: tuple[tuple[str, float], ...] = ()
+    attention_as_products: bool = False
     compiled: bool = False
 
 
@@ -176,6 +178,7 @@ class _Machine:
                 peak_flops_per_s=reader.by_dtype(device, "peak_flops_per_s", required=True),
                 achievable_flops_per_s=reader.by_dtype(device, "achievable_flops_per_s"),
                 attention_flops_per_s=reader.by_dtype(device, "attention_flops_per_s"),
+                attention_as_products=reader.flag(device, "attention_as_products"),
                 compiled=reader.flag(device, "compiled"),
                 memory_bytes=reader.count(device, "memory_bytes"),
                 memory_bytes_per_s=reader.number(device, "memory_bytes_per_s"),

@@ -129,6 +129,7 @@ class OpRule:
     - ``kind`` and ``products`` say what it costs: ``view`` nothing (no memory is touched),
       ``memory`` bytes read and written, the kinds of ``PRODUCTS`` the products.
     - ``of``: of what it is, if it is bound by memory, as in ``Work``.
+    - ``causal``: a fused kernel that leaves out what the mask hides, a block of keys at a time.
     - ``saves``: what is kept for the backward.
     - ``inner``: collectives of its local implementation; ``special``: factors whose split needs an
       implementation of its own in ``autopar/runtime/local_ops.py`` (``"*"``: it is always used).
@@ -147,6 +148,7 @@ class OpRule:
     kind: Kind = "memory"
     products: tuple[Product, ...] = ()
     of: str = ""
+    causal: bool = False
     saves: tuple[Saved, ...] = ()
     inner: tuple[Inner, ...] = ()
     special: tuple[str, ...] = ()

@@ -50,6 +50,7 @@ def attention(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
         whole=("k", "d", "dv") + (("q",) if causal else ()) + (("group",) if grouped else ()),
         kind="attention",
         products=(Product(batch, "q", "k", "d"), Product(batch, "q", "dv", "k")),
+        causal=causal and fused,
         saves=_saves(batch, mask, tensors, inputs, fused),
         special=("*",) if differentiable_mask or not fused else (),
     )

@@ -5,7 +5,7 @@ Everything that is priced is priced here, once: searchers and ``evaluate`` both 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from math import prod
@@ -74,21 +74,46 @@ class Costs:
     ) -> tuple[float, float]:
         """Forward and backward compute of one rank; ``differentiable``: which inputs need a
         gradient (none: no backward)."""
-        if bound.rule.kind == "view":
-            return self.host.view_s, self.host.view_s * any(differentiable)
-        local = tuple(bound.local_sizes(split, self.mesh).values())
-        key = (id(bound), local, differentiable)
-        found = self.compute_cache.get(key)
-        if found is None:
-            found = self._operator_s(bound, split, differentiable)
-            self.compute_cache[key] = found
-        return found
+        return self._by_sizes("in turn", self._kernel_s, bound, split, differentiable)
 
-    def _operator_s(
+    def device_s(
         self, bound: BoundRule, split: Split, differentiable: tuple[bool, ...]
     ) -> tuple[float, float]:
-        forward, backward = work(bound, split, self.mesh, differentiable)
-        return sum(map(self._kernel_s, forward)), sum(map(self._kernel_s, backward))
+        """For how long of that the device is busy."""
+        if is_free(bound):
+            return 0.0, 0.0
+        price = self.cost_model.compute_time_s
+        return self._by_sizes("device", price, bound, split, differentiable)
+
+    def host_s(
+        self, bound: BoundRule, split: Split, differentiable: tuple[bool, ...]
+    ) -> tuple[float, float]:
+        """For how long of that the host is busy."""
+        each_s = self.host.operator_s
+        return self._by_sizes("host", lambda _: each_s, bound, split, differentiable)
+
+    def _by_sizes(
+        self,
+        what: Literal["in turn", "device", "host"],
+        price: Callable[[Work], float],
+        bound: BoundRule,
+        split: Split,
+        differentiable: tuple[bool, ...],
+    ) -> tuple[float, float]:
+        view_s = self.host.view_s if bound.rule.kind == "view" and what != "device" else 0.0
+        if is_free(bound):
+            return view_s, view_s * any(differentiable)
+        local = tuple(bound.local_sizes(split, self.mesh).values())
+        key = (what, id(bound), local, differentiable)
+        found = self.compute_cache.get(key)
+        if found is None:
+            forward, backward = work(bound, split, self.mesh, differentiable)
+            found = (
+                view_s + sum(map(price, forward)),
+                view_s * any(differentiable) + sum(map(price, backward)),
+            )
+            self.compute_cache[key] = found
+        return found
 
     def _kernel_s(self, of: Work) -> float:
         """A device waits for its host where that takes longer."""
@@ -212,6 +237,12 @@ def _factor_sizes(names: str, sizes: dict[str, int]) -> list[int]:
     return found
 
 
+def is_free(bound: BoundRule) -> bool:
+    """A view of one tensor as one touches no memory, forward or backward; of the gradients of
+    several parts the backward makes one tensor."""
+    return bound.rule.kind == "view" and len(bound.output_specs) == 1
+
+
 def work(
     bound: BoundRule, split: Split, mesh: Mesh, differentiable: tuple[bool, ...]
 ) -> tuple[list[Work], list[Work]]:
@@ -231,6 +262,8 @@ def work(
         for spec, sharding in zip(bound.output_specs, produced, strict=True)
     ]
     dtype = bound.output_specs[0].dtype if bound.output_specs else "float32"
+    if bound.rule.kind == "view":
+        return [], [] if is_free(bound) else _joined(dtype, read, written, differentiable)
     if bound.rule.kind == "attention":
         return _attention(bound, sizes, dtype, float(sum(read) + sum(written)), any(differentiable))
     if bound.rule.products:
@@ -241,13 +274,27 @@ def work(
     if moved == 0:
         return [], []
     of = bound.rule.of
-    forward = [Work("memory", dtype, float(max(written, default=0)), moved, of=of)]
+    kept, made = _saved_bytes(bound, sizes, read, written, differentiable)
+    forward = [Work("memory", dtype, float(max(written, default=0)), moved + made, of=of)]
     if not any(differentiable):
         return forward, []
     given = sum(n for n, spec in zip(written, bound.output_specs, strict=True) if spec.is_floating)
-    saved = _saved_bytes(bound, sizes, read, written, differentiable)
     gradients = sum(n for n, needed in zip(read, differentiable, strict=True) if needed)
-    return forward, [Work("memory", dtype, 0.0, float(given + saved + gradients), of=of)]
+    backward = [Work("memory", dtype, 0.0, float(given + kept + made + gradients), of=of)]
+    if _is_shared(bound, read, differentiable):
+        backward.append(Work("memory", dtype, 0.0, float(given + kept + made), of=of))
+    return forward, backward
+
+
+def _is_shared(bound: BoundRule, read: Sequence[int], differentiable: tuple[bool, ...]) -> bool:
+    """Whether an input that every row is scaled or shifted by needs a gradient, beside one that has
+    all rows: that is a sum over rows, which another kernel makes of the same tensors."""
+    sizes = [
+        size // ITEM_BYTES[spec.dtype]
+        for size, spec, needed in zip(read, bound.input_specs, differentiable, strict=True)
+        if needed
+    ]
+    return len(sizes) > 1 and min(sizes) < max(sizes)
 
 
 def _saved_bytes(
@@ -256,9 +303,10 @@ def _saved_bytes(
     read: Sequence[int],
     written: Sequence[int],
     differentiable: tuple[bool, ...],
-) -> int:
-    """What the backward reads beside the gradients that it is given."""
-    total = 0
+) -> tuple[int, int]:
+    """What the backward reads beside the gradients that it is given: inputs and outputs, and what
+    the forward makes for it beside these."""
+    total = made = 0
     for saved in bound.rule.saves:
         if saved.needs and not any(differentiable[i] for i in saved.needs):
             continue
@@ -267,8 +315,17 @@ def _saved_bytes(
             total += (read if kind == "input" else written)[int(place)]
         else:
             item = ITEM_BYTES[saved.dtype or bound.output_specs[0].dtype]
-            total += prod(_factor_sizes(saved.what, sizes)) * item
-    return total
+            made += prod(_factor_sizes(saved.what, sizes)) * item
+    return total, made
+
+
+def _joined(
+    dtype: str, read: Sequence[int], written: Sequence[int], differentiable: tuple[bool, ...]
+) -> list[Work]:
+    """What the backward of a view that has several parts does with their gradients."""
+    if not any(differentiable):
+        return []
+    return [Work("memory", dtype, 0.0, float(sum(written) + sum(read)))]
 
 
 NARROW = frozenset({"float8_e4m3fn", "float8_e5m2", "float4_e2m1fn_x2"})
@@ -280,18 +337,34 @@ def _attention(
 ) -> tuple[list[Work], list[Work]]:
     """Fused attention: the backward has five products for the forward's two (one recomputed)."""
     shapes = [_shape(p, sizes) for p in bound.rule.products]
-    flops = sum(2.0 * prod(shape) for shape in shapes)
     batch, query, key, dim = shapes[0]
+    share = attended(key) if bound.rule.causal else 1.0
+    flops = share * sum(2.0 * prod(shape) for shape in shapes)
     shape = (batch, query, key, dim)
     forward = [Work("attention", dtype, flops, moved, shape)]
     return forward, [Work("attention", dtype, 2.5 * flops, 2 * moved, shape)] * differentiable
 
 
+BLOCK = 128
+"""Queries and keys that kernels of fused attention look at together: 64 to 256 of either (their
+sources, FlashAttention-2 and torch's for CPUs)."""
+
+
+def attended(keys: int) -> float:
+    """Of all pairs, those in blocks on and below the diagonal. Where queries are divided, a device
+    has as many early ones as late ones.
+
+    >>> attended(64), attended(8192)
+    (1.0, 0.5078125)
+    """
+    return min(1.0, (keys + BLOCK) / (2 * keys))
+
+
 def _products(
     bound: BoundRule, sizes: dict[str, int], dtype: str, differentiable: tuple[bool, ...]
 ) -> tuple[list[Work], list[Work]]:
-    """One product more in the backward for each operand that needs a gradient (a bias' gradient is
-    a sum that is not counted)."""
+    """One product more in the backward for each operand that needs a gradient, and a sum for a
+    bias."""
     kind: Literal["matmul", "convolution"] = (
         "convolution" if bound.rule.kind == "convolution" else "matmul"
     )
@@ -306,7 +379,16 @@ def _products(
         else:
             gradients = gradients[: sum(operands)]
         backward += [_product(kind, dtype, shape) for shape in gradients]
+    if any(differentiable[i] for i in bound.rule.addends):
+        backward.append(_bias_sum(bound, sizes))
     return forward, backward
+
+
+def _bias_sum(bound: BoundRule, sizes: dict[str, int]) -> Work:
+    """The gradient of a bias: what comes back is read once more."""
+    (product, *_), spec = bound.rule.products, bound.output_specs[0]
+    batch, m, n, _ = _shape(product, sizes)
+    return Work("memory", spec.dtype, 0.0, float(batch * (m + 1) * n * ITEM_BYTES[spec.dtype]))
 
 
 def _shape(product: Product, sizes: dict[str, int]) -> tuple[int, int, int, int]:

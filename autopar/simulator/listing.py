@@ -18,7 +18,7 @@ from autopar.ir.sharding import Mesh, Parts, Sharding, pieces
 from autopar.ir.strategy import Stage, Storage, Strategy, Training
 from autopar.simulator.blocks import Block, blocks
 from autopar.simulator.clusters import Cluster, Link, clusters, links
-from autopar.simulator.costs import ComputeCache, Costs
+from autopar.simulator.costs import ComputeCache, Costs, is_free
 from autopar.simulator.edges import Rules, canonical, carries_gradient, saves_input
 from autopar.simulator.folding import Folded, fold, whole
 from autopar.simulator.memory import optimizer_bytes_per_element
@@ -526,7 +526,7 @@ class Listing:
         choice, cuts = self._cuts(candidates.cluster, member, candidates.option)
         if bound.rule.inner:
             rows = choice
-        elif bound.rule.kind == "view":  # costs the same however it is divided
+        elif is_free(bound):  # costs the same however it is divided
             rows = np.zeros((len(choice), 0), dtype=np.int64)
         else:
             rows = cuts

@@ -21,6 +21,25 @@ from autopar.simulator.memory import local_bytes
 
 
 @dataclass(frozen=True, slots=True)
+class Overlap:
+    """What the program that runs a strategy does at once; nothing, where it does one thing after
+    the other, as ``autopar run`` does and as searches count.
+
+    ``launches``: its host prepares kernels and collectives while the device is busy with earlier
+    ones, so that a pass takes what the busier of the two takes. ``parameters``: a second stream
+    gathers them ahead, and reduces gradients beside the backward. ``sums``: the gradient of a
+    product's input is summed beside the product that gives the gradient of its weight.
+    """
+
+    launches: bool = False
+    parameters: bool = False
+    sums: bool = False
+
+
+NOTHING_AT_ONCE = Overlap()
+
+
+@dataclass(frozen=True, slots=True)
 class Streams:
     """``slowdown``: how many times as long either takes while the other is busy, from 1 (they share
     nothing) to 2 (one might as well wait for the other)."""
@@ -145,4 +164,13 @@ def hidden(
     )
 
 
-__all__ = ["Ahead", "Hidden", "Streams", "ahead", "held_bytes", "hidden"]
+__all__ = [
+    "NOTHING_AT_ONCE",
+    "Ahead",
+    "Hidden",
+    "Overlap",
+    "Streams",
+    "ahead",
+    "held_bytes",
+    "hidden",
+]

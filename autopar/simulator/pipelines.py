@@ -31,6 +31,7 @@ from autopar.simulator.machine_links import MachineLinks
 from autopar.simulator.memory import local_bytes
 from autopar.simulator.messages import Flow
 from autopar.simulator.microbatches import Division
+from autopar.simulator.overlap import NOTHING_AT_ONCE, Overlap
 from autopar.simulator.pipeline import Pipeline, StageCost, StageMemory, Synchronisation
 from autopar.simulator.prices import StageParts, stage_parts
 from autopar.simulator.reserved import communicators, reserved
@@ -108,6 +109,7 @@ class StagePrices:
 
     cost_model: CostModel
     compute_cache: ComputeCache = field(default_factory=dict)
+    overlap: Overlap = NOTHING_AT_ONCE
     _known: dict[Hashable, PricedStage] = field(default_factory=dict)
     _costs: dict[Hashable, Costs] = field(default_factory=dict)
 
@@ -139,7 +141,11 @@ class StagePrices:
             found = self._known[key] = PricedStage(
                 part,
                 stage_parts(
-                    part, self.costs(part.mesh, devices), parted=parted, handed_on=handed_on
+                    part,
+                    self.costs(part.mesh, devices),
+                    parted=parted,
+                    handed_on=handed_on,
+                    overlap=self.overlap,
                 ),
                 stage_bytes(part, parted=parted, handed_on=handed_on, shared=shared),
             )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from math import prod
@@ -10,6 +11,7 @@ from operator import attrgetter
 from typing import Literal
 
 from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph, Role, TensorSpec
+from autopar.ir.rule import BoundRule, Split
 from autopar.ir.sharding import Mesh, gradient, local_shape
 from autopar.ir.simulation import Estimate, PromisedCollective
 from autopar.ir.strategy import Storage, Strategy, Training
@@ -26,7 +28,14 @@ from autopar.simulator.edges import (
 )
 from autopar.simulator.folding import Folded, whole
 from autopar.simulator.memory import local_bytes, optimizer_bytes_per_element, peak_memory
-from autopar.simulator.overlap import Streams, ahead, held_bytes, hidden
+from autopar.simulator.overlap import (
+    NOTHING_AT_ONCE,
+    Overlap,
+    Streams,
+    ahead,
+    held_bytes,
+    hidden,
+)
 from autopar.simulator.recomputation import Recomputation, check_recompute, recomputation
 from autopar.simulator.redistribution import Transfer, transfers
 from autopar.simulator.reserved import communicators, reserved
@@ -44,13 +53,13 @@ def evaluate(
     *,
     compute_cache: ComputeCache | None = None,
     folded: Folded | None = None,
-    overlapped: bool = False,
+    overlap: Overlap = NOTHING_AT_ONCE,
 ) -> Estimate:
     """Price a whole strategy, choice by choice. ``graph`` is that of one microbatch.
 
-    Times are summed: nothing overlaps. ``overlapped``: as run by a program that gathers parameters
-    ahead and reduces gradients beside the backward; the communication of the estimate is then what
-    compute does not hide of that of the promise, and its buffers have what is gathered ahead.
+    Times are summed, but for what the program that runs it does at once (``overlap``): the
+    communication of the estimate is then what compute does not hide of that of the promise, its
+    compute has what devices wait for their host, and its buffers what is gathered ahead.
     ``folded``: the same graph with equal blocks left out, for strategies that treat the copies
     alike; the answer is the same, sooner.
     """
@@ -60,7 +69,8 @@ def evaluate(
     costs = Costs(cost_model, strategy.mesh, {} if compute_cache is None else compute_cache)
     needed = _needed(seen, rules, strategy, again)
     promised = tuple(_priced(_promise(graph, seen, rules, strategy, needed), costs))
-    forward_s, backward_s = _operators_s(seen, rules, strategy, costs, again)
+    price = _price(costs, overlap)
+    forward_s, backward_s = _operators_s(seen, rules, strategy, price, again)
     moved_forward_s, moved_backward_s = _local_moves_s(needed, strategy, costs)
     times = strategy.microbatches
     forward_s = (forward_s + moved_forward_s + costs.host.pass_s) * times
@@ -74,8 +84,11 @@ def evaluate(
         phase: sum(c.time_s * c.count for c in promised if c.phase == phase)
         for phase in ("forward", "backward", "step")
     }
+    if overlap.sums:
+        of = seen.graph, rules, needed.activations, strategy, costs
+        spent["backward"] -= times * _beside_weights_s(*of)
     memory = peak_memory(graph, rules, strategy, seen)
-    if overlapped:
+    if overlap.parameters:
         held = held_bytes(graph, needed.parameters, strategy.mesh, memory.gradients_bytes)
         memory = replace(memory, buffers_bytes=memory.buffers_bytes + held)
         beside = ahead(needed.parameters, costs)
@@ -89,6 +102,10 @@ def evaluate(
         spent["forward"] -= found.forward_s
         spent["backward"] -= found.backward_s
         spent["step"] -= found.step_s
+    if overlap.launches:
+        host_forward_s, host_backward_s = _host_s(seen, rules, strategy, promised, costs, again)
+        forward_s += max(0.0, times * host_forward_s - forward_s - spent["forward"])
+        backward_s += max(0.0, times * host_backward_s - backward_s - spent["backward"])
     return Estimate(
         step_time_s=forward_s + backward_s + optimizer_s + sum(spent.values()),
         forward_compute_s=forward_s,
@@ -145,39 +162,68 @@ def stage_parts(
     *,
     parted: bool = False,
     handed_on: frozenset[str] = frozenset(),
+    overlap: Overlap = NOTHING_AT_ONCE,
 ) -> StageParts:
     """One stage of several, from the same prices as ``evaluate``; the norm of gradients is left to
     those who know all stages. ``parted``: its backwards are ``I`` and ``W``. ``handed_on``: what
-    arrives in the memory of its own devices, without a message."""
+    arrives in the memory of its own devices, without a message. ``overlap``: as for ``evaluate``;
+    parameters that are gathered ahead are not, and what is done in both parts of a backward is not
+    hidden."""
     of = part.graph, part.division.rules, part.strategy
     again = recomputation(*of)
     used = tuple(parameter_edges(*of, again.again))
+    price = _price(costs, overlap)
     found = (
-        operator_parts(part, costs, handed_on)
-        + again_parts(part, again, costs)
+        operator_parts(part, costs, handed_on, price)
+        + again_parts(part, again, costs, price)
         + parameter_parts(part, used, costs)
     )
-    return found + later_parts(part, costs) + twice_parts(part, used, costs) if parted else found
+    if parted:
+        found += later_parts(part, costs) + twice_parts(part, used, costs)
+    if overlap.sums and not parted:
+        activations = ((edge, 1) for edge in edges(*of, part.ends, part.given))
+        beside_s = _beside_weights_s(*of[:2], activations, part.strategy, costs)
+        found = replace(found, input_communication_s=found.input_communication_s - beside_s)
+    return _waiting_for_host(part, found, again, costs) if overlap.launches else found
+
+
+def _waiting_for_host(
+    part: StagePart, found: StageParts, again: Recomputation, costs: Costs
+) -> StageParts:
+    """With what devices wait for their host, which prepares kernels while they are busy."""
+    strategy, pass_s = replace(part.strategy, microbatches=1), costs.host.pass_s
+    of = whole(part.graph), part.division.rules, strategy, found.collectives
+    host_s, host_back_s = _host_s(*of, costs, again)
+    busy_s = found.forward_compute_s - pass_s + found.forward_communication_s
+    busy_back_s = found.backward_compute_s - pass_s + found.backward_communication_s
+    return replace(
+        found,
+        forward_compute_s=found.forward_compute_s + max(0.0, host_s - busy_s),
+        input_compute_s=found.input_compute_s + max(0.0, host_back_s - busy_back_s),
+    )
 
 
 def operator_parts(
-    part: StagePart, costs: Costs, handed_on: frozenset[str] = frozenset()
+    part: StagePart,
+    costs: Costs,
+    handed_on: frozenset[str] = frozenset(),
+    price: Price | None = None,
 ) -> StageParts:
     """Of that, what does not depend on storages and recomputation: operators once, what is between
     them, and messages."""
     graph, rules, splits, mesh = part.graph, part.division.rules, part.strategy.splits, part.mesh
-    found = _Sums(costs)
+    found, price = _Sums(costs), price or costs.operator_s
     messages_s, answers_s = (n * costs.host.message_s for n in _messages(part, handed_on))
     pass_s = costs.host.pass_s
     forward_s, input_s, weight_s = pass_s + messages_s, pass_s + answers_s, 0.0
     for operator in graph.operators:
         bound, split, name = rules[operator.name], splits[operator.name], operator.name
-        there_s, back_s = _operator_s(graph, rules, part.strategy, costs, operator)
+        there_s, back_s = _operator_s(graph, rules, part.strategy, price, operator)
         forward_s += there_s
         found.add(inner_transfers(bound, split, mesh, "forward"), "forward", name)
         if not carries_gradient(graph, operator):
             continue
-        of_inputs_s = costs.operator_s(bound, split, _are_inputs(graph, operator))[1]
+        of_inputs_s = price(bound, split, _are_inputs(graph, operator))[1]
         input_s += of_inputs_s
         weight_s += back_s - of_inputs_s
         found.add(inner_transfers(bound, split, mesh, "backward"), "backward", name)
@@ -192,14 +238,16 @@ def operator_parts(
     return found.parts(forward_s=forward_s, input_s=input_s, weight_s=weight_s)
 
 
-def again_parts(part: StagePart, again: Recomputation, costs: Costs) -> StageParts:
+def again_parts(
+    part: StagePart, again: Recomputation, costs: Costs, price: Price | None = None
+) -> StageParts:
     """Of that, what is run again, for the gradients of inputs."""
-    found = _Sums(costs)
+    found, price = _Sums(costs), price or costs.operator_s
     input_s = 0.0
     graph, rules, mesh = part.graph, part.division.rules, part.mesh
     for name in again.again:
         bound, split = rules[name], part.strategy.splits[name]
-        input_s += _operator_s(graph, rules, part.strategy, costs, graph.operator[name])[0]
+        input_s += _operator_s(graph, rules, part.strategy, price, graph.operator[name])[0]
         found.add(inner_transfers(bound, split, mesh, "forward"), "backward", name)
     for segment in again.segments:
         for (name, target), source in segment.remade:
@@ -267,12 +315,12 @@ def later_parts(part: StagePart, costs: Costs) -> StageParts:
     graph, rules, splits = part.graph, part.division.rules, part.strategy.splits
     more_s = 0.0
     for operator in filter(partial(carries_gradient, graph), graph.operators):
-        price = partial(costs.operator_s, rules[operator.name], splits[operator.name])
+        of_those = partial(costs.operator_s, rules[operator.name], splits[operator.name])
         inputs, parameters = _are_inputs(graph, operator), _are_parameters(graph, operator)
         if any(parameters):
-            more_s += price(parameters)[1] + costs.host.part_s
-        both = _operator_s(graph, rules, part.strategy, costs, operator)[1]
-        more_s -= both - price(inputs)[1]
+            more_s += of_those(parameters)[1] + costs.host.part_s
+        both_s = _operator_s(graph, rules, part.strategy, costs.operator_s, operator)[1]
+        more_s -= both_s - of_those(inputs)[1]
     return _Sums(costs).parts(weight_s=more_s)
 
 
@@ -381,14 +429,22 @@ def _has_both_gradients(graph: OperatorGraph, operator: Operator) -> bool:
     return len(kinds) == 2
 
 
+Price = Callable[[BoundRule, Split, tuple[bool, ...]], tuple[float, float]]
+"""Seconds of an operator's forward and backward, as those of ``Costs``."""
+
+
+def _price(costs: Costs, overlap: Overlap) -> Price:
+    return costs.device_s if overlap.launches else costs.operator_s
+
+
 def _operators_s(
-    seen: Folded, rules: Rules, strategy: Strategy, costs: Costs, again: Recomputation
+    seen: Folded, rules: Rules, strategy: Strategy, price: Price, again: Recomputation
 ) -> tuple[float, float]:
     """Compute of all operators, forward and backward; what is run again is a part of the
     backward."""
     forward_s = backward_s = 0.0
     for operator in seen.graph.operators:
-        forward, backward = _operator_s(seen.graph, rules, strategy, costs, operator)
+        forward, backward = _operator_s(seen.graph, rules, strategy, price, operator)
         if operator.name in again.again:
             backward += forward
         forward_s += forward * seen.weight[operator.name]
@@ -397,12 +453,63 @@ def _operators_s(
 
 
 def _operator_s(
-    graph: OperatorGraph, rules: Rules, strategy: Strategy, costs: Costs, operator: Operator
+    graph: OperatorGraph, rules: Rules, strategy: Strategy, price: Price, operator: Operator
 ) -> tuple[float, float]:
     differentiable = tuple(graph.by_name[name].differentiable for name in operator.inputs)
     if not carries_gradient(graph, operator):
         differentiable = (False,) * len(differentiable)
-    return costs.operator_s(rules[operator.name], strategy.splits[operator.name], differentiable)
+    return price(rules[operator.name], strategy.splits[operator.name], differentiable)
+
+
+def _host_s(
+    seen: Folded,
+    rules: Rules,
+    strategy: Strategy,
+    promised: Iterable[PromisedCollective],
+    costs: Costs,
+    again: Recomputation,
+) -> tuple[float, float]:
+    """What the host takes for one microbatch's forward and backward: for each kernel, and for each
+    collective."""
+    forward_s, backward_s = _operators_s(seen, rules, strategy, costs.host_s, again)
+    counts = Counter[str]()
+    for one in promised:
+        counts[one.phase] += one.count
+    each_s = costs.host.operator_s / strategy.microbatches
+    return forward_s + each_s * counts["forward"], backward_s + each_s * counts["backward"]
+
+
+def _beside_weights_s(
+    graph: OperatorGraph,
+    rules: Rules,
+    activations: Iterable[tuple[Edge, int]],
+    strategy: Strategy,
+    costs: Costs,
+) -> float:
+    """What of the sums of gradients of inputs of products is hidden by the products that give
+    gradients of weights (Megatron-LM: a column-parallel layer's all-reduce or reduce-scatter)."""
+    streams, total = Streams(slowdown_of(costs.cost_model)), 0.0
+    for edge, count in activations:
+        sums_s = sum(map(costs.transfer_s, edge.transfers(costs.mesh)[1]))
+        if sums_s > 0:
+            names = [name for name in edge.consumers if name in graph.operator]
+            products_s = sum(
+                _weight_gradient_s(graph, rules, strategy, costs, graph.operator[name])
+                for name in names
+            )
+            total += count * (sums_s - streams.exposed_s(products_s, sums_s))
+    return total
+
+
+def _weight_gradient_s(
+    graph: OperatorGraph, rules: Rules, strategy: Strategy, costs: Costs, operator: Operator
+) -> float:
+    """Of a product, the one that gives the gradient of its weight."""
+    bound, weight = rules[operator.name], _are_parameters(graph, operator)
+    if not bound.rule.products or not any(weight):
+        return 0.0
+    alone = tuple(i == weight.index(True) for i in range(len(weight)))
+    return costs.device_s(bound, strategy.splits[operator.name], alone)[1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,11 +84,19 @@ def test_a_short_sum_is_slower_per_flop_than_a_long_one() -> None:
     assert rates[0] < 0.7 * rates[-1]
 
 
-def test_measured_attention_is_a_bound_where_there_is_one() -> None:
-    """FlashAttention-2 on H100, which lacks its instructions: 335 TFLOP/s."""
+def test_attention_runs_beside_the_measured_where_it_was_and_beside_products_else() -> None:
+    """FlashAttention-2 on H100, whose own instructions it lacks: 335 TFLOP/s at best. Kernels that
+    have them run beside their best as products do."""
     work = Work("attention", "bfloat16", 4.0 * 128 * 8192 * 8192 * 128, 0.0, (128, 8192, 8192, 128))
-    achieved = work.flops / Analytical(H100).compute_time_s(work)
-    assert 0.9 * 3.35e14 < achieved <= 3.35e14
+    as_products = replace(H100, device=replace(H100.device, attention_as_products=True))
+    of_products = dict(A100.device.achievable_flops_per_s)["bfloat16"] * 203 / 271.2
+    for machine, best, share in (
+        (H100, 3.35e14, KNOWN.attention_efficiency),
+        (as_products, 3.35e14, KNOWN.matmul_efficiency),
+        (A100, of_products, KNOWN.attention_efficiency),
+    ):
+        achieved = work.flops / Analytical(machine).compute_time_s(work)
+        assert 0.9 * share * best < achieved <= share * best
 
 
 def test_programs_that_are_compiled_do_not_wait_for_their_host() -> None:

@@ -1,8 +1,8 @@
-"""Parameters and gradients on a second stream: between nothing hidden and everything hidden."""
+"""What a program does at once: between nothing hidden and everything hidden."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 from autopar.ir.simulation import Estimate
 from autopar.ir.strategy import Training
 from autopar.recipes import Degrees, hybrid
+from autopar.simulator.costs import Costs, work
 from autopar.simulator.listing import Structure
 from autopar.simulator.microbatches import division
-from autopar.simulator.overlap import Streams
+from autopar.simulator.overlap import NOTHING_AT_ONCE, Overlap, Streams
+from autopar.simulator.pipelines import StagePrices, evaluate_stages
 from autopar.simulator.prices import evaluate
 from benchmarks.transformer import Transformer
 from cost_models import cost_model, topology_names
-from cost_models.interface import slowdown_of
+from cost_models.interface import HostTime, slowdown_of
 from tests.helpers.fake_prices import FakePrices
 
 SMALL = Transformer(layers=4, width=512, heads=8, kv_heads=8, ffn=2048, vocabulary=4096, length=256)
@@ -29,10 +31,26 @@ class Slowed(FakePrices):
     slowdown = 1.25
 
 
-def estimate(degrees: Degrees, machine: Any, overlapped: bool) -> Estimate:
+AHEAD, SUMS, QUEUE = Overlap(parameters=True), Overlap(sums=True), Overlap(launches=True)
+
+
+@dataclass(frozen=True)
+class Waiting(Slowed):
+    """``operator_s``: of the host, for each kernel."""
+
+    operator_s: float = 0.0
+
+    @property
+    def host_time(self) -> HostTime:
+        return HostTime(operator_s=self.operator_s)
+
+
+def estimate(degrees: Degrees, machine: Any, overlap: Overlap = NOTHING_AT_ONCE) -> Estimate:
     found = division(SMALL.graph(32), degrees.microbatches(32))
     strategy = hybrid(found, degrees, machine, Training("adam", "mixed"))
-    return evaluate(found.graph, found.rules, machine, strategy, overlapped=overlapped)
+    if len(strategy.stages) > 1:
+        return evaluate_stages(found, machine, strategy, StagePrices(machine, overlap=overlap))
+    return evaluate(found.graph, found.rules, machine, strategy, overlap=overlap)
 
 
 @given(seconds, seconds, st.floats(1, 2), st.floats(1, 2))
@@ -50,7 +68,7 @@ def test_together_is_at_least_the_longer_and_at_most_the_sum(
 def test_a_step_takes_between_its_compute_and_its_sum(zero: int, tensor: int) -> None:
     degrees = Degrees(tensor=tensor, data=8 // tensor, zero=zero, microbatch=2, recompute="full")
     machine = Slowed(devices=8)
-    alone, beside = (estimate(degrees, machine, overlapped) for overlapped in (False, True))
+    alone, beside = (estimate(degrees, machine, how) for how in (NOTHING_AT_ONCE, AHEAD))
     compute_s = alone.forward_compute_s + alone.backward_compute_s + alone.optimizer_s
     assert compute_s < beside.step_time_s < alone.step_time_s
     assert beside.collectives == alone.collectives
@@ -76,7 +94,9 @@ def test_a_step_takes_between_its_compute_and_its_sum(zero: int, tensor: int) ->
 def test_memory_stays_with_the_stream_that_reduces() -> None:
     """Of gradients, which are gone when the loss has its peak."""
     degrees, machine = Degrees(data=8, zero=3, microbatch=4), Slowed(devices=8)
-    alone, beside = (estimate(degrees, machine, overlapped) for overlapped in (False, True))
+    alone, beside = (
+        estimate(degrees, machine, Overlap(parameters=ahead)) for ahead in (False, True)
+    )
     assert "cross_entropy" in alone.memory.at and alone.memory.gradients_bytes == 0
     block, tables = 12 * SMALL.width**2, (4096 + 256) * SMALL.width
     wanted = 2 * (block + tables + max(block, tables)) + 2 * (SMALL.layers * block + tables) / 8
@@ -90,7 +110,7 @@ def test_what_is_gathered_ahead_is_the_same_of_a_folded_graph() -> None:
     strategy = hybrid(found, degrees, machine, Training("adam", "mixed"), structure)
     folded = structure.folded_in_runs(tuple(frozenset[int]() for _ in structure.blocks))
     whole, quick = (
-        evaluate(found.graph, found.rules, machine, strategy, overlapped=True, folded=seen)
+        evaluate(found.graph, found.rules, machine, strategy, overlap=AHEAD, folded=seen)
         for seen in (None, folded)
     )
     assert quick.memory == whole.memory
@@ -99,16 +119,85 @@ def test_what_is_gathered_ahead_is_the_same_of_a_folded_graph() -> None:
 
 def test_where_one_waits_for_the_other_nothing_is_hidden() -> None:
     degrees = Degrees(data=8, zero=3, microbatch=2)
-    alone, beside = (estimate(degrees, FakePrices(devices=8), flag) for flag in (False, True))
+    alone, beside = (
+        estimate(degrees, FakePrices(devices=8), how) for how in (NOTHING_AT_ONCE, AHEAD)
+    )
     assert beside.step_time_s == pytest.approx(alone.step_time_s)
 
 
 def test_what_is_between_operators_of_one_device_is_not_hidden() -> None:
     degrees = Degrees(tensor=8, between="sequence")
-    alone, beside = (estimate(degrees, Slowed(devices=8), flag) for flag in (False, True))
+    alone, beside = (estimate(degrees, Slowed(devices=8), how) for how in (NOTHING_AT_ONCE, AHEAD))
     assert beside.forward_communication_s == alone.forward_communication_s > 0
 
 
 @pytest.mark.parametrize("name", topology_names())
 def test_compute_and_communication_take_something_from_each_other(name: str) -> None:
     assert 1 < slowdown_of(cost_model(name)) <= 2
+
+
+STRATEGIES = (
+    Degrees(data=8, microbatch=2),
+    Degrees(tensor=8, microbatch=4),
+    Degrees(tensor=4, data=2, between="sequence", recompute="full", zero=1),
+    Degrees(tensor=2, pipeline=2, data=2, microbatch=4),
+    Degrees(pipeline=4, data=2, microbatch=2, recompute="attention"),
+)
+
+
+@pytest.mark.parametrize("degrees", STRATEGIES)
+@pytest.mark.parametrize("operator_s", [0.0, 1e-6, 1e-3])
+def test_a_host_that_is_ahead_costs_nothing_until_it_is_the_slower(
+    degrees: Degrees, operator_s: float
+) -> None:
+    machine = Waiting(devices=8, operator_s=operator_s)
+    device = estimate(degrees, Slowed(devices=8))
+    ahead, in_turn = (estimate(degrees, machine, how) for how in (QUEUE, NOTHING_AT_ONCE))
+    assert device.step_time_s <= ahead.step_time_s * (1 + 1e-12)
+    if operator_s == 0.0:
+        assert ahead.step_time_s == pytest.approx(in_turn.step_time_s)
+    if operator_s == 1e-6:  # far less than what kernels take
+        assert ahead.step_time_s == pytest.approx(device.step_time_s)
+    if operator_s == 1e-3:  # far more: kernels wait, and so do collectives
+        communicating = device.forward_communication_s + device.backward_communication_s > 0
+        assert ahead.step_time_s > 0.5 * in_turn.step_time_s
+        assert ahead.step_time_s <= in_turn.step_time_s or communicating
+
+
+def test_a_pass_takes_what_the_busier_of_device_and_host_takes() -> None:
+    degrees, operator_s = Degrees(data=1, microbatch=32), 1.0
+    machine = Waiting(devices=1, operator_s=operator_s)
+    found = division(SMALL.graph(32), 1)
+    strategy = hybrid(found, degrees, machine, Training("adam", "mixed"))
+    costs = Costs(machine, strategy.mesh)
+    kernels = [0, 0]
+    for operator in found.graph.operators:
+        wanted = tuple(found.graph.by_name[name].differentiable for name in operator.inputs)
+        bound, split = found.rules[operator.name], strategy.splits[operator.name]
+        both = work(bound, split, strategy.mesh, wanted)
+        kernels = [n + len(of) for n, of in zip(kernels, both, strict=True)]
+        host = costs.host_s(bound, split, wanted)
+        assert host == pytest.approx([operator_s * len(of) for of in both])
+    ahead = estimate(degrees, machine, QUEUE)
+    assert ahead.forward_compute_s == pytest.approx(operator_s * kernels[0])
+    assert ahead.backward_compute_s == pytest.approx(operator_s * kernels[1])
+
+
+@pytest.mark.parametrize("degrees", STRATEGIES)
+def test_sums_beside_weights_hide_only_sums_of_products_inputs(degrees: Degrees) -> None:
+    alone, beside = (estimate(degrees, Slowed(devices=8), how) for how in (NOTHING_AT_ONCE, SUMS))
+    assert beside.forward_communication_s == pytest.approx(alone.forward_communication_s)
+    assert beside.backward_compute_s == pytest.approx(alone.backward_compute_s)
+    if degrees.tensor == 1:
+        assert beside.step_time_s == pytest.approx(alone.step_time_s)
+    else:
+        # each layer sums twice backward, before its first and its third product; what is left of a
+        # sum is at least what it takes from the product beside it
+        left = beside.backward_communication_s / alone.backward_communication_s
+        assert Slowed.slowdown - 1 <= left < 1
+
+
+def test_where_one_waits_for_the_other_no_sum_is_hidden() -> None:
+    degrees, machine = Degrees(tensor=8, microbatch=4), FakePrices(devices=8)
+    alone, beside = (estimate(degrees, machine, how) for how in (NOTHING_AT_ONCE, SUMS))
+    assert beside.step_time_s == pytest.approx(alone.step_time_s)
