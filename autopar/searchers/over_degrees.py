@@ -153,7 +153,7 @@ class DegreePrices:
     _saved: dict[Hashable, dict[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        blocks = Structure(self.graph, self._whole(1).rules).blocks
+        blocks = self._whole(1)[1].blocks
         most = max(blocks, key=lambda block: block.period * block.copies, default=None)
         self.layers = 0 if most is None else most.copies
         if most is None or self.layers < KEPT:
@@ -169,8 +169,7 @@ class DegreePrices:
 
     def evaluated(self, degrees: Degrees) -> tuple[Strategy, Estimate]:
         """As any plan by this recipe is."""
-        divided = self._whole(degrees.microbatches(self.batch))
-        structure = Structure(divided.graph, divided.rules)
+        divided, structure = self._whole(degrees.microbatches(self.batch))
         strategy = hybrid(divided, degrees, self.cost_model, self.training, structure)
         if len(strategy.stages) > 1:
             return strategy, evaluate_stages(divided, self.cost_model, strategy)
@@ -181,8 +180,10 @@ class DegreePrices:
         of = divided.graph, divided.rules, self.cost_model, strategy
         return strategy, evaluate(*of, folded=structure.folded_in_runs(ends))
 
-    def _whole(self, count: int) -> Division:
-        return division(self.graph, count, self.proposals)
+    @lru_cache(maxsize=4)  # noqa: B019 - the fastest degrees have few numbers of microbatches
+    def _whole(self, count: int) -> tuple[Division, Structure]:
+        divided = division(self.graph, count, self.proposals)
+        return divided, Structure(divided.graph, divided.rules)
 
     # ---- all together --------------------------------------------------------------------------
 

@@ -193,8 +193,12 @@ class BlockChoices:
         return run
 
     def _freed_bytes(self, offsets: tuple[int, ...]) -> float:
-        less = self._saved_bytes(()) - self._saved_bytes(offsets)
-        return less / self.block.copies
+        return (self._kept_bytes - self._saved_bytes(offsets)) / self.block.copies
+
+    @cached_property
+    def _kept_bytes(self) -> int:
+        """Where nothing is recomputed."""
+        return self._saved_bytes(())
 
     def _again_s(self, offsets: tuple[int, ...]) -> float:
         copy = range(1, 2) if self.block.copies > 1 else range(1)
