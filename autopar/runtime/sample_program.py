@@ -27,12 +27,13 @@ from autopar.runtime.two_parts import input_part, weight_part
 ROWS, WIDTH = 8, 16
 ALONE = Mesh((("device", 1),))
 
-WORKS_OF_BLOCK = 12
-"""Those that are priced: of a norm, gelu and sum one forward and one backward, of each of two
-products one forward and two backward."""
+WORKS_OF_BLOCK = 14
+"""Those that are priced: of gelu and sum one forward and one backward, of a norm two backward (its
+scale and shift are another kernel), of each of two products one forward and two backward, and of a
+bias one more."""
 
-WORKS_MORE_IN_PARTS, TRAINED_OF_BLOCK = 1, 3
-"""In a backward in two parts: works (a norm is one in each), and operators that are asked for the
+WORKS_MORE_IN_PARTS, TRAINED_OF_BLOCK = 0, 3
+"""In a backward in two parts: works (of a norm one in each), and operators that are asked for the
 gradients of their parameters by themselves."""
 
 VIEWS_OF_BLOCK = 16

@@ -311,7 +311,7 @@ def _messages(part: StagePart, handed_on: frozenset[str]) -> tuple[int, int]:
 
 def later_parts(part: StagePart, costs: Costs) -> StageParts:
     """What gradients of parameters take more where they are asked for later than those of inputs:
-    what both read is read again, and each operator is asked by itself."""
+    each operator is asked by itself, and what one kernel would read for both is read again."""
     graph, rules, splits = part.graph, part.division.rules, part.strategy.splits
     more_s = 0.0
     for operator in filter(partial(carries_gradient, graph), graph.operators):

@@ -51,7 +51,8 @@ HERE = (GPT, "--topology", "1x4xl4", "--microbatches", "1", "--searcher", "ilp")
 
 
 def test_ctrl_c_in_the_solver_keeps_the_best_so_far(tmp_path: Path) -> None:
-    done = plan_until_ctrl_c(*HERE, "-o", tmp_path / "plan.json")
+    limit = ("--memory-limit", "70MB")  # a recipe fits, and the solver is asked for more
+    done = plan_until_ctrl_c(*HERE, *limit, "-o", tmp_path / "plan.json")
     assert done.returncode == 130, done.stderr
     plan = load_plan(tmp_path / "plan.json")
     assert plan.search.stop_reason == "interrupted"
