@@ -144,7 +144,7 @@ class DegreeSearch:
             )
         )
         self.progress(f"bounding {len(space):,} degrees of parallelism")
-        bounds = prices.bounds(space)
+        bounds = prices.bounds(self._while_in_time(space))
         self.number = len(bounds.candidates)
         self._push(bounds.candidates)
         self._complete = True
@@ -175,11 +175,15 @@ class DegreeSearch:
             heapq.heappush(self._open, (one.step_time_s, next(self._numbers), one))
 
     def _evaluate(self, one: Candidate) -> bool:
-        """Whether it fits; then it is a trial."""
+        """Whether it fits, and is a trial now, or cannot be done."""
         self._tried.add(one.degrees)
         name = degrees_text(one.degrees)
         self.progress(name)
-        strategy, estimate = self.prices.evaluated(one.degrees)
+        try:
+            strategy, estimate = self.prices.evaluated(one.degrees)
+        except AutoparError as refusal:
+            self.progress(f"left out: {refusal}")
+            return True
         peak_bytes = estimate.peak_memory_bytes
         if peak_bytes > self.problem.memory_limit_bytes:
             self._beside_bytes = peak_bytes - one.memory_bytes
@@ -218,6 +222,11 @@ class DegreeSearch:
             one = heapq.heappop(self._passed)[-1]
             if not self._evaluate(one):
                 self._pass_over(one, (one.degrees.recompute,), ())
+
+    def _while_in_time(self, those: Iterable[Degrees]) -> Iterator[Degrees]:
+        for one in those:
+            self._in_time()
+            yield one
 
     def _in_time(self) -> None:
         if monotonic() > self.started + self.budget.time_s:

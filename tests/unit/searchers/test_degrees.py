@@ -14,8 +14,9 @@ from autopar.errors import AutoparError
 from autopar.ir.graph import OperatorGraph
 from autopar.ir.plan import plan_from_json, plan_to_json
 from autopar.ir.search import Budget, Problem, SearchResult
-from autopar.ir.strategy import Training
-from autopar.recipes import Degrees
+from autopar.ir.simulation import Estimate
+from autopar.ir.strategy import Strategy, Training
+from autopar.recipes import Degrees, degrees_text
 from autopar.searchers import degrees, hybrid
 from autopar.searchers.degree_space import DegreeSpace
 from autopar.searchers.over_degrees import DegreePrices
@@ -139,6 +140,28 @@ def test_an_interrupted_search_keeps_its_best() -> None:
 
     result = degrees.search(problem_of(GPT, 2, 10**12), EXACT, stop)
     assert result.stop_reason == "interrupted"
+
+
+def test_a_search_ends_with_its_time() -> None:
+    result = degrees.search(problem_of(GPT, 2, 10**12), Budget(time_s=0.0))
+    assert (result.best, result.stop_reason) == (None, "time")
+
+
+def test_what_the_evaluation_refuses_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    fastest = degrees.search(problem_of(GPT, 2, 10**12), EXACT).best
+    assert fastest is not None
+    evaluated = DegreePrices.evaluated
+
+    def not_that(self: DegreePrices, of: Degrees) -> tuple[Strategy, Estimate]:
+        if degrees_text(of) == fastest.name:
+            raise AutoparError("not today")
+        return evaluated(self, of)
+
+    monkeypatch.setattr(DegreePrices, "evaluated", not_that)
+    lines: list[str] = []
+    result = degrees.search(problem_of(GPT, 2, 10**12), EXACT, lines.append)
+    assert result.best is not None and result.best.name != fastest.name
+    assert "left out: not today" in lines
 
 
 def refused(of: OperatorGraph, **wanted: object) -> None:
