@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count as counting
 from time import monotonic
@@ -77,8 +77,7 @@ class DegreeSearch:
     number: int = 0
     nearest_miss_bytes: int | None = None
     _open: list[tuple[float, int, Candidate]] = field(default_factory=list)
-    _passed: list[tuple[float, int, Candidate]] = field(default_factory=list)
-    _tried: set[Degrees] = field(default_factory=set)
+    _passed: list[tuple[float, int, tuple[Candidate, ...]]] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=counting)
     _beside_bytes: int = 0
     _complete: bool = False
@@ -176,7 +175,6 @@ class DegreeSearch:
 
     def _evaluate(self, one: Candidate) -> bool:
         """Whether it fits, and is a trial now, or cannot be done."""
-        self._tried.add(one.degrees)
         name = degrees_text(one.degrees)
         self.progress(name)
         try:
@@ -201,27 +199,41 @@ class DegreeSearch:
         those in which less would be enough are passed over for now."""
         limit_bytes = self.problem.memory_limit_bytes - self._beside_bytes
         plain = replace(one.degrees, recompute="none", recomputed=1.0)
-        ways = self._ways if one.degrees.recompute == "none" else (one.degrees.recompute,)
+        way, done = one.degrees.recompute, self._blocks(one.degrees)
+        ways = [other for other in self._ways if way in ("none", other)]
         more = self.prices.recomputing([plain], ways, limit_bytes)
         self._push(more)
-        self._pass_over(one, ways, {candidate.degrees for candidate in more})
+        enough = {of.degrees.recompute: self._blocks(of.degrees) for of in more}
+        copies = self.prices.layers // plain.stages
+        for other in ways:
+            passed = range(done + 1, enough.get(other, copies + 1))
+            self._pass_over(
+                replace(plain, recompute=other, recomputed=blocks / copies) for blocks in passed
+            )
 
-    def _pass_over(self, one: Candidate, ways: Sequence[str], but: Container[Degrees]) -> None:
-        """What has one more block recomputed, in each of these ways."""
-        following = [more for way in ways if (more := self._one_more(one.degrees, way))]
-        left = (more for more in following if more not in but and more not in self._tried)
-        for found in self.prices.bounds(left).candidates:
-            heapq.heappush(self._passed, (found.step_time_s, next(self._numbers), found))
+    def _blocks(self, degrees: Degrees) -> int:
+        """Of each stage, how many are recomputed."""
+        copies = self.prices.layers // degrees.stages
+        return 0 if degrees.recompute == "none" else round(degrees.recomputed * copies)
+
+    def _pass_over(self, those: Iterable[Degrees]) -> None:
+        """More and more blocks, recomputed in one way."""
+        found = self.prices.bounds(those).candidates
+        if found:
+            heapq.heappush(self._passed, (found[0].step_time_s, next(self._numbers), found))
 
     def _try_passed(self) -> None:
-        """One block more after the other, the fastest first, while there is time for proofs."""
+        """The most blocks that may be faster than the best: if that does not fit, nor do fewer. As
+        long as there is time for proofs."""
         looked = monotonic()
         enough = looked + max(self.budget.proof_s, PROOF_SHARE * (looked - self.started))
         while self._passed and self._passed[0][0] < self._enough_s and monotonic() < enough:
             self._in_time()
-            one = heapq.heappop(self._passed)[-1]
-            if not self._evaluate(one):
-                self._pass_over(one, (one.degrees.recompute,), ())
+            _, _, those = heapq.heappop(self._passed)
+            *fewer, most = (one for one in those if one.step_time_s < self._enough_s)
+            if self._evaluate(most) and fewer:
+                again = fewer[0].step_time_s, next(self._numbers), tuple(fewer)
+                heapq.heappush(self._passed, again)
 
     def _while_in_time(self, those: Iterable[Degrees]) -> Iterator[Degrees]:
         for one in those:
@@ -232,20 +244,10 @@ class DegreeSearch:
         if monotonic() > self.started + self.budget.time_s:
             raise LateError
 
-    def _one_more(self, degrees: Degrees, way: str) -> Degrees | None:
-        """With one more block of each stage recomputed; ``None``: all are."""
-        if way not in self._ways:
-            return None
-        copies = self.prices.layers // degrees.stages
-        blocks = 0 if degrees.recompute == "none" else round(degrees.recomputed * copies)
-        if blocks == copies:
-            return None
-        return replace(degrees, recompute=way, recomputed=(blocks + 1) / copies)
-
     # ---- what is known -------------------------------------------------------------------------
 
     def _result(self, reason: str) -> SearchResult:
-        left = [open_[0][0] for open_ in (self._open, self._passed) if open_]
+        left = [one[0] for one in (*self._open[:1], *self._passed[:1])]
         bound_s = min([self.best_s, *left]) if self._complete else 0.0
         if not reason:
             reason = self._reason(bound_s)
