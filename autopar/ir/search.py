@@ -46,6 +46,10 @@ class Budget:
     gap: float = 1e-6
     proof_s: float = math.inf
 
+    def proof_after_s(self, looked_s: float) -> float:
+        """How long the gap may be worked on, where it took so long to look at every mesh once."""
+        return max(self.proof_s, looked_s / 2)
+
 
 @dataclass(frozen=True)
 class Trial:

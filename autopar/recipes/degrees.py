@@ -61,8 +61,19 @@ class Degrees:
     @property
     def has_copies(self) -> bool:
         """Whether chunks are copies of stages."""
-        member = SCHEDULES.get(self.schedule or "")
+        member = SCHEDULES.get(self.schedule_name)
         return member is not None and member.copies
+
+    @property
+    def schedule_name(self) -> str:
+        """That which is given, or the usual one."""
+        return self.schedule or ("1f1b" if self.chunks == 1 else "interleaved_1f1b")
+
+    @property
+    def row_chunks(self) -> int:
+        """What a group has: stages, or copies of stages."""
+        is_usual = self.has_copies and self.chunks == 1
+        return SCHEDULES[self.schedule_name].chunks if is_usual else self.chunks
 
     @property
     def expert_data(self) -> int:

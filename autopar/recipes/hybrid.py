@@ -65,14 +65,13 @@ def hybrid(
     if degrees.stages == 1:
         return whole
     stages = runs(division.graph, even_cuts(division.graph, degrees.stages))
-    schedule = degrees.schedule or ("1f1b" if degrees.chunks == 1 else "interleaved_1f1b")
     return staged(
         division.graph,
         stages,
         [whole] * len(stages),
-        schedule,
+        degrees.schedule_name,
         division.count,
-        chunks=None if degrees.has_copies and degrees.chunks == 1 else degrees.chunks,
+        chunks=degrees.row_chunks,
     )
 
 

@@ -6,16 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from autopar.ir.schedule import Schedule, Shape
 from autopar.recipes import Degrees
+from autopar.schedules import SCHEDULES
 
 LARGEST_TENSOR, LARGEST_MICROBATCH = 16, 32
 """Devices, and samples of a replica: beyond what anybody has published."""
-
-OF_ONE_CHUNK, OF_CHUNKS = ("1f1b", "gpipe", "zero_bubble_h1"), ("interleaved_1f1b", "looped_bfs")
-"""Schedules of rows with one stage, and with several."""
-
-OF_COPIES = "chimera"
-"""Of two copies of each stage, for pipelines in both directions."""
 
 BETWEEN = ("whole", "sequence")
 
@@ -61,13 +57,15 @@ class DegreeSpace:
             if pipeline == 1:
                 yield 1, microbatch, None
                 continue
-            for schedule in OF_ONE_CHUNK:
-                yield 1, microbatch, schedule
-            if pipeline % 2 == 0 and samples // microbatch > 1:
-                yield 2, microbatch, OF_COPIES
-            if samples // microbatch % pipeline == 0:
-                for chunks, schedule in product(_divisors(self.layers // pipeline)[1:], OF_CHUNKS):
-                    yield chunks, microbatch, schedule
+            for schedule in SCHEDULES.values():
+                for chunks in self._chunks(schedule, pipeline):
+                    stages = schedule.stages(pipeline, chunks)
+                    if not schedule.refuses(Shape(stages, samples // microbatch, chunks)):
+                        yield chunks, microbatch, schedule.name
+
+    def _chunks(self, schedule: Schedule, pipeline: int) -> Sequence[int]:
+        """Copies of stages are as many as the schedule has unless asked otherwise."""
+        return (schedule.chunks,) if schedule.copies else _divisors(self.layers // pipeline)
 
     def _microbatches(self, samples: int) -> Iterator[int]:
         for size in filter(lambda n: n <= LARGEST_MICROBATCH, _divisors(samples)):

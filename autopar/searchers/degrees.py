@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count as counting
 from time import monotonic
@@ -21,9 +21,10 @@ from autopar.ir.sharding import Mesh
 from autopar.recipes import Degrees, degrees_text
 from autopar.searchers.degree_space import DegreeSpace
 from autopar.searchers.over_degrees import Candidate, DegreePrices
-from autopar.searchers.over_meshes import LateError, Progress
+from autopar.searchers.over_meshes import LateError, Progress, ended_early
 from autopar.searchers.recompute import AUTO
 from autopar.simulator import meshes
+from autopar.simulator.microbatches import division
 from autopar.simulator.recompute_choices import KINDS
 
 TOGETHER = 200
@@ -32,9 +33,6 @@ TOGETHER = 200
 NEAR = 0.02
 """What is kept is not quite a bound where kernels of small models keep other things under another
 way to store parameters; what is so little (relative) above the limit is evaluated in full, too."""
-
-PROOF_SHARE = 0.5
-"""Of the time until then, how long the gap may be worked on at least."""
 
 
 def search(
@@ -45,7 +43,8 @@ def search(
     At Ctrl-C or the end of the time it is the best so far.
 
     Raises:
-        AutoparError: the model has no repeated block, or only some meshes or splits are wanted.
+        AutoparError: the model has no repeated block, no degrees divide it evenly, or only some
+            meshes or splits are wanted.
     """
     if not is_open(problem):
         raise AutoparError(
@@ -85,24 +84,20 @@ class DegreeSearch:
     def __post_init__(self) -> None:
         problem = self.problem
         self.started = monotonic()
+        if problem.microbatches is not None:
+            division(problem.graph, problem.microbatches, problem.proposals)  # refused by name
         self.prices = DegreePrices(
             problem.graph, problem.cost_model, problem.training, problem.proposals
         )
 
     def result(self) -> SearchResult:
-        reason = ""
-        try:
-            self.run()
-        except LateError:
-            reason = "time"
-        except KeyboardInterrupt:
-            reason = "interrupted"
-        return self._result(reason)
+        return self._result(ended_early(self.run))
 
     def run(self) -> None:
         """
         Raises:
             LateError: the time is over.
+            AutoparError: there are no degrees.
         """
         self._bound_all()
         while self._open and self._open[0][0] < self._enough_s:
@@ -113,6 +108,11 @@ class DegreeSearch:
             elif not self._evaluate(one):
                 self._with_more_again(one)
         self._try_passed()
+        if self.best is None and self.nearest_miss_bytes is None:  # none seemed to fit
+            way = self._ways[-1] if self._ways else self._smallest.degrees.recompute
+            self._evaluate(
+                replace(self._smallest, degrees=replace(self._smallest.degrees, recompute=way))
+            )
 
     @property
     def best_s(self) -> float:
@@ -145,8 +145,21 @@ class DegreeSearch:
         self.progress(f"bounding {len(space):,} degrees of parallelism")
         bounds = prices.bounds(self._while_in_time(space))
         self.number = len(bounds.candidates)
+        if not self.number:
+            raise AutoparError(self._why_none(bounds.skipped))
         self._push(bounds.candidates)
+        self._smallest = min(bounds.candidates, key=lambda one: one.memory_bytes)
         self._complete = True
+
+    def _why_none(self, skipped: Mapping[str, int]) -> str:
+        of = self.problem
+        why = max(skipped, key=skipped.__getitem__, default="")
+        return (
+            f"no degrees of parallelism of {of.cost_model.devices} devices share the "
+            f"{self.prices.batch} samples and {self.prices.layers} equal blocks of {of.graph.name} "
+            f"evenly"
+            f"{f' ({why})' if why else ''}; take other numbers, or another searcher"
+        )
 
     def _may_fit(self, one: Candidate) -> bool:
         return one.memory_bytes <= self._kept_limit_bytes
@@ -226,7 +239,7 @@ class DegreeSearch:
         """The most blocks that may be faster than the best: if that does not fit, nor do fewer. As
         long as there is time for proofs."""
         looked = monotonic()
-        enough = looked + max(self.budget.proof_s, PROOF_SHARE * (looked - self.started))
+        enough = looked + self.budget.proof_after_s(looked - self.started)
         while self._passed and self._passed[0][0] < self._enough_s and monotonic() < enough:
             self._in_time()
             _, _, those = heapq.heappop(self._passed)

@@ -22,7 +22,7 @@ from autopar.ir.simulation import Estimate
 from autopar.ir.strategy import Strategy
 from autopar.recipes import RECIPES
 from autopar.searchers import degrees, over_stages
-from autopar.searchers.over_meshes import LateError, MeshSearch, Progress
+from autopar.searchers.over_meshes import LateError, MeshSearch, Progress, ended_early
 from autopar.searchers.over_stages import StageResult
 from autopar.searchers.prospects import Likely, Prospect, Prospects, chains
 from autopar.searchers.recompute import AUTO
@@ -64,9 +64,6 @@ PROMISING_MESHES = 6
 
 WORSE = 2
 """More microbatches, or fewer, are tried until so many numbers in a row were no better."""
-
-PROOF_SHARE = 0.5
-"""Of the time until then, how long the gap may be worked on at least."""
 
 STAGES_S, FIRST_PROOF_S, PROOF_S = 10.0, 0.3, 1.0
 """How long one search over stages may take, and how much of that for its own gap: while something
@@ -120,14 +117,7 @@ class _Search:
         )
 
     def result(self) -> SearchResult:
-        reason = ""
-        try:
-            self._run()
-        except LateError:
-            reason = "time"
-        except KeyboardInterrupt:
-            reason = "interrupted"
-        return self._result(reason)
+        return self._result(ended_early(self._run))
 
     # ---- in order ------------------------------------------------------------------------------
 
@@ -155,6 +145,8 @@ class _Search:
             return
         try:
             search.run()
+        except AutoparError as refusal:
+            self.progress(f"left out: {refusal}")
         finally:
             self._missed(search.nearest_miss_bytes)
             if search.best is not None and search.best.strategy is not None:
@@ -266,7 +258,7 @@ class _Search:
     def _close(self) -> None:
         """Take the prospects with the lowest bounds first: bound, halve, and at last plan them."""
         looked = monotonic()
-        share = max(self.budget.proof_s, PROOF_SHARE * (looked - self.started))
+        share = self.budget.proof_after_s(looked - self.started)
         while self._open:
             left_s = looked + share - monotonic() if self.best is not None else math.inf
             if left_s < 0 or self._open[0][0] >= self._enough_s:

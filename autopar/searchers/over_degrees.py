@@ -9,7 +9,7 @@ all stages of all candidates cost:
 
 What operators and their collectives cost depends on tensor, context, microbatch, ``between`` and
 ``recompute``; what parameters cost beside on data, replicas and ZeRO. The two are priced apart, the
-one on one replica, the other with the smallest microbatch, and added. The rows of a schedule are
+one on few replicas, the other with the smallest microbatch, and added. The rows of a schedule are
 played for all candidates at once, for no more microbatches than it takes until each further one
 takes as long as the one before.
 
@@ -220,7 +220,7 @@ class DegreePrices:
                 skipped[str(error)] += 1
                 continue
             played = _played_count(stages.count, one.pipeline)
-            grouped[_schedule(one), one.pipeline, _chunks(one), played].append((one, stages))
+            grouped[one.schedule_name, one.pipeline, one.row_chunks, played].append((one, stages))
         for (schedule, rows, chunks, _), members in grouped.items():
             alike = _Alike(schedule, rows, chunks, tuple(members))
             try:
@@ -276,14 +276,16 @@ class DegreePrices:
         if self.layers % of.stages:
             raise AutoparError(f"{of.stages} stages do not have equal numbers of the blocks")
         copies = self.layers // of.stages
-        share = round(of.recomputed * copies) / copies
-        if of.recompute != "none" and share < 1:
+        blocks = round(of.recomputed * copies)
+        if of.recompute != "none" and blocks < copies:
             whole, none = replace(of, recomputed=1.0), replace(of, recompute="none", recomputed=1.0)
-            return self._stages(none).mixed(self._stages(whole), share)
+            return self._stages(none).mixed(self._stages(whole), blocks)
         count = of.microbatches(self.batch)
         operators = self._of_operators(of)
         again = of.recompute if of.zero == 3 else "none"
         kept = self._of_parameters(of, again)
+        if of.stages > 1:
+            _check_between(operators, kept)
         numbers = self._sum(of, operators, kept, again)
         return _Stages(numbers, copies, count, operators, kept)
 
@@ -574,19 +576,10 @@ def _few(several: int) -> int:
     return next((n for n in range(2, several + 1) if several % n == 0), 1)
 
 
-def _schedule(degrees: Degrees) -> str:
-    return degrees.schedule or ("1f1b" if degrees.chunks == 1 else "interleaved_1f1b")
-
-
-def _chunks(degrees: Degrees) -> int:
-    is_usual = degrees.has_copies and degrees.chunks == 1
-    return SCHEDULES[_schedule(degrees)].chunks if is_usual else degrees.chunks
-
-
 def _is_parted(degrees: Degrees) -> bool:
     """Whether its backwards have two parts."""
-    rows = degrees.pipeline
-    return degrees.stages > 1 and _has_parts(_schedule(degrees), rows, _chunks(degrees))
+    of = degrees.schedule_name, degrees.pipeline, degrees.row_chunks
+    return degrees.stages > 1 and _has_parts(*of)
 
 
 @lru_cache(maxsize=None)
@@ -669,9 +662,23 @@ class _Stages:
         found: Numbers = self.numbers[kind] + (self.copies - 1) * self.numbers[COPY]
         return found
 
-    def mixed(self, other: _Stages, share: float) -> _Stages:
-        """With so much of the copies as in ``other``."""
-        return replace(self, numbers=(1 - share) * self.numbers + share * other.numbers)
+    def mixed(self, other: _Stages, blocks: int) -> _Stages:
+        """With the first so many copies as in ``other``: that which is known beside what comes
+        before and after is one of these."""
+        if blocks in (0, self.copies):
+            return other if blocks else self
+        more = other.numbers[COPY] - self.numbers[COPY]
+        numbers = other.numbers + (blocks - 1) * more
+        numbers[COPY] = self.numbers[COPY]
+        return replace(self, numbers=numbers)
+
+
+def _check_between(operators: _Small, parameters: _Small) -> None:
+    """
+    Raises:
+        AutoparError: stages have more to do with one another than is priced together.
+    """
+    _ = operators.sent_bytes, parameters.shared_bytes
 
 
 @dataclass(frozen=True)
@@ -696,7 +703,7 @@ class _Alike:
     def check(self) -> None:
         """
         Raises:
-            AutoparError: there are no such rows, or they cannot be priced together.
+            AutoparError: there are no such rows, or their stages are not priced together.
         """
         if not self.is_alone:
             played = _played_count(int(self.counts[0]), self.rows)
@@ -706,8 +713,6 @@ class _Alike:
                     f"{self.schedule} with {self.chunks} copies of each stage is not priced "
                     "together with other degrees; take 2 copies, or plan it with --recipe"
                 )
-            for _, stages in self.members:
-                stages.operators.sent_bytes, stages.parameters.shared_bytes  # noqa: B018
 
     def only(self, kept: NDArray[np.bool_]) -> _Alike:
         chosen = [member for member, keep in zip(self.members, kept, strict=True) if keep]
@@ -717,9 +722,8 @@ class _Alike:
         """With so many blocks of each stage recomputed this way, in which ``others`` all are."""
         members = []
         for (degrees, stages), other, number in zip(self.members, others, blocks, strict=True):
-            share = int(number) / stages.copies
-            of = replace(degrees, recompute=way, recomputed=share)
-            members.append((of, stages.mixed(other, share)))
+            of = replace(degrees, recompute=way, recomputed=int(number) / stages.copies)
+            members.append((of, stages.mixed(other, int(number))))
         return replace(self, members=tuple(members))
 
     @cached_property
@@ -746,7 +750,8 @@ class _Alike:
     def total(self, what: int, stages: Iterable[int]) -> Numbers:
         """Of so many stages."""
         number = Counter(self.kinds[stage] for stage in stages)
-        found: Numbers = sum(n * self.of[kind][:, what] for kind, n in number.items())  # type: ignore[assignment]
+        each = [n * self.of[kind][:, what] for kind, n in number.items()]
+        found: Numbers = np.sum(each, axis=0)
         return found
 
 

@@ -52,15 +52,23 @@ SHARES = (0.5,)
 recompute the rest. With none of it counted the bound holds whatever is recomputed; those found so
 may recompute more than pays."""
 
-PROOF_SHARE = 0.5
-"""Of the time it took to look at every mesh, how much proofs may take at least."""
-
 Progress = Callable[[str], None]
 """Told in one line what is being done."""
 
 
 class LateError(Exception):
     """The time is over."""
+
+
+def ended_early(run: Callable[[], None]) -> str:
+    """What ended it: ``time``, ``interrupted`` (Ctrl-C), or nothing did."""
+    try:
+        run()
+    except LateError:
+        return "time"
+    except KeyboardInterrupt:
+        return "interrupted"
+    return ""
 
 
 @dataclass
@@ -221,7 +229,7 @@ class MeshSearch:
         """Close what gap is left, the mesh with the lowest bound first; as long as nothing fits,
         all of the time is for finding something."""
         looked = monotonic()
-        enough = looked + max(self.budget.proof_s, PROOF_SHARE * (looked - self.started))
+        enough = looked + self.budget.proof_after_s(looked - self.started)
         while self._open:
             deadline = self.deadline if self.best is None else min(enough, self.deadline)
             if monotonic() > deadline:

@@ -182,7 +182,7 @@ class _Search:
             self._all_shapes = True
             self._progress("trying equal stages")
             self._propose()
-            proof_s = max(self._budget.proof_s, (monotonic() - self._start_s) / 2)
+            proof_s = self._budget.proof_after_s(monotonic() - self._start_s)
             self._progress("moving units between stages")
             self._for_at_most(proof_s / 2, self._improve)
             self._for_at_most(proof_s, self._prove)

@@ -34,7 +34,7 @@ class Message(NamedTuple):
 Box = tuple[Ranges, ...]
 """What a device has of each dim."""
 
-Overlap = tuple[tuple[int, int], tuple[int, int]]
+Common = tuple[tuple[int, int], tuple[int, int]]
 """Of one dim: where it lies in what is held, and in what is wanted."""
 
 End = tuple[Sharding, Mesh]
@@ -124,24 +124,24 @@ class _Near:
 
     def __init__(self, boxes: Iterable[Box]) -> None:
         self._held = [tuple(dict.fromkeys(ranges)) for ranges in zip(*boxes, strict=True)]
-        self._met: dict[tuple[int, Ranges], dict[Ranges, list[Overlap]]] = {}
+        self._met: dict[tuple[int, Ranges], dict[Ranges, list[Common]]] = {}
 
     def boxes(self, wanted: Box) -> Iterator[Box]:
         """All that could be held, and meet it."""
         return product(*(self._of(dim, want) for dim, want in enumerate(wanted)))
 
-    def overlaps(self, held: Box, wanted: Box) -> list[list[Overlap]]:
+    def overlaps(self, held: Box, wanted: Box) -> list[list[Common]]:
         pairs = zip(held, wanted, strict=True)
         return [self._of(dim, want)[have] for dim, (have, want) in enumerate(pairs)]
 
-    def _of(self, dim: int, want: Ranges) -> dict[Ranges, list[Overlap]]:
+    def _of(self, dim: int, want: Ranges) -> dict[Ranges, list[Common]]:
         if (dim, want) not in self._met:
             each = ((have, _overlaps(have, want)) for have in self._held[dim])
             self._met[dim, want] = {have: overlaps for have, overlaps in each if overlaps}
         return self._met[dim, want]
 
 
-def _overlaps(have: Ranges, want: Ranges) -> list[Overlap]:
+def _overlaps(have: Ranges, want: Ranges) -> list[Common]:
     found = []
     at = 0
     for start, stop in have:

@@ -179,7 +179,7 @@ def stage_parts(
         + parameter_parts(part, used, costs)
     )
     if parted:
-        found += later_parts(part, costs) + twice_parts(part, used, costs)
+        found += later_parts(part, costs, price) + twice_parts(part, used, costs)
     if overlap.sums and not parted:
         activations = ((edge, 1) for edge in edges(*of, part.ends, part.given))
         beside_s = _beside_weights_s(*of[:2], activations, part.strategy, costs)
@@ -309,17 +309,17 @@ def _messages(part: StagePart, handed_on: frozenset[str]) -> tuple[int, int]:
     return len(taken) + sum(sent), given_back + sum(part.returns.values())
 
 
-def later_parts(part: StagePart, costs: Costs) -> StageParts:
+def later_parts(part: StagePart, costs: Costs, price: Price | None = None) -> StageParts:
     """What gradients of parameters take more where they are asked for later than those of inputs:
     each operator is asked by itself, and what one kernel would read for both is read again."""
     graph, rules, splits = part.graph, part.division.rules, part.strategy.splits
-    more_s = 0.0
+    more_s, price = 0.0, price or costs.operator_s
     for operator in filter(partial(carries_gradient, graph), graph.operators):
-        of_those = partial(costs.operator_s, rules[operator.name], splits[operator.name])
+        of_those = partial(price, rules[operator.name], splits[operator.name])
         inputs, parameters = _are_inputs(graph, operator), _are_parameters(graph, operator)
         if any(parameters):
             more_s += of_those(parameters)[1] + costs.host.part_s
-        both_s = _operator_s(graph, rules, part.strategy, costs.operator_s, operator)[1]
+        both_s = _operator_s(graph, rules, part.strategy, price, operator)[1]
         more_s -= both_s - of_those(inputs)[1]
     return _Sums(costs).parts(weight_s=more_s)
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 import pytest
 
 from autopar import api
-from autopar.errors import AutoparError
+from autopar.errors import AutoparError, InfeasibleError
 from autopar.ir.graph import OperatorGraph
 from autopar.ir.plan import plan_from_json, plan_to_json
 from autopar.ir.search import Budget, Problem, SearchResult
@@ -171,5 +171,11 @@ def refused(of: OperatorGraph, **wanted: object) -> None:
 def test_what_degrees_cannot_do_is_refused_by_name() -> None:
     with pytest.raises(AutoparError, match="degrees say the mesh"):
         refused(GPT.graph(BATCH), dimensions="S")
+    with pytest.raises(AutoparError, match="3 microbatches do not divide the batch of 4"):
+        refused(GPT.graph(BATCH), microbatches=3)
+    with pytest.raises(AutoparError, match="no degrees of parallelism of 5 devices share the 4 "):
+        degrees.search(problem_of(GPT, 5, 10**12), EXACT)
+    with pytest.raises(InfeasibleError, match="the smallest strategy that was found needs"):
+        refused(GPT.graph(BATCH), memory_limit_bytes=1000)
     with pytest.raises(AutoparError, match="no block that is repeated"):
         refused(Transformer(1, 64, 2, 2, 64, 64, 16).graph(8))
