@@ -309,15 +309,23 @@ class Profiled:
         return self.profile.speeds
 
     @property
+    def prepares_ahead(self) -> bool:
+        """Whether the host goes on while the device works, as with GPUs: then the longer of the two
+        counts for an operator, else the sum."""
+        return dict(self.profile.software).get("backend") == "nccl"
+
+    @property
     def host_time(self) -> HostTime:
         of = self.profile
         beside = {name: getattr(of, name) for name in ("part_s", "step_s", "message_s")}
-        return HostTime(of.view_s, of.pass_s, **beside)
+        operator_s = of.operator_s if self.prepares_ahead else 0.0
+        return HostTime(of.view_s, of.pass_s, operator_s, **beside)
 
     def compute_time_s(self, work: Work) -> float:
         known = self._computed.get(work)
         if known is None:
-            known = self._computed[work] = self.profile.operator_s + self._work_s(work)
+            host_s = 0.0 if self.prepares_ahead else self.profile.operator_s
+            known = self._computed[work] = host_s + self._work_s(work)
         return known
 
     def collective_time_s(self, collective: Collective) -> float:
@@ -378,7 +386,7 @@ class Profiled:
             {(p.of, p.dtype) for p in self.profile.passes}, key=lambda k: (k[1] != "float32", k)
         ):
             found.setdefault(of, {})[dtype] = _rising(
-                (float(p.bytes), _beyond_call_s(p.seconds, self.profile.call_s))
+                (float(p.bytes), self._beyond_call_s(p.seconds))
                 for p in self.profile.passes
                 if (p.of, p.dtype) == (of, dtype)
             )
@@ -415,9 +423,13 @@ class Profiled:
         found: dict[tuple[str, str], list[tuple[list[float], float]]] = {}
         for p in self.profile.products:
             logs = [math.log(size) for size in p.shape]
-            rate = p.flops / _beyond_call_s(p.seconds, self.profile.call_s)
+            rate = p.flops / self._beyond_call_s(p.seconds)
             found.setdefault((p.kind, p.dtype), []).append((logs, rate))
         return found
+
+    def _beyond_call_s(self, seconds: float) -> float:
+        """Calls come one after the other: a device that is busy for longer does not see them."""
+        return seconds if self.prepares_ahead else _beyond_call_s(seconds, self.profile.call_s)
 
     # -------------------------------------------------------------- collectives
 

@@ -12,7 +12,7 @@ import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from itertools import cycle
@@ -25,7 +25,13 @@ import torch.nn.functional as F  # noqa: N812, torch's own name for it
 
 from autopar.ir.sharding import Mesh, Placement
 from autopar.runtime.collectives import Communicator, connect
-from autopar.runtime.devices import MeasuredDevice, cores, processor_seconds, software
+from autopar.runtime.devices import (
+    MeasuredDevice,
+    cores,
+    optimizer_options,
+    processor_seconds,
+    software,
+)
 from autopar.runtime.sample_program import LONG, SHORT, Programs, alone, microbatch, sample_graph
 from autopar.simulator.redistribution import Step
 from cost_models.profiled import Exchange, Overlap, Pass, Product, Profile
@@ -53,6 +59,15 @@ MATMULS = (
 """(batch, m, n, k): small and large, and each of the three sizes the short one."""
 
 ATTENTIONS = ((8, 64, 64, 32), (8, 256, 256, 64), (2, 1024, 1024, 64))
+ATTENTIONS_ON_GPU = (
+    (256, 256, 256, 64),
+    (512, 512, 512, 64),
+    (128, 1024, 1024, 64),
+    (128, 2048, 2048, 64),
+    (64, 4096, 4096, 128),
+    (16, 8192, 8192, 128),
+)
+"""(heads of all samples, queries, keys, dim); so many that a GPU is busy, and not its host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +108,21 @@ CONVOLUTIONS = (
     Convolution(4, 64, 64, 16, 3, groups=64),
 )
 """Of images and of features, windows from one point to 7 x 7, patches, channels apart."""
+
+CONVOLUTIONS_ON_GPU = (
+    Convolution(32, 4, 64, 128, 3),
+    Convolution(32, 64, 64, 128, 3),
+    Convolution(32, 128, 128, 64, 3),
+    Convolution(64, 256, 256, 32, 3),
+    Convolution(64, 512, 512, 16, 3),
+    Convolution(8, 128, 128, 64, 3),
+    Convolution(64, 256, 1024, 32, 1),
+    Convolution(64, 256, 512, 16, 2, stride=2),
+    Convolution(64, 3, 64, 112, 7, stride=2),
+    Convolution(64, 3, 1024, 14, 16, stride=16),
+    Convolution(64, 256, 256, 32, 3, groups=256),
+)
+"""The same, so much larger that the device is busy and not its host."""
 
 PASS_WIDTH = 256
 """Of the rows that a norm is over."""
@@ -400,12 +430,12 @@ class Bench:
         return torch.randn(*shape, device=self.device.torch_device).to(dtype)
 
     def _convolutions(self) -> list[Question]:
-        images = MORE_IMAGES_ON_GPU if self.device.on_gpu else 1
+        made = CONVOLUTIONS_ON_GPU if self.device.on_gpu else CONVOLUTIONS
         return [
             Question(call, partial(Product, "convolution", dtype, shape, 2.0 * math.prod(shape)))
             for dtype in self.dtypes
             if dtype != "float64"  # CPUs take their time, and nobody trains with it
-            for one in (replace(of, batch=of.batch * images) for of in CONVOLUTIONS)
+            for one in made
             for call, shape in zip(
                 self._convolution(one, getattr(torch, dtype)), one.products, strict=True
             )
@@ -443,7 +473,8 @@ class Bench:
                 ),
             )
             for dtype in self.dtypes
-            for shape in ATTENTIONS
+            for shape in (ATTENTIONS_ON_GPU if self.device.on_gpu else ATTENTIONS)
+            if dtype != "float64" or not self.device.on_gpu
         ]
 
     def _attention(self, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Callable[[], Any]:
@@ -461,15 +492,17 @@ class Bench:
 
     def _passes(self) -> list[Question]:
         """The mean of a cheap and two dear elementwise operators, since ``Work`` does not say
-        which it is."""
+        which it is. To GPUs all that do not look at a row are alike, and norms are counted as the
+        passes that they are."""
         found = []
         for dtype in self.dtypes:
             kind = getattr(torch, dtype)
             for size in self.device.byte_sizes(PASS_BYTES):
                 shape = (size // 2 // kind.itemsize // PASS_WIDTH, PASS_WIDTH)
                 rows, kept = self._in_turn(kind, *shape), self._kept(kind, math.prod(shape))
-                call = partial(_three_passes, rows, kept)
-                found.append(Question(call, partial(_third, dtype, size)))
+                some = PASSES[:2] if self.device.on_gpu else PASSES
+                call = partial(_passes_of, some, rows, kept)
+                found.append(Question(call, partial(_pass_of_several, len(some), dtype, size)))
         return [*found, *self._losses(), *self._updates()]
 
     def _losses(self) -> Iterator[Question]:
@@ -490,7 +523,8 @@ class Bench:
                 parameters = [self._random(size // 4) for _ in range(count)]
                 for parameter in parameters:  # not zeros, with which CPUs are slow
                     parameter.grad = torch.randn_like(parameter)
-                step = maker([{"params": parameters}], **options).step
+                how = optimizer_options([self.device.kind])
+                step = maker([{"params": parameters}], **options, **how).step
                 moved = size * (3 + 2 * states)
                 yield Question(step, partial(_pass_of_one, moved, f"update {states}", count))
 
@@ -621,7 +655,6 @@ RING_BYTES = 2**24
 
 MOST_COPIES = 64
 MOST_CALLS = 1000
-MORE_IMAGES_ON_GPU = 16
 OVERLAP_ROUNDS = 3
 
 
@@ -676,10 +709,20 @@ def _half(seconds: float) -> float:
     return seconds / 2
 
 
-def _three_passes(rows: Callable[[], torch.Tensor], kept: deque[torch.Tensor]) -> None:
-    kept.append(torch.mul(rows(), 2.0))
-    kept.append(F.gelu(rows()))
-    kept.append(F.layer_norm(rows(), (PASS_WIDTH,)))
+PASSES: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+    lambda rows: torch.mul(rows, 2.0),
+    F.gelu,
+    lambda rows: F.layer_norm(rows, (PASS_WIDTH,)),
+)
+
+
+def _passes_of(
+    some: Sequence[Callable[[torch.Tensor], torch.Tensor]],
+    rows: Callable[[], torch.Tensor],
+    kept: deque[torch.Tensor],
+) -> None:
+    for one in some:
+        kept.append(one(rows()))
 
 
 def _loss(logits: Callable[[], torch.Tensor], labels: torch.Tensor) -> None:
@@ -691,8 +734,8 @@ def _product_of_three(dtype: str, shape: tuple[int, ...], seconds: float) -> Pro
     return Product("matmul", dtype, shape, 2.0 * math.prod(shape), seconds / 3)
 
 
-def _third(dtype: str, size_bytes: int, seconds: float) -> Pass:
-    return Pass(dtype, size_bytes, seconds / 3)
+def _pass_of_several(count: int, dtype: str, size_bytes: int, seconds: float) -> Pass:
+    return Pass(dtype, size_bytes, seconds / count)
 
 
 def _third_of_loss(size_bytes: int, seconds: float) -> Pass:

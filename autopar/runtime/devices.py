@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,6 +66,12 @@ class MeasuredDevice:
         return [size * (MORE_BYTES_ON_GPU if self.on_gpu else 1) for size in on_cpu]
 
 
+def optimizer_options(kinds: Collection[str]) -> dict[str, Any]:
+    """How torch's optimizers do an update of parameters on devices of these kinds: on GPUs in one
+    pass over gradients, parameters and states, instead of one for each step of the formula."""
+    return {"fused": True} if "cuda" in kinds else {}
+
+
 def device_type(devices: int) -> str:
     """``cuda`` when this machine has that many GPUs, else ``cpu``."""
     return "cuda" if 1 <= devices <= torch.cuda.device_count() else "cpu"
@@ -119,6 +127,7 @@ __all__ = [
     "cores",
     "device_type",
     "memory_bytes",
+    "optimizer_options",
     "processor",
     "processor_seconds",
     "software",

@@ -7,7 +7,10 @@ have the same distributions.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib import import_module
 from math import prod, tau
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +35,12 @@ def keep_mask(
     """True with probability 1 - ``p``; ``dims`` and ``part`` as for ``hashed``."""
     # p of all int64 lie below this; the highest bits of the product are the well mixed ones
     least = min(max(int(p * 2.0**64) - 2**63, -(2**63)), 2**63 - 1)
-    return hashed(context, dims, device, part) >= least
+    key, spans = _key(context), _spans(context, dims, part)
+    on_gpu = _on_gpu(device, spans)
+    if on_gpu is None:
+        return formula(key, spans, device) >= least
+    mask: Tensor = on_gpu.at_least(least, key, spans, device)
+    return mask
 
 
 def hashed(
@@ -47,24 +55,59 @@ def hashed(
     So every split and every replica draws the same. ``dims`` are the factors of the tensor;
     ``part``: of its first dim, which indices; ``stream``: several are independent.
     """
+    key, spans = _key(context, stream), _spans(context, dims, part)
+    on_gpu = _on_gpu(device, spans)
+    return (formula if on_gpu is None else on_gpu.hashed)(key, spans, device)
+
+
+def formula(key: int, spans: Sequence[Span], device: torch.device) -> Tensor:
+    """``hashed`` in plain torch."""
+    state = torch.full((), key, dtype=torch.int64, device=device)
+    for start, length, step in spans:
+        index = torch.arange(start, start + length, device=device)
+        state = state.unsqueeze(-1) + index * step
+    state ^= (state >> 30).bitwise_and_((1 << 34) - 1)
+    state *= FIRST
+    state ^= (state >> 27).bitwise_and_((1 << 37) - 1)
+    state *= SECOND
+    return state
+
+
+def _key(context: LocalContext, stream: int = 0) -> int:
+    return _signed(_mixed(_mixed(context.seed) + context.operator_id * _INCREMENT + stream))
+
+
+def _spans(context: LocalContext, dims: tuple[Dim, ...], part: slice) -> tuple[Span, ...]:
     local = context.bound.local_sizes(context.split, context.mesh)
-    key = _mixed(_mixed(context.seed) + context.operator_id * _INCREMENT + stream)
-    state = torch.full((), _signed(key), dtype=torch.int64, device=device)
     stride = prod(context.bound.sizes[f] for dim in dims for f in dim)
+    found = []
     for dim in dims:
         size = prod(context.bound.sizes[f] for f in dim)
         stride //= size
         # only the leading factor of a dim is ever split, so a slice of the dim is contiguous
         start = (context.offset(dim[0]) * (size // context.bound.sizes[dim[0]])) if dim else 0
-        length = prod(local[f] for f in dim)
-        index = torch.arange(start, start + length, device=device)[part]
-        state = state.unsqueeze(-1) + index * _signed(stride * _INCREMENT)
+        some = range(start, start + prod(local[f] for f in dim))[part]
+        found.append((some.start, len(some), _signed(stride * _INCREMENT)))
         part = _ALL
-    state ^= (state >> 30).bitwise_and_((1 << 34) - 1)
-    state *= _FIRST
-    state ^= (state >> 27).bitwise_and_((1 << 37) - 1)
-    state *= _SECOND
-    return state
+    return tuple(found)
+
+
+Span = tuple[int, int, int]
+"""Of a dim of the tensor: the first index and how many, and what an index adds to the state."""
+
+
+def _on_gpu(device: torch.device, spans: Sequence[Span]) -> ModuleType | None:
+    """What does it in one kernel, where there is that."""
+    found = _kernels() if device.type == "cuda" else None
+    return None if found is None or len(spans) > found.MOST_DIMS else found
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    try:
+        return import_module("autopar.runtime.draws_on_gpu")
+    except ImportError:  # there is no Triton
+        return None
 
 
 def _signed(value: int) -> int:
@@ -76,7 +119,7 @@ def _signed(value: int) -> int:
 # Increment and multipliers of splitmix64: Steele, Lea and Flood, "Fast splittable pseudorandom
 # number generators", OOPSLA 2014, figure 17 (the variant of Stafford's mix 13).
 _INCREMENT = 0x9E3779B97F4A7C15
-_FIRST, _SECOND = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+FIRST, SECOND = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 
 
 def _mixed(value: int) -> int:

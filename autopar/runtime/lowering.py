@@ -218,18 +218,18 @@ def divisors(
     values: dict[str, Tensor] = {**buffers, **constants, **inputs}
     with torch.no_grad():
         for operator in division.counting:
-            args, kwargs = _values(operator, values, device)
+            args, kwargs = arguments_of(operator, values, device)
             results = resolve(operator.op)(*args, **kwargs)
             found = (results,) if isinstance(results, Tensor) else results
             values.update(zip(operator.outputs, found, strict=True))
         return {
-            operator.name: mean_divisor(*_values(operator, values, device))
+            operator.name: mean_divisor(*arguments_of(operator, values, device))
             for operator in division.whole.operators
             if operator.name in division.means
         }
 
 
-def _values(
+def arguments_of(
     operator: Operator, values: Mapping[str, Tensor], device: torch.device
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The operator's arguments, ``None`` for tensors that are not among ``values``."""

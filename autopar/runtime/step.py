@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +16,7 @@ from autopar.ir.sharding import Sharding, gradient, sharded_dim, sharded_parts
 from autopar.ir.strategy import Strategy
 from autopar.runtime.batches import Batches
 from autopar.runtime.collectives import Communicator
+from autopar.runtime.devices import optimizer_options
 from autopar.runtime.lowering import Execution, LoweredProgram, divisors
 from autopar.runtime.peers import Peers
 from autopar.runtime.storage import State, gather
@@ -65,7 +66,8 @@ class TrainingStep:
         maker, defaults = OPTIMIZERS[self.strategy.training.optimizer]
         # a group, since a stage may be without parameters, which torch takes for a mistake
         groups = [{"params": list(self._pieces.values())}]
-        self.optimizer = maker(groups, **{**defaults, **self.hyperparameters})
+        how = optimizer_options({piece.device.type for piece in self._pieces.values()})
+        self.optimizer = maker(groups, **{**defaults, **how, **self.hyperparameters})
 
     @cached_property
     def batches(self) -> Batches:
@@ -115,22 +117,28 @@ class TrainingStep:
             scale = self._clip_scale(norm)
             sizes = {name: p.numel() * p.element_size() for name, p in self._pieces.items()}
             for names in update_groups(sizes):
-                for name in names:
-                    self._pieces[name].grad = self._scaled(name, scale)
+                self._give_gradients(names, scale)
                 self.optimizer.step()  # passes over those without a gradient
                 for name in names:
                     self._pieces[name].grad = None
-                for name in names:
-                    self._refresh(name, self._pieces[name])
+                self._refresh(names)
         self.steps_done += 1
 
-    def _scaled(self, name: str, scale: Tensor | None) -> Tensor | None:
-        """The gradient as the optimizer takes it: clipped, and of its piece's dtype."""
-        reduced = self.gradients.get(name)
-        if reduced is None:
-            return None
-        scaled = reduced if scale is None else reduced * scale.to(reduced.dtype)
-        return scaled.to(self._pieces[name].dtype)
+    def _give_gradients(self, names: Iterable[str], scale: Tensor | None) -> None:
+        """To the optimizer, as it takes them: clipped, and of the dtypes of their pieces."""
+        cast = []
+        for name in names:
+            reduced, piece = self.gradients.get(name), self._pieces[name]
+            if reduced is None:
+                continue
+            if scale is not None:
+                piece.grad = (reduced * scale.to(reduced.dtype)).to(piece.dtype)
+            elif reduced.dtype == piece.dtype:
+                piece.grad = reduced
+            else:
+                piece.grad = torch.empty_like(piece)
+                cast.append((piece.grad, reduced))
+        _copy(cast)
 
     def reduce(self) -> None:
         """Bring gradients to the optimizer's shards, and sum over a parameter's uses."""
@@ -217,14 +225,16 @@ class TrainingStep:
             part = part.chunk(parts, dim)[self.communicator.coordinates[step.axis]]
         return part
 
-    def _refresh(self, name: str, piece: Tensor) -> None:
-        storage = self.strategy.storage[name]
-        parameter = self.state.parameters[name]
-        path = steps(storage.optimizer, storage.parameter)
-        if path:
-            parameter.copy_(self.communicator.walk(piece.to(parameter.dtype), path))
-        elif self.strategy.training.precision == "mixed":
-            parameter.copy_(piece)
+    def _refresh(self, names: Iterable[str]) -> None:
+        cast = []
+        for name in names:
+            storage, parameter = self.strategy.storage[name], self.state.parameters[name]
+            path, piece = steps(storage.optimizer, storage.parameter), self._pieces[name]
+            if path:
+                parameter.copy_(self.communicator.walk(piece.to(parameter.dtype), path))
+            elif self.strategy.training.precision == "mixed":
+                cast.append((parameter.detach(), piece))
+        _copy(cast)
 
     # ---- for looking at ------------------------------------------------------------------------
 
@@ -248,6 +258,12 @@ class TrainingStep:
     def microbatch(self, inputs: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
         """Its part of a global batch, by the graph's names of the inputs."""
         return self.batches.microbatch(inputs, index)
+
+
+def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """To each first tensor its second: on a GPU in a few kernels for all of them."""
+    if pairs:
+        torch._foreach_copy_([to for to, _ in pairs], [source for _, source in pairs])
 
 
 __all__ = ["OPTIMIZERS", "TrainingStep"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 
 from autopar.ir.graph import Operator, OperatorGraph, Role, Tensor, TensorSpec
@@ -81,10 +82,7 @@ class ParameterEdge:
     @property
     def gathers(self) -> bool:
         """Whether the forward communicates."""
-        return any(
-            forward_collective(step) is not None
-            for step in steps(self.storage.parameter, self.target)
-        )
+        return _gathers(self.storage.parameter, self.target)
 
     def forward_transfers(self, mesh: Mesh) -> tuple[Transfer, ...]:
         return transfers(self.storage.parameter, self.target, self.spec.bytes, mesh)
@@ -93,6 +91,11 @@ class ParameterEdge:
         if not self.trainable:
             return ()
         return transfers(gradient(self.target), self.destination, self.spec.bytes, mesh)
+
+
+@lru_cache(maxsize=None)
+def _gathers(kept: Sharding, used: Sharding) -> bool:
+    return any(forward_collective(step) is not None for step in steps(kept, used))
 
 
 def canonical(sharding: Sharding, differentiable: bool) -> Sharding:

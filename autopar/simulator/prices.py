@@ -27,7 +27,7 @@ from autopar.simulator.edges import (
     stored_alike,
 )
 from autopar.simulator.folding import Folded, whole
-from autopar.simulator.memory import local_bytes, optimizer_bytes_per_element, peak_memory
+from autopar.simulator.memory import local_bytes, peak_memory
 from autopar.simulator.overlap import (
     NOTHING_AT_ONCE,
     Overlap,
@@ -713,7 +713,11 @@ def optimizer_time_s(spec: TensorSpec, storage: Storage, training: Training, cos
 
 def update_time_s(elements: int, spec: TensorSpec, training: Training, costs: Costs) -> float:
     """An update of so many elements: the gradient is read, parameter and states are read and
-    written."""
-    item = ITEM_BYTES[spec.dtype]
-    moved = elements * (3 * item + 2 * optimizer_bytes_per_element(spec, training))
-    return costs.memory_bound_s(float(moved), spec.dtype, f"update {training.state_tensors}")
+    written. In mixed precision the parameter is the master copy, for which the gradient is cast
+    before, and from which the parameter is cast after it."""
+    mixed, states = training.precision == "mixed", training.state_tensors
+    dtype = "float32" if mixed else spec.dtype
+    moved = elements * ITEM_BYTES[dtype] * (3 + 2 * states)
+    if mixed:
+        moved += elements * 2 * (ITEM_BYTES[spec.dtype] + ITEM_BYTES[dtype])
+    return costs.memory_bound_s(float(moved), dtype, f"update {states}")

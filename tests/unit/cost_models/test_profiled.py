@@ -337,3 +337,14 @@ def test_a_file_that_is_no_profile_is_named(tmp_path: Path) -> None:
     path.write_text("[]")
     with pytest.raises(ProfileError, match="not a profile"):
         read_profile(path)
+
+
+def test_a_gpu_does_not_wait_for_its_host_where_that_is_faster() -> None:
+    in_turn, ahead = (
+        Profiled(ideal(software=(("backend", backend),))) for backend in ("gloo", "nccl")
+    )
+    assert (in_turn.host_time.operator_s, ahead.host_time.operator_s) == (0.0, OPERATOR_S)
+    work = product(SHAPES[2])
+    measured_s = next(p.seconds for p in ideal().products if p.shape == work.shape)
+    assert ahead.compute_time_s(work) == pytest.approx(measured_s)
+    assert in_turn.compute_time_s(work) > ahead.compute_time_s(work)
