@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 
 from cost_models.calibration import Calibration, read_calibration
@@ -38,6 +38,16 @@ LEAST_STEPS = 8
 """When tiles are fewer than cores, k is cut among cores too, but not below this many steps: a part
 has to fill and drain its pipeline, and the parts have to be summed (CUTLASS's split-k and
 stream-k; the number is an estimate)."""
+
+LATENCY_S = 0.5e-6
+"""From a load of a loop to the next one of the same thread, with the sums between them: H100's
+memory answers after 479 cycles (Luo et al. 2024, arXiv 2402.13499), 0.27 us; batch norms of 64 to
+256 channels, whose threads load one element at a time, were measured at 0.37 to 0.66 us on it
+(benchmarks/measured, operators of one GPU)."""
+
+THREADS_PER_CORE = 2048
+"""That a streaming multiprocessor or compute unit holds at once (CUDA C Programming Guide, table of
+technical specifications; CDNA holds as many of 32 waves of 64)."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +95,13 @@ class Analytical:
         return tuple(tier.size for tier in self.topology.tiers)
 
     @property
+    def compiled(self) -> bool:
+        return self.topology.device.compiled
+
+    @property
     def host_time(self) -> HostTime:
         """A program that is compiled as a whole does not wait for its host."""
-        compiled = self.topology.device.compiled
-        return HostTime(operator_s=0.0 if compiled else self.calibration.operator_s)
+        return HostTime(operator_s=0.0 if self.compiled else self.calibration.operator_s)
 
     def compute_time_s(self, work: Work) -> float:
         known = self._computed.get(work)
@@ -120,8 +133,23 @@ class Analytical:
         if work.kind not in COMPUTE:
             raise KeyError(f"no price for work of kind {work.kind!r}; known: {', '.join(COMPUTE)}")
         device = self.topology.device
-        memory_s = work.bytes / (device.memory_bytes_per_s * self.calibration.memory_efficiency)
+        memory_s = (work.bytes + work.again_bytes) / self._bytes_per_s(work)
         return device.launch_s + max(COMPUTE[work.kind](self, work), memory_s)
+
+    def _bytes_per_s(self, work: Work) -> float:
+        """What memory gives, or less where what few threads have on the way is not enough for it
+        (Little's law)."""
+        device = self.topology.device
+        most = device.memory_bytes_per_s * self.calibration.memory_efficiency
+        if not work.threads:
+            return most
+        threads = min(work.threads, THREADS_PER_CORE * device.cores)
+        return min(most, threads * work.ahead_bytes / LATENCY_S)
+
+    def _index_s(self, work: Work) -> float:
+        """A lane's instruction that multiplies and adds counts as two operations in the peak."""
+        peak = dict(self.topology.device.peak_flops_per_s).get("float32")
+        return 2 * work.instructions / peak if peak else 0.0
 
     def _product_s(self, work: Work) -> float:
         device, fill_steps = self.topology.device, self.calibration.fill_steps
@@ -143,8 +171,13 @@ class Analytical:
         return largest * calibration.attention_efficiency
 
     def _speed(self, work: Work) -> float:
-        """Flops per second of the largest product."""
+        """Flops per second of the largest product. Convolutions of float32 may round their operands
+        on NVIDIA's devices unless torch is told otherwise (``torch.backends.cudnn.allow_tf32``);
+        products may not."""
         device = self.topology.device
+        rounded = "tensorfloat32" in dict(device.peak_flops_per_s) and device.vendor == "nvidia"
+        if work.kind == "convolution" and work.dtype == "float32" and rounded:
+            work = replace(work, dtype="tensorfloat32")
         peaks = dict(device.peak_flops_per_s)
         if work.dtype not in peaks:
             raise ValueError(
@@ -178,7 +211,7 @@ COMPUTE: dict[str, Callable[[Analytical, Work], float]] = {
     "matmul": Analytical._product_s,
     "convolution": Analytical._product_s,  # implicit products, as libraries for GPUs have them
     "attention": Analytical._attention_s,
-    "memory": lambda _model, _work: 0.0,  # the bytes are counted for every kind
+    "memory": Analytical._index_s,  # the bytes are counted for every kind
 }
 
 

@@ -20,6 +20,12 @@ class Work:
     ``flops``: floating-point operations; ``bytes``: read and written in device memory.
     ``of``: whose work that is bound by memory is, where several kernels do it: ``loss``, a softmax
     with what compares it; ``update 2``, an optimizer with so many states.
+
+    ``again_bytes``: what a block of a kernel reads more than once, beside ``bytes``: from memory on
+    a GPU, whose caches are small for all that it works on at once; from the caches of a processor.
+    ``threads``: all that work, with ``ahead_bytes`` on the way for each (0: as many as there are).
+    ``instructions``: what a kernel takes to find elements that do not lie one after the other.
+    ``follows``: launched by the call that launched the work before it.
     """
 
     kind: Literal["matmul", "convolution", "attention", "memory"]
@@ -28,6 +34,11 @@ class Work:
     bytes: float
     shape: tuple[int, ...] = ()
     of: str = ""
+    again_bytes: float = 0.0
+    threads: int = 0
+    ahead_bytes: int = 0
+    instructions: float = 0.0
+    follows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +120,12 @@ def host_time_of(cost_model: CostModel) -> HostTime:
     """Nothing unless the cost model says otherwise: a host prepares ahead of its devices."""
     found: HostTime | None = getattr(cost_model, "host_time", None)
     return HostTime() if found is None else found
+
+
+def is_compiled(cost_model: CostModel) -> bool:
+    """Whether programs are compiled as a whole: what an operator does pass by pass is one kernel
+    then."""
+    return bool(getattr(cost_model, "compiled", False))
 
 
 def slowdown_of(cost_model: CostModel) -> float:

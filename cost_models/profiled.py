@@ -324,7 +324,8 @@ class Profiled:
     def compute_time_s(self, work: Work) -> float:
         known = self._computed.get(work)
         if known is None:
-            host_s = 0.0 if self.prepares_ahead else self.profile.operator_s
+            ahead = self.prepares_ahead or work.follows
+            host_s = 0.0 if ahead else self.profile.operator_s
             known = self._computed[work] = host_s + self._work_s(work)
         return known
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from autopar.errors import AutoparError, PlanMismatchError
 from autopar.ir.graph import OperatorGraph, graph_from_json, graph_to_json
 from autopar.ir.plan_schema import FORMAT, fault, plan_schema
-from autopar.ir.rule import Inner, OpRule, Product, Saved, Split
+from autopar.ir.rule import NOT_DATA, Inner, OpRule, Product, Saved, Split
 from autopar.ir.search import SearchResult, SearchSummary, Tie, TrialSummary
 from autopar.ir.sharding import Mesh
 from autopar.ir.simulation import (
@@ -440,10 +440,10 @@ def _or_infinite(bound_s: float | None) -> float:
 
 
 def rule_to_json(rule: OpRule) -> dict[str, Any]:
-    """A rule as data. Only rules without ``localize`` and ``joined`` are data; a proposed rule has
-    neither."""
-    assert rule.localize is None and not rule.joined, rule
-    return {k: v for k, v in asdict(rule).items() if k not in ("localize", "joined")}
+    """A rule as data. Only rules without the fields of ``NOT_DATA`` are data; a proposed rule has
+    none of them."""
+    assert all(getattr(rule, f) == getattr(OpRule(rule.signature), f) for f in NOT_DATA), rule
+    return {k: v for k, v in asdict(rule).items() if k not in NOT_DATA}
 
 
 def rule_from_json(data: dict[str, Any]) -> OpRule:

@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from autopar.ir.graph import ITEM_BYTES, Role
-from autopar.ir.rule import Inner, OpRule, Product, Saved
+from autopar.ir.rule import NOT_DATA, Inner, OpRule, Product, Saved
 from autopar.ir.search import SearchSummary, Tie, TrialSummary
 from autopar.ir.simulation import (
     Band,
@@ -301,8 +301,8 @@ def _rule() -> Schema:
         "agreed": numbers,
         "sizes": many(tuple_of(TEXT, WHOLE)),
     }
-    schema = of_dataclass(OpRule, **parts, localize=ANYTHING, joined=ANYTHING)
-    kept = {k: v for k, v in schema["properties"].items() if k not in ("localize", "joined")}
+    schema = of_dataclass(OpRule, **parts, **dict.fromkeys(NOT_DATA, ANYTHING))
+    kept = {k: v for k, v in schema["properties"].items() if k not in NOT_DATA}
     return record(**kept)
 
 

@@ -75,6 +75,38 @@ class Saved:
 
 
 @dataclass(frozen=True, slots=True)
+class Kernel:
+    """One kernel of an operator, as torch's implementation launches it.
+
+    ``moves``: what it reads or writes, each once: ``"input 0"`` or ``"output 0"`` (a gradient is
+    like its tensor), or the factors of a temporary, of the dtype after a slash (without one: that
+    of output 0), as in ``"batch q k/float32"``. ``again``: what each of its blocks reads a second
+    time (a third: named twice). ``needs``: it is launched only if one of these inputs needs a
+    gradient (``()``: any); ``divided`` and ``undivided``: only if an axis divides one of these
+    factors, or none does.
+
+    ``threads`` for each index of ``shares``, each with ``loads`` elements on the way, are all that
+    work (0: as many as a device has). ``indexed``: how often it works out where an element lies;
+    0 where elements are taken one after the other. ``product``: it is a product, not bound by
+    memory.
+    """
+
+    moves: tuple[str, ...] = ()
+    again: tuple[str, ...] = ()
+    needs: tuple[int, ...] = ()
+    divided: tuple[str, ...] = ()
+    undivided: tuple[str, ...] = ()
+    threads: int = 0
+    shares: str = ""
+    loads: int = 1
+    indexed: int = 0
+    product: Product | None = None
+
+
+Kernels = tuple[Kernel, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Inner:
     """A collective that the local implementation itself does on an axis that divides ``factor``.
 
@@ -129,6 +161,11 @@ class OpRule:
     - ``kind`` and ``products`` say what it costs: ``view`` nothing (no memory is touched),
       ``memory`` bytes read and written, the kinds of ``PRODUCTS`` the products.
     - ``of``: of what it is, if it is bound by memory, as in ``Work``.
+    - ``forward`` and ``backward``: kernels, where these are not one that reads the inputs and writes
+      the outputs, and one that reads what comes back and what was kept and writes gradients; of
+      attention, those that do it by its definition where ``fused`` does not hold.
+    - ``added``: inputs that operators before this one read as well, whose gradients are added to
+      those that these give. Found in the graph.
     - ``causal``: a fused kernel that leaves out what the mask hides, a block of keys at a time.
     - ``saves``: what is kept for the backward.
     - ``inner``: collectives of its local implementation; ``special``: factors whose split needs an
@@ -148,6 +185,10 @@ class OpRule:
     kind: Kind = "memory"
     products: tuple[Product, ...] = ()
     of: str = ""
+    forward: Kernels | None = None
+    backward: Kernels | None = None
+    fused: bool = True
+    added: tuple[int, ...] = ()
     causal: bool = False
     saves: tuple[Saved, ...] = ()
     inner: tuple[Inner, ...] = ()
@@ -157,6 +198,9 @@ class OpRule:
     sizes: tuple[tuple[str, int], ...] = ()
     joined: tuple[Joined, ...] = ()
 
+
+NOT_DATA = frozenset({"localize", "joined", "forward", "backward", "fused", "added"})
+"""Fields of a rule that no proposed one has, and no plan."""
 
 RuleMaker = Callable[[Operator, tuple[TensorSpec, ...], tuple[TensorSpec, ...]], OpRule]
 """(operator, specs of its inputs, specs of its outputs) -> its rule, where the shapes decide."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import lru_cache
 
 from autopar.errors import UnsupportedModelError
-from autopar.ir.graph import Operator, OperatorGraph, TensorSpec
+from autopar.ir.graph import Operator, OperatorGraph, Role, TensorSpec
 from autopar.ir.rule import BoundRule, OpRule, RuleMaker, bind
 from autopar.ops import (
     attention,
@@ -77,12 +78,48 @@ def bound_rules(graph: OperatorGraph, proposals: Proposals = ()) -> dict[str, Bo
 def with_parts(graph: OperatorGraph, rules: dict[str, BoundRule]) -> dict[str, BoundRule]:
     """The rules, with those changed that make dims of several parts, and take them apart."""
     found = changes(graph, rules)
-    return {
-        name: bound
-        if name not in found
-        else _bound_with_parts(bound.rule, found[name], bound.input_specs, bound.output_specs)
-        for name, bound in rules.items()
-    }
+    return with_sums(
+        graph,
+        {
+            name: bound
+            if name not in found
+            else _bound_with_parts(bound.rule, found[name], bound.input_specs, bound.output_specs)
+            for name, bound in rules.items()
+        },
+    )
+
+
+def with_sums(graph: OperatorGraph, rules: dict[str, BoundRule]) -> dict[str, BoundRule]:
+    """The rules, with those changed that read what was read before them, and give it another
+    gradient."""
+    found = dict(rules)
+    given: set[str] = set()
+    for operator in graph.operators:
+        if not any(graph.by_name[name].differentiable for name in operator.outputs):
+            continue
+        added = []
+        for index, name in enumerate(operator.inputs):
+            tensor = graph.by_name[name]
+            if tensor.differentiable and tensor.role is Role.ACTIVATION:
+                added += [index] if name in given else []
+                given.add(name)
+        bound = rules.get(operator.name)
+        if added and bound is not None:
+            found[operator.name] = _bound_with_sums(
+                bound.rule, tuple(added), bound.input_specs, bound.output_specs
+            )
+    return found
+
+
+@lru_cache(maxsize=16384)
+def _bound_with_sums(
+    rule: OpRule,
+    added: tuple[int, ...],
+    input_specs: tuple[TensorSpec, ...],
+    output_specs: tuple[TensorSpec, ...],
+) -> BoundRule:
+    """Shared by equal operators, as ``_bound`` shares ``rule``."""
+    return bind(replace(rule, added=added), input_specs, output_specs)
 
 
 def bind_operator(graph: OperatorGraph, operator: Operator) -> BoundRule | None:

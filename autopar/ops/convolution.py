@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from autopar.ir.graph import Argument, Operator, TensorSpec
-from autopar.ir.rule import Localize, OpRule, Product, RuleMaker, Saved
+from autopar.ir.rule import Kernel, Localize, OpRule, Product, RuleMaker, Saved
 from autopar.ops.signatures import Shape, labels, points, signature, with_argument
 
 Specs = tuple[TensorSpec, ...]
@@ -202,7 +202,10 @@ def _resampled(
     *,
     reverse: bool = False,
 ) -> OpRule:
-    """Points of ``small`` and their windows in ``large``; ``reverse``: from small to large."""
+    """Points of ``small`` and their windows in ``large``; ``reverse``: from small to large.
+
+    Kernels of the largest in a window look at each point by its index; backward each point works
+    out where it is, and which windows are the first and the last that have it."""
     lead = labels(large[:-space], "b")
     here, there = labels(small[-space:], "p"), labels(large[-space:], "w")
     whole: list[str] = []
@@ -217,11 +220,19 @@ def _resampled(
         sides = sides[::-1]
     own = [Saved(points(sides[1]), dtype="int64")] if saves == "indices" and outputs == 1 else []
     own += [Saved("output 1")] if saves == "indices" and outputs == 2 else []
-    return OpRule(
+    rule = OpRule(
         signature([sides[0]], [sides[1]] * outputs),
         whole=tuple(whole),
         linear=() if saves == "indices" else (0,),
         saves=(*([Saved("input 0")] if saves else []), *own),
+    )
+    if saves != "indices":
+        return rule
+    largest = f"{points(sides[1])}/int64"
+    return replace(
+        rule,
+        forward=(Kernel(("input 0", "output 0", largest), indexed=1),),
+        backward=(Kernel(("input 0",)), Kernel(("output 0", largest, "input 0"), indexed=3)),
     )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from autopar.ir.graph import Operator, TensorSpec
-from autopar.ir.rule import OpRule, RuleMaker, Saved
-from autopar.ops.signatures import labels, signature
+from autopar.ir.rule import Kernel, OpRule, RuleMaker, Saved
+from autopar.ops.signatures import accumulation_dtype, labels, points, signature
 
 Specs = tuple[TensorSpec, ...]
 
@@ -16,6 +16,7 @@ def embedding(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
     del outputs
     names = labels(inputs[1].shape, "token")
     table = ["1" if inputs[0].shape[0] == 1 else "vocab", "1" if inputs[0].shape[1] == 1 else "d"]
+    partial = f"{points([*names, table[1]])}/{accumulation_dtype(inputs[0].dtype)}"
     scaled = bool(operator.argument(3, "scale_grad_by_freq", False))
     return OpRule(
         signature([table, names], [[*names, table[1]]]),
@@ -24,7 +25,23 @@ def embedding(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
         linear=(0,),
         special=("vocab",),
         saves=(Saved("input 1"),),
+        forward=(
+            Kernel(("input 1", "output 0", "output 0")),
+            Kernel(("output 0", "output 0"), divided=("vocab",)),  # zeros for others' tokens
+        ),
+        backward=(
+            Kernel(("input 0",)),
+            Kernel(("input 1",) * 4 * RADIX_PASSES),
+            Kernel(("output 0", partial), indexed=1),
+            Kernel((partial, "output 0"), indexed=1),
+        ),
     )
+
+
+RADIX_PASSES = 8
+"""Of a sort of tokens, 64 bits each, with their places: 8 bits at a time. Rows of the gradient that
+belong to one token are summed in parts then, and the parts of each token (EmbeddingBackwardKernel
+of torch, for more than 3072 tokens)."""
 
 
 def embedding_bag(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:

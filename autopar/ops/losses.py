@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from autopar.ir.graph import Operator, TensorSpec
-from autopar.ir.rule import Inner, OpRule, RuleMaker, Saved
+from autopar.ir.rule import Inner, Kernel, Kernels, OpRule, RuleMaker, Saved
+from autopar.ops.reductions import rows_fit
 from autopar.ops.signatures import (
     accumulation_dtype,
     broadcast,
@@ -88,6 +91,8 @@ def classified(*, normalises: bool) -> RuleMaker:
             sums=reduced if fixed else (*reduced, "classes"),
             special=counted if fixed else (*counted, "classes"),
             of="loss" if normalises else "",
+            forward=_forward(inputs[0], points(logits), points(tokens), normalises),
+            backward=_backward(inputs[0], points(logits), normalises),
             inner=tuple(inner),
             saves=(
                 Saved(points(logits)) if normalises else Saved("input 0"),
@@ -98,6 +103,50 @@ def classified(*, normalises: bool) -> RuleMaker:
         )
 
     return make
+
+
+def _forward(scores: TensorSpec, every: str, tokens: str, normalises: bool) -> Kernels:
+    """A softmax along the classes, then what was picked of it; the classes of a token that several
+    ranks have are worked on in float32 or wider, a step at a time."""
+    picked = Kernel(("input 1", tokens))
+    if not normalises:
+        return (picked,)
+    wide = f"{every}/{accumulation_dtype(scores.dtype)}"
+    apart = ("classes",)
+    once = Kernel(
+        ("input 0", every),
+        again=() if rows_fit(scores, min(1, len(scores.shape) - 1)) else ("input 0",) * 2,
+        undivided=apart,
+    )
+    steps = (
+        *([("input 0", wide)] if wide.split("/")[1] != scores.dtype else []),
+        (wide,),  # the largest
+        (wide, wide),  # less the largest
+        (wide, wide),  # exponentials
+        (wide,),  # their sum
+        (wide, wide),  # less its logarithm
+        *([(wide, every)] if wide.split("/")[1] != scores.dtype else []),
+    )
+    return (once, *(Kernel(moves, divided=apart) for moves in steps), picked)
+
+
+def _backward(scores: TensorSpec, every: str, normalises: bool) -> Kernels:
+    """Gradients of what was picked among zeros, and from these and the softmax those of scores."""
+    filled = Kernel(("input 0",))
+    if not normalises:
+        return (filled,)
+    fits = rows_fit(scores, min(1, len(scores.shape) - 1))
+    apart = ("classes",)
+    return (
+        replace(filled, undivided=apart),
+        Kernel(
+            ("input 0", every, "input 0"),
+            again=() if fits else ("input 0",),
+            undivided=apart,
+        ),
+        Kernel((every, "input 0"), divided=apart),
+        Kernel(("input 0", "input 0"), divided=apart),
+    )
 
 
 COMPARED = compared(2)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
+
 from autopar.ir.graph import Operator, TensorSpec
-from autopar.ir.rule import Inner, OpRule, RuleMaker, Saved
+from autopar.ir.rule import Inner, Kernel, Kernels, OpRule, RuleMaker, Saved
 from autopar.ops.signatures import (
     Shape,
     accumulation_dtype,
@@ -35,6 +38,15 @@ def layer_norm(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
     own = (
         (Saved("output 1"), Saved("output 2")) if len(outputs) == 3 else (Saved(points(lead)),) * 2
     )
+    x, y, weights = "input 0", "output 0", tuple(f"input {i}" for i in affine)
+    kept = tuple(saved.what for saved in own)
+    columns = Kernel(
+        (y, x, *kept, *weights),
+        needs=affine,
+        threads=COLUMN_THREADS,
+        shares=points(inner),
+        loads=COLUMN_LOADS,
+    )
     return OpRule(
         signature(
             [[*lead, *inner], *[inner for _ in affine]],
@@ -42,7 +54,21 @@ def layer_norm(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
         ),
         whole=tuple(n for n in inner if n != "1"),
         saves=(Saved("input 0"), *(Saved(f"input {i}") for i in affine), *own),
+        forward=(Kernel((x, *weights, y, *kept), again=(x,)),),
+        backward=(
+            Kernel((y, x, *kept, *weights[:1], x), again=(y, x), needs=(0,)),
+            *((columns,) if affine else ()),
+        ),
     )
+
+
+BLOCK_THREADS = 512
+"""Of the one block that reads all of a channel of a batch norm, or of a sample's group
+(Normalization.cuh and group_norm_kernel.cu of torch), a number at a time for each thread."""
+
+COLUMN_THREADS, COLUMN_LOADS = 32, 8
+"""Of kernels that sum gradients of scale and shift over rows: blocks of 32 times 32 threads take 32
+columns, and each thread eight rows after each other (layer_norm_kernel.cu)."""
 
 
 def rms_norm(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
@@ -82,13 +108,39 @@ def group_norm(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
         return with_argument(o, 1, "num_groups", groups * ins[0][1] // inputs[0].shape[1])
 
     weights = (Saved(f"input {i}") for i in affine[:1] if operator.argument(2, "weight"))
+    sizes = inputs[0].shape
+    of_group = sizes[1] // groups * prod(sizes[2:])
+    moments = Kernel(
+        ("input 0", own.what, own.what),
+        threads=_block_threads(of_group),
+        shares=own.what,
+    )
+    every = points([batch, channels])
+    sums = Kernel(
+        ("output 0", "input 0", every, every),
+        threads=_block_threads(prod(sizes[2:])),
+        shares=every,
+        loads=2,
+    )
+    given = tuple(f"input {i}" for i in affine)
     return OpRule(
         signature([x, *[[channels] for _ in affine]], [x]),
         whole=tuple(whole),
         saves=(Saved("input 0"), *weights, own, own),
+        forward=(moments, Kernel(("input 0", *given, "output 0"), indexed=1)),
+        backward=(
+            sums,
+            Kernel(("output 0", "input 0", "input 0"), needs=(0,), indexed=1),
+            *((Kernel((every, every, *given), needs=affine),) if affine else ()),
+        ),
         localize=localize,
         sizes=(("g", groups),) if "g" in points([channels]).split() else (),
     )
+
+
+def _block_threads(elements: int) -> int:
+    """A warp where there is not one number for each thread of a block."""
+    return 32 if elements < BLOCK_THREADS else BLOCK_THREADS
 
 
 def instance_norm(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
@@ -143,7 +195,56 @@ def _global_batch_norm(operator: Operator, inputs: Specs, outputs: Specs) -> OpR
             Saved("output 1"),
             Saved("output 2"),
         ),
+        forward=_batch_statistics(rows, channel, points(x), accumulated, len(inputs)),
+        backward=_batch_gradients(rows, channel, points(x), accumulated),
     )
+
+
+def _batch_statistics(
+    rows: Sequence[str], channel: str, every: str, accumulated: str, inputs: int
+) -> Kernels:
+    """A block for each channel, then all points. Where ranks agree on statistics it is a formula
+    (``runtime.local_ops``), in float32 or wider."""
+    x, y, wide = "input 0", "output 0", f"{every}/{accumulated}"
+    together = tuple(rows)
+    numbers = tuple(f"input {i}" for i in range(1, inputs))
+    steps = ((x, wide), (wide,), *((wide, wide),) * 2, (wide,), *((wide, wide),) * 3, (wide, y))
+    return (
+        Kernel((x,), threads=BLOCK_THREADS, shares=channel, undivided=together),
+        Kernel((x, *numbers, y), undivided=together),
+        *(Kernel(moves, divided=together) for moves in steps),
+    )
+
+
+def _batch_gradients(
+    rows: Sequence[str], channel: str, every: str, accumulated: str
+) -> Kernels:
+    """A block for each channel reads it for two sums, and again for the gradient."""
+    x, y, wide = "input 0", "output 0", f"{every}/{accumulated}"
+    together = tuple(rows)
+    steps = (
+        (y, wide),
+        (x, wide),
+        (wide, wide),
+        (wide, wide),
+        (wide,),
+        (wide, wide, wide),
+        (wide,),
+        (wide, wide),
+        (wide, wide),
+        (wide, wide, wide),
+        (wide, wide),
+        (wide, x),
+    )
+    alone = Kernel(
+        (y, x, x),
+        again=(y, x),
+        threads=BLOCK_THREADS,
+        shares=channel,
+        loads=2,
+        undivided=together,
+    )
+    return (alone, *(Kernel(moves, divided=together) for moves in steps))
 
 
 def frozen_batch_norm(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:

@@ -453,5 +453,11 @@ def _dividing_each(
             keywords=(),
         )
 
-    del outputs, rule
-    return replace(base, sizes=(("each", unit),), joined=tuple(joined), localize=localize)
+    del outputs
+    return replace(
+        base,
+        sizes=(("each", unit),),
+        joined=tuple(joined),
+        localize=localize,
+        backward=rule.backward,
+    )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from autopar.ir.graph import Operator, TensorSpec
-from autopar.ir.rule import OpRule, RuleMaker, Saved
+from autopar.ir.graph import ITEM_BYTES, Operator, TensorSpec
+from autopar.ir.rule import Kernel, OpRule, RuleMaker, Saved
 from autopar.ops.signatures import dim_of, dims_of, labels, signature
 
 Specs = tuple[TensorSpec, ...]
@@ -43,9 +44,44 @@ def reduction(dims: Dims, *saves: str, sums: bool = False, divides: bool = False
             special=gone if divides else (),
             linear=(0,) if sums and inputs[0].is_floating else (),
             saves=tuple(Saved(what) for what in saves),
+            backward=_expanded(divides) if sums else None,
         )
 
     return make
+
+
+def _expanded(divides: bool) -> tuple[Kernel, ...]:
+    """What comes back to a sum is a view of every row; that of a mean is divided, point by
+    point."""
+    return (Kernel(("output 0", "input 0"), indexed=1),) if divides else ()
+
+
+REGISTER_ROW = 9 * 1024
+ROW_BYTES = 48 * 2**10
+"""Of a row that a block of a softmax keeps: nine numbers for each of its threads, or all of what
+memory blocks share by default, if it starts at 16 bytes. Longer rows are read for the largest
+number, for the sum and for the result (torch's SoftMax.cu)."""
+
+
+def rows_fit(spec: TensorSpec, dim: int) -> bool:
+    """Whether a softmax along ``dim`` reads a row once."""
+    size = spec.shape[dim] if spec.shape else 1
+    row_bytes = size * ITEM_BYTES[spec.dtype]
+    return size <= REGISTER_ROW or (row_bytes % 16 == 0 and row_bytes < ROW_BYTES)
+
+
+def softmax(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
+    """The gradient is multiplied with the result first, but for that of the logarithm."""
+    rule = along("output 0")(operator, inputs, outputs)
+    x, y = "input 0", "output 0"
+    dim = dim_of(operator.argument(1, "dim", -1), len(inputs[0].shape))
+    again = 0 if rows_fit(inputs[0], dim) else 1
+    product = () if "log" in operator.op else (Kernel((y, y, y)),)
+    return replace(
+        rule,
+        forward=(Kernel((x, y), again=(x,) * 2 * again),),
+        backward=(*product, Kernel((y, y, x), again=(y,) * again)),
+    )
 
 
 def along(*saves: str, dim: int = 1, default: int = -1, linear: bool = False) -> RuleMaker:
@@ -100,7 +136,6 @@ MEAN = reduction(_dims(1), sums=True, divides=True)
 TEST = reduction(_dims(1))
 EXTREME = reduction(_dims(1), "input 0", "output 0")
 PICK = reduction(_dims(1), "output 1")
-SOFTMAX = along("output 0")
 SORT = along("output 1")
 
 RULES: dict[str, OpRule | RuleMaker] = {
@@ -134,11 +169,11 @@ RULES: dict[str, OpRule | RuleMaker] = {
     "aten.var_mean.correction": reduction(_dims(1), "input 0"),
     "aten.linalg_vector_norm.default": reduction(_dims(2), "input 0", "output 0"),
     "aten.norm.ScalarOpt_dim": reduction(_dims(2), "input 0", "output 0"),
-    "aten.softmax.int": SOFTMAX,
-    "aten.log_softmax.int": SOFTMAX,
-    "aten._softmax.default": SOFTMAX,
-    "aten._log_softmax.default": SOFTMAX,
-    "aten._safe_softmax.default": SOFTMAX,
+    "aten.softmax.int": softmax,
+    "aten.log_softmax.int": softmax,
+    "aten._softmax.default": softmax,
+    "aten._log_softmax.default": softmax,
+    "aten._safe_softmax.default": softmax,
     "aten.cumsum.default": along(linear=True),
     "aten.cumprod.default": along("input 0", "output 0"),
     "aten.logcumsumexp.default": along("input 0", "output 0"),

@@ -9,7 +9,7 @@ from math import gcd
 from operator import mul
 
 from autopar.ir.graph import Operator, TensorSpec
-from autopar.ir.rule import Localize, OpRule, RuleMaker, Saved
+from autopar.ir.rule import Kernel, Localize, OpRule, RuleMaker, Saved
 from autopar.ops.signatures import (
     Shape,
     broadcast,
@@ -207,12 +207,16 @@ def squeeze(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
 
 
 def expand(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
-    """A dim that is new or repeated can be split: every rank then repeats it less often."""
+    """A dim that is new or repeated can be split: every rank then repeats it less often. Gradients
+    of what is repeated are summed."""
     del operator
     names = labels(outputs[0].shape)
     lead = len(names) - len(inputs[0].shape)
     source = ["1" if size == 1 else names[lead + i] for i, size in enumerate(inputs[0].shape)]
-    return view_rule([source], [names], inputs, localize=sizes_from_output(1, "size"))
+    rule = view_rule([source], [names], inputs, localize=sizes_from_output(1, "size"))
+    if inputs[0].numel == outputs[0].numel:
+        return rule
+    return replace(rule, backward=(Kernel(("output 0", "input 0")),))
 
 
 def repeat(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
@@ -289,14 +293,20 @@ def slicing(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
 
         return view_rule([names], [names], inputs, localize=localize)
     (out,) = _cut(names, dim, [target], "part")
-    return view_rule([names], [out], inputs, whole=[*_wholes([names, out], dim)])
+    rule = view_rule([names], [out], inputs, whole=[*_wholes([names, out], dim)])
+    return replace(rule, backward=AMONG_ZEROS)
+
+
+AMONG_ZEROS = (Kernel(("input 0",)), Kernel(("output 0", "output 0")))
+"""The gradient of a part of a tensor: zeros, and a copy."""
 
 
 def select(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
     del outputs
     names = labels(inputs[0].shape)
     dim = dim_of(operator.argument(1, "dim"), len(names))
-    return view_rule([names], [names[:dim] + names[dim + 1 :]], inputs)
+    rule = view_rule([names], [names[:dim] + names[dim + 1 :]], inputs)
+    return rule if inputs[0].shape[dim] == 1 else replace(rule, backward=AMONG_ZEROS)
 
 
 def unbind(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
@@ -314,7 +324,8 @@ def split(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
 
 
 def cat(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
-    """The joined dim stays whole. An empty vector may be joined to anything."""
+    """The joined dim stays whole. An empty vector may be joined to anything. Gradients are parts of
+    that of the result."""
     target = outputs[0].shape
     names = labels(target)
     dim = dim_of(operator.argument(1, "dim", 0), len(target))
@@ -323,7 +334,8 @@ def cat(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
         empty = spec.shape == (0,) and len(target) != 1
         sides.append([f"part{i}"] if empty else _cut(names, dim, [spec.shape], f"part{i}_")[0])
     whole = [n for side in sides for n in side if n.startswith("part")]
-    return view_rule(sides, [names], inputs, whole=[*whole, *_wholes([names], dim)], copies=True)
+    rule = view_rule(sides, [names], inputs, whole=[*whole, *_wholes([names], dim)], copies=True)
+    return replace(rule, backward=())
 
 
 def stack(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
@@ -331,9 +343,10 @@ def stack(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
     names = labels(target, "d")
     dim = dim_of(operator.argument(1, "dim", 0), len(target))
     side = names[:dim] + names[dim + 1 :]
-    return view_rule(
+    rule = view_rule(
         [side] * len(inputs), [names], inputs, whole=_wholes([names], dim), copies=True
     )
+    return replace(rule, backward=())
 
 
 def pad(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:

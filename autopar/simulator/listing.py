@@ -71,8 +71,9 @@ class Structure:
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        joined = {name: bound.rule.joined for name, bound in self.rules.items()}
-        return blocks(self.graph, joined)
+        rules = {name: bound.rule for name, bound in self.rules.items()}
+        marks = {name: (rule.joined, rule.added) for name, rule in rules.items()}
+        return blocks(self.graph, marks)
 
     @cached_property
     def class_of(self) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from autopar.ir.graph import OperatorGraph
 from autopar.ir.rule import BoundRule, Split
 from autopar.ir.simulation import HOLDERS, WORLD, Estimate, PromisedCollective
 from autopar.ir.strategy import Stage, Strategy
-from autopar.simulator.costs import Costs, is_free, within_units, work
+from autopar.simulator.costs import Costs, is_free, within_units
 from autopar.simulator.edges import Rules, carries_gradient
 from autopar.simulator.overlap import NOTHING_AT_ONCE, Overlap
 from cost_models.collectives import members_in_unit
@@ -123,7 +123,7 @@ def _operator(
     bound: BoundRule, split: Split, wanted: tuple[bool, ...], costs: Costs, overlap: Overlap
 ) -> tuple[Spent, Spent]:
     """Forward and backward; what is not the work of its kernels is waiting for their launches."""
-    works = work(bound, split, costs.mesh, wanted)
+    works = costs.work(bound, split, wanted)
     forward, backward = (_works(of, costs.cost_model) for of in works)
     if overlap.launches:
         return forward, backward
@@ -139,7 +139,8 @@ def _works(works: Iterable[Work], cost_model: CostModel) -> Spent:
     found = Spent(float)
     for one in works:
         time_s = cost_model.compute_time_s(one)
-        launch_s = min(time_s, cost_model.compute_time_s(Work("memory", one.dtype, 0.0, 1.0)))
+        smallest = Work("memory", one.dtype, 0.0, 1.0, follows=one.follows)
+        launch_s = min(time_s, cost_model.compute_time_s(smallest))
         found["launches"] += launch_s
         found[one.kind if one.kind in ("attention", "memory") else "products"] += time_s - launch_s
     return found
