@@ -200,6 +200,7 @@ KEEPS_INPUT = pointwise("input 0")
 KEEPS_OUTPUT = pointwise("output 0")
 IDENTITY = pointwise(linear="scaled", kind="view")
 COPY = pointwise(linear="scaled")
+CLONE = pointwise(linear="scaled", backward=passed_on)
 PRODUCT = pointwise(
     Saved("input 0", needs=(1,)),
     Saved("input 1", needs=(0,)),
@@ -310,10 +311,10 @@ RULES: dict[str, OpRule | RuleMaker] = {
     "aten._to_copy.default": cast,
     "aten.to.dtype": cast,
     "aten.to.dtype_layout": cast,
-    "aten.clone.default": COPY,
+    "aten.clone.default": CLONE,
     "aten.contiguous.default": IDENTITY,
     "aten.alias.default": IDENTITY,
     "aten.detach.default": IDENTITY,
-    "aten.lift_fresh_copy.default": COPY,
+    "aten.lift_fresh_copy.default": CLONE,
     "aten.broadcast_tensors.default": broadcast_tensors,
 }

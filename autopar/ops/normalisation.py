@@ -184,6 +184,7 @@ def _global_batch_norm(operator: Operator, inputs: Specs, outputs: Specs) -> OpR
         )
     )
     bias = position(operator, 2, "bias")
+    wide, casts = f"{points(x)}/{accumulated}", accumulated != inputs[0].dtype
     return OpRule(
         signature([x, *[[channels] for _ in inputs[1:]]], [x, *[[channels] for _ in outputs[1:]]]),
         agreed=tuple(range(1, len(outputs))),
@@ -195,20 +196,20 @@ def _global_batch_norm(operator: Operator, inputs: Specs, outputs: Specs) -> OpR
             Saved("output 1"),
             Saved("output 2"),
         ),
-        forward=_batch_statistics(rows, channel, points(x), accumulated, len(inputs)),
-        backward=_batch_gradients(rows, channel, points(x), accumulated),
+        forward=_batch_statistics(rows, channel, wide, len(inputs), casts=casts),
+        backward=_batch_gradients(rows, channel, wide, casts=casts),
     )
 
 
 def _batch_statistics(
-    rows: Sequence[str], channel: str, every: str, accumulated: str, inputs: int
+    rows: Sequence[str], channel: str, wide: str, inputs: int, *, casts: bool
 ) -> Kernels:
     """A block for each channel, then all points. Where ranks agree on statistics it is a formula
     (``runtime.local_ops``), in float32 or wider."""
-    x, y, wide = "input 0", "output 0", f"{every}/{accumulated}"
-    together = tuple(rows)
+    x, y, together = "input 0", "output 0", tuple(rows)
     numbers = tuple(f"input {i}" for i in range(1, inputs))
-    steps = ((x, wide), (wide,), *((wide, wide),) * 2, (wide,), *((wide, wide),) * 3, (wide, y))
+    steps = [(wide,), *((wide, wide),) * 2, (wide,), *((wide, wide),) * 3]
+    steps = [(x, wide), *steps, (wide, y)] if casts else steps
     return (
         Kernel((x,), threads=BLOCK_THREADS, shares=channel, undivided=together),
         Kernel((x, *numbers, y), undivided=together),
@@ -216,26 +217,13 @@ def _batch_statistics(
     )
 
 
-def _batch_gradients(
-    rows: Sequence[str], channel: str, every: str, accumulated: str
-) -> Kernels:
+def _batch_gradients(rows: Sequence[str], channel: str, wide: str, *, casts: bool) -> Kernels:
     """A block for each channel reads it for two sums, and again for the gradient."""
-    x, y, wide = "input 0", "output 0", f"{every}/{accumulated}"
-    together = tuple(rows)
-    steps = (
-        (y, wide),
-        (x, wide),
-        (wide, wide),
-        (wide, wide),
-        (wide,),
-        (wide, wide, wide),
-        (wide,),
-        (wide, wide),
-        (wide, wide),
-        (wide, wide, wide),
-        (wide, wide),
-        (wide, x),
-    )
+    x, y, together = "input 0", "output 0", tuple(rows)
+    normal, sums = ((wide, wide),) * 2, ((wide,), (wide, wide, wide), (wide,))
+    gradient = ((wide, wide), (wide, wide), (wide, wide, wide), (wide, wide))
+    steps = [*normal, *sums, *gradient]
+    steps = [(y, wide), (x, wide), *steps, (wide, x)] if casts else steps
     alone = Kernel(
         (y, x, x),
         again=(y, x),
