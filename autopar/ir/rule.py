@@ -161,9 +161,9 @@ class OpRule:
     - ``kind`` and ``products`` say what it costs: ``view`` nothing (no memory is touched),
       ``memory`` bytes read and written, the kinds of ``PRODUCTS`` the products.
     - ``of``: of what it is, if it is bound by memory, as in ``Work``.
-    - ``forward`` and ``backward``: kernels, where these are not one that reads the inputs and writes
-      the outputs, and one that reads what comes back and what was kept and writes gradients; of
-      attention, those that do it by its definition where ``fused`` does not hold.
+    - ``forward`` and ``backward``: kernels, where these are not one that reads the inputs and
+      writes the outputs, and one that reads what comes back and what was kept and writes gradients;
+      of attention, those that do it by its definition where ``fused`` does not hold.
     - ``added``: inputs that operators before this one read as well, whose gradients are added to
       those that these give. Found in the graph.
     - ``causal``: a fused kernel that leaves out what the mask hides, a block of keys at a time.

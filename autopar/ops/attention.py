@@ -87,9 +87,7 @@ def _pairs(batch: str, inputs: Specs) -> tuple[str, str]:
     return f"{every}/{dtype}", f"{every}/{accumulation_dtype(dtype)}"
 
 
-def _definition(
-    batch: str, mask: int | None, inputs: Specs, causal: bool, drops: bool
-) -> Kernels:
+def _definition(batch: str, mask: int | None, inputs: Specs, causal: bool, drops: bool) -> Kernels:
     """What ``runtime.local_ops`` does where no fused kernel does it: the logarithm of sums of
     exponentials takes a largest number, a difference, an exponential and a sum."""
     narrow, wide = _pairs(batch, inputs)

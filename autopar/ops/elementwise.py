@@ -73,7 +73,7 @@ def formula(*kernels: int) -> Backward:
     return lambda _inputs, _outputs: found
 
 
-def each(*gradients: Sequence[Sequence[str]]) -> Backward:
+def each(*gradients: Sequence[Sequence[str]]) -> Callable[[Specs, Specs], Kernels]:
     """For each input, the kernels that make its gradient, as what each reads beside tensors like
     the output, of which it writes the last: the gradient of an input that is broadcast is made for
     all points and summed then."""

@@ -314,8 +314,8 @@ class _Local:
         rows."""
         rule, wanted = self.bound.rule, self.differentiable
         if rule.kind == "view":
-            joined = [] if is_view(self.bound) else _joined(
-                self.dtype, self.read, self.written, wanted
+            joined = (
+                [] if is_view(self.bound) else _joined(self.dtype, self.read, self.written, wanted)
             )
             return [], joined
         if rule.kind == "attention":

@@ -232,6 +232,14 @@ def test_an_old_profile_is_refused_with_what_to_do(version: int) -> None:
         profile_from_json(data)
 
 
+def test_a_loss_of_version_4_is_told_for_half_of_its_six_passes() -> None:
+    told = (*ideal().passes, Pass("float32", 1000, 2e-3, "loss"))
+    old = {**profile_to_json(ideal(passes=told)), "version": 4}
+    *others, loss = profile_from_json(old).passes
+    assert tuple(others) == ideal().passes
+    assert loss == Pass("float32", 3000, 3e-3, "loss")
+
+
 # ---- hosts -----------------------------------------------------------------------------------
 
 SLOWER_ACROSS = 8

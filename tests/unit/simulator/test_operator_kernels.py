@@ -108,7 +108,7 @@ PASSES = [
     (bound("aten.mul.Tensor", [X, X], [X]), 3, 6),
     (bound("aten.mul.Tensor", [X, X[1:]], [X]), 2, 2 + 3 + 1),
     (bound("aten.mul.Tensor", [X], [X], (Input(0), 2.0)), 2, 2),
-    # gradients of sums are passed on, negated for what is subtracted, summed for what all rows share
+    # gradients of sums are passed on, negated for what is subtracted, summed for what rows share
     (bound("aten.add.Tensor", [X, X], [X]), 3, 0),
     (bound("aten.sub.Tensor", [X, X], [X]), 3, 2),
     (bound("aten.add.Tensor", [X, X[1:]], [X]), 2, 1),
@@ -159,7 +159,10 @@ def statistics_s(of: BoundRule) -> float:
 def test_few_channels_leave_the_memory_idle() -> None:
     """A block reads a channel: twice as many channels of half the points take half as long, until
     all memory can give is asked for."""
-    few, more = statistics_s(batch_norm((32, 64, 56, 56))), statistics_s(batch_norm((16, 128, 56, 56)))
+    few, more = (
+        statistics_s(batch_norm((32, 64, 56, 56))),
+        statistics_s(batch_norm((16, 128, 56, 56))),
+    )
     assert few == pytest.approx(2 * more)
     read = Work("memory", "float32", 0.0, float(prod(IMAGES) * 4))
     assert few > 3 * (H100.compute_time_s(read) - H100.topology.device.launch_s)
@@ -189,7 +192,9 @@ def test_what_ranks_agree_on_is_a_formula_in_float32() -> None:
 
 
 @pytest.mark.parametrize(("name", "rounds"), [("h100-sxm", True), ("mi300x", False)])
-def test_convolutions_of_float32_may_round_their_operands_on_nvidia(name: str, rounds: bool) -> None:
+def test_convolutions_of_float32_may_round_their_operands_on_nvidia(
+    name: str, rounds: bool
+) -> None:
     model = Analytical(topology(name))
     shape = (1, 8192, 8192, 8192)
     product = Work("matmul", "float32", 2.0 * prod(shape), 0.0, shape)
