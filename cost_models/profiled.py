@@ -384,10 +384,11 @@ class Profiled:
 
     def _pass_s(self, work: Work) -> float:
         """Between two measured sizes on a line in log-log; beyond them in proportion. A plain pass
-        stands in for what was not measured."""
+        stands in for what was not measured. What blocks read again is in a processor's caches."""
         curves = self._curves.get(work.of) or self._curves[""]
         curve = curves.get(work.dtype) or curves.get(SAME_SPEED.get(work.dtype, ""))
-        return _interpolate(curve or next(iter(curves.values())), work.bytes)
+        moved = work.bytes + (work.again_bytes if self.prepares_ahead else 0.0)
+        return _interpolate(curve or next(iter(curves.values())), moved)
 
     @cached_property
     def _curves(self) -> dict[str, dict[str, list[tuple[float, float]]]]:

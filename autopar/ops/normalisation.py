@@ -250,14 +250,20 @@ def frozen_batch_norm(operator: Operator, inputs: Specs, outputs: Specs) -> OpRu
 
 
 def dropout(operator: Operator, inputs: Specs, outputs: Specs) -> OpRule:
-    """The mask is a function of the global index, so every split draws the same one."""
-    del operator
+    """The mask is a function of the global index, so every split draws the same one: drawn, taken
+    and scaled by a kernel each, the latter two again backward."""
     names = labels(inputs[0].shape)
+    p = float(operator.argument(1, "p", 0.5))
+    draws = 0.0 < p < 1.0 and operator.argument(2, "train", True) is not False
+    x, y, mask = "input 0", "output 0", f"{points(names)}/bool"
+    taken, scaled = Kernel((x, mask, y)), Kernel((y, y))
     return OpRule(
         signature([names], [names for _ in outputs]),
         linear=(0,),
         special=("*",),
         saves=(Saved("output 1"),) if len(outputs) == 2 else (Saved(points(names), dtype="bool"),),
+        forward=(Kernel((mask,)), taken, scaled) if draws else None,
+        backward=(scaled, taken) if draws else None,
     )
 
 

@@ -232,6 +232,21 @@ def test_an_old_profile_is_refused_with_what_to_do(version: int) -> None:
         profile_from_json(data)
 
 
+def test_what_blocks_read_again_is_in_the_caches_of_processors_alone() -> None:
+    once = Work("memory", "float32", 0.0, float(SIZES[1]))
+    twice, more = replace(once, bytes=2 * once.bytes), replace(once, again_bytes=once.bytes)
+    for backend, like in (("gloo", once), ("nccl", twice)):
+        model = Profiled(ideal(software=(("backend", backend),)))
+        assert model.compute_time_s(more) == model.compute_time_s(like)
+
+
+def test_what_the_same_call_launches_is_not_launched_twice() -> None:
+    first = Work("memory", "float32", 0.0, float(SIZES[1]))
+    model = Profiled(ideal())
+    beside_s = model.compute_time_s(first) - model.compute_time_s(replace(first, follows=True))
+    assert beside_s == pytest.approx(OPERATOR_S)
+
+
 def test_a_loss_of_version_4_is_told_for_half_of_its_six_passes() -> None:
     told = (*ideal().passes, Pass("float32", 1000, 2e-3, "loss"))
     old = {**profile_to_json(ideal(passes=told)), "version": 4}

@@ -119,6 +119,12 @@ PASSES = [
     (bound("aten.cat.default", [X, X], [(128, 4096)], ((Input(0), Input(1)), 0)), 2, 0),
     (bound("aten.sum.dim_IntList", [X], [(64,)], (Input(0), (1,))), 1, 0),
     (bound("aten.mean.dim", [X], [(64,)], (Input(0), (1,))), 1, 1),
+    # a mask of a byte is drawn, taken and scaled
+    (
+        bound("aten.dropout.default", [X], [X], (Input(0), 0.5, True)),
+        1 / 4 + (2 + 1 / 4) + 2,
+        2 + (2 + 1 / 4),
+    ),
     (bound("aten.masked_fill.Scalar", [X, X], [X], (Input(0), Input(1), 1.0)), 5, 5),
 ]
 
