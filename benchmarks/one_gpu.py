@@ -22,7 +22,7 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -33,6 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 from autopar import api
 from autopar.ir.graph import Operator, OperatorGraph, argument_to_json
 from autopar.ir.plan import Plan, load_plan, save_plan
+from autopar.ir.rule import BoundRule
 from autopar.runtime.lowering import arguments_of, resolve
 from autopar.runtime.rehearsal import Ready, prepare
 from autopar.runtime.step import TrainingStep
@@ -340,17 +341,23 @@ class OperatorRow:
     measured_backward_s: float
 
 
+def by_itself(bound: BoundRule) -> BoundRule:
+    """As it is measured: what it gives is added to no gradient of other operators."""
+    return replace(bound, rule=replace(bound.rule, added=()))
+
+
 def operator_rows(
     case: str, plan: Plan, found: Iterable[dict[str, Any]], model: CostModel
 ) -> Iterator[OperatorRow]:
     division, strategy = api.division_of(plan), plan.strategy
     graph, costs = division.graph, Costs(model, strategy.mesh)
+    rules = {name: by_itself(bound) for name, bound in division.rules.items()}
     for one in found:
         operator = graph.operator[one["name"]]
         read = [graph.by_name[name] for name in operator.inputs]
         trains = carries_gradient(graph, operator)
         there_s, back_s = costs.device_s(
-            division.rules[operator.name],
+            rules[operator.name],
             strategy.splits[operator.name],
             tuple(trains and tensor.differentiable for tensor in read),
         )
