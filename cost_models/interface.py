@@ -86,10 +86,10 @@ class CostModel(Protocol):
     nothing is free by default.
 
     A machine of more than two tiers has ``units``, too: see ``units_of``. One whose devices wait
-    for their hosts has a ``host_time``; one that knows what compute and communication take from
-    each other a ``slowdown``. One whose devices share what they compute with answers for all of
-    them busy, and has ``speeds``: (so many devices, how many times as fast each is when the others
-    idle), fewest first.
+    for their hosts has a ``host_time``; one whose programs are compiled says ``compiled``; one that
+    knows what compute and communication take from each other has a ``slowdown``. One whose devices
+    share what they compute with answers for all of them busy, and has ``speeds``: (so many devices,
+    how many times as fast each is when the others idle), fewest first.
     """
 
     @property
