@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Callable
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +16,7 @@ from autopar.ir.sharding import Mesh
 from autopar.ops import bound_rules, rule_for
 from autopar.runtime.bench import LOSSES, _half_of_loss
 from autopar.simulator.costs import INDEX_INSTRUCTIONS, Costs, is_free, work
+from benchmarks import one_gpu
 from benchmarks.transformer import Transformer
 from cost_models.analytical import LATENCY_S, THREADS_PER_CORE, Analytical
 from cost_models.interface import Work
@@ -214,6 +218,38 @@ def test_convolutions_of_float32_may_round_their_operands_on_nvidia(
     ]
     assert seconds[1] == seconds[2 if rounds else 0]
     assert seconds[0] > 3 * seconds[2] or not rounds
+
+
+# ---- what an H100 took ---------------------------------------------------------------------------
+
+CHANNELS = "aten._native_batch_norm_legit_functional.default"
+ARGUMENTS: dict[str, Callable[[list[Shape]], tuple[Argument, ...]]] = {
+    "aten.cross_entropy_loss.default": lambda _: (Input(0), Input(1)),
+    "aten.layer_norm.default": lambda read: (Input(0), read[1], Input(1), Input(2)),
+    "aten.pow.Tensor_Scalar": lambda _: (Input(0), 2),
+    CHANNELS: lambda _: (*(Input(i) for i in range(5)), True, 0.1, 1e-5),
+    **{f"aten.{name}.default": lambda _: (Input(0),) for name in ("relu", "silu", "tanh")},
+}
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_operators_take_what_was_measured(op: str) -> None:
+    """Kernels alone, in all that twelve models have of the operator: within 30%."""
+    path = next((Path(one_gpu.__file__).parent / "measured").glob("operators_h100_*.csv"))
+    predicted, measured = [0.0, 0.0], [0.0, 0.0]
+    with path.open() as file:
+        for row in csv.DictReader(file):
+            if row["op"] != op:
+                continue
+            read = [tuple(map(int, shape.split("x"))) for shape in row["shapes"].split()]
+            made = [()] if "loss" in op else read if op == CHANNELS else read[:1]
+            of = bound(op, read, made, ARGUMENTS[op](read), row["dtype"])
+            wanted = tuple(spec.is_floating for spec in of.input_specs)
+            both = Costs(H100, ALONE).device_s(of, (None,), wanted)
+            for i, way in enumerate(("forward", "backward")):
+                predicted[i] += int(row["count"]) * both[i]
+                measured[i] += int(row["count"]) * float(row[f"measured_{way}_s"])
+    assert predicted == pytest.approx(measured, rel=0.3)
 
 
 # ---- attention by its definition -----------------------------------------------------------------
