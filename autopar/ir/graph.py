@@ -170,6 +170,21 @@ class OperatorGraph:
     def operator(self) -> dict[str, Operator]:
         return {operator.name: operator for operator in self.operators}
 
+    @cached_property
+    def differentiable(self) -> dict[str, tuple[tuple[bool, ...], tuple[bool, ...]]]:
+        """By operator, through which of its inputs and outputs a gradient flows."""
+        flows = {tensor.name: tensor.differentiable for tensor in self.tensors}.__getitem__
+        return {
+            o.name: (tuple(map(flows, o.inputs)), tuple(map(flows, o.outputs)))
+            for o in self.operators
+        }
+
+    @cached_property
+    def weighing(self) -> dict[str, tuple[bool, ...]]:
+        """By operator, which of its inputs are parameters."""
+        names = {parameter.name for parameter in self.parameters}
+        return {o.name: tuple(name in names for name in o.inputs) for o in self.operators}
+
     def spec(self, tensor: str) -> TensorSpec:
         return self.by_name[tensor].spec
 

@@ -29,12 +29,14 @@ Numbers = NDArray[np.float64]
     UPDATE,
     ALWAYS,
     GRADIENTS,
-    SAVED,
-    LEFT,
-) = range(11)
+) = range(9)
 """What is known of a stage: seconds of one microbatch forward and backward, of the two parts of a
 backward that has two, of adding its gradients to those of others, and once a step; bytes held
-always, of gradients, saved by a microbatch, and left of it between the two parts."""
+always, and of gradients."""
+
+SAVED, LEFT = range(2)
+"""And only when it is asked for: bytes saved by a microbatch, and left of it between the two parts
+of its backward."""
 
 FIRST, MIDDLE, LAST, WHOLE, COPY = range(5)
 """Kinds of stages; ``COPY`` is what one more copy of the block adds."""
@@ -69,6 +71,18 @@ def kinds_of(schedule: str, rows: int, chunks: int) -> list[int]:
     return [FIRST, *[MIDDLE] * (SCHEDULES[schedule].stages(rows, chunks) - 2), LAST]
 
 
+@lru_cache(maxsize=None)
+def stages_of_rows(schedule: str, rows: int, chunks: int) -> Numbers:
+    """How many stages of the kinds ``FIRST``, ``MIDDLE`` and ``LAST`` each row has."""
+    kinds = kinds_of(schedule, rows, chunks)
+    of_rows = placed(schedule, rows, chunks)
+    found = np.zeros((rows, LAST + 1))
+    for row, stages in enumerate(of_rows):
+        for stage in stages:
+            found[row, kinds[stage]] += 1
+    return found
+
+
 def played_count(count: int, rows: int) -> int:
     """How many microbatches are played for so many.
 
@@ -98,12 +112,30 @@ def played(
 
 
 def most_kept(
-    schedule: str, rows: int, chunks: int, counts: NDArray[np.int64], of: dict[int, Numbers]
-) -> list[Numbers]:
-    """What each row keeps of microbatches in flight and of gradients, at most."""
-    return _in_steady_state(
-        lambda count: _most_of_few(schedule, rows, chunks, count, of), counts, rows
-    )
+    schedule: str,
+    rows: int,
+    chunks: int,
+    counts: NDArray[np.int64],
+    gradients: dict[int, Numbers],
+    kept: dict[int, Numbers],
+) -> Numbers:
+    """What each row keeps of microbatches in flight and of gradients, at most. ``gradients`` and
+    ``kept`` (of a microbatch: ``SAVED`` and ``LEFT``) by kind of stage."""
+    none = np.zeros(len(counts))
+    sizes = np.array(
+        [
+            [kept[kind][:, what] if kind in kept else none for kind in (FIRST, MIDDLE, LAST)]
+            for what in (SAVED, LEFT)
+        ]
+        + [[gradients.get(kind, none) for kind in (FIRST, MIDDLE, LAST)]]
+    ).reshape(-1, len(counts))
+
+    def of_few(count: int) -> list[Numbers]:
+        moments, starts = _largest(schedule, rows, chunks, count)
+        return [np.maximum.reduceat(moments @ sizes, starts)]
+
+    (found,) = _in_steady_state(of_few, counts, rows)
+    return found
 
 
 def _in_steady_state(
@@ -117,23 +149,6 @@ def _in_steady_state(
         return few
     fewer = of_count(count - rows)
     return [b + (b - a) * more for a, b in zip(fewer, few, strict=True)]
-
-
-def _most_of_few(
-    schedule: str, rows: int, chunks: int, count: int, of: dict[int, Numbers]
-) -> list[Numbers]:
-    members = len(next(iter(of.values())))
-    sizes = np.array(
-        [
-            of[kind][:, what] if kind in of else np.zeros(members)
-            for what in (SAVED, LEFT, GRADIENTS)
-            for kind in (FIRST, MIDDLE, LAST)
-        ]
-    )
-    return [
-        (np.array(largest, dtype=float) @ sizes).max(axis=0)
-        for largest in _largest(schedule, rows, chunks, count)
-    ]
 
 
 @lru_cache(maxsize=64)
@@ -211,12 +226,14 @@ def _last_backwards(tasks: Arrangement) -> Iterator[int]:
 @lru_cache(maxsize=512)
 def _largest(
     schedule: str, rows: int, chunks: int, count: int
-) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """Of each row, at the moments that may be the worst: how many microbatches of each kind of
-    stage it keeps, how many between the two parts of their backward, and gradients of how many
-    stages of each kind."""
+) -> tuple[Numbers, NDArray[np.int64]]:
+    """At the moments that may be the worst of a row: how many microbatches of each kind of stage it
+    keeps, how many between the two parts of their backward, and gradients of how many stages of
+    each kind. All rows together, and where each begins."""
     kinds = kinds_of(schedule, rows, chunks)
-    return tuple(_moments(row, kinds) for row in rows_of(schedule, rows, chunks, count))
+    of_rows = [_moments(row, kinds) for row in rows_of(schedule, rows, chunks, count)]
+    starts = np.cumsum([0, *map(len, of_rows)])[:-1]
+    return np.concatenate([np.array(each, dtype=float) for each in of_rows]), starts
 
 
 def _moments(row: Sequence[Action], kinds: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -279,4 +296,5 @@ __all__ = [
     "played",
     "played_count",
     "rows_of",
+    "stages_of_rows",
 ]

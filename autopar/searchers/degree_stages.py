@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from math import prod
 from typing import Any, TypeVar
 
@@ -63,7 +63,7 @@ from autopar.simulator.prices import (
 )
 from autopar.simulator.recomputation import Recomputation, recomputation
 from autopar.simulator.stage_memory import stage_bytes
-from autopar.simulator.staged import block_starts, runs, staged
+from autopar.simulator.staged import runs, staged
 from autopar.simulator.stages import Pipelined, StagePart, pipelined
 from cost_models.interface import CostModel
 
@@ -75,10 +75,11 @@ HELD = [SUM, ALWAYS, GRADIENTS]
 
 @dataclass
 class SmallStages:
-    """Those of one graph, ``folded`` to ``KEPT`` of its ``layers`` equal blocks, for a global batch
-    on one machine; remembered by what they depend on."""
+    """Those of one graph, ``folded`` to ``KEPT`` of its ``layers`` equal blocks (which begin at
+    ``starts``), for a global batch on one machine; remembered by what they depend on."""
 
     folded: OperatorGraph
+    starts: tuple[int, ...]
     layers: int
     batch: int
     cost_model: CostModel
@@ -88,13 +89,14 @@ class SmallStages:
     _cache: ComputeCache = field(default_factory=dict)
     _divisions: dict[int, Division] = field(default_factory=dict)
     _structures: dict[int, Structure] = field(default_factory=dict)
+    _graphs: dict[int, dict[int, OperatorGraph]] = field(default_factory=dict)
     _cuts: dict[Any, _Cut | AutoparError] = field(default_factory=dict)
     _numbers: dict[Hashable, int] = field(default_factory=dict)
     _operators: dict[Any, _Small | AutoparError] = field(default_factory=dict)
     _parameters: dict[Any, _Small | AutoparError] = field(default_factory=dict)
     _again: dict[Any, Recomputation | AutoparError] = field(default_factory=dict)
     _beside: dict[Any, Numbers | AutoparError] = field(default_factory=dict)
-    _sums: dict[tuple[int, int, bool, bool], Numbers] = field(default_factory=dict)
+    _sums: dict[tuple[int, int, bool], Numbers] = field(default_factory=dict)
     _saved: dict[Hashable, dict[int, int]] = field(default_factory=dict)
 
     def of(self, of: Degrees) -> Stages:
@@ -125,11 +127,12 @@ class SmallStages:
         if of.stages > 1:
             _check_between(operators, kept)
         numbers = self._sum(of, operators, kept, again)
-        return Stages(numbers, copies, count, operators, kept)
+        microbatch = partial(operators.kept_bytes, of.stages == 1, _is_parted(of))
+        return Stages(numbers, copies, count, operators, kept, microbatch)
 
     def _sum(self, of: Degrees, operators: _Small, kept: _Small, again: str) -> Numbers:
-        is_whole, is_parted = of.stages == 1, _is_parted(of)
-        key = id(operators), id(kept), is_whole, is_parted
+        is_whole = of.stages == 1
+        key = id(operators), id(kept), is_whole
         found = self._sums.get(key)
         if found is None:
             alone = self._of_parameters(_few_replicas(of), again)
@@ -139,8 +142,6 @@ class SmallStages:
             )
             found = of_operators + of_kept - of_alone
             found[:, HELD] = of_kept[:, HELD]
-            if is_parted:
-                found[:, LEFT] = operators.left_bytes
             self._sums[key] = found
         return found
 
@@ -187,7 +188,8 @@ class SmallStages:
             small,
             kept.plan,
             lambda: numbers(kept, WHOLE),
-            lambda: [self._left_bytes(kept, kind) for kind in (FIRST, MIDDLE, LAST, COPY)],
+            lambda kind: self._saved_bytes(kept, kind),
+            lambda kind: self._left_bytes(kept, kind),
         )
 
     def _cut(self, of: Degrees) -> _Cut:
@@ -197,7 +199,8 @@ class SmallStages:
         plain = replace(of, zero=0, recompute="none")
         whole = hybrid(division, plain, self.cost_model, self.training, structure)
         costs = Costs(self.machine, whole.mesh, self._cache, tuple(range(whole.mesh.size)))
-        cut = _Cut(division, structure, whole, costs)
+        graphs = self._graphs.setdefault(division.count, {})
+        cut = _Cut(division, structure, self.starts, whole, costs, graphs)
         cut.number = self._numbers.setdefault(cut.content, len(self._numbers))
         return cut
 
@@ -207,15 +210,18 @@ class SmallStages:
         again = self._recomputation(kept, kind)
         key = cut.number, cut.mesh, kind, part.strategy.recompute
         beside = _remembered(self._beside, key, lambda: _of_parameters(part, again, cut.costs))
-        found: Numbers = cut.operators_s(kind) + _seconds(again_parts(part, again, cut.costs))
+        found: Numbers = cut.operators_s(kind) + _seconds(
+            again_parts(part, again, cut.costs, listed=False)
+        )
         found += beside
-        found[SAVED] = self._saved_bytes(kept, kind)
         return found
 
     def _numbers_of_parameters(self, kept: _Kept, kind: int) -> Numbers:
         cut, part = kept.cut, kept.part(kind)
         again = self._recomputation(kept, kind)
-        found: Numbers = cut.operators_s(kind) + _seconds(again_parts(part, again, cut.costs))
+        found: Numbers = cut.operators_s(kind) + _seconds(
+            again_parts(part, again, cut.costs, listed=False)
+        )
         return found + _of_parameters(part, again, cut.costs)
 
     def _recomputation(self, kept: _Kept, kind: int) -> Recomputation:
@@ -284,14 +290,15 @@ def _is_parted(degrees: Degrees) -> bool:
 @dataclass(frozen=True)
 class _Small:
     """``numbers``: a row for each kind of stage, of one copy of the block; that of the ``WHOLE`` is
-    known of ``with_whole`` only. ``together``: of all copies in one stage. ``left``: what a
-    microbatch leaves between the two parts of a backward in the first, the middle and the last
-    stage, and in the first with one copy more."""
+    known of ``with_whole`` only. ``together``: of all copies in one stage. Bytes by kind of stage:
+    ``saved`` by a microbatch, and ``left`` of it between the two parts of a backward. These are
+    asked for where it matters whether a candidate fits."""
 
     numbers: Numbers
     plan: Pipelined
     together: Callable[[], Numbers]
-    left: Callable[[], Sequence[int]]
+    saved: Callable[[int], int]
+    left: Callable[[int], int]
 
     @cached_property
     def with_whole(self) -> Numbers:
@@ -299,11 +306,28 @@ class _Small:
         found[WHOLE] = self.together() - (KEPT - 1) * found[COPY]
         return found
 
+    def kept_bytes(self, is_whole: bool, is_parted: bool) -> Numbers:
+        """Of a microbatch, ``SAVED`` and ``LEFT``; a row for each kind of stage."""
+        found = np.zeros((COPY + 1, LEFT + 1))
+        found[:, SAVED] = self._saved_bytes
+        if is_whole:
+            found[WHOLE, SAVED] = self._whole_bytes
+        if is_parted:
+            found[:, LEFT] = self._left_bytes
+        return found
+
     @cached_property
-    def left_bytes(self) -> Numbers:
-        """As ``numbers``."""
-        first, middle, last, longer = self.left()
-        return np.array([first, middle, last, np.nan, longer - first])
+    def _saved_bytes(self) -> Numbers:
+        return _by_kind(self.saved)
+
+    @cached_property
+    def _left_bytes(self) -> Numbers:
+        return _by_kind(self.left)
+
+    @cached_property
+    def _whole_bytes(self) -> float:
+        more: float = self._saved_bytes[COPY]
+        return self.saved(WHOLE) - (KEPT - 1) * more
 
     @cached_property
     def exchanged_bytes(self) -> tuple[tuple[int, ...], ...]:
@@ -337,29 +361,45 @@ class _Small:
         return tuple(of.piece_bytes(0) for of in self.plan.shared)
 
 
+def _by_kind(of: Callable[[int], int]) -> Numbers:
+    """As the numbers of ``_Small``; ``COPY`` is the first stage with one copy more."""
+    first, middle, last, longer = map(of, (FIRST, MIDDLE, LAST, COPY))
+    return np.array([first, middle, last, np.nan, longer - first])
+
+
 @dataclass(frozen=True)
 class Stages:
-    """Of one candidate: ``copies`` of the block in each stage, and ``count`` microbatches."""
+    """Of one candidate: ``copies`` of the block in each stage, and ``count`` microbatches.
+    ``microbatch``: the bytes that one keeps."""
 
     numbers: Numbers
     copies: int
     count: int
     operators: _Small
     parameters: _Small
+    microbatch: Callable[[], Numbers]
 
-    def stage(self, kind: int) -> Numbers:
-        found: Numbers = self.numbers[kind] + (self.copies - 1) * self.numbers[COPY]
-        return found
+    @cached_property
+    def kept(self) -> Numbers:
+        return self.microbatch()
 
     def mixed(self, other: Stages, blocks: int) -> Stages:
-        """With the first so many copies as in ``other``: that which is known beside what comes
-        before and after is one of these."""
+        """With the first so many copies as in ``other``."""
         if blocks in (0, self.copies):
             return other if blocks else self
-        more = other.numbers[COPY] - self.numbers[COPY]
-        numbers = other.numbers + (blocks - 1) * more
-        numbers[COPY] = self.numbers[COPY]
-        return replace(self, numbers=numbers)
+        return replace(
+            self,
+            numbers=_mixed(self.numbers, other.numbers, blocks),
+            microbatch=lambda: _mixed(self.kept, other.kept, blocks),
+        )
+
+
+def _mixed(numbers: Numbers, others: Numbers, blocks: int) -> Numbers:
+    """That which is known beside what comes before and after is one of the others."""
+    more = others[COPY] - numbers[COPY]
+    found: Numbers = others + (blocks - 1) * more
+    found[COPY] = numbers[COPY]
+    return found
 
 
 def _check_between(operators: _Small, parameters: _Small) -> None:
@@ -375,14 +415,17 @@ class _Cut:
     """All operators split in one way, and cut: the stages of one copy of the block each, the first
     of them with one more (``COPY``), and all of it (``WHOLE``).
 
-    ``whole``: the strategy of one stage, with nothing recomputed. ``number``: the same for those
-    that differ in nothing but sizes.
+    ``starts``: of the blocks. ``whole``: the strategy of one stage, with nothing recomputed.
+    ``graphs``: of each kind of stage, the same for all that cut the division. ``number``: the same
+    for those that differ in nothing but sizes.
     """
 
     division: Division
     structure: Structure
+    starts: tuple[int, ...]
     whole: Strategy
     costs: Costs
+    graphs: dict[int, OperatorGraph]
     number: int = -1
     _parts: dict[int, StagePart] = field(default_factory=dict)
     _operators_s: dict[int, Numbers] = field(default_factory=dict)
@@ -407,7 +450,7 @@ class _Cut:
 
     @cached_property
     def plan(self) -> Pipelined:
-        return self._stages(block_starts(self.division.graph)[1:KEPT])
+        return self._stages(self.starts[1:])
 
     def _stages(self, cuts: Sequence[int]) -> Pipelined:
         stages = runs(self.division.graph, cuts)
@@ -420,7 +463,8 @@ class _Cut:
         found = self._parts.get(kind)
         if found is None:
             found = self._part(kind)
-            found = replace(found, division=replace(found.division, count=1))
+            graph = self.graphs.setdefault(kind, found.graph)  # what it knows of itself stays known
+            found = replace(found, division=replace(found.division, graph=graph, count=1))
             self._parts[kind] = found
         return found
 
@@ -429,13 +473,13 @@ class _Cut:
             ends = {self.division.graph.loss: ("I",) * len(self.mesh.axes)}
             return StagePart(self.division, self.whole, {}, ends)
         if kind == COPY:
-            return self._stages(block_starts(self.division.graph)[2:KEPT]).parts[0]
+            return self._stages(self.starts[2:]).parts[0]
         return self.plan.parts[kind]
 
     def operators_s(self, kind: int) -> Numbers:
         if kind not in self._operators_s:
             part = self.part(kind)
-            found = _seconds(operator_parts(part, self.costs))
+            found = _seconds(operator_parts(part, self.costs, listed=False))
             found[WEIGHTS] += later_parts(part, self.costs).weight_compute_s
             self._operators_s[kind] = found
         return self._operators_s[kind]
@@ -493,8 +537,8 @@ def _pieces(part: StagePart, but: Container[str]) -> Iterator[int]:
 def _of_parameters(part: StagePart, again: Recomputation, costs: Costs) -> Numbers:
     """And what a backward in two parts does twice, which is mostly to gather them."""
     used = tuple(parameter_edges(part.graph, part.division.rules, part.strategy, again.again))
-    found = _seconds(parameter_parts(part, used, costs))
-    twice = twice_parts(part, used, costs)
+    found = _seconds(parameter_parts(part, used, costs, listed=False))
+    twice = twice_parts(part, used, costs, listed=False)
     found[WEIGHTS] += twice.weight_compute_s + twice.weight_communication_s
     for edge in used:
         if edge.trainable:
@@ -510,7 +554,7 @@ def _of_parameters(part: StagePart, again: Recomputation, costs: Costs) -> Numbe
 
 
 def _seconds(of: StageParts) -> Numbers:
-    found = np.zeros(LEFT + 1)
+    found = np.zeros(GRADIENTS + 1)
     found[FORWARD] = of.forward_compute_s + of.forward_communication_s
     found[INPUTS] = of.input_compute_s + of.input_communication_s
     found[WEIGHTS] = of.weight_compute_s + of.weight_communication_s

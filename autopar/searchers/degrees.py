@@ -76,6 +76,7 @@ class DegreeSearch:
     number: int = 0
     nearest_miss_bytes: int | None = None
     _open: list[tuple[float, int, Candidate]] = field(default_factory=list)
+    _plain: tuple[Candidate, ...] = ()
     _passed: list[tuple[float, int, tuple[Candidate, ...]]] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=counting)
     _beside_bytes: int = 0
@@ -109,10 +110,9 @@ class DegreeSearch:
                 self._with_more_again(one)
         self._try_passed()
         if self.best is None and self.nearest_miss_bytes is None:  # none seemed to fit
-            way = self._ways[-1] if self._ways else self._smallest.degrees.recompute
-            self._evaluate(
-                replace(self._smallest, degrees=replace(self._smallest.degrees, recompute=way))
-            )
+            smallest = min(self._plain, key=lambda one: one.memory_bytes)
+            way = self._ways[-1] if self._ways else smallest.degrees.recompute
+            self._evaluate(replace(smallest, degrees=replace(smallest.degrees, recompute=way)))
 
     @property
     def best_s(self) -> float:
@@ -148,7 +148,7 @@ class DegreeSearch:
         if not self.number:
             raise AutoparError(self._why_none(bounds.skipped))
         self._push(bounds.candidates)
-        self._smallest = min(bounds.candidates, key=lambda one: one.memory_bytes)
+        self._plain = bounds.candidates
         self._complete = True
 
     def _why_none(self, skipped: Mapping[str, int]) -> str:

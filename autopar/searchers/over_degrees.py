@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -43,10 +43,10 @@ from autopar.searchers.degree_rows import (
     Numbers,
     kinds_of,
     most_kept,
-    placed,
     played,
     played_count,
     rows_of,
+    stages_of_rows,
 )
 from autopar.searchers.degree_stages import SmallStages, Stages
 from autopar.simulator.folding import KEPT, fold
@@ -64,7 +64,13 @@ class Candidate:
 
     degrees: Degrees
     step_time_s: float
-    memory_bytes: int
+    stages: Stages = field(repr=False, compare=False)
+
+    @cached_property
+    def memory_bytes(self) -> int:
+        """Known when it is asked for: most candidates are too slow for it to matter."""
+        one = _Alike.of_one(self.degrees, self.stages)
+        return int(one.memory_bytes[0])
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,7 @@ class DegreePrices:
         machine = alone(self.cost_model)
         self.small = SmallStages(
             folded,
+            tuple(most.start + copy * most.period for copy in range(KEPT)),
             self.layers,
             self.batch,
             self.cost_model,
@@ -178,9 +185,9 @@ class DegreePrices:
 
     def _candidates(self, alike: _Alike) -> Iterator[Candidate]:
         if alike.members:
-            times, sizes = self._step_s(alike), self._memory_bytes(alike)
-            for (degrees, _), time_s, size in zip(alike.members, times, sizes, strict=True):
-                yield Candidate(degrees, float(time_s), int(size))
+            for member, time_s in zip(alike.members, self._step_s(alike), strict=True):
+                degrees, stages = member
+                yield Candidate(degrees, float(time_s), stages)
 
     def _least_again(self, alike: _Alike, way: str, limit_bytes: float) -> _Alike:
         """Those that fit with so many blocks recomputed, as few as can be: what is kept falls with
@@ -195,13 +202,12 @@ class DegreePrices:
         alike = alike.only(np.array(possible, dtype=bool))
         least = np.ones(len(again), dtype=int)
         most = np.array([stages.copies for stages in again], dtype=int)
-        all_of_it = self._memory_bytes(alike.again(way, again, most))
-        fits = all_of_it <= limit_bytes
+        fits = alike.again(way, again, most).memory_bytes <= limit_bytes
         alike, again = alike.only(fits), [s for s, fit in zip(again, fits, strict=True) if fit]
         least, most = least[fits], most[fits]
         while (least < most).any():
             middle = (least + most) // 2
-            enough = self._memory_bytes(alike.again(way, again, middle)) <= limit_bytes
+            enough = alike.again(way, again, middle).memory_bytes <= limit_bytes
             least, most = np.where(enough, least, middle + 1), np.where(enough, middle, most)
         return alike.again(way, again, most)
 
@@ -219,15 +225,14 @@ class DegreePrices:
         reduced = (self._summed_by_copies if alike.has_copies else self._summed)(alike, passes)
         of_all = tuple(summed_bytes(self.graph, self.training).items())
         sums = np.array([self.links.world_s(one.devices, of_all) for one, _ in alike.members])
-        update = np.max([alike.total(UPDATE, stages) for stages in alike.placed], axis=0)
-        step_s: Numbers = np.max(reduced, axis=0) + sums + update
+        step_s: Numbers = np.max(reduced, axis=0) + sums + alike.totals(UPDATE).max(axis=0)
         return step_s
 
     def _summed(self, alike: _Alike, passes: Sequence[Sequence[Numbers]]) -> list[Numbers]:
         """When each row has its gradients."""
         reduced = [
-            np.max(ends, axis=0) + alike.total(REDUCTION, stages)
-            for ends, stages in zip(passes, alike.placed, strict=True)
+            np.max(ends, axis=0) + reduction_s
+            for ends, reduction_s in zip(passes, alike.totals(REDUCTION), strict=True)
         ]
         exchanged = np.array([self._exchange_s(*member) for member in alike.members])
         tied = exchanged > 0
@@ -242,7 +247,7 @@ class DegreePrices:
         """When each two rows with the same stages have their gradients: those of the stage that is
         done first are exchanged while the other one works; then both are reduced, and the rest is
         exchanged."""
-        rows, found = alike.rows, []
+        rows, found, reduction_s = alike.rows, [], alike.totals(REDUCTION)
         exchanged = np.array([self._copies_s(*member) for member in alike.members])
         for down in range(rows // 2):
             stages = down, rows - 1 - down
@@ -252,7 +257,7 @@ class DegreePrices:
             ready = np.maximum(ends.min(axis=0) + each_s[first], ends.max(axis=0))
             rest_s = each_s.sum(axis=1) - each_s[first]
             tied_s = exchanged[:, rows] if down == 0 else 0.0
-            found.append(ready + alike.total(REDUCTION, stages) + rest_s + tied_s)
+            found.append(ready + reduction_s[down] + rest_s + tied_s)
         return found
 
     def _sends_s(self, degrees: Degrees, stages: Stages) -> Numbers:
@@ -274,24 +279,6 @@ class DegreePrices:
         found: Numbers = once + (stages.copies - 1) * more_s
         return found
 
-    def _memory_bytes(self, alike: _Alike) -> Numbers:
-        if not alike.members:
-            return np.zeros(0)
-        of = alike.of
-        if alike.is_alone:
-            one = of[WHOLE]
-            beside = np.maximum(one[:, GRADIENTS], one[:, SAVED])  # one takes the other's place
-            several = one[:, GRADIENTS] + one[:, SAVED]
-            found: Numbers = one[:, ALWAYS] + np.where(alike.counts > 1, several, beside)
-            return found
-        kept = most_kept(alike.schedule, alike.rows, alike.chunks, alike.counts, of)
-        rows = [
-            alike.total(ALWAYS, stages) + beside
-            for stages, beside in zip(alike.placed, kept, strict=True)
-        ]
-        most: Numbers = np.max(rows, axis=0)
-        return most
-
     __hash__ = object.__hash__
 
 
@@ -303,6 +290,11 @@ class _Alike:
     rows: int
     chunks: int
     members: tuple[tuple[Degrees, Stages], ...]
+
+    @staticmethod
+    def of_one(degrees: Degrees, stages: Stages) -> _Alike:
+        rows = degrees.schedule_name, degrees.pipeline, degrees.row_chunks
+        return _Alike(*rows, ((degrees, stages),))
 
     @property
     def is_alone(self) -> bool:
@@ -348,7 +340,10 @@ class _Alike:
     @cached_property
     def of(self) -> dict[int, Numbers]:
         """A row for each member, by kind of stage."""
-        numbers = np.array([stages.numbers for _, stages in self.members])
+        return self._by_kind([stages.numbers for _, stages in self.members])
+
+    def _by_kind(self, of_one_copy: Sequence[Numbers]) -> dict[int, Numbers]:
+        numbers = np.array(of_one_copy)
         more = np.array([stages.copies - 1 for _, stages in self.members])[:, None]
         return {kind: numbers[:, kind] + more * numbers[:, COPY] for kind in set(self.kinds)}
 
@@ -356,17 +351,31 @@ class _Alike:
     def counts(self) -> NDArray[np.int64]:
         return np.array([stages.count for _, stages in self.members])
 
-    @property
-    def placed(self) -> tuple[tuple[int, ...], ...]:
-        """The stages of each row."""
-        return placed(self.schedule, self.rows, self.chunks)
-
-    def total(self, what: int, stages: Iterable[int]) -> Numbers:
-        """Of so many stages."""
-        number = Counter(self.kinds[stage] for stage in stages)
-        each = [n * self.of[kind][:, what] for kind, n in number.items()]
-        found: Numbers = np.sum(each, axis=0)
+    def totals(self, what: int) -> Numbers:
+        """Of the stages of each row."""
+        number = stages_of_rows(self.schedule, self.rows, self.chunks)
+        found = np.zeros((self.rows, len(self.members)))
+        for kind, numbers in self.of.items():
+            found += np.outer(number[:, kind], numbers[:, what])
         return found
+
+    @property
+    def memory_bytes(self) -> Numbers:
+        """Of the row that keeps most."""
+        if not self.members:
+            return np.zeros(0)
+        kept = self._by_kind([stages.kept for _, stages in self.members])
+        if self.is_alone:
+            one, saved = self.of[WHOLE], kept[WHOLE][:, SAVED]
+            beside = np.maximum(one[:, GRADIENTS], saved)  # one takes the other's place
+            several = one[:, GRADIENTS] + saved
+            found: Numbers = one[:, ALWAYS] + np.where(self.counts > 1, several, beside)
+            return found
+        gradients = {kind: numbers[:, GRADIENTS] for kind, numbers in self.of.items()}
+        rows = self.schedule, self.rows, self.chunks
+        of_rows = self.totals(ALWAYS) + most_kept(*rows, self.counts, gradients, kept)
+        most: Numbers = of_rows.max(axis=0)
+        return most
 
 
 def _sorted(found: list[Candidate], skipped: Mapping[str, int]) -> Bounds:

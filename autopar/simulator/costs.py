@@ -45,6 +45,30 @@ class ParameterPrice:
     back_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class OperatorPrice:
+    """Seconds of an operator forward, of its gradients of inputs and of parameters, and what these
+    take more where they are asked for ``later``; and its own collectives ``there`` and ``back``."""
+
+    forward_s: float
+    input_s: float
+    weight_s: float
+    later_s: float
+    there: tuple[Transfer, ...]
+    back: tuple[Transfer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EdgePrice:
+    """Of a redistribution: its collectives ``there`` and its gradient's ``back``, and what is moved
+    inside the device for either."""
+
+    there: tuple[Transfer, ...]
+    back: tuple[Transfer, ...]
+    there_s: float
+    back_s: float
+
+
 ComputeCache = dict[object, tuple[float, float]]
 """Compute seconds depend on local sizes, not on the mesh: one cache serves all meshes."""
 
@@ -62,6 +86,8 @@ class Costs:
     compute_cache: ComputeCache = field(default_factory=dict)
     devices: tuple[int, ...] = ()
     parameters: dict[object, ParameterPrice] = field(default_factory=dict)
+    operators: dict[object, OperatorPrice] = field(default_factory=dict)
+    activations: dict[object, EdgePrice] = field(default_factory=dict)
     _edges: dict[object, float] = field(default_factory=dict)
 
     @cached_property

@@ -9,13 +9,16 @@ from functools import lru_cache
 from types import MappingProxyType
 
 from autopar.ir.graph import Operator, OperatorGraph, Role, Tensor, TensorSpec
-from autopar.ir.rule import BoundRule
+from autopar.ir.rule import BoundRule, Split
 from autopar.ir.sharding import INVARIANT, REPLICATE, Mesh, Sharding, gradient
 from autopar.ir.strategy import Storage, Strategy
 from autopar.simulator.redistribution import Transfer, forward_collective, steps, transfers
 
 Rules = Mapping[str, BoundRule]
 """The bound rule of each operator, by operator name."""
+
+Lying = tuple[tuple[Sharding, ...], tuple[Sharding, ...]]
+"""Shardings of the inputs and of the outputs of an operator, as ``canonical`` has them."""
 
 _NOTHING: Mapping[str, Sharding] = MappingProxyType({})
 
@@ -105,9 +108,26 @@ def canonical(sharding: Sharding, differentiable: bool) -> Sharding:
     return tuple(REPLICATE if placement == INVARIANT else placement for placement in sharding)
 
 
+def lying(
+    graph: OperatorGraph, rules: Rules, splits: Mapping[str, Split], operator: Operator
+) -> Lying:
+    """How the operator reads its inputs and makes its outputs."""
+    name = operator.name
+    return _lying(rules[name].shardings(splits[name]), graph.differentiable[name])
+
+
+@lru_cache(maxsize=4096)
+def _lying(shardings: Lying, differentiable: tuple[tuple[bool, ...], ...]) -> Lying:
+    ins, outs = (
+        tuple(canonical(*pair) for pair in zip(of, flows, strict=True))
+        for of, flows in zip(shardings, differentiable, strict=True)
+    )
+    return ins, outs
+
+
 def carries_gradient(graph: OperatorGraph, operator: Operator) -> bool:
     """Whether the operator has a backward."""
-    return any(graph.by_name[output].differentiable for output in operator.outputs)
+    return any(graph.differentiable[operator.name][1])
 
 
 def saves_input(graph: OperatorGraph, operator: Operator, bound: BoundRule, index: int) -> bool:
@@ -116,7 +136,7 @@ def saves_input(graph: OperatorGraph, operator: Operator, bound: BoundRule, inde
     found = [saved.needs for saved in bound.rule.saves if saved.what == what]
     if not found or not carries_gradient(graph, operator):
         return False
-    needed = [graph.by_name[name].differentiable for name in operator.inputs]
+    needed = graph.differentiable[operator.name][0]
     return any(not needs or any(needed[i] for i in needs) for needs in found)
 
 
@@ -124,12 +144,10 @@ def consumers_by_sharding(
     graph: OperatorGraph, rules: Rules, strategy: Strategy, tensor: str
 ) -> dict[Sharding, list[tuple[Operator, int]]]:
     """Who wants ``tensor`` in which sharding, in the order of the operators."""
-    differentiable = graph.by_name[tensor].differentiable
     wanted: dict[Sharding, list[tuple[Operator, int]]] = {}
     for operator, position in graph.consumers[tensor]:
-        inputs, _ = rules[operator.name].shardings(strategy.splits[operator.name])
-        target = canonical(inputs[position], differentiable)
-        wanted.setdefault(target, []).append((operator, position))
+        inputs, _ = lying(graph, rules, strategy.splits, operator)
+        wanted.setdefault(inputs[position], []).append((operator, position))
     return wanted
 
 
@@ -157,10 +175,9 @@ def edges(
     wanted_at_end = {graph.loss: whole} if ends is None else dict(ends)
     wanted_at_end.update((tensor, whole) for _, tensor in graph.mutations)
     for operator in graph.operators:
-        _, produced = rules[operator.name].shardings(strategy.splits[operator.name])
-        for name, sharding in zip(operator.outputs, produced, strict=True):
+        _, produced = lying(graph, rules, strategy.splits, operator)
+        for name, source in zip(operator.outputs, produced, strict=True):
             tensor = graph.by_name[name]
-            source = canonical(sharding, tensor.differentiable)
             wanted = consumers_by_sharding(graph, rules, strategy, name)
             names = {
                 target: (

@@ -77,11 +77,13 @@ def saved_bytes(
     folded: Folded | None = None,
     given: Mapping[str, Sharding] = MappingProxyType({}),
     ends: Mapping[str, Sharding] | None = None,
+    versions: Versions | None = None,
 ) -> int:
     """What one microbatch keeps on a device from its forward for its backward. ``given`` and
-    ``ends`` as in ``StagePart``, where the graph is that of a stage."""
+    ``ends`` as in ``StagePart``, where the graph is that of a stage; ``versions``: if they are
+    known."""
     seen = whole(graph) if folded is None else folded
-    return MemoryWalk(seen, graph, rules, strategy, given, ends).saved_bytes()
+    return MemoryWalk(seen, graph, rules, strategy, given, ends, versions).saved_bytes()
 
 
 STAYING = ("activations", "gradients")
@@ -149,6 +151,75 @@ class _Move:
         return max((b + sum(step) for b, step in zip(befores, self.steps, strict=False)), default=0)
 
 
+class Versions:
+    """In which shardings the tensors of a graph are needed, whatever is kept and recomputed, and
+    what each operator does to memory.
+
+    ``given`` and ``ends``: how what comes from elsewhere arrives, and how what is made for
+    elsewhere is left (nothing is said: the loss, whole). ``home``: the sharding in which a tensor
+    is made, or arrives. ``made``: which versions each operator, and at last the end, is the first
+    to want. ``reads``: how often each version is read: by an operator, or to make another of it.
+    """
+
+    def __init__(
+        self,
+        graph: OperatorGraph,
+        rules: Rules,
+        splits: Mapping[str, Split],
+        mesh: Mesh,
+        given: Mapping[str, Sharding] = MappingProxyType({}),
+        ends: Mapping[str, Sharding] | None = None,
+    ) -> None:
+        self.graph, self.rules, self.splits, self.mesh = graph, rules, splits, mesh
+        whole = (INVARIANT,) * len(mesh.axes)
+        self.given, self.ends = given, {graph.loss: whole} if ends is None else ends
+        self._footprints: dict[object, Footprint] = {}
+        self.footprints = [self._footprint(operator) for operator in graph.operators]
+        self.home: dict[str, Sharding] = dict(given)
+        self.made: list[list[Key]] = []
+        self.reads: Counter[Key] = Counter()
+        self._plan()
+
+    def _footprint(self, operator: Operator) -> Footprint:
+        bound, split = self.rules[operator.name], self.splits[operator.name]
+        differentiable = self.graph.differentiable[operator.name]
+        key = (id(bound), split, differentiable)
+        found = self._footprints.get(key)
+        if found is None:
+            found = self._footprints[key] = _footprint(
+                operator, bound, split, self.mesh, differentiable
+            )
+        return found
+
+    def _plan(self) -> None:
+        seen: set[Key] = set()
+        for operator, footprint in zip(self.graph.operators, self.footprints, strict=True):
+            wanted = dict.fromkeys(zip(operator.inputs, footprint.wanted, strict=True))
+            self.made.append(self._wanted(wanted, seen))
+            self.home.update(zip(operator.outputs, footprint.produced, strict=True))
+        whole = (INVARIANT,) * len(self.mesh.axes)
+        new_values = ((tensor, whole) for _, tensor in self.graph.mutations)
+        by_name = self.graph.by_name
+        at_end = [
+            (name, canonical(wanted, by_name[name].differentiable))
+            for name, wanted in (*self.ends.items(), *new_values)
+        ]
+        self.made.append(self._wanted(at_end, seen))
+
+    def _wanted(self, versions: Iterable[Key], seen: set[Key]) -> list[Key]:
+        """Those of them that nobody has wanted before."""
+        made = []
+        for key in versions:
+            home = self.home.get(key[0])
+            if home != key[1] and key not in seen:
+                made.append(key)
+                seen.add(key)
+                if home is not None:
+                    self.reads[key[0], home] += 1
+            self.reads[key] += 1
+        return made
+
+
 class MemoryWalk:
     """A step in the order in which the runtime executes it, and where the walk stands in it: what
     is alive by kind, blocks by what they hold, and the peak.
@@ -158,8 +229,8 @@ class MemoryWalk:
     of, or does some of it in another way: what arrives (``given_bytes``), where the backward begins
     (``seeds``), the backward of an operator, what happens when gradients are reduced. ``copies``:
     for how many the operator stands that the walk is at. ``parameters``: the graph that was folded,
-    whose parameters are all kept. ``given`` and ``ends``: how what comes from elsewhere arrives,
-    and how what is made for elsewhere is left.
+    whose parameters are all kept. ``versions``: if they are known; else ``given`` and ``ends`` are
+    as there.
     """
 
     def __init__(
@@ -170,6 +241,7 @@ class MemoryWalk:
         strategy: Strategy,
         given: Mapping[str, Sharding] = MappingProxyType({}),
         ends: Mapping[str, Sharding] | None = None,
+        versions: Versions | None = None,
     ) -> None:
         graph = folded.graph
         self.graph, self.rules, self.strategy = graph, rules, strategy
@@ -177,17 +249,18 @@ class MemoryWalk:
         self.weights = [folded.weight[operator.name] for operator in graph.operators]
         self.copies = 1
         self.mesh = strategy.mesh
-        whole = (INVARIANT,) * len(self.mesh.axes)
-        self.given, self.ends = given, {graph.loss: whole} if ends is None else ends
+        if versions is None:
+            versions = Versions(graph, rules, strategy.splits, strategy.mesh, given, ends)
+        self.given, self.ends = versions.given, versions.ends
         self.live = dict.fromkeys(KINDS, 0)
         self.total = 0
         self.peak = 0
         self.at_peak = dict(self.live)
         self.where = "start"
         self.blocks: dict[Key, Block] = {}
-        self._footprints: dict[object, Footprint] = {}
         self._moves: dict[object, _Move] = {}
-        self.footprints = [self._footprint(operator) for operator in graph.operators]
+        self.footprints, self.home = versions.footprints, versions.home
+        self.made, self.reads = versions.made, versions.reads
         self.again = recomputation(graph, rules, strategy)
         self.edges = {
             (e.parameter, e.target): e
@@ -199,10 +272,6 @@ class MemoryWalk:
         self.savers = self._savers()
         self.arrived: dict[Key, Block] = {}
         self.arrivals: list[Block] = []
-        self.home: dict[str, Sharding] = {}
-        self.made: list[list[Key]] = []
-        self.reads: Counter[Key] = Counter()
-        self._plan_versions()
 
     def memory(self) -> Memory:
         self.keep_state()
@@ -247,52 +316,7 @@ class MemoryWalk:
         self.total += block.held_bytes
         self.live[kind] += block.held_bytes
 
-    # ---- what is known before ------------------------------------------------------------------
-
-    def _footprint(self, operator: Operator) -> Footprint:
-        bound, split = self.rules[operator.name], self.strategy.splits[operator.name]
-        by_name = self.graph.by_name
-        ins = tuple([by_name[name].differentiable for name in operator.inputs])
-        outs = tuple([by_name[name].differentiable for name in operator.outputs])
-        key = (id(bound), split, ins, outs)
-        found = self._footprints.get(key)
-        if found is None:
-            found = self._footprints[key] = _footprint(
-                operator, bound, split, self.mesh, (ins, outs)
-            )
-        return found
-
-    def _plan_versions(self) -> None:
-        """Which versions each operator is the first to want, and how often each version is read:
-        by an operator, or to make another version of it."""
-        seen: set[Key] = set()
-        self.home.update(self.given)
-        for operator, footprint in zip(self.graph.operators, self.footprints, strict=True):
-            made = []
-            for key in dict.fromkeys(zip(operator.inputs, footprint.wanted, strict=True)):
-                name, target = key
-                home = self.home.get(name)
-                if home != target and key not in seen:
-                    made.append(key)
-                    seen.add(key)
-                    if home is not None:
-                        self.reads[name, home] += 1
-                self.reads[key] += 1
-            self.made.append(made)
-            self.home.update(zip(operator.outputs, footprint.produced, strict=True))
-        whole = (INVARIANT,) * len(self.mesh.axes)
-        made = []
-        new_values = ((tensor, whole) for _, tensor in self.graph.mutations)
-        for name, wanted in (*self.ends.items(), *new_values):
-            key = name, canonical(wanted, self.graph.by_name[name].differentiable)
-            home = self.home.get(name)
-            if home != key[1] and key not in seen:
-                made.append(key)
-                seen.add(key)
-                if home is not None:
-                    self.reads[name, home] += 1
-            self.reads[key] += 1
-        self.made.append(made)
+    # ---- redistributions -----------------------------------------------------------------------
 
     def move_between(
         self, spec: TensorSpec, source: Sharding, target: Sharding, backward: bool

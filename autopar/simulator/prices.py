@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from math import prod
 from operator import attrgetter
 from typing import Literal
 
-from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph, Role, TensorSpec
+from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph, TensorSpec
 from autopar.ir.rule import BoundRule, Split
 from autopar.ir.sharding import Mesh, gradient, local_shape
 from autopar.ir.simulation import Estimate, PromisedCollective
 from autopar.ir.strategy import Storage, Strategy, Training
-from autopar.simulator.costs import ComputeCache, Costs, ParameterPrice, inner_transfers
+from autopar.simulator.costs import (
+    ComputeCache,
+    Costs,
+    EdgePrice,
+    OperatorPrice,
+    ParameterPrice,
+    inner_transfers,
+)
 from autopar.simulator.edges import (
     Edge,
     ParameterEdge,
@@ -208,47 +214,94 @@ def operator_parts(
     costs: Costs,
     handed_on: frozenset[str] = frozenset(),
     price: Price | None = None,
+    *,
+    listed: bool = True,
 ) -> StageParts:
     """Of that, what does not depend on storages and recomputation: operators once, what is between
-    them, and messages."""
-    graph, rules, splits, mesh = part.graph, part.division.rules, part.strategy.splits, part.mesh
-    found, price = _Sums(costs), price or costs.operator_s
+    them, and messages. ``listed``: with the list of collectives, not only their seconds."""
+    graph, rules = part.graph, part.division.rules
+    found, price = _Sums(costs, listed), price or costs.operator_s
     messages_s, answers_s = (n * costs.host.message_s for n in _messages(part, handed_on))
     pass_s = costs.host.pass_s
     forward_s, input_s, weight_s = pass_s + messages_s, pass_s + answers_s, 0.0
     for operator in graph.operators:
-        bound, split, name = rules[operator.name], splits[operator.name], operator.name
-        there_s, back_s = _operator_s(graph, rules, part.strategy, price, operator)
-        forward_s += there_s
-        found.add(inner_transfers(bound, split, mesh, "forward"), "forward", name)
-        if not carries_gradient(graph, operator):
-            continue
-        of_inputs_s = price(bound, split, _are_inputs(graph, operator))[1]
-        input_s += of_inputs_s
-        weight_s += back_s - of_inputs_s
-        found.add(inner_transfers(bound, split, mesh, "backward"), "backward", name)
+        of, name = _operator_price(part, operator, costs, price), operator.name
+        forward_s += of.forward_s
+        input_s += of.input_s
+        weight_s += of.weight_s
+        if of.there:
+            found.add(of.there, "forward", name)
+        if of.back:
+            found.add(of.back, "backward", name)
     for edge in edges(graph, rules, part.strategy, part.ends, part.given):
-        there, back = edge.transfers(mesh)
-        found.add(there, "forward", edge.tensor)
-        found.add(back, "backward", edge.tensor)
-        sides = edge.spec, edge.source, edge.target
-        forward_s += costs.moves_s(*sides, backward=False)
-        if edge.backward:
-            input_s += costs.moves_s(*sides, backward=True)
+        between = _edge_price(edge, costs)
+        found.add(between.there, "forward", edge.tensor)
+        found.add(between.back, "backward", edge.tensor)
+        forward_s += between.there_s
+        input_s += between.back_s
     return found.parts(forward_s=forward_s, input_s=input_s, weight_s=weight_s)
 
 
+def _operator_price(
+    part: StagePart, operator: Operator, costs: Costs, price: Price
+) -> OperatorPrice:
+    name, graph = operator.name, part.graph
+    bound, split = part.division.rules[name], part.strategy.splits[name]
+    of_device = price == costs.device_s
+    key = id(bound), split, graph.differentiable[name], graph.weighing[name], of_device
+    found = costs.operators.get(key)
+    if found is None:
+        found = costs.operators[key] = _priced_operator(part, operator, costs, price)
+    return found
+
+
+def _priced_operator(
+    part: StagePart, operator: Operator, costs: Costs, price: Price
+) -> OperatorPrice:
+    name, graph = operator.name, part.graph
+    bound, split = part.division.rules[name], part.strategy.splits[name]
+    forward_s, back_s = _operator_s(graph, part.division.rules, part.strategy, price, operator)
+    there = inner_transfers(bound, split, costs.mesh, "forward")
+    if not carries_gradient(graph, operator):
+        return OperatorPrice(forward_s, 0.0, 0.0, 0.0, there, ())
+    back = inner_transfers(bound, split, costs.mesh, "backward")
+    inputs_s = price(bound, split, _are_inputs(graph, operator))[1]
+    weights_s = back_s - inputs_s
+    parameters = _are_parameters(graph, operator)
+    later_s = -weights_s
+    if any(parameters):
+        later_s += price(bound, split, parameters)[1] + costs.host.part_s
+    return OperatorPrice(forward_s, inputs_s, weights_s, later_s, there, back)
+
+
+def _edge_price(edge: Edge, costs: Costs) -> EdgePrice:
+    key = edge.spec, edge.source, edge.target, edge.backward
+    found = costs.activations.get(key)
+    if found is None:
+        sides = edge.spec, edge.source, edge.target
+        there_s = costs.moves_s(*sides, backward=False)
+        back_s = costs.moves_s(*sides, backward=True) if edge.backward else 0.0
+        found = EdgePrice(*edge.transfers(costs.mesh), there_s, back_s)
+        costs.activations[key] = found
+    return found
+
+
 def again_parts(
-    part: StagePart, again: Recomputation, costs: Costs, price: Price | None = None
+    part: StagePart,
+    again: Recomputation,
+    costs: Costs,
+    price: Price | None = None,
+    *,
+    listed: bool = True,
 ) -> StageParts:
     """Of that, what is run again, for the gradients of inputs."""
-    found, price = _Sums(costs), price or costs.operator_s
+    found, price = _Sums(costs, listed), price or costs.operator_s
     input_s = 0.0
-    graph, rules, mesh = part.graph, part.division.rules, part.mesh
+    graph, mesh = part.graph, part.mesh
     for name in again.again:
-        bound, split = rules[name], part.strategy.splits[name]
-        input_s += _operator_s(graph, rules, part.strategy, price, graph.operator[name])[0]
-        found.add(inner_transfers(bound, split, mesh, "forward"), "backward", name)
+        of = _operator_price(part, graph.operator[name], costs, price)
+        input_s += of.forward_s
+        found.add(of.there, "backward", name)
     for segment in again.segments:
         for (name, target), source in segment.remade:
             spec = graph.spec(name)
@@ -257,10 +310,12 @@ def again_parts(
     return found.parts(input_s=input_s)
 
 
-def parameter_parts(part: StagePart, used: Iterable[ParameterEdge], costs: Costs) -> StageParts:
+def parameter_parts(
+    part: StagePart, used: Iterable[ParameterEdge], costs: Costs, *, listed: bool = True
+) -> StageParts:
     """Of that, what parameters cost on their way to operators, their gradients on the way back,
     and the update. ``used``: the edges of the part's parameters."""
-    found = _Sums(costs)
+    found = _Sums(costs, listed)
     graph, mesh, training = part.graph, part.mesh, part.strategy.training
     forward_s = weight_s = reduction_s = optimizer_s = refresh_s = 0.0
     for edge in used:
@@ -312,23 +367,18 @@ def _messages(part: StagePart, handed_on: frozenset[str]) -> tuple[int, int]:
 def later_parts(part: StagePart, costs: Costs, price: Price | None = None) -> StageParts:
     """What gradients of parameters take more where they are asked for later than those of inputs:
     each operator is asked by itself, and what one kernel would read for both is read again."""
-    graph, rules, splits = part.graph, part.division.rules, part.strategy.splits
-    more_s, price = 0.0, price or costs.operator_s
-    for operator in filter(partial(carries_gradient, graph), graph.operators):
-        of_those = partial(price, rules[operator.name], splits[operator.name])
-        inputs, parameters = _are_inputs(graph, operator), _are_parameters(graph, operator)
-        if any(parameters):
-            more_s += of_those(parameters)[1] + costs.host.part_s
-        both_s = _operator_s(graph, rules, part.strategy, price, operator)[1]
-        more_s -= both_s - of_those(inputs)[1]
-    return _Sums(costs).parts(weight_s=more_s)
+    price = price or costs.operator_s
+    of_each = (_operator_price(part, one, costs, price).later_s for one in part.graph.operators)
+    return _Sums(costs).parts(weight_s=sum(of_each))
 
 
-def twice_parts(part: StagePart, used: Iterable[ParameterEdge], costs: Costs) -> StageParts:
+def twice_parts(
+    part: StagePart, used: Iterable[ParameterEdge], costs: Costs, *, listed: bool = True
+) -> StageParts:
     """What a backward in two parts does once more: an operator that gives gradients of inputs and
     of parameters communicates in both, and gathers parameters again in both (not those that are
     gathered only to run it again)."""
-    found = _Sums(costs)
+    found = _Sums(costs, listed)
     graph, rules, mesh = part.graph, part.division.rules, part.mesh
     for operator in graph.operators:
         name = operator.name
@@ -351,10 +401,10 @@ def _needs_twice(part: StagePart, edge: ParameterEdge, reader: str) -> bool:
 
 
 class _Sums:
-    """Collectives of a stage, and their seconds by phase."""
+    """Collectives of a stage, if they are ``listed``, and their seconds by phase."""
 
-    def __init__(self, costs: Costs) -> None:
-        self.costs = costs
+    def __init__(self, costs: Costs, listed: bool = True) -> None:
+        self.costs, self.listed = costs, listed
         self.forward_s = self.input_s = self.weight_s = 0.0
         self.collectives: list[PromisedCollective] = []
 
@@ -379,12 +429,10 @@ class _Sums:
                 self.weight_s += time_s * times
             elif phase == "backward":
                 self.input_s += time_s * times
-            name = mesh.names[transfer.axis]
-            self.collectives.append(
-                PromisedCollective(
-                    transfer.kind, phase, name, transfer.bytes, times, reason, time_s
-                )
-            )
+            if self.listed:
+                name, size = mesh.names[transfer.axis], transfer.bytes
+                one = PromisedCollective(transfer.kind, phase, name, size, times, reason, time_s)
+                self.collectives.append(one)
 
     def parts(
         self,
@@ -412,21 +460,21 @@ class _Sums:
 
 def _are_inputs(graph: OperatorGraph, operator: Operator) -> tuple[bool, ...]:
     """Which of what it reads needs a gradient and is no parameter."""
-    tensors = [graph.by_name[name] for name in operator.inputs]
-    return tuple(t.differentiable and t.role is not Role.PARAMETER for t in tensors)
+    flows, weighs = graph.differentiable[operator.name][0], graph.weighing[operator.name]
+    return tuple(flow and not is_one for flow, is_one in zip(flows, weighs, strict=True))
 
 
 def _are_parameters(graph: OperatorGraph, operator: Operator) -> tuple[bool, ...]:
-    tensors = [graph.by_name[name] for name in operator.inputs]
-    return tuple(t.differentiable and t.role is Role.PARAMETER for t in tensors)
+    flows, weighs = graph.differentiable[operator.name][0], graph.weighing[operator.name]
+    return tuple(flow and is_one for flow, is_one in zip(flows, weighs, strict=True))
 
 
 def _has_both_gradients(graph: OperatorGraph, operator: Operator) -> bool:
-    if not carries_gradient(graph, operator):
-        return False
-    tensors = [graph.by_name[name] for name in operator.inputs]
-    kinds = {tensor.role is Role.PARAMETER for tensor in tensors if tensor.differentiable}
-    return len(kinds) == 2
+    return (
+        carries_gradient(graph, operator)
+        and any(_are_inputs(graph, operator))
+        and any(_are_parameters(graph, operator))
+    )
 
 
 Price = Callable[[BoundRule, Split, tuple[bool, ...]], tuple[float, float]]
@@ -455,8 +503,8 @@ def _operators_s(
 def _operator_s(
     graph: OperatorGraph, rules: Rules, strategy: Strategy, price: Price, operator: Operator
 ) -> tuple[float, float]:
-    differentiable = tuple(graph.by_name[name].differentiable for name in operator.inputs)
-    if not carries_gradient(graph, operator):
+    differentiable, made = graph.differentiable[operator.name]
+    if not any(made):
         differentiable = (False,) * len(differentiable)
     return price(rules[operator.name], strategy.splits[operator.name], differentiable)
 

@@ -21,7 +21,7 @@ from autopar.ir.rule import BoundRule
 from autopar.ir.sharding import Sharding
 from autopar.ir.strategy import Strategy
 from autopar.simulator.costs import inner_transfers
-from autopar.simulator.edges import Rules, canonical, carries_gradient, saves_input
+from autopar.simulator.edges import Lying, Rules, carries_gradient, lying, saves_input
 from autopar.simulator.redistribution import forward_collective, steps
 
 Version = tuple[str, Sharding]
@@ -119,13 +119,12 @@ class _Analysis:
     def recomputation(self) -> Recomputation:
         runs = list(_runs(self.graph.operators, set(self.strategy.recompute)))
         makers = {name: run for run in runs for o in run for name in o.outputs}
-        for operator in self.graph.operators:
-            _, produced = self._shardings(operator)
+        for number, operator in enumerate(self.graph.operators):
+            wanted, produced = self._lying(operator)
             self.home.update(zip(operator.outputs, produced, strict=True))
-            for index, version in enumerate(self._wanted(operator)):
-                if version[0] in makers and self._saves(operator, index):
-                    saver = version, self.number[operator.name]
-                    self.savers.setdefault(version[0], []).append(saver)
+            for index, name in enumerate(operator.inputs):
+                if name in makers and self._saves(operator, index):
+                    self.savers.setdefault(name, []).append(((name, wanted[index]), number))
         # from the last to the first: what a later one is run again from is kept by the earlier ones
         found = [self._segment(len(runs) - 1 - i, run) for i, run in enumerate(reversed(runs))]
         return Recomputation(tuple(reversed(found)), self.segment_of)
@@ -212,22 +211,11 @@ class _Analysis:
 
     # ---- operators -----------------------------------------------------------------------------
 
-    def _shardings(self, operator: Operator) -> tuple[tuple[Sharding, ...], tuple[Sharding, ...]]:
-        bound, split = self.rules[operator.name], self.strategy.splits[operator.name]
-        wanted, produced = bound.shardings(split)
-        by_name = self.graph.by_name
-        pairs = ((operator.inputs, wanted), (operator.outputs, produced))
-        ins, outs = (
-            tuple(
-                canonical(sharding, by_name[name].differentiable)
-                for name, sharding in zip(names, shardings, strict=True)
-            )
-            for names, shardings in pairs
-        )
-        return ins, outs
+    def _lying(self, operator: Operator) -> Lying:
+        return lying(self.graph, self.rules, self.strategy.splits, operator)
 
     def _wanted(self, operator: Operator) -> list[Version]:
-        return list(zip(operator.inputs, self._shardings(operator)[0], strict=True))
+        return list(zip(operator.inputs, self._lying(operator)[0], strict=True))
 
     def _saves(self, operator: Operator, index: int) -> bool:
         return saves_input(self.graph, operator, self.rules[operator.name], index)
@@ -269,7 +257,7 @@ def communicates(source: Sharding, target: Sharding) -> bool:
 
 def own_saves(graph: OperatorGraph, operator: Operator, bound: BoundRule) -> Iterator[str]:
     """What the operator keeps for its backward that is not one of its inputs."""
-    needed = [graph.by_name[name].differentiable for name in operator.inputs]
+    needed = graph.differentiable[operator.name][0]
     for saved in bound.rule.saves:
         if not saved.what.startswith("input ") and (
             not saved.needs or any(needed[i] for i in saved.needs)

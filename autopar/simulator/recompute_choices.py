@@ -13,7 +13,7 @@ from autopar.simulator.blocks import Block
 from autopar.simulator.costs import Costs, inner_transfers
 from autopar.simulator.edges import Rules, carries_gradient
 from autopar.simulator.folding import Folded, fold
-from autopar.simulator.memory import saved_bytes
+from autopar.simulator.memory import Versions, saved_bytes
 from autopar.simulator.recomputation import recomputation
 from autopar.simulator.redistribution import transfers
 from autopar.simulator.stages import StagePart
@@ -207,8 +207,13 @@ class BlockChoices:
         return sum(self._forward_s(self.graph.operator[n]) for n in again if n in names)
 
     def _saved_bytes(self, offsets: tuple[int, ...]) -> int:
-        strategy = self._with(offsets)
-        return saved_bytes(self.graph, self.rules, strategy, self._folded, self.given, self.ends)
+        of = self.graph, self.rules, self._with(offsets)
+        return saved_bytes(*of, self._folded, versions=self._versions)
+
+    @cached_property
+    def _versions(self) -> Versions:
+        splits, mesh = self.strategy.splits, self.strategy.mesh
+        return Versions(self._folded.graph, self.rules, splits, mesh, self.given, self.ends)
 
     def _with(self, offsets: tuple[int, ...]) -> Strategy:
         names = self.names(offsets, range(self.block.copies))

@@ -106,7 +106,7 @@ def test_the_hybrid_search_is_never_slower_even_if_its_time_ends() -> None:
     sizes = sorted(size for *_, size in everything(GPT, 2))
     limit = sizes[len(sizes) // 10]
     alone = degrees.search(problem_of(GPT, 2, limit), EXACT)
-    both = hybrid.search(problem_of(GPT, 2, limit), Budget(time_s=3.0))
+    both = hybrid.search(problem_of(GPT, 2, limit), Budget(time_s=3 * alone.search_time_s))
     assert alone.best and alone.best.estimate and both.best and both.best.estimate
     assert both.best.estimate.step_time_s <= alone.best.estimate.step_time_s * (1 + 1e-9)
 
