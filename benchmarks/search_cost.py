@@ -67,6 +67,7 @@ class Row:
     microbatches: int | None
     stages: int | None
     stop_reason: str
+    among: str
 
 
 def llama(layers: int) -> tuple[Any, int, int]:
@@ -83,12 +84,12 @@ def llama(layers: int) -> tuple[Any, int, int]:
     return LlamaForCausalLM(config), 64, 8192
 
 
-def llama2(batch: int) -> tuple[Any, int, int]:
-    """Llama 2 7B (arXiv 2307.09288)."""
+def llama2(batch: int, layers: int = 32) -> tuple[Any, int, int]:
+    """Llama 2 7B (arXiv 2307.09288), or with other numbers of layers."""
     config = LlamaConfig(
         hidden_size=4096,
         intermediate_size=11008,
-        num_hidden_layers=32,
+        num_hidden_layers=layers,
         num_attention_heads=32,
         vocab_size=32000,
         max_position_embeddings=4096,
@@ -177,6 +178,7 @@ def measure(case: Case) -> Row:
         microbatches=best.strategy.microbatches if best and best.strategy else None,
         stages=len(best.strategy.stages) if best and best.strategy else None,
         stop_reason=found.stop_reason,
+        among=found.among,
     )
 
 

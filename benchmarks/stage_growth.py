@@ -10,13 +10,13 @@ import argparse
 import csv
 import math
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from time import process_time
 from typing import NamedTuple
 
 from autopar.ir.search import Budget
 from autopar.searchers.over_stages import search
+from benchmarks.growth_picture import Panel, Points, percent, picture, seconds
 from benchmarks.stage_search import divisors, problem
 
 DATA = Path(__file__).parent.parent / "docs" / "stage_search.csv"
@@ -103,8 +103,6 @@ def write(found: Sequence[Measured]) -> None:
 
 # The picture: a column for each that is varied, seconds above and gaps below
 
-WIDTH, HEIGHT = 290, 200
-LEFT, TOP, BETWEEN = 60, 46, 62
 COLOURS = {"plan_cpu_s": "#4477aa", "cpu_s": "#ee6677", "gap": "#228833"}
 NAMES = {
     "plan_cpu_s": "until equal stages were tried",
@@ -119,71 +117,20 @@ LABELS = {
 
 
 def drawn(found: Sequence[Measured]) -> str:
-    full = (
-        LEFT + 3 * (WIDTH + BETWEEN),
-        2 * TOP + 2 * HEIGHT + BETWEEN + 40,
-    )
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {full[0]} {full[1]}" '
-        'font-family="system-ui, sans-serif" font-size="12">',
-        f'<rect width="{full[0]}" height="{full[1]}" fill="#ffffff"/>',
-    ]
-    most_s = max(m.cpu_s for m in found)
-    for column, varied in enumerate(VALUES):
+    most = math.ceil(math.log10(max(m.cpu_s for m in found)))
+    columns = []
+    for varied, values in VALUES.items():
         of_this = [m for m in found if m.varied == varied]
-        left = LEFT + column * (WIDTH + BETWEEN)
-        parts += _panel(of_this, left, TOP, ("plan_cpu_s", "cpu_s"), most_s, "CPU seconds", varied)
-        below = TOP + HEIGHT + BETWEEN + 20
         feasible = [m for m in of_this if math.isfinite(m.step_time_s)]
-        parts += _panel(feasible, left, below, ("gap",), 0.5, "gap", varied)
-    for i, key in enumerate(COLOURS):
-        x = LEFT + 260 * i
-        parts.append(f'<rect x="{x}" y="12" width="12" height="12" fill="{COLOURS[key]}"/>')
-        parts.append(_text(x + 18, 22, NAMES[key]))
-    return "\n".join([*parts, "</svg>"]) + "\n"
+        times = [_line(of_this, key) for key in ("plan_cpu_s", "cpu_s")]
+        above = Panel(values, LABELS[varied], -1, most, seconds, times)
+        below = Panel(values, LABELS[varied], -3, 0, percent, [_line(feasible, "gap")])
+        columns.append((above, below))
+    return picture(columns, [(COLOURS[key], name) for key, name in NAMES.items()])
 
 
-def _panel(
-    found: Sequence[Measured],
-    left: float,
-    top: float,
-    keys: Sequence[str],
-    most: float,
-    title: str,
-    varied: str,
-) -> list[str]:
-    """Both axes are logarithmic."""
-    low, high = (-1, math.ceil(math.log10(most))) if title != "gap" else (-3, 0)
-    values = [math.log2(v) for v in VALUES[varied]]
-    bottom = top + HEIGHT
-
-    def x_of(value: float) -> float:
-        return left + WIDTH * (math.log2(value) - values[0]) / (values[-1] - values[0])
-
-    def y_of(value: float) -> float:
-        return bottom - HEIGHT * (math.log10(max(value, 10.0**low)) - low) / (high - low)
-
-    parts = []
-    for power in range(low, high + 1):
-        y = y_of(10.0**power)
-        label = f"{10.0 ** (power + 2):g}%" if title == "gap" else f"{10.0**power:g} s"
-        parts.append(f'<path d="M{left} {y:.1f}h{WIDTH}" stroke="#dddddd"/>')
-        parts.append(_text(left - 6, y + 4, label, "end"))
-    for value in VALUES[varied]:
-        parts.append(_text(x_of(value), bottom + 16, str(value), "middle"))
-    parts.append(_text(left + WIDTH / 2, bottom + 34, LABELS[varied], "middle"))
-    for key in keys:
-        points = [(x_of(m.value), y_of(getattr(m, key))) for m in found]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{COLOURS[key]}"/>')
-        parts += [
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{COLOURS[key]}"/>' for x, y in points
-        ]
-    return parts
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+def _line(found: Sequence[Measured], key: str) -> tuple[str, Points]:
+    return COLOURS[key], [(m.value, getattr(m, key)) for m in found]
 
 
 def main() -> None:

@@ -199,6 +199,8 @@ def ascend(
         if _sweep(problem, sweeps, fair, enough, rise, met):
             break
     met = met or [near_selection(problem)]
+    if len(met) == 1:
+        return met[0]
     return min(met, key=lambda selection: weighed_s(problem, selection))
 
 
@@ -225,7 +227,6 @@ def _sweep(
             _push(problem, node, forward=False, fair=fair)
         now = problem.bound_s
         if enough(now):
-            met.append(near_selection(problem))
             return True
         done = now - before <= rise * abs(now)
         if done or sweep < LOOKS:

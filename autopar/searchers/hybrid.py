@@ -69,6 +69,9 @@ STAGES_S, FIRST_PROOF_S, PROOF_S = 10.0, 0.3, 1.0
 """How long one search over stages may take, and how much of that for its own gap: while something
 good is looked for, and when it is to be excluded."""
 
+SETTLED = 0.5
+"""Of the time for proofs, how much may be used where no proof can raise the bound any more."""
+
 MOST_AXES = 2
 """Of the mesh of a row that is not alone."""
 
@@ -256,14 +259,20 @@ class _Search:
         return list(self.prospects.likely(prospect))
 
     def _close(self) -> None:
-        """Take the prospects with the lowest bounds first: bound, halve, and at last plan them."""
+        """Take the prospects with the lowest bounds first: bound, halve, and at last plan them.
+
+        Where one that was planned has as low a bound as those that are left, no proof can raise the
+        bound of all: what is planned then may be faster than the best, no more.
+        """
         looked = monotonic()
         share = self.budget.proof_after_s(looked - self.started)
-        while self._open:
-            left_s = looked + share - monotonic() if self.best is not None else math.inf
-            if left_s < 0 or self._open[0][0] >= self._enough_s:
+        least_s = math.inf  # of the bounds of those that were planned
+        while self._open and self._open[0][0] < self._enough_s:
+            settled = least_s <= self._open[0][0]
+            left_s = looked + share * (SETTLED if settled else 1) - monotonic()
+            if left_s < 0 and self.best is not None:
                 break
-            proof_s = min(PROOF_S, max(FIRST_PROOF_S, left_s))
+            proof_s = max(FIRST_PROOF_S, PROOF_S if self.best is None else min(PROOF_S, left_s))
             self._in_time()
             _, unbounded, _, prospect = heapq.heappop(self._open)
             if unbounded:
@@ -272,10 +281,17 @@ class _Search:
             elif not prospect.is_single:
                 for half in prospect.halves():
                     self._push(half)
-            elif prospect.rows > 1:
-                self._plan_stages(prospect, proof_s)
+            elif settled and self._key(prospect) in self._closed:
+                self._close_one(prospect, 0.0)  # planned before
             else:
-                self._try_one_stage(prospect, proof_s)
+                self._plan(prospect, proof_s)
+                least_s = min(least_s, self._closed[self._key(prospect)])
+
+    def _plan(self, prospect: Prospect, proof_s: float) -> None:
+        if prospect.rows > 1:
+            self._plan_stages(prospect, proof_s)
+        else:
+            self._try_one_stage(prospect, proof_s)
 
     def _plan_stages(self, prospect: Prospect, proof_s: float) -> None:
         """All of these stages, as far as they may be faster than the best."""
@@ -284,9 +300,13 @@ class _Search:
 
     def _close_one(self, prospect: Prospect, bound_s: float) -> None:
         """What is proved of it; whatever was proved of it before holds, too."""
-        (count,) = prospect.counts
-        key = prospect.rows, prospect.mesh, count
+        key = self._key(prospect)
         self._closed[key] = max(prospect.bound_s, bound_s, self._closed.get(key, 0.0))
+
+    @staticmethod
+    def _key(prospect: Prospect) -> tuple[int, Mesh, int]:
+        (count,) = prospect.counts
+        return prospect.rows, prospect.mesh, count
 
     # ---- plans ---------------------------------------------------------------------------------
 
@@ -373,6 +393,7 @@ class _Search:
                 continue
             if result.best is None:
                 break
+            before_s = self.best_s
             estimate = self._exactly(traced, result.best)
             if estimate is None:
                 return 0.0
@@ -383,6 +404,8 @@ class _Search:
             limit = problem.memory_limit_bytes * planned_bytes // estimate.peak_memory_bytes
             fits = estimate.peak_memory_bytes <= problem.memory_limit_bytes
             if fits and abs(limit - traced.memory_limit_bytes) < NEAR * limit:
+                break
+            if fits and estimate.step_time_s > before_s:  # nor are those that should be slower
                 break
             if not fits:  # units are whole: a bit less may be what was found again
                 limit = min(limit, int(traced.memory_limit_bytes * (1 - NEAR)))
