@@ -685,14 +685,14 @@ def _by_recipe(
 
 
 def _of_degrees(problem: Problem, degrees: Degrees, microbatches: int | None) -> Strategy:
-    from autopar.recipes import hybrid
+    from autopar.recipes import by_degrees
     from autopar.simulator.microbatches import batch_size, division
 
     count = microbatches
     if count is None:
         count = degrees.microbatches(batch_size(problem.graph, problem.proposals))
     divided = division(problem.graph, count, problem.proposals)
-    return hybrid(divided, degrees, problem.cost_model, problem.training)
+    return by_degrees(divided, degrees, problem.cost_model, problem.training)
 
 
 def _priced(divided: Division, cost_model: CostModel, strategy: Strategy) -> Estimate:

@@ -21,9 +21,9 @@ from autopar.ir.graph import OperatorGraph
 from autopar.ir.sharding import sharded_dim
 from autopar.ir.simulation import Band, Estimate
 from autopar.ir.strategy import Strategy, Training
-from autopar.recipes import Degrees, hybrid
+from autopar.recipes import Degrees, by_degrees
+from autopar.recipes.by_degrees import recomputed_copies
 from autopar.recipes.columns_rows import DATA
-from autopar.recipes.hybrid import recomputed_copies
 from autopar.simulator.bands import banded
 from autopar.simulator.costs import ComputeCache
 from autopar.simulator.folding import Folded
@@ -593,7 +593,7 @@ def overlap_of(run: Run) -> Overlap:
 
 def _planned(run: Run, machine: CostModel) -> tuple[Division, Structure, Strategy]:
     found, structure = _divided(run.model, run.batch, run.degrees.microbatches(run.batch))
-    strategy = hybrid(found, run.degrees, machine, run.training, structure)
+    strategy = by_degrees(found, run.degrees, machine, run.training, structure)
     _check_sharded(run.degrees, found.graph, strategy)
     return found, structure, strategy
 

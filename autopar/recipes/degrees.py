@@ -1,5 +1,5 @@
 """What people publish of how a model was trained: degrees of each kind of parallelism, and how the
-batch goes through the pipeline. Numbers only; ``hybrid`` makes the strategy of any model."""
+batch goes through the pipeline. Numbers only; ``by_degrees`` makes the strategy of any model."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from autopar.ir.graph import ITEM_BYTES, OperatorGraph
 from autopar.ir.sharding import Mesh, local_shape
 from autopar.ir.strategy import Strategy, Training
 from autopar.ops import Proposals
-from autopar.recipes import Degrees, hybrid
+from autopar.recipes import Degrees, by_degrees
 from autopar.searchers.degree_rows import (
     ALWAYS,
     BACKWARD,
@@ -176,7 +176,7 @@ class SmallStages:
         key = one.microbatches(self.batch), *axes
         cut = _remembered(self._cuts, key, lambda: self._cut(one))
         known = cut.division, one, self.cost_model, self.training, cut.structure
-        kept = _Kept(cut, one, hybrid(*known, cut.whole.splits))
+        kept = _Kept(cut, one, by_degrees(*known, cut.whole.splits))
         found = [numbers(kept, kind) for kind in (FIRST, MIDDLE, LAST)]
         if numbers == self._numbers_of_parameters:
             copy = found[MIDDLE]
@@ -197,7 +197,7 @@ class SmallStages:
         division = self._divided(of.microbatches(self.batch))
         structure = self._structures[division.count]
         plain = replace(of, zero=0, recompute="none")
-        whole = hybrid(division, plain, self.cost_model, self.training, structure)
+        whole = by_degrees(division, plain, self.cost_model, self.training, structure)
         costs = Costs(self.machine, whole.mesh, self._cache, tuple(range(whole.mesh.size)))
         graphs = self._graphs.setdefault(division.count, {})
         cut = _Cut(division, structure, self.starts, whole, costs, graphs)

@@ -26,7 +26,7 @@ from autopar.ir.graph import OperatorGraph
 from autopar.ir.simulation import Estimate
 from autopar.ir.strategy import Strategy, Training
 from autopar.ops import Proposals
-from autopar.recipes import Degrees, hybrid, recomputed_copies
+from autopar.recipes import Degrees, by_degrees, recomputed_copies
 from autopar.schedules import SCHEDULES
 from autopar.searchers.degree_links import Links
 from autopar.searchers.degree_rows import (
@@ -123,7 +123,7 @@ class DegreePrices:
     def evaluated(self, degrees: Degrees) -> tuple[Strategy, Estimate]:
         """As any plan by this recipe is."""
         divided, structure = self._whole(degrees.microbatches(self.batch))
-        strategy = hybrid(divided, degrees, self.cost_model, self.training, structure)
+        strategy = by_degrees(divided, degrees, self.cost_model, self.training, structure)
         if len(strategy.stages) > 1:
             return strategy, evaluate_stages(divided, self.cost_model, strategy)
         ends = tuple(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from autopar.ir.strategy import Strategy, Training
-from autopar.recipes import degrees_from_text, hybrid
+from autopar.recipes import by_degrees, degrees_from_text
 from tests.helpers.cases import case
 from tests.helpers.fake_prices import FakePrices
 from tests.helpers.stage_check import check
@@ -19,7 +19,7 @@ def strategy_of(name: str, text: str) -> Strategy:
     degrees = degrees_from_text(text)
     division = divided(case(name).graph, degrees.microbatches(BATCH))
     prices = FakePrices(devices=degrees.devices)
-    return hybrid(division, degrees, prices, Training("sgd"))
+    return by_degrees(division, degrees, prices, Training("sgd"))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from autopar.ir.simulation import Estimate
 from autopar.ir.strategy import Training
-from autopar.recipes import Degrees, hybrid
+from autopar.recipes import Degrees, by_degrees
 from autopar.simulator.memory import saved_bytes
 from autopar.simulator.microbatches import division
 from autopar.simulator.prices import evaluate
@@ -31,7 +31,7 @@ def kept_of_a_token(model: Transformer) -> float:
     def kept(layers: int) -> int:
         graph = replace(model, layers=layers).graph(1)
         divided = division(graph, 1, proposals(graph))
-        strategy = hybrid(divided, Degrees(1), cost_model("1x1xh100-sxm"), MIXED)
+        strategy = by_degrees(divided, Degrees(1), cost_model("1x1xh100-sxm"), MIXED)
         return saved_bytes(divided.graph, divided.rules, strategy)
 
     return (kept(2) - kept(1)) / LENGTH
@@ -73,7 +73,7 @@ def evaluated(model: Transformer, degrees: Degrees) -> Estimate:
     count = degrees.microbatches(8)
     divided = division(graph, count, proposals(graph))
     machine = cost_model("1x8xh100-sxm")
-    strategy = hybrid(divided, degrees, machine, MIXED)
+    strategy = by_degrees(divided, degrees, machine, MIXED)
     return evaluate(divided.graph, divided.rules, machine, strategy)
 
 
@@ -112,7 +112,7 @@ def test_a_batch_may_be_of_one_sample(model: Transformer) -> None:
     divided = division(graph, 1, proposals(graph))
     degrees = Degrees(data=1, context=8, zero=1)
     machine = cost_model("1x8xh100-sxm")
-    strategy = hybrid(divided, degrees, machine, MIXED)
+    strategy = by_degrees(divided, degrees, machine, MIXED)
     assert evaluate(divided.graph, divided.rules, machine, strategy).step_time_s > 0
 
 

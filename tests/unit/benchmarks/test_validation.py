@@ -17,7 +17,7 @@ from autopar.extractor import extract
 from autopar.ir.graph import OperatorGraph
 from autopar.ir.plan import Plan
 from autopar.ir.simulation import Estimate
-from autopar.recipes import Degrees, hybrid
+from autopar.recipes import Degrees, by_degrees
 from autopar.simulator.microbatches import division
 from autopar.simulator.pipelines import StagePrices, evaluate_stages
 from autopar.simulator.prices import evaluate
@@ -505,7 +505,7 @@ def test_torchtitan_keeps_attention_and_every_other_product() -> None:
     assert run.degrees.recompute == "alternate"
     graph = run.model.graph(run.batch)
     found = division(graph, run.degrees.microbatches(run.batch), proposals(graph))
-    strategy = hybrid(found, run.degrees, cost_model(run.machine), run.training)
+    strategy = by_degrees(found, run.degrees, cost_model(run.machine), run.training)
     again = {name for name in strategy.recompute if name.startswith("blocks.0.")}
     inside = [o.name for o in found.graph.operators if o.name.startswith("blocks.0.")]
     products = [name for name in inside if "linear" in name]

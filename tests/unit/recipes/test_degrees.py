@@ -12,7 +12,7 @@ from autopar.ir.graph import OperatorGraph
 from autopar.ir.simulation import Estimate
 from autopar.ir.strategy import Strategy, Training
 from autopar.ops import bound_rules
-from autopar.recipes import PUBLISHED, Degrees, degrees_from_text, degrees_text, hybrid
+from autopar.recipes import PUBLISHED, Degrees, by_degrees, degrees_from_text, degrees_text
 from autopar.simulator.memory import saved_bytes
 from autopar.simulator.microbatches import division
 from autopar.simulator.pipelines import evaluate_stages
@@ -42,7 +42,7 @@ def graph_of(name: str) -> OperatorGraph:
 def by(name: str, text: str, training: Training = Training("sgd")) -> Strategy:
     degrees = degrees_from_text(text)
     divided = division(graph_of(name), degrees.microbatches(BATCH))
-    return hybrid(divided, degrees, FakePrices(devices=degrees.devices), training)
+    return by_degrees(divided, degrees, FakePrices(devices=degrees.devices), training)
 
 
 def estimate_of(name: str, strategy: Strategy) -> Estimate:
@@ -153,7 +153,7 @@ def experts(text: str, batch: int = 16) -> tuple[Strategy, Estimate]:
     sizes = Transformer(3, 32, 4, 2, 0, 64, 16, gated=True, biased=False, tied=False, experts=of)
     divided = division(sizes.graph(batch), degrees.microbatches(batch))
     machine = FakePrices(devices=degrees.devices)
-    strategy = hybrid(divided, degrees, machine, Training("sgd"))
+    strategy = by_degrees(divided, degrees, machine, Training("sgd"))
     return strategy, evaluate(divided.graph, divided.rules, machine, strategy)
 
 
@@ -272,7 +272,7 @@ def test_the_same_model_is_divided_alike_on_every_machine() -> None:
     degrees = degrees_from_text("tensor=2,pipeline=2,data=2,microbatch=1,recompute=full")
     divided = division(graph_of("gpt"), 4)
     fast, slow = (
-        hybrid(divided, degrees, cost_model(machine), Training())
+        by_degrees(divided, degrees, cost_model(machine), Training())
         for machine in ("1x8xh100-sxm", "8x1xtpu-v3")
     )
     assert fast == slow

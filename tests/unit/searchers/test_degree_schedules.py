@@ -11,7 +11,7 @@ import pytest
 from autopar.ir.strategy import Training
 from autopar.recipes import Degrees
 from autopar.schedules import SCHEDULES
-from autopar.searchers import over_degrees
+from autopar.searchers import degree_stages
 from autopar.searchers.degree_space import DegreeSpace
 from autopar.searchers.over_degrees import DegreePrices
 from benchmarks.transformer import Transformer
@@ -72,13 +72,13 @@ def test_what_is_known_of_other_sizes_is_what_it_would_be_anew(schedule: str) ->
 
 def test_what_cannot_be_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Degrees] = []
-    hybrid = over_degrees.hybrid
+    by_degrees = degree_stages.by_degrees
 
     def counted(*of: object) -> object:
         asked.append(of[1])  # type: ignore[arg-type]
-        return hybrid(*of)  # type: ignore[arg-type]
+        return by_degrees(*of)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(over_degrees, "hybrid", counted)
+    monkeypatch.setattr(degree_stages, "by_degrees", counted)
     odd = Degrees(tensor=7, pipeline=2, schedule="1f1b", microbatch=1)
     found = prices_of(LLAMA).bounds([odd, replace(odd, schedule="gpipe"), replace(odd, pipeline=4)])
     assert list(found.skipped.values()) == [3]

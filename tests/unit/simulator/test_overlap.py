@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from autopar.ir.simulation import Estimate
 from autopar.ir.strategy import Training
-from autopar.recipes import Degrees, hybrid
+from autopar.recipes import Degrees, by_degrees
 from autopar.simulator.costs import Costs, work
 from autopar.simulator.listing import Structure
 from autopar.simulator.microbatches import division
@@ -47,7 +47,7 @@ class Waiting(Slowed):
 
 def estimate(degrees: Degrees, machine: Any, overlap: Overlap = NOTHING_AT_ONCE) -> Estimate:
     found = division(SMALL.graph(32), degrees.microbatches(32))
-    strategy = hybrid(found, degrees, machine, Training("adam", "mixed"))
+    strategy = by_degrees(found, degrees, machine, Training("adam", "mixed"))
     if len(strategy.stages) > 1:
         return evaluate_stages(found, machine, strategy, StagePrices(machine, overlap=overlap))
     return evaluate(found.graph, found.rules, machine, strategy, overlap=overlap)
@@ -107,7 +107,7 @@ def test_what_is_gathered_ahead_is_the_same_of_a_folded_graph() -> None:
     degrees, machine = Degrees(data=8, zero=3, microbatch=2), Slowed(devices=8)
     found = division(SMALL.graph(32), degrees.microbatches(32))
     structure = Structure(found.graph, found.rules)
-    strategy = hybrid(found, degrees, machine, Training("adam", "mixed"), structure)
+    strategy = by_degrees(found, degrees, machine, Training("adam", "mixed"), structure)
     folded = structure.folded_in_runs(tuple(frozenset[int]() for _ in structure.blocks))
     whole, quick = (
         evaluate(found.graph, found.rules, machine, strategy, overlap=AHEAD, folded=seen)
@@ -168,7 +168,7 @@ def test_a_pass_takes_what_the_busier_of_device_and_host_takes() -> None:
     degrees, operator_s = Degrees(data=1, microbatch=32), 1.0
     machine = Waiting(devices=1, operator_s=operator_s)
     found = division(SMALL.graph(32), 1)
-    strategy = hybrid(found, degrees, machine, Training("adam", "mixed"))
+    strategy = by_degrees(found, degrees, machine, Training("adam", "mixed"))
     costs = Costs(machine, strategy.mesh)
     kernels = [0, 0]
     for operator in found.graph.operators:

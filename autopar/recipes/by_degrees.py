@@ -32,7 +32,7 @@ from autopar.simulator.staged import even_cuts, runs, staged
 from cost_models.interface import CostModel
 
 
-def hybrid(
+def by_degrees(
     division: Division,
     degrees: Degrees,
     cost_model: CostModel,
@@ -186,4 +186,4 @@ def _offsets(of: BlockChoices, degrees: Degrees) -> Sequence[int]:
     return sorted({*RECIPE_KINDS[degrees.recompute](of), *of.gathered})
 
 
-__all__ = ["hybrid", "recomputed_copies"]
+__all__ = ["by_degrees", "recomputed_copies"]
