@@ -478,7 +478,8 @@ class _Search:
     def _result(self, reason: str) -> SearchResult:
         bounds: dict[tuple[int, Mesh], float] = {}
         left = [((p.rows, p.mesh), p.bound_s) for *_, p in self._open]
-        left += [((rows, mesh), bound_s) for (rows, mesh, _), bound_s in self._closed.items()]
+        known = {(p.rows, p.mesh, n): p.bound_s for *_, p in self._open for n in p.counts}
+        left += [(key[:2], max(of, known.get(key, 0.0))) for key, of in self._closed.items()]
         for key, one_s in left:
             bounds[key] = min(bounds.get(key, math.inf), one_s)
         bound_s = min([self.best_s, *bounds.values()]) if self._complete else 0.0

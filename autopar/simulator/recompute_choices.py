@@ -207,8 +207,14 @@ class BlockChoices:
         return sum(self._forward_s(self.graph.operator[n]) for n in again if n in names)
 
     def _saved_bytes(self, offsets: tuple[int, ...]) -> int:
-        of = self.graph, self.rules, self._with(offsets)
-        return saved_bytes(*of, self._folded, versions=self._versions)
+        if offsets not in self._saved:
+            of = self.graph, self.rules, self._with(offsets)
+            self._saved[offsets] = saved_bytes(*of, self._folded, versions=self._versions)
+        return self._saved[offsets]
+
+    @cached_property
+    def _saved(self) -> dict[tuple[int, ...], int]:
+        return {}
 
     @cached_property
     def _versions(self) -> Versions:
