@@ -103,6 +103,7 @@ class _Search:
     _open: list[tuple[float, bool, int, Prospect]] = field(default_factory=list)
     _closed: dict[tuple[int, Mesh, int], float] = field(default_factory=dict)  # with their bounds
     _numbers: Iterator[int] = field(default_factory=counting)
+    _plans_s: list[float] = field(default_factory=list)  # how long each took
     _complete: bool = False
 
     def __post_init__(self) -> None:
@@ -230,7 +231,9 @@ class _Search:
                 else:
                     self._try_stages([one], FIRST_PROOF_S, SLOWER * one.step_s)
         if len(stages) > 1:
+            began = monotonic()
             self._try_stages(stages[:TOGETHER], FIRST_PROOF_S, SLOWER * stages[0].step_s)
+            self._plans_s.append(monotonic() - began)
 
     def _other_counts(
         self, rows: int, mesh: Mesh, counts: Sequence[int], known: Sequence[Likely]
@@ -261,15 +264,17 @@ class _Search:
     def _close(self) -> None:
         """Take the prospects with the lowest bounds first: bound, halve, and at last plan them.
 
-        Where one that was planned has as low a bound as those that are left, no proof can raise the
-        bound of all: what is planned then may be faster than the best, no more.
+        Where one that was planned has as low a bound as those that are left, or those with the
+        lowest are too many to be planned, no proof can raise the bound of all: what is planned then
+        may be faster than the best, no more.
         """
         looked = monotonic()
         share = self.budget.proof_after_s(looked - self.started)
         least_s = math.inf  # of the bounds of those that were planned
         while self._open and self._open[0][0] < self._enough_s:
-            settled = least_s <= self._open[0][0]
-            left_s = looked + share * (SETTLED if settled else 1) - monotonic()
+            left_s = looked + share - monotonic()
+            settled = least_s <= self._open[0][0] or not self._can_all_be_planned(left_s)
+            left_s -= share * (1 - SETTLED) * settled
             if left_s < 0 and self.best is not None:
                 break
             proof_s = max(FIRST_PROOF_S, PROOF_S if self.best is None else min(PROOF_S, left_s))
@@ -287,11 +292,23 @@ class _Search:
                 self._plan(prospect, proof_s)
                 least_s = min(least_s, self._closed[self._key(prospect)])
 
+    def _can_all_be_planned(self, left_s: float) -> bool:
+        """Those that are to be planned now, since their bounds are about the lowest."""
+        about_s = self._open[0][0] * (1 + self.budget.gap)
+        lowest = [one for one in self._open if one[0] <= about_s]
+        if not self._plans_s or any(
+            unbounded or not of.is_single for _, unbounded, _, of in lowest
+        ):
+            return True
+        return len(lowest) * sum(self._plans_s) / len(self._plans_s) <= left_s
+
     def _plan(self, prospect: Prospect, proof_s: float) -> None:
+        began = monotonic()
         if prospect.rows > 1:
             self._plan_stages(prospect, proof_s)
         else:
             self._try_one_stage(prospect, proof_s)
+        self._plans_s.append(monotonic() - began)
 
     def _plan_stages(self, prospect: Prospect, proof_s: float) -> None:
         """All of these stages, as far as they may be faster than the best."""
