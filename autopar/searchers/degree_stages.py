@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Any, TypeVar
 
@@ -127,8 +127,14 @@ class SmallStages:
         if of.stages > 1:
             _check_between(operators, kept)
         numbers = self._sum(of, operators, kept, again)
-        microbatch = partial(operators.kept_bytes, of.stages == 1, _is_parted(of))
-        return Stages(numbers, copies, count, operators, kept, microbatch)
+        return Stages(
+            numbers,
+            copies,
+            count,
+            operators,
+            kept,
+            lambda: operators.kept_bytes(of.stages == 1, _is_parted(of)),
+        )
 
     def _sum(self, of: Degrees, operators: _Small, kept: _Small, again: str) -> Numbers:
         is_whole = of.stages == 1

@@ -20,7 +20,7 @@ from autopar.ir.search import Budget, Problem, SearchResult, Trial
 from autopar.ir.sharding import Mesh
 from autopar.recipes import Degrees, degrees_text
 from autopar.searchers.degree_space import DegreeSpace
-from autopar.searchers.over_degrees import Candidate, DegreePrices
+from autopar.searchers.over_degrees import Candidate, DegreePrices, Unplayed
 from autopar.searchers.over_meshes import LateError, Progress, ended_early
 from autopar.searchers.recompute import AUTO
 from autopar.simulator import meshes
@@ -75,7 +75,7 @@ class DegreeSearch:
     trials: list[Trial] = field(default_factory=list)
     number: int = 0
     nearest_miss_bytes: int | None = None
-    _open: list[tuple[float, int, Candidate]] = field(default_factory=list)
+    _open: list[tuple[float, int, Candidate | Unplayed]] = field(default_factory=list)
     _plain: tuple[Candidate, ...] = ()
     _passed: list[tuple[float, int, tuple[Candidate, ...]]] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=counting)
@@ -104,7 +104,9 @@ class DegreeSearch:
         while self._open and self._open[0][0] < self._enough_s:
             self._in_time()
             one = heapq.heappop(self._open)[-1]
-            if not self._may_fit(one):
+            if isinstance(one, Unplayed):
+                self._play(one)
+            elif not self._may_fit(one):
                 self._recompute_in([one, *self._next_too_large()])
             elif not self._evaluate(one):
                 self._with_more_again(one)
@@ -143,13 +145,20 @@ class DegreeSearch:
             )
         )
         self.progress(f"bounding {len(space):,} degrees of parallelism")
-        bounds = prices.bounds(self._while_in_time(space))
-        self.number = len(bounds.candidates)
+        found, skipped = prices.unplayed(self._while_in_time(space))
+        self.number = sum(len(group.degrees) for group in found)
         if not self.number:
-            raise AutoparError(self._why_none(bounds.skipped))
-        self._push(bounds.candidates)
-        self._plain = bounds.candidates
+            raise AutoparError(self._why_none(skipped))
+        for group in found:
+            heapq.heappush(self._open, (group.least_s, next(self._numbers), group))
         self._complete = True
+
+    def _play(self, group: Unplayed) -> None:
+        """All of it, though some may be too slow: that takes as long as to play one."""
+        found = self.prices.played(group)
+        self.number -= len(group.degrees) - len(found)
+        self._plain += found
+        self._push(found)
 
     def _why_none(self, skipped: Mapping[str, int]) -> str:
         of = self.problem
@@ -171,11 +180,18 @@ class DegreeSearch:
     def _next_too_large(self) -> Iterator[Candidate]:
         """The next ones that do not fit, some of them: they are priced together."""
         for _ in range(TOGETHER):
+            while self._open and isinstance(group := self._open[0][-1], Unplayed):
+                if self._open[0][0] >= self._enough_s:
+                    return
+                heapq.heappop(self._open)
+                self._play(group)
             if not self._open or self._open[0][0] >= self._enough_s:
                 return
-            if self._may_fit(self._open[0][-1]):
+            one = self._open[0][-1]
+            if isinstance(one, Unplayed) or self._may_fit(one):
                 return
-            yield heapq.heappop(self._open)[-1]
+            heapq.heappop(self._open)
+            yield one
 
     def _recompute_in(self, those: Sequence[Candidate]) -> None:
         self.progress(f"recomputing as little as fits in {len(those)} of them")
@@ -282,14 +298,22 @@ class DegreeSearch:
 
     def _bounded(self) -> Iterable[Trial]:
         """The fastest of each mesh and number of rows that was not evaluated."""
-        fastest: dict[tuple[int, int], Candidate] = {}
-        for _, _, one in sorted(self._open):
-            fastest.setdefault((one.degrees.tensor, one.degrees.pipeline), one)
-        for one in fastest.values():
-            axes = (("data", one.degrees.data), ("tensor", one.degrees.tensor))
+        fastest: dict[tuple[int, int], tuple[float, Degrees]] = {}
+        for bound_s, _, degrees in sorted(self._left()):
+            fastest.setdefault((degrees.tensor, degrees.pipeline), (bound_s, degrees))
+        for bound_s, degrees in fastest.values():
+            axes = (("data", degrees.data), ("tensor", degrees.tensor))
             mesh = Mesh(tuple(axis for axis in axes if axis[1] > 1) or axes[:1])
-            name = degrees_text(one.degrees)
-            yield Trial(name, mesh, None, None, one.step_time_s, "bounded")
+            yield Trial(degrees_text(degrees), mesh, None, None, bound_s, "bounded")
+
+    def _left(self) -> Iterator[tuple[float, int, Degrees]]:
+        """All that were not evaluated, with their bounds; numbered."""
+        for _, _, of in self._open:
+            if isinstance(of, Candidate):
+                yield of.step_time_s, next(self._numbers), of.degrees
+                continue
+            for bound_s, degrees in zip(of.bounds_s, of.degrees, strict=True):
+                yield float(bound_s), next(self._numbers), degrees
 
 
 __all__ = ["DegreeSearch", "is_open", "search"]

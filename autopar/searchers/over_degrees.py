@@ -33,16 +33,22 @@ from autopar.searchers.degree_rows import (
     ALWAYS,
     BACKWARD,
     COPY,
+    FIRST,
     FORWARD,
     GRADIENTS,
+    INPUTS,
+    MIDDLE,
     REDUCTION,
     SAVED,
     SUM,
     UPDATE,
+    WEIGHTS,
     WHOLE,
     Numbers,
+    has_parts,
     kinds_of,
     most_kept,
+    placed,
     played,
     played_count,
     rows_of,
@@ -79,6 +85,22 @@ class Bounds:
 
     candidates: tuple[Candidate, ...]
     skipped: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Unplayed:
+    """Candidates with the same rows, which are not played yet: ``bounds_s`` are theirs."""
+
+    alike: _Alike
+    bounds_s: Numbers
+
+    @property
+    def least_s(self) -> float:
+        return float(self.bounds_s.min())
+
+    @property
+    def degrees(self) -> list[Degrees]:
+        return [degrees for degrees, _ in self.alike.members]
 
 
 @dataclass
@@ -150,6 +172,23 @@ class DegreePrices:
         ]
         return _sorted(found, skipped)
 
+    def unplayed(self, candidates: Iterable[Degrees]) -> tuple[list[Unplayed], dict[str, int]]:
+        """They without their rows, and how many are none, by reason."""
+        skipped: Counter[str] = Counter()
+        found = [
+            Unplayed(alike, self._step_s(alike) if alike.is_alone else alike.least_s)
+            for alike in self._grouped(candidates, skipped)
+        ]
+        return found, dict(skipped)
+
+    def played(self, of: Unplayed) -> tuple[Candidate, ...]:
+        """None, if there are no such rows."""
+        try:
+            of.alike.check()
+        except AutoparError:
+            return ()
+        return tuple(self._candidates(of.alike))
+
     def recomputing(
         self, plain: Iterable[Degrees], ways: Sequence[str], limit_bytes: float
     ) -> tuple[Candidate, ...]:
@@ -164,6 +203,16 @@ class DegreePrices:
 
     def _alike(self, candidates: Iterable[Degrees], skipped: Counter[str]) -> Iterator[_Alike]:
         """Those that are played together."""
+        for alike in self._grouped(candidates, skipped):
+            try:
+                alike.check()
+            except AutoparError as error:
+                skipped[str(error)] += len(alike.members)
+                continue
+            yield alike
+
+    def _grouped(self, candidates: Iterable[Degrees], skipped: Counter[str]) -> Iterator[_Alike]:
+        """They, if there are such rows."""
         grouped: defaultdict[tuple[str, int, int, int], list[tuple[Degrees, Stages]]]
         grouped = defaultdict(list)
         for one in candidates:
@@ -172,16 +221,10 @@ class DegreePrices:
             except AutoparError as error:
                 skipped[str(error)] += 1
                 continue
-            played = played_count(stages.count, one.pipeline)
-            grouped[one.schedule_name, one.pipeline, one.row_chunks, played].append((one, stages))
+            count = played_count(stages.count, one.pipeline)
+            grouped[one.schedule_name, one.pipeline, one.row_chunks, count].append((one, stages))
         for (schedule, rows, chunks, _), members in grouped.items():
-            alike = _Alike(schedule, rows, chunks, tuple(members))
-            try:
-                alike.check()
-            except AutoparError as error:
-                skipped[str(error)] += len(members)
-                continue
-            yield alike
+            yield _Alike(schedule, rows, chunks, tuple(members))
 
     def _candidates(self, alike: _Alike) -> Iterator[Candidate]:
         if alike.members:
@@ -353,10 +396,44 @@ class _Alike:
 
     def totals(self, what: int) -> Numbers:
         """Of the stages of each row."""
+        return self._of_rows({kind: numbers[:, what] for kind, numbers in self.of.items()})
+
+    def _of_rows(self, of: Mapping[int, Numbers]) -> Numbers:
         number = stages_of_rows(self.schedule, self.rows, self.chunks)
         found = np.zeros((self.rows, len(self.members)))
-        for kind, numbers in self.of.items():
-            found += np.outer(number[:, kind], numbers[:, what])
+        for kind, numbers in of.items():
+            found += np.outer(number[:, kind], numbers)
+        return found
+
+    @property
+    def least_s(self) -> Numbers:
+        """What a row does, and how long its first microbatch takes to come to it and its last one
+        to go back from it; as if it waited for nothing else. 0.0 where stages have copies."""
+        if self.has_copies:
+            return np.zeros(len(self.members))
+        of, counts = self.of, self.counts
+        parted = has_parts(self.schedule, self.rows, self.chunks)
+        back = {kind: numbers[:, BACKWARD] for kind, numbers in of.items()}
+        if parted:
+            back = {kind: n[:, INPUTS] + n[:, WEIGHTS] for kind, n in of.items()}
+        there = {kind: numbers[:, FORWARD] for kind, numbers in of.items()}
+        work = {k: counts * (there[k] + back[k]) + (counts - 1) * of[k][:, SUM] for k in of}
+        first = np.array([stages[0] for stages in placed(self.schedule, self.rows, self.chunks)])
+        busy_s = self._way_there(there, first) + self._of_rows(work)
+        reduction_s = self.totals(REDUCTION)
+        ends_s = busy_s + reduction_s
+        if not parted:  # what a row does last is to go back through its first stage
+            back_s = self._way_there(back, first) + reduction_s[first.argmin()]
+            ends_s = np.maximum(ends_s, busy_s + back_s)
+        found: Numbers = ends_s.max(axis=0) + self.totals(UPDATE).max(axis=0)
+        return found
+
+    @staticmethod
+    def _way_there(of: Mapping[int, Numbers], first: NDArray[np.int64]) -> Numbers:
+        """Through all stages before each row's first."""
+        middle: Numbers = np.zeros(1) if MIDDLE not in of else of[MIDDLE]
+        several = np.outer(np.maximum(first - 1, 0), middle)
+        found: Numbers = np.outer(first > 0, of[FIRST]) + several
         return found
 
     @property
@@ -382,4 +459,4 @@ def _sorted(found: list[Candidate], skipped: Mapping[str, int]) -> Bounds:
     return Bounds(tuple(sorted(found, key=lambda one: one.step_time_s)), dict(skipped))
 
 
-__all__ = ["Bounds", "Candidate", "DegreePrices"]
+__all__ = ["Bounds", "Candidate", "DegreePrices", "Unplayed"]

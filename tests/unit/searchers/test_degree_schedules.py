@@ -107,3 +107,17 @@ def test_more_microbatches_than_are_played() -> None:
         _, alone = prices.evaluated(of)
         assert one.step_time_s == pytest.approx(alone.step_time_s, rel=1e-9), schedule
         assert one.memory_bytes <= alone.peak_memory_bytes
+
+
+@pytest.mark.parametrize("of", [GPT, LLAMA])
+def test_no_rows_are_faster_than_what_is_known_before_they_are_played(of: Transformer) -> None:
+    prices, sample = prices_of(of), Random(of.gated).sample(SPACE, 400)
+    groups, skipped = prices.unplayed(sample)
+    assert not skipped
+    near = 0
+    for group in groups:
+        played = {one.degrees: one.step_time_s for one in prices.played(group)}
+        for degrees, bound_s in zip(group.degrees, group.bounds_s, strict=True):
+            assert bound_s <= played[degrees] * (1 + 1e-9), degrees
+            near += bound_s >= 0.9 * played[degrees]
+    assert near >= len(sample) / 2
