@@ -76,7 +76,7 @@ class DegreeSearch:
     number: int = 0
     nearest_miss_bytes: int | None = None
     _open: list[tuple[float, int, Candidate | Unplayed]] = field(default_factory=list)
-    _plain: tuple[Candidate, ...] = ()
+    _plain: list[Unplayed] = field(default_factory=list)
     _passed: list[tuple[float, int, tuple[Candidate, ...]]] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=counting)
     _beside_bytes: int = 0
@@ -112,7 +112,7 @@ class DegreeSearch:
                 self._with_more_again(one)
         self._try_passed()
         if self.best is None and self.nearest_miss_bytes is None:  # none seemed to fit
-            smallest = min(self._plain, key=lambda one: one.memory_bytes)
+            smallest = min((of.smallest for of in self._plain), key=lambda one: one.memory_bytes)
             way = self._ways[-1] if self._ways else smallest.degrees.recompute
             self._evaluate(replace(smallest, degrees=replace(smallest.degrees, recompute=way)))
 
@@ -145,19 +145,17 @@ class DegreeSearch:
             )
         )
         self.progress(f"bounding {len(space):,} degrees of parallelism")
-        found, skipped = prices.unplayed(self._while_in_time(space))
-        self.number = sum(len(group.degrees) for group in found)
+        self._plain, skipped = prices.unplayed(self._while_in_time(space))
+        self.number = sum(len(group.degrees) for group in self._plain)
         if not self.number:
             raise AutoparError(self._why_none(skipped))
-        for group in found:
-            heapq.heappush(self._open, (group.least_s, next(self._numbers), group))
+        self._push(self._plain)
         self._complete = True
 
     def _play(self, group: Unplayed) -> None:
         """All of it, though some may be too slow: that takes as long as to play one."""
         found = self.prices.played(group)
         self.number -= len(group.degrees) - len(found)
-        self._plain += found
         self._push(found)
 
     def _why_none(self, skipped: Mapping[str, int]) -> str:
@@ -198,9 +196,10 @@ class DegreeSearch:
         plain = [one.degrees for one in those]
         self._push(self.prices.recomputing(plain, self._ways, self._kept_limit_bytes))
 
-    def _push(self, candidates: Iterable[Candidate]) -> None:
-        for one in candidates:
-            heapq.heappush(self._open, (one.step_time_s, next(self._numbers), one))
+    def _push(self, those: Iterable[Candidate | Unplayed]) -> None:
+        for one in those:
+            bound_s = one.step_time_s if isinstance(one, Candidate) else one.least_s
+            heapq.heappush(self._open, (bound_s, next(self._numbers), one))
 
     def _evaluate(self, one: Candidate) -> bool:
         """Whether it fits, and is a trial now, or cannot be done."""
@@ -232,7 +231,7 @@ class DegreeSearch:
         ways = [other for other in self._ways if way in ("none", other)]
         more = self.prices.recomputing([plain], ways, limit_bytes)
         self._push(more)
-        enough = {of.degrees.recompute: self._blocks(of.degrees) for of in more}
+        enough = {of.recompute: self._blocks(of) for group in more for of in group.degrees}
         copies = self.prices.layers // plain.stages
         for other in ways:
             passed = range(done + 1, enough.get(other, copies + 1))

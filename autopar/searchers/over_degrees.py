@@ -102,6 +102,13 @@ class Unplayed:
     def degrees(self) -> list[Degrees]:
         return [degrees for degrees, _ in self.alike.members]
 
+    @property
+    def smallest(self) -> Candidate:
+        """That which keeps the least."""
+        place = int(self.alike.memory_bytes.argmin())
+        degrees, stages = self.alike.members[place]
+        return Candidate(degrees, float(self.bounds_s[place]), stages)
+
 
 @dataclass
 class DegreePrices:
@@ -175,11 +182,11 @@ class DegreePrices:
     def unplayed(self, candidates: Iterable[Degrees]) -> tuple[list[Unplayed], dict[str, int]]:
         """They without their rows, and how many are none, by reason."""
         skipped: Counter[str] = Counter()
-        found = [
-            Unplayed(alike, self._step_s(alike) if alike.is_alone else alike.least_s)
-            for alike in self._grouped(candidates, skipped)
-        ]
+        found = [self._unplayed(alike) for alike in self._grouped(candidates, skipped)]
         return found, dict(skipped)
+
+    def _unplayed(self, alike: _Alike) -> Unplayed:
+        return Unplayed(alike, self._step_s(alike) if alike.is_alone else alike.least_s)
 
     def played(self, of: Unplayed) -> tuple[Candidate, ...]:
         """None, if there are no such rows."""
@@ -191,15 +198,15 @@ class DegreePrices:
 
     def recomputing(
         self, plain: Iterable[Degrees], ways: Sequence[str], limit_bytes: float
-    ) -> tuple[Candidate, ...]:
+    ) -> list[Unplayed]:
         """Of each of these, which recompute nothing, in each way of recomputation with as few
         blocks recomputed, one of each stage at least, as make what is kept fit."""
-        return tuple(
-            candidate
-            for alike in self._alike(plain, Counter())
+        return [
+            self._unplayed(found)
+            for alike in self._grouped(plain, Counter())
             for way in ways
-            for candidate in self._candidates(self._least_again(alike, way, limit_bytes))
-        )
+            if (found := self._least_again(alike, way, limit_bytes)).members
+        ]
 
     def _alike(self, candidates: Iterable[Degrees], skipped: Counter[str]) -> Iterator[_Alike]:
         """Those that are played together."""
