@@ -28,7 +28,7 @@ LAYERS, DEVICES, SAMPLES = 32, 64, 256
 VALUES = {
     "layers": (16, 32, 64, 128, 256),
     "devices": (8, 64, 512, 2048, 16384),
-    "samples": (16, 64, 256, 1024, 4096),
+    "samples": (16, 64, 256, 1024),
 }
 
 HYBRID = {"layers": (16, 64), "devices": (8, 64, 512), "samples": (16, 64)}

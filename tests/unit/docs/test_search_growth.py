@@ -1,18 +1,26 @@
-"""The picture of how the search for stages grows is that of the data beside it."""
+"""The pictures of how searches grow are those of the data beside them."""
 
 from __future__ import annotations
 
+from types import ModuleType
 from xml.etree import ElementTree
 
-from benchmarks.stage_growth import DATA, VALUES, drawn, read
+import pytest
+
+from benchmarks import plan_growth, stage_growth
 
 
-def test_the_picture_is_drawn_from_the_data() -> None:
-    picture = DATA.with_suffix(".svg")
-    assert drawn(read()) == picture.read_text(), "run `python -m benchmarks.stage_growth --draw`"
+@pytest.mark.parametrize("of", [stage_growth, plan_growth])
+def test_the_picture_is_drawn_from_the_data(of: ModuleType) -> None:
+    picture = of.DATA.with_suffix(".svg")
+    again = f"run `python -m {of.__name__} --draw`"
+    assert of.drawn(of.read()) == picture.read_text(), again
     ElementTree.parse(picture)
 
 
 def test_the_data_has_all_that_is_varied() -> None:
-    found = [(measured.varied, measured.value) for measured in read()]
-    assert found == [(varied, value) for varied, values in VALUES.items() for value in values]
+    found = [(measured.varied, measured.value) for measured in stage_growth.read()]
+    values = stage_growth.VALUES
+    assert found == [(varied, value) for varied, of in values.items() for value in of]
+    planned = [(of.varied, of.value, of.searcher) for of in plan_growth.read()]
+    assert planned == list(plan_growth.cases())
