@@ -135,12 +135,8 @@ def test_without_operator_in_the_dimensions_there_is_one_stage() -> None:
 
 
 def test_ctrl_c_keeps_the_best_so_far() -> None:
-    lines = 0
-
     def press(line: str) -> None:
-        nonlocal lines
-        lines += 1
-        if lines == 40:
+        if line == "pricing the recipes":  # the likely plans were tried before
             raise KeyboardInterrupt
 
     found = hybrid.search(problem_of("llama", 4, dear=1e-7), QUICK, press)
