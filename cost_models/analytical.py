@@ -125,6 +125,18 @@ class Analytical:
             known = self._ways[key] = self._new_ways(*key)
         return known
 
+    @property
+    def _clock(self) -> float:
+        """Of products in a long run, beside the clock of the peak."""
+        device = self.topology.device
+        peaks = dict(device.peak_flops_per_s)
+        peak = peaks.get("bfloat16", peaks.get("float16", 0.0))
+        drawn_w = peak * self.calibration.flop_pj * 1e-12
+        if not device.power_w or drawn_w <= device.power_w:
+            return 1.0
+        held: float = (device.power_w / drawn_w) ** (1 / 3)
+        return held
+
     # ------------------------------------------------------------------ compute
 
     def _compute_time_s(self, work: Work) -> float:
@@ -156,7 +168,8 @@ class Analytical:
         waste = matmul_waste(_four(work), device.cores, fill_steps)
         if misaligned(work):
             waste *= self.calibration.misaligned_slowdown
-        return work.flops * waste / (self._speed(work) * self.calibration.matmul_efficiency)
+        speed = self._speed(work) * self.calibration.matmul_efficiency * self._clock
+        return work.flops * waste / speed
 
     def _attention_s(self, work: Work) -> float:
         waste = attention_waste(_four(work), self.topology.device.cores)
@@ -167,7 +180,7 @@ class Analytical:
         measured = dict(device.attention_flops_per_s)
         largest = measured.get(work.dtype, self._speed(work) * ATTENTION_SHARE)
         if device.attention_as_products:
-            return largest * calibration.matmul_efficiency
+            return largest * calibration.matmul_efficiency * self._clock
         return largest * calibration.attention_efficiency
 
     def _speed(self, work: Work) -> float:
