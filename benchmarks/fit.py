@@ -64,7 +64,7 @@ GUESSES = {
         0.85, 0.1, 0.5, 0.95, "copy and triad of BabelStream on HBM, from memory: 0.8 to 0.92"
     ),
     "operator_s": Guess(4e-5, 0.5, 1e-6, 5e-4, "tens of microseconds in traces of eager PyTorch"),
-    "flop_pj": Guess(0.9, 0.2, 0.1, 3.0, "A100 holds its clock with 1.28 W for each TFLOP/s"),
+    "flop_pj": Guess(1.2, 0.2, 0.1, 3.0, "between H100's 0.88 W for each TFLOP/s and A100's 1.47"),
 }
 NAMES = tuple(GUESSES)
 

@@ -1,7 +1,8 @@
 """Kernels that published programs run and ATen does not have: what they read, write and keep.
 
 A norm that keeps its input and a number for each row, and one whose backward is a single pass;
-SwiGLU that keeps its two factors (and, of experts, the weights of tokens); dropout whose mask is
+SwiGLU that keeps its two factors (and, of experts, the weights of tokens); casts to what products
+take, and rotary positions, element by element; dropout whose mask is
 drawn where it is used, perhaps with the residual sum; softmax of scores that reads nothing above
 the diagonal; cross-entropy that keeps the logits and makes the gradient from them. Such are those
 of Megatron-LM, Apex, Transformer Engine, flash-attn and Liger, and what a compiler makes of the
@@ -54,6 +55,19 @@ def _in_one_pass(rule: Callable[[Shapes], OpRule]) -> Callable[[Shapes], OpRule]
     FastLayerNorm, Transformer Engine)."""
     backward = Kernel(("output 0", "input 0", "input 0", "input 1", "input 1"))
     return lambda inputs: replace(rule(inputs), backward=(backward,))
+
+
+def _cast(inputs: Shapes) -> OpRule:
+    """To what products take; the gradient that they give is wide already."""
+    x = labels(inputs[0].shape)
+    return OpRule(signature([x], [x]), backward=())
+
+
+def _rotary(inputs: Shapes) -> OpRule:
+    """Of queries or keys by head, with a table of positions."""
+    *rows, position, width = labels(inputs[0].shape)
+    x, table = [*rows, position, width], [position, width]
+    return OpRule(signature([x, table], [x]), linear=(0,), saves=(Saved("input 1", needs=(0,)),))
 
 
 def _causal_softmax(inputs: Shapes) -> OpRule:
@@ -114,6 +128,8 @@ RULES: dict[str, Callable[[Shapes], OpRule]] = {
     "fused.rms_norm.default": _rms_norm,
     "fused.rms_norm.one_pass": _in_one_pass(_rms_norm),
     "fused.layer_norm.one_pass": _in_one_pass(_layer_norm),
+    "fused.cast.default": _cast,
+    "fused.rotary.default": _rotary,
     "fused.causal_softmax.default": _causal_softmax,
     "fused.swiglu.default": _swiglu,
     "fused.dropout.default": _dropout,

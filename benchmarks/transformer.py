@@ -249,7 +249,8 @@ class _Builder:
 
     def _rotated(self, x: str, table: str, name: str) -> str:
         if not self.of.wide_rotary:
-            return self._op(name, "mul.Tensor", (x, table), self.specs[x].shape)
+            kernel = "fused.rotary" if self.of.fused else "mul.Tensor"
+            return self._op(name, kernel, (x, table), self.specs[x].shape)
         x = self._cast(x, "float32", name)
         x = self._op(name, "mul.Tensor", (x, table), self.specs[x].shape)
         return self._cast(x, self.of.dtype, name)
@@ -299,7 +300,12 @@ class _Builder:
         if self.of.products in (None, self.specs[x].dtype):
             return x
         if x not in self.narrow:
-            self.narrow[x] = self._cast(x, self.of.products, name)
+            to, shape = self.of.products, self.specs[x].shape
+            self.narrow[x] = (
+                self._op(name, "fused.cast", (x,), shape, dtype=to)
+                if self.of.fused
+                else self._cast(x, to, name)
+            )
         return self.narrow[x]
 
     def _narrowed_weight(self, weight: str, name: str) -> str:

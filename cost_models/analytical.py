@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import ceil
 
 from cost_models.calibration import Calibration, read_calibration
@@ -126,13 +126,14 @@ class Analytical:
         return known
 
     @property
-    def _clock(self) -> float:
-        """Of products in a long run, beside the clock of the peak."""
+    def clock(self) -> float:
+        """Of products in a long run, beside that of the largest product ever measured."""
         device = self.topology.device
-        peaks = dict(device.peak_flops_per_s)
-        peak = peaks.get("bfloat16", peaks.get("float16", 0.0))
-        drawn_w = peak * self.calibration.flop_pj * 1e-12
-        if not device.power_w or drawn_w <= device.power_w:
+        wide = "bfloat16" if "bfloat16" in dict(device.peak_flops_per_s) else "float16"
+        if not device.power_w or wide not in dict(device.peak_flops_per_s):
+            return 1.0
+        drawn_w = self._largest(wide) * self.calibration.flop_pj * 1e-12
+        if drawn_w <= device.power_w:
             return 1.0
         held: float = (device.power_w / drawn_w) ** (1 / 3)
         return held
@@ -168,7 +169,7 @@ class Analytical:
         waste = matmul_waste(_four(work), device.cores, fill_steps)
         if misaligned(work):
             waste *= self.calibration.misaligned_slowdown
-        speed = self._speed(work) * self.calibration.matmul_efficiency * self._clock
+        speed = self._speed(work) * self.calibration.matmul_efficiency * self.clock
         return work.flops * waste / speed
 
     def _attention_s(self, work: Work) -> float:
@@ -180,29 +181,28 @@ class Analytical:
         measured = dict(device.attention_flops_per_s)
         largest = measured.get(work.dtype, self._speed(work) * ATTENTION_SHARE)
         if device.attention_as_products:
-            return largest * calibration.matmul_efficiency * self._clock
+            return largest * calibration.matmul_efficiency * self.clock
         return largest * calibration.attention_efficiency
 
     def _speed(self, work: Work) -> float:
-        """Flops per second of the largest product. Convolutions of float32 may round their operands
-        on NVIDIA's devices unless torch is told otherwise (``torch.backends.cudnn.allow_tf32``);
-        products may not."""
+        """Flops per second of the largest product."""
         device = self.topology.device
-        rounded = "tensorfloat32" in dict(device.peak_flops_per_s) and device.vendor == "nvidia"
-        if work.kind == "convolution" and work.dtype == "float32" and rounded:
-            work = replace(work, dtype="tensorfloat32")
         peaks = dict(device.peak_flops_per_s)
         if work.dtype not in peaks:
             raise ValueError(
                 f"{device.name} has no peak for {work.dtype} (it has {', '.join(peaks)}); "
                 "plan the model in one of these, or write a topology file that gives the peak"
             )
-        achievable = dict(device.achievable_flops_per_s)
-        if work.dtype in achievable:
-            return achievable[work.dtype]
+        return self._largest(work.dtype)
+
+    def _largest(self, dtype: str) -> float:
+        device = self.topology.device
+        peaks, achievable = dict(device.peak_flops_per_s), dict(device.achievable_flops_per_s)
+        if dtype in achievable:
+            return achievable[dtype]
         if "bfloat16" in achievable:
-            return peaks[work.dtype] * achievable["bfloat16"] / peaks["bfloat16"]
-        return peaks[work.dtype] * MATMUL_EFFICIENCY
+            return peaks[dtype] * achievable["bfloat16"] / peaks["bfloat16"]
+        return peaks[dtype] * MATMUL_EFFICIENCY
 
     # -------------------------------------------------------------- collectives
 

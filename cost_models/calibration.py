@@ -30,9 +30,9 @@ class Calibration:
     ``attention_efficiency``: of what a large product achieves, for fused attention;
     ``memory_efficiency``: of the bandwidth, for kernels that stream; ``operator_s``: the time of a
     host from one kernel of a program that is not compiled to the next (Python, dispatch, autograd).
-    ``flop_pj``: what a floating-point operation of a long run of products draws, in picojoules of
-    the whole chip at the clock of its peak in 16 bits; a chip that may not draw that much runs at
-    the clock that it can hold, and power grows as the cube of the clock. 0: never.
+    ``flop_pj``: what a floating-point operation in 16 bits draws in a long run of products, the
+    whole chip counted, in picojoules at the clock of the largest product; a chip that may not draw
+    as much runs at the clock that it can hold, and power grows as the cube of the clock. 0: never.
     """
 
     matmul_efficiency: float
