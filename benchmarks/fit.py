@@ -49,7 +49,7 @@ class Guess:
 
 GUESSES = {
     "matmul_efficiency": Guess(
-        0.9, 0.1, 0.5, 1.0, "large products in a run beside the largest ever measured on the chip"
+        0.95, 0.03, 0.5, 1.0, "steps on one H100 (2026-11-27), beside the largest measured product"
     ),
     "fill_steps": Guess(
         5.0, 0.05, 0.5, 32.0, "25 products alone on one H100 (2026-11-27), which 4 to 6 fit best"

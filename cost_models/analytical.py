@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 
 from cost_models.calibration import Calibration, read_calibration
@@ -185,8 +185,13 @@ class Analytical:
         return largest * calibration.attention_efficiency
 
     def _speed(self, work: Work) -> float:
-        """Flops per second of the largest product."""
+        """Flops per second of the largest product. Convolutions of float32 may round their operands
+        on NVIDIA's devices unless torch is told otherwise (``torch.backends.cudnn.allow_tf32``);
+        products may not."""
         device = self.topology.device
+        rounded = "tensorfloat32" in dict(device.peak_flops_per_s) and device.vendor == "nvidia"
+        if work.kind == "convolution" and work.dtype == "float32" and rounded:
+            work = replace(work, dtype="tensorfloat32")
         peaks = dict(device.peak_flops_per_s)
         if work.dtype not in peaks:
             raise ValueError(
