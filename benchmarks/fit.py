@@ -49,10 +49,10 @@ class Guess:
 
 GUESSES = {
     "matmul_efficiency": Guess(
-        0.9, 0.1, 0.5, 1.0, "large products in a run beside the largest ever measured on the chip"
+        0.95, 0.03, 0.5, 1.0, "steps on one H100 (2026-11-27), beside the largest measured product"
     ),
     "fill_steps": Guess(
-        4.0, 0.5, 0.5, 32.0, "three or four stages of loads before the first product (CUTLASS)"
+        5.0, 0.05, 0.5, 32.0, "25 products alone on one H100 (2026-11-27), which 4 to 6 fit best"
     ),
     "misaligned_slowdown": Guess(
         3.0, 0.5, 1.0, 8.0, "NVIDIA, Matrix Multiplication Background: several times"
@@ -64,6 +64,7 @@ GUESSES = {
         0.85, 0.1, 0.5, 0.95, "copy and triad of BabelStream on HBM, from memory: 0.8 to 0.92"
     ),
     "operator_s": Guess(4e-5, 0.5, 1e-6, 5e-4, "tens of microseconds in traces of eager PyTorch"),
+    "flop_pj": Guess(1.2, 0.2, 0.1, 3.0, "between H100's 0.88 W for each TFLOP/s and A100's 1.47"),
 }
 NAMES = tuple(GUESSES)
 

@@ -1,9 +1,12 @@
 """Kernels that published programs run and ATen does not have: what they read, write and keep.
 
-A norm that keeps its input and a number for each row; SwiGLU that keeps its two factors (and, of
-experts, the weights of tokens); dropout whose mask is drawn where it is used; cross-entropy that
-keeps the logits and makes the gradient from them. Such are those of Apex, Transformer Engine,
-flash-attn and Liger, and what a compiler makes of the operators. ATen's own keep more: an rms_norm
+A norm that keeps its input and a number for each row, and one whose backward is a single pass;
+SwiGLU that keeps its two factors (and, of experts, the weights of tokens); casts to what products
+take, and rotary positions, element by element; dropout whose mask is
+drawn where it is used, perhaps with the residual sum; softmax of scores that reads nothing above
+the diagonal; cross-entropy that keeps the logits and makes the gradient from them. Such are those
+of Megatron-LM, Apex, Transformer Engine, flash-attn and Liger, and what a compiler makes of the
+operators. ATen's own keep more: an rms_norm
 below float32 two float32 copies of its input, SwiGLU in parts a third tensor, cross-entropy
 log-probabilities beside two gradients.
 
@@ -16,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from autopar.ir.graph import OperatorGraph, TensorSpec
-from autopar.ir.rule import Inner, OpRule, Saved
+from autopar.ir.rule import Inner, Kernel, OpRule, Saved
 from autopar.ops.proposals import Proposals, call_key
 from autopar.ops.signatures import labels, points, signature
 
@@ -25,13 +28,54 @@ Shapes = tuple[TensorSpec, ...]
 
 def _rms_norm(inputs: Shapes) -> OpRule:
     """Along the last dim."""
+    return _norm(inputs, numbers=1)
+
+
+def _layer_norm(inputs: Shapes) -> OpRule:
+    return _norm(inputs, numbers=2)
+
+
+def _norm(inputs: Shapes, numbers: int) -> OpRule:
+    """``numbers``: that are kept of each row."""
     *rows, last = labels(inputs[0].shape)
     x = [*rows, last]
     return OpRule(
-        signature([x, [last]], [x]),
+        signature([x, *[[last]] * (len(inputs) - 1)], [x]),
         whole=(last,),
-        saves=(Saved("input 0"), Saved("input 1"), Saved(points(rows), dtype="float32")),
+        saves=(
+            Saved("input 0"),
+            *(Saved(f"input {i}") for i in range(1, len(inputs))),
+            *(Saved(points(rows), dtype="float32"),) * numbers,
+        ),
     )
+
+
+def _in_one_pass(rule: Callable[[Shapes], OpRule]) -> Callable[[Shapes], OpRule]:
+    """Partial sums for the gradients of scale and shift are kept in registers meanwhile (Apex's
+    FastLayerNorm, Transformer Engine)."""
+    backward = Kernel(("output 0", "input 0", "input 0", "input 1", "input 1"))
+    return lambda inputs: replace(rule(inputs), backward=(backward,))
+
+
+def _cast(inputs: Shapes) -> OpRule:
+    """To what products take; the gradient that they give is wide already."""
+    x = labels(inputs[0].shape)
+    return OpRule(signature([x], [x]), backward=())
+
+
+def _rotary(inputs: Shapes) -> OpRule:
+    """Of queries or keys by head, with a table of positions."""
+    *rows, position, width = labels(inputs[0].shape)
+    x, table = [*rows, position, width], [position, width]
+    return OpRule(signature([x, table], [x]), linear=(0,), saves=(Saved("input 1", needs=(0,)),))
+
+
+def _causal_softmax(inputs: Shapes) -> OpRule:
+    """Of scores, with their scale and mask; what is hidden is written as zero and never read, nor
+    is its gradient (Megatron-LM's scaled_upper_triang_masked_softmax)."""
+    *rows, keys = labels(inputs[0].shape)
+    x = [*rows, keys]
+    return OpRule(signature([x], [x]), whole=(keys,), causal=True, saves=(Saved("output 0"),))
 
 
 def _swiglu(inputs: Shapes) -> OpRule:
@@ -46,6 +90,22 @@ def _swiglu(inputs: Shapes) -> OpRule:
 def _dropout(inputs: Shapes) -> OpRule:
     x = labels(inputs[0].shape)
     return OpRule(signature([x], [x, x]), linear=(0,), saves=(Saved("output 1"),))
+
+
+def _dropout_into_sum(inputs: Shapes) -> OpRule:
+    """Handed on to the residual sum, which the same kernel does: only the mask is written."""
+    return replace(_dropout(inputs), forward=(Kernel(("input 0", "output 1")),))
+
+
+def _sum(inputs: Shapes) -> OpRule:
+    """Of a residual and what such a kernel hands on."""
+    x = labels(inputs[0].shape)
+    return OpRule(
+        signature([x, x], [x]),
+        linear=(0, 1),
+        forward=(Kernel(("input 0", "output 0")),),
+        backward=(),
+    )
 
 
 def _cross_entropy(inputs: Shapes) -> OpRule:
@@ -66,8 +126,15 @@ def _cross_entropy(inputs: Shapes) -> OpRule:
 
 RULES: dict[str, Callable[[Shapes], OpRule]] = {
     "fused.rms_norm.default": _rms_norm,
+    "fused.rms_norm.one_pass": _in_one_pass(_rms_norm),
+    "fused.layer_norm.one_pass": _in_one_pass(_layer_norm),
+    "fused.cast.default": _cast,
+    "fused.rotary.default": _rotary,
+    "fused.causal_softmax.default": _causal_softmax,
     "fused.swiglu.default": _swiglu,
     "fused.dropout.default": _dropout,
+    "fused.dropout.into_sum": _dropout_into_sum,
+    "fused.sum.default": _sum,
     "fused.cross_entropy.default": _cross_entropy,
 }
 """By op."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from autopar.ir.simulation import Estimate
 from autopar.ir.strategy import Training
 from autopar.recipes import Degrees
+from benchmarks.programs import FIRST, Program, written
 from benchmarks.runs import Run, estimate
 from benchmarks.transformer import Transformer
 
@@ -58,6 +59,7 @@ def _run(row: dict[str, str], config: str, count: int) -> Run:
     sizes = {name: int(size) for name, size in re.findall(r"\b([A-Za-z]+)(\d+)\b", config)}
     width, heads, tensor = sizes["h"], sizes["a"], sizes["TP"]
     what = row["what"].lower()
+    program = Program(written=written(row["source"]) or FIRST)
     divided = "sequence parallel" in what or "+ sp" in what
     model = Transformer(
         count, width, heads, heads, 4 * width, 51200, sizes["s"], flash=False, dropout=True
@@ -65,7 +67,9 @@ def _run(row: dict[str, str], config: str, count: int) -> Run:
     return Run(
         name=what,
         source=row["source"],
-        model=replace(model, dtype="float16"),
+        model=replace(
+            model, dtype="float16", fused=True, one_pass=program.has("norms_in_one_pass")
+        ),
         machine=f"1x{tensor}x{MACHINES[row['gpu']]}",
         degrees=Degrees(
             tensor=tensor,
@@ -78,6 +82,7 @@ def _run(row: dict[str, str], config: str, count: int) -> Run:
         step_s=None,
         memory_bytes=None,
         ran_out=False,
+        program=program,
     )
 
 

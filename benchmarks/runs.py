@@ -34,6 +34,7 @@ from autopar.simulator.pipelines import PricedPipeline, StagePrices, evaluate_st
 from autopar.simulator.prices import evaluate
 from autopar.simulator.stages import pipelined
 from benchmarks.kernels import proposals
+from benchmarks.programs import NEW, Program, program_of
 from benchmarks.transformer import Experts, Transformer
 from cost_models import Topology, cost_model, topology
 from cost_models.analytical import MATMUL_EFFICIENCY
@@ -60,7 +61,7 @@ MACHINES = {
     "A100-40GB-SXM": "a100-sxm-40gb",
     "H100-80GB-SXM": "h100-sxm",
     "H100-96GB-HBM2e-500W(2.4TB/s)": "h100-sxm-96gb",
-    "V100-32GB-SXM(DGX-2H)": "v100-sxm2-32gb",
+    "V100-32GB-SXM(DGX-2H)": "v100-sxm3-32gb",
     "V100-16GB-SXM (p3.16xlarge)": "v100-sxm2-16gb",
     "B200-180GB": "b200-sxm",
     "B300-288GB": "b300-sxm",
@@ -80,6 +81,12 @@ ENGINE_ATTENTION = 539 / 794.5
 """cuDNN's causal attention beside the largest product on H100, heads of 128 (Shah et al. 2024,
 FlashAttention-3, arXiv 2407.08608, figure 5: 539 TFLOP/s at 16k tokens, where FlashAttention-2 has
 335). Of chips after it the same share is assumed."""
+
+UPDATE_BYTES = {"float16": 20, "bfloat16": 6}
+"""That Megatron-LM's optimizer in mixed precision moves beside the update and its casts, for each
+element: the norm of wide gradients (4) and their scaling to it (8), in fp16 division by the scale
+of the loss, too (8); in bf16 gradients are wide already and are not cast (6 less)
+(``megatron/optimizer/optimizer.py``, ``Float16OptimizerWithFloat16Params.step``)."""
 
 OUT_OF_MEMORY = "oom"
 MOST_LAYERS = 4096
@@ -111,6 +118,7 @@ class Run:
     memory_bytes: float | None
     ran_out: bool
     assumed: tuple[str, ...] = ()
+    program: Program = NEW
 
     @property
     def other_recomputation(self) -> tuple[Degrees, Degrees] | None:
@@ -124,13 +132,9 @@ class Run:
     def topology(self) -> Topology:
         """Its machine, with the kernels that its software has."""
         found = topology(self.machine)
-        return _with_engine(found) if self.is_megatron and self.model.flash else found
-
-    @property
-    def is_megatron(self) -> bool:
-        """Whether it is of Megatron-LM's family rather than of FSDP and DeepSpeed, which is what
-        shards parameters."""
-        return self.degrees.zero < 3
+        if self.program.per_parameter and self.model.flash:
+            return replace(found, device=replace(found.device, attention_as_products=True))
+        return _with_engine(found) if self.program.is_megatron and self.model.flash else found
 
 
 def _has_engine(machine: Topology) -> bool:
@@ -240,11 +244,12 @@ def run_of(row: Row) -> Run:
         recomputed=part,
     )
     memory = row["metric"].startswith("peak_mem")
+    program = program_of(row, shards=zero == 3, flash=_flag(row, "flash_attn"))
     ran_out = row["value"].lower() == OUT_OF_MEMORY
     return Run(
         name=row["config_id"],
         source=row["source"],
-        model=_model(row, degrees),
+        model=_model(row, degrees, program),
         machine=_machine(row, degrees),
         degrees=degrees,
         training=Training("adam", "full" if "PURE" in row["precision"] else "mixed"),
@@ -253,6 +258,7 @@ def run_of(row: Row) -> Run:
         memory_bytes=_gib(_positive(row, "value")) if memory and not ran_out else None,
         ran_out=ran_out,
         assumed=tuple(assumed),
+        program=program,
     )
 
 
@@ -415,14 +421,14 @@ def _experts(row: Row, degrees: Degrees) -> Experts | None:
     return Experts(count, _number(row, "topk"), _number(row, "moe_ffn"), groups)
 
 
-def _model(row: Row, degrees: Degrees) -> Transformer:
+def _model(row: Row, degrees: Degrees, program: Program) -> Transformer:
     precision = row["precision"].lower().replace("amp_", "").replace("fp8-mx", "mxfp8")
     dtype = next((name for key, name in DTYPES.items() if precision.startswith(key)), None)
     if dtype is None:
         raise SkippedError(f"precision is {row['precision']!r}: not known")
     products = next((name for key, name in PRODUCTS.items() if precision.startswith(key)), None)
     gated, flash = _flag(row, "gated_mlp"), _flag(row, "flash_attn")
-    engine = degrees.zero < 3 and _has_engine(topology(_machine(row, degrees)))
+    engine = program.is_megatron and _has_engine(topology(_machine(row, degrees)))
     family, heads = row["model_family"], _number(row, "heads")
     layers = _number(row, "layers")
     if layers > MOST_LAYERS:
@@ -433,7 +439,7 @@ def _model(row: Row, degrees: Degrees) -> Transformer:
         heads=heads,
         kv_heads=_number(row, "kv_heads", heads),
         ffn=_number(row, "ffn"),
-        vocabulary=padded(_number(row, "vocab"), degrees.tensor),
+        vocabulary=padded(_number(row, "vocab"), degrees.tensor, always=program.is_megatron),
         length=_number(row, "seq_len"),
         gated=gated,
         biased=not gated and not family.startswith("MPT"),
@@ -447,16 +453,21 @@ def _model(row: Row, degrees: Degrees) -> Transformer:
         experts=_experts(row, degrees),
         engine=engine,
         fused=True,
+        one_pass=engine or program.has("norms_in_one_pass"),
+        wide_rotary=program.per_parameter,
     )
 
 
-def padded(vocabulary: int, tensor: int) -> int:
-    """As Megatron-LM does, to a multiple of 128 for each tensor-parallel device.
+def padded(vocabulary: int, tensor: int, *, always: bool = False) -> int:
+    """As Megatron-LM does, to a multiple of 128 for each tensor-parallel device; other programs
+    only where it is divided.
 
-    >>> padded(50257, 1), padded(50257, 2), padded(51200, 8)
-    (50257, 50432, 51200)
+    >>> padded(50257, 1), padded(50257, 2), padded(51200, 8), padded(50257, 1, always=True)
+    (50257, 50432, 51200, 50304)
     """
-    return vocabulary if tensor == 1 else -(-vocabulary // (128 * tensor)) * 128 * tensor
+    if tensor == 1 and not always:
+        return vocabulary
+    return -(-vocabulary // (128 * tensor)) * 128 * tensor
 
 
 def _machine(row: Row, degrees: Degrees) -> str:
@@ -586,9 +597,27 @@ def step_s(run: Run, machine: CostModel) -> float:
 
 
 def overlap_of(run: Run) -> Overlap:
-    """All prepare kernels ahead. FSDP and DeepSpeed gather parameters ahead, Megatron-LM sums the
-    gradients of inputs beside the products that give those of weights (arXiv 2205.05198, 4.2.2)."""
-    return Overlap(launches=True, parameters=not run.is_megatron, sums=run.is_megatron)
+    """All prepare kernels ahead. FSDP and DeepSpeed gather parameters ahead, in the dtypes that the
+    row names; what Megatron-LM does depends on when it was written."""
+    program, degrees = run.program, run.degrees
+    if not program.is_megatron:
+        return Overlap(
+            launches=True,
+            parameters=True,
+            gathered_bytes=program.gathered_bytes,
+            reduced_bytes=program.reduced_bytes,
+            copies=program.per_parameter,
+        )
+    passes = degrees.pipeline if degrees.chunks > 1 else 1
+    return Overlap(
+        launches=True,
+        sums=program.has("sums"),
+        in_pieces=program.has("in_pieces") and run.model.engine,
+        replicas=passes if program.has("replicas") and degrees.zero else 0,
+        added_in_products=program.has("added_in_products"),
+        update_bytes=UPDATE_BYTES[run.model.dtype],
+        waits=degrees.chunks == 1 or not program.has("messages_beside"),
+    )
 
 
 def _planned(run: Run, machine: CostModel) -> tuple[Division, Structure, Strategy]:

@@ -39,7 +39,8 @@ class Transformer:
     with ``engine`` as Transformer Engine does it: norms write what products take, and weights are
     kept so, for rows and for columns (two narrow bytes: as many as a wide element has).
     ``fused``: the kernels of ``benchmarks/kernels.py`` in place of what ATen has for norms, SwiGLU,
-    dropout and, with ``fused_loss``, cross-entropy.
+    dropout, softmax and, with ``fused_loss``, cross-entropy; ``one_pass``: norms whose backward is
+    one pass. ``wide_rotary``: rotary positions are products of complex numbers in fp32.
     """
 
     layers: int
@@ -61,6 +62,8 @@ class Transformer:
     experts: Experts | None = None
     engine: bool = False
     fused: bool = False
+    one_pass: bool = False
+    wide_rotary: bool = False
 
     def graph(self, batch: int) -> OperatorGraph:
         """Of one global batch."""
@@ -94,9 +97,7 @@ class _Builder:
         head = table if of.tied else self._parameter("head.weight", (of.vocabulary, of.width))
         logits = self._op("head", "linear", (x, head), (self.batch, of.length, of.vocabulary))
         if not of.fused_loss:
-            wide = (("dtype", Dtype("float32")),)
-            shape = self.specs[logits].shape
-            logits = self._op("", "_to_copy", (logits,), shape, dtype="float32", keywords=wide)
+            logits = self._cast(logits, "float32", "")
         # (sample, class, position): samples and positions stay apart, for axes that divide either
         by_class = (self.batch, of.vocabulary, of.length)
         logits = self._op("", "transpose.int", (logits,), by_class, 1, 2)
@@ -129,11 +130,17 @@ class _Builder:
         return (self._given("rotary", shape, self.of.dtype, Role.BUFFER),)
 
     def _block(self, x: str, name: str, tables: tuple[str, ...]) -> str:
-        shape = self.specs[x].shape
         y = self._attention(self._norm(x, f"{name}.norm_1", narrow=True), name, tables)
-        x = self._op(name, "add.Tensor", (x, self._dropped(y, name)), shape)
+        x = self._residual(x, y, name)
         y = self._norm(x, f"{name}.norm_2", narrow=self.of.experts is None)
         y = self._mlp(y, name) if self.of.experts is None else self._expert_mlp(y, name)
+        return self._residual(x, y, name)
+
+    def _residual(self, x: str, y: str, name: str) -> str:
+        shape = self.specs[x].shape
+        if self.of.dropout and self.of.fused:
+            y = self._dropped(y, name, "fused.dropout.into_sum")
+            return self._op(name, "fused.sum", (x, y), shape)
         return self._op(name, "add.Tensor", (x, self._dropped(y, name)), shape)
 
     def _mlp(self, y: str, name: str) -> str:
@@ -216,7 +223,7 @@ class _Builder:
         of, d = self.of, self.head_width
         q, k, v = self._projected(y, name)
         for table in tables:
-            q, k = (self._op(name, "mul.Tensor", (t, table), self.specs[t].shape) for t in (q, k))
+            q, k = (self._rotated(t, table, name) for t in (q, k))
         shape = (self.batch, of.heads, of.length, d)
         if of.flash:
             grouped = (("enable_gqa", True),) if of.kv_heads != of.heads else ()
@@ -234,11 +241,27 @@ class _Builder:
             scores = (self.batch, of.heads, of.length, of.length)
             k = self._op(name, "transpose.int", (k,), (self.batch, of.heads, d, of.length), 2, 3)
             p = self._op(name, "matmul", (q, k), scores)
-            p = self._dropped(self._op(name, "softmax.int", (p,), scores, -1), name)
+            p = self._dropped(self._softmax(p, name), name)
             z = self._op(name, "matmul", (p, v), shape)
         z = self._op(name, "transpose.int", (z,), (self.batch, of.length, of.heads, d), 1, 2)
         flat = (self.batch, of.length, of.heads * d)
         return self._linear(self._op(name, "reshape", (z,), flat, flat), f"{name}.out", of.width)
+
+    def _rotated(self, x: str, table: str, name: str) -> str:
+        if not self.of.wide_rotary:
+            kernel = "fused.rotary" if self.of.fused else "mul.Tensor"
+            return self._op(name, kernel, (x, table), self.specs[x].shape)
+        x = self._cast(x, "float32", name)
+        x = self._op(name, "mul.Tensor", (x, table), self.specs[x].shape)
+        return self._cast(x, self.of.dtype, name)
+
+    def _cast(self, x: str, dtype: str, name: str) -> str:
+        keywords = (("dtype", Dtype(dtype)),)
+        return self._op(name, "_to_copy", (x,), self.specs[x].shape, dtype=dtype, keywords=keywords)
+
+    def _softmax(self, scores: str, name: str) -> str:
+        kernel = "fused.causal_softmax" if self.of.fused else "softmax.int"
+        return self._op(name, kernel, (scores,), self.specs[scores].shape, -1)
 
     def _projected(self, y: str, name: str) -> tuple[str, str, str]:
         of, d = self.of, self.head_width
@@ -278,8 +301,11 @@ class _Builder:
             return x
         if x not in self.narrow:
             to, shape = self.of.products, self.specs[x].shape
-            keywords = (("dtype", Dtype(to)),)
-            self.narrow[x] = self._op(name, "_to_copy", (x,), shape, dtype=to, keywords=keywords)
+            self.narrow[x] = (
+                self._op(name, "fused.cast", (x,), shape, dtype=to)
+                if self.of.fused
+                else self._cast(x, to, name)
+            )
         return self.narrow[x]
 
     def _narrowed_weight(self, weight: str, name: str) -> str:
@@ -289,12 +315,15 @@ class _Builder:
         """``narrow``: only products read it."""
         sizes = (self.of.width,)
         weight = self._parameter(f"{name}.weight", sizes)
+        shape, kernel = self.specs[x].shape, ".one_pass" if self.of.one_pass else ""
         if self.of.gated and self.of.fused:
             dtype = (narrow and self.of.engine and self.of.products) or self.of.dtype
-            return self._op(name, "fused.rms_norm", (x, weight), self.specs[x].shape, dtype=dtype)
+            return self._op(name, f"fused.rms_norm{kernel}", (x, weight), shape, dtype=dtype)
         if self.of.gated:
             return self._call(name, "rms_norm", (x, weight), (Input(0), sizes, Input(1)))
         bias = (self._parameter(f"{name}.bias", sizes),) if self.of.biased else ()
+        if self.of.fused and self.of.one_pass:
+            return self._op(name, f"fused.layer_norm{kernel}", (x, weight, *bias), shape)
         shift = Input(2) if bias else None
         arguments = (Input(0), sizes, Input(1), shift, EPSILON, False)
         return self._call(name, "layer_norm", (x, weight, *bias), arguments)
@@ -306,12 +335,12 @@ class _Builder:
         spec = self.specs[read[0]]
         return self._add(name, op, read, [(spec.shape, spec.dtype)], arguments, ())[0]
 
-    def _dropped(self, x: str, name: str) -> str:
+    def _dropped(self, x: str, name: str, kernel: str = "fused.dropout") -> str:
         if not self.of.dropout:
             return x
         spec = self.specs[x]
         made = [(spec.shape, spec.dtype), (spec.shape, "bool")]
-        kernel = "fused.dropout" if self.of.fused else "native_dropout"
+        kernel = kernel if self.of.fused else "native_dropout"
         return self._outputs(name, kernel, (x,), made, DROPOUT, True)[0]
 
     def _op(

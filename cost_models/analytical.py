@@ -125,6 +125,19 @@ class Analytical:
             known = self._ways[key] = self._new_ways(*key)
         return known
 
+    @property
+    def clock(self) -> float:
+        """Of products in a long run, beside that of the largest product ever measured."""
+        device = self.topology.device
+        wide = "bfloat16" if "bfloat16" in dict(device.peak_flops_per_s) else "float16"
+        if not device.power_w or wide not in dict(device.peak_flops_per_s):
+            return 1.0
+        drawn_w = self._largest(wide) * self.calibration.flop_pj * 1e-12
+        if drawn_w <= device.power_w:
+            return 1.0
+        held: float = (device.power_w / drawn_w) ** (1 / 3)
+        return held
+
     # ------------------------------------------------------------------ compute
 
     def _compute_time_s(self, work: Work) -> float:
@@ -156,7 +169,8 @@ class Analytical:
         waste = matmul_waste(_four(work), device.cores, fill_steps)
         if misaligned(work):
             waste *= self.calibration.misaligned_slowdown
-        return work.flops * waste / (self._speed(work) * self.calibration.matmul_efficiency)
+        speed = self._speed(work) * self.calibration.matmul_efficiency * self.clock
+        return work.flops * waste / speed
 
     def _attention_s(self, work: Work) -> float:
         waste = attention_waste(_four(work), self.topology.device.cores)
@@ -167,7 +181,7 @@ class Analytical:
         measured = dict(device.attention_flops_per_s)
         largest = measured.get(work.dtype, self._speed(work) * ATTENTION_SHARE)
         if device.attention_as_products:
-            return largest * calibration.matmul_efficiency
+            return largest * calibration.matmul_efficiency * self.clock
         return largest * calibration.attention_efficiency
 
     def _speed(self, work: Work) -> float:
@@ -184,12 +198,16 @@ class Analytical:
                 f"{device.name} has no peak for {work.dtype} (it has {', '.join(peaks)}); "
                 "plan the model in one of these, or write a topology file that gives the peak"
             )
-        achievable = dict(device.achievable_flops_per_s)
-        if work.dtype in achievable:
-            return achievable[work.dtype]
+        return self._largest(work.dtype)
+
+    def _largest(self, dtype: str) -> float:
+        device = self.topology.device
+        peaks, achievable = dict(device.peak_flops_per_s), dict(device.achievable_flops_per_s)
+        if dtype in achievable:
+            return achievable[dtype]
         if "bfloat16" in achievable:
-            return peaks[work.dtype] * achievable["bfloat16"] / peaks["bfloat16"]
-        return peaks[work.dtype] * MATMUL_EFFICIENCY
+            return peaks[dtype] * achievable["bfloat16"] / peaks["bfloat16"]
+        return peaks[dtype] * MATMUL_EFFICIENCY
 
     # -------------------------------------------------------------- collectives
 

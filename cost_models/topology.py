@@ -27,6 +27,7 @@ class Device:
     ``attention_flops_per_s``: measured maxima of fused attention, where these are other than
     products let expect; ``attention_as_products``: of kernels that use the chip's own instructions
     as its products do. ``compiled``: programs run as a whole, not operator by operator.
+    ``power_w``: what it may draw; 0 where that is not known.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Device:
     attention_flops_per_s: tuple[tuple[str, float], ...] = ()
     attention_as_products: bool = False
     compiled: bool = False
+    power_w: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +186,7 @@ class _Machine:
                 memory_bytes_per_s=reader.number(device, "memory_bytes_per_s"),
                 cores=reader.count(device, "cores", 1),
                 launch_s=reader.number(device, "launch_s", 3e-6),
+                power_w=reader.number(device, "power_w") if "power_w" in device else 0.0,
             ),
             tiers=tuple(reader.tier(tier) for tier in tiers),
             shared_by=tuple(reader.count(tier, "shared_by", 1) for tier in tiers),

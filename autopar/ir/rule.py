@@ -166,7 +166,8 @@ class OpRule:
       of attention, those that do it by its definition where ``fused`` does not hold.
     - ``added``: inputs that operators before this one read as well, whose gradients are added to
       those that these give. Found in the graph.
-    - ``causal``: a fused kernel that leaves out what the mask hides, a block of keys at a time.
+    - ``causal``: a fused kernel that leaves out what the mask hides, a block of keys at a time; one
+      that is bound by memory does not read it.
     - ``saves``: what is kept for the backward.
     - ``inner``: collectives of its local implementation; ``special``: factors whose split needs an
       implementation of its own in ``autopar/runtime/local_ops.py`` (``"*"``: it is always used).

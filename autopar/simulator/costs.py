@@ -351,25 +351,25 @@ class _Local:
             narrow = self.bound.input_specs[0].dtype  # what is multiplied; the sum may be wider
             dtype = narrow if narrow in NARROW else self.dtype
             return _products(self.bound, self.sizes, dtype, wanted)
-        moved = float(sum(self.read) + sum(self.written))
-        if moved == 0:
-            return [], []
-        return self._one_pass(moved)
+        return self._one_pass() if any(self.read) or any(self.written) else ([], [])
 
-    def _one_pass(self, moved: float) -> tuple[list[Work], list[Work]]:
+    def _one_pass(self) -> tuple[list[Work], list[Work]]:
         bound, wanted = self.bound, self.differentiable
         of = bound.rule.of
         kept, made = _saved_bytes(bound, self.sizes, self.read, self.written, wanted)
-        forward = [Work("memory", self.dtype, 0.0, moved + made, of=of)]
+        seen = _below_diagonal(bound) if bound.rule.causal else 1.0
+        moved = seen * sum(self.read) + sum(self.written) + _by_columns(bound, self.written, wanted)
+        forward = [Work("memory", self.dtype, 0.0, float(moved + made), of=of)]
         if not any(wanted) or bound.rule.backward == ():
             return forward, []
         outputs = zip(self.written, bound.output_specs, strict=True)
         given = sum(n for n, spec in outputs if spec.is_floating)
         gradients = sum(n for n, needed in zip(self.read, wanted, strict=True) if needed)
-        back = Work("memory", self.dtype, 0.0, float(given + kept + made + gradients), of=of)
+        looked_at = seen * (given + kept) + made
+        back = Work("memory", self.dtype, 0.0, float(looked_at + gradients), of=of)
         if not _is_shared(bound, self.read, wanted):
             return forward, [back]
-        return forward, [back, replace(back, bytes=float(given + kept + made))]
+        return forward, [back, replace(back, bytes=float(looked_at))]
 
     def kernels(self) -> tuple[list[Work], list[Work]]:
         """As the rule says; where it does not, as ``passes``."""
@@ -449,6 +449,20 @@ load or store of its own with a switch over dtypes, and the loop. On an H100 suc
 to 3.6 ps for an element, however many bytes it has; 33.5 instructions/ps make 80 to 120 of it."""
 
 
+def _by_columns(bound: BoundRule, written: Sequence[int], differentiable: tuple[bool, ...]) -> int:
+    """Products of a forward and of its backward sum along other dims, and take what is narrow in
+    rows of these: it is written twice (Transformer Engine's cast and transpose)."""
+    specs = zip(written, bound.output_specs, strict=True)
+    more = sum(n * (NARROW[spec.dtype] - 1) for n, spec in specs if spec.dtype in NARROW)
+    return more if any(differentiable) else 0
+
+
+def _below_diagonal(bound: BoundRule) -> float:
+    """Of the pairs of queries and keys in the last dim, those that a causal mask leaves."""
+    keys = bound.input_specs[0].shape[-1]
+    return (keys + 1) / (2 * keys)
+
+
 def _is_shared(bound: BoundRule, read: Sequence[int], differentiable: tuple[bool, ...]) -> bool:
     """Whether an input that every row is scaled or shifted by needs a gradient, beside one that has
     all rows: that is a sum over rows, which another kernel makes of the same tensors."""
@@ -491,8 +505,9 @@ def _joined(
     return [Work("memory", dtype, 0.0, float(sum(written) + sum(read)))]
 
 
-NARROW = frozenset({"float8_e4m3fn", "float8_e5m2", "float4_e2m1fn_x2"})
-"""Dtypes that only products take, whose result is wider."""
+NARROW = {"float8_e4m3fn": 2, "float8_e5m2": 2, "float4_e2m1fn_x2": 1}
+"""Dtypes that only products take, whose result is wider; how many copies of its bytes a tensor has
+that products read along both dims (those of half a byte have two in one)."""
 
 
 def _attention(
@@ -542,9 +557,20 @@ def _products(
         else:
             gradients = gradients[: sum(operands)]
         backward += [_product(kind, dtype, shape) for shape in gradients]
+    if backward and dtype in NARROW:
+        backward.append(_narrowed_gradient(bound, sizes, dtype))
     if any(differentiable[i] for i in bound.rule.addends):
         backward.append(_bias_sum(bound, sizes))
     return forward, backward
+
+
+def _narrowed_gradient(bound: BoundRule, sizes: dict[str, int], dtype: str) -> Work:
+    """What comes back is read wide, and written as the products of the backward take it: by rows
+    for one, by columns for the other."""
+    (product, *_), spec = bound.rule.products, bound.output_specs[0]
+    batch, m, n, _ = _shape(product, sizes)
+    item = ITEM_BYTES[spec.dtype] + NARROW[dtype] * ITEM_BYTES[dtype]
+    return Work("memory", spec.dtype, 0.0, float(batch * m * n * item))
 
 
 def _bias_sum(bound: BoundRule, sizes: dict[str, int]) -> Work:

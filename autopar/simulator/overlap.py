@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 
-from autopar.ir.graph import OperatorGraph
+from autopar.ir.graph import ITEM_BYTES, OperatorGraph
 from autopar.ir.sharding import Mesh
 from autopar.simulator.blocks import blocks
 from autopar.simulator.costs import Costs
 from autopar.simulator.edges import ParameterEdge
 from autopar.simulator.memory import local_bytes
+from autopar.simulator.redistribution import Transfer
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +30,31 @@ class Overlap:
     ones, so that a pass takes what the busier of the two takes. ``parameters``: a second stream
     gathers them ahead, and reduces gradients beside the backward. ``sums``: the gradient of a
     product's input is summed beside the product that gives the gradient of its weight.
+    ``in_pieces``: what is gathered for a product, and what is scattered of its result, goes on
+    piece by piece beside it, and so do their gradients. ``replicas``: beside so many of the last
+    backwards of a stage goes on what is reduced once a step, and beside as many of the first
+    forwards updated parameters are gathered (several, where a device goes on with other stages).
+    ``added_in_products``: gradients of microbatches are added up by the products that give them.
+    ``update_bytes``: read and written for each element beside its update (casts, scales, norms).
+    ``gathered_bytes``, ``reduced_bytes``: of an element of a parameter that is gathered, and of its
+    gradient that is reduced, with ``parameters``; 0: as the graph has it. ``copies``: parameters
+    are copied out of the buffer into which they are gathered together, gradients into another.
+    ``waits``: a device computes nothing while messages of a pipeline are on their way; what all
+    devices of an axis have whole each sends a part of, and it is gathered on the other side (arXiv
+    2104.04473, section 4.1).
     """
 
     launches: bool = False
     parameters: bool = False
     sums: bool = False
+    in_pieces: bool = False
+    replicas: int = 0
+    added_in_products: bool = False
+    update_bytes: int = 0
+    gathered_bytes: int = 0
+    reduced_bytes: int = 0
+    copies: bool = False
+    waits: bool = False
 
 
 NOTHING_AT_ONCE = Overlap()
@@ -55,6 +76,10 @@ class Streams:
         both = max(busy_s, beside_s) + (self.slowdown - 1) * min(busy_s, beside_s)
         return both - busy_s
 
+    def hidden_s(self, busy_s: float, beside_s: float) -> float:
+        """How much of ``beside_s`` does not show."""
+        return beside_s - self.exposed_s(busy_s, beside_s)
+
 
 @dataclass(frozen=True, slots=True)
 class Ahead:
@@ -70,10 +95,15 @@ class Ahead:
     last_step_s: float = 0.0
 
 
-def ahead(parameters: Sequence[tuple[ParameterEdge, int]], costs: Costs) -> Ahead:
-    """``parameters``: in the order of their uses, each with how many there are."""
-    gathers = [_gather_s(edge, costs) for edge, _ in parameters]
-    reductions = [_reduction_s(edge, costs) for edge, _ in parameters]
+def ahead(
+    parameters: Sequence[tuple[ParameterEdge, int]],
+    costs: Costs,
+    overlap: Overlap = NOTHING_AT_ONCE,
+) -> Ahead:
+    """``parameters``: in the order of their uses, each with how many there are. ``overlap``: with
+    how many bytes of an element they travel."""
+    gathers = [_gather_s(edge, costs, overlap.gathered_bytes) for edge, _ in parameters]
+    reductions = [_reduction_s(edge, costs, overlap.reduced_bytes) for edge, _ in parameters]
     forward_s = backward_s = step_s = 0.0
     for (edge, count), gather_s, reduction_s in zip(parameters, gathers, reductions, strict=True):
         forward_s += gather_s * count
@@ -96,12 +126,40 @@ def ahead(parameters: Sequence[tuple[ParameterEdge, int]], costs: Costs) -> Ahea
     )
 
 
-def _gather_s(edge: ParameterEdge, costs: Costs) -> float:
-    return sum(map(costs.transfer_s, edge.forward_transfers(costs.mesh)))
+def copies_s(
+    parameters: Sequence[tuple[ParameterEdge, int]], costs: Costs, overlap: Overlap
+) -> tuple[float, float]:
+    """What becomes of parameters that were gathered before they are used (casts, copies out of the
+    buffer), and of their gradients before they are reduced, in a microbatch's forward and
+    backward."""
+    forward_s = backward_s = 0.0
+    for edge, count in (pair for pair in parameters if pair[0].gathers):
+        item = ITEM_BYTES[edge.spec.dtype]
+        gathered, reduced = overlap.gathered_bytes or item, overlap.reduced_bytes or item
+        elements = local_bytes(edge.spec, edge.target, costs.mesh) / item
+        if overlap.copies or gathered != item:
+            used_s = costs.memory_bound_s(elements * (gathered + item), edge.spec.dtype)
+            forward_s += used_s * count
+            backward_s += used_s * len(edge.regathered) * count
+        if edge.trainable and overlap.copies:
+            given_s = costs.memory_bound_s(elements * (item + reduced), edge.spec.dtype)
+            backward_s += given_s * count
+    return forward_s, backward_s
 
 
-def _reduction_s(edge: ParameterEdge, costs: Costs) -> float:
-    return sum(map(costs.transfer_s, edge.backward_transfers(costs.mesh)))
+def _gather_s(edge: ParameterEdge, costs: Costs, item_bytes: int) -> float:
+    of = edge.forward_transfers(costs.mesh)
+    return sum(costs.transfer_s(_wide(one, edge, item_bytes)) for one in of)
+
+
+def _reduction_s(edge: ParameterEdge, costs: Costs, item_bytes: int) -> float:
+    of = edge.backward_transfers(costs.mesh)
+    return sum(costs.transfer_s(_wide(one, edge, item_bytes)) for one in of)
+
+
+def _wide(of: Transfer, edge: ParameterEdge, item_bytes: int) -> Transfer:
+    item = ITEM_BYTES[edge.spec.dtype]
+    return replace(of, bytes=of.bytes * (item_bytes or item) // item)
 
 
 def held_bytes(
@@ -171,6 +229,7 @@ __all__ = [
     "Overlap",
     "Streams",
     "ahead",
+    "copies_s",
     "held_bytes",
     "hidden",
 ]

@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from math import ceil
 
 from autopar.ir.graph import ITEM_BYTES, OperatorGraph
 from autopar.ir.sharding import Mesh
@@ -32,7 +33,7 @@ from autopar.simulator.memory import local_bytes
 from autopar.simulator.messages import Flow
 from autopar.simulator.microbatches import Division
 from autopar.simulator.overlap import NOTHING_AT_ONCE, Overlap
-from autopar.simulator.pipeline import Pipeline, StageCost, StageMemory, Synchronisation
+from autopar.simulator.pipeline import Instant, Pipeline, StageCost, StageMemory, Synchronisation
 from autopar.simulator.prices import StageParts, stage_parts
 from autopar.simulator.reserved import communicators, reserved
 from autopar.simulator.row_memory import FeedBytes, RowStates, row_memory, row_states
@@ -239,10 +240,13 @@ class PricedPipeline:
             Synchronisation(stages, self._reduction_s(stages)) for stages in _together(plan)
         )
         exchanges = (Synchronisation(stages, time_s) for stages, time_s in exchanged.items())
+        costs = tuple(priced.cost for priced in self.stages)
+        links = MachineLinks(self.prices.cost_model, plan.groups)
+        waits = self.prices.overlap.waits
         return Pipeline(
-            stages=tuple(priced.cost for priced in self.stages),
+            stages=tuple(map(self._with_messages, range(len(costs)), costs)) if waits else costs,
             feeds=plan.feeds,
-            network=MachineLinks(self.prices.cost_model, plan.groups),
+            network=Instant() if waits else links,
             synchronisations=tuple(s for s in (*reductions, *exchanges) if s.time_s > 0),
             norm_s=sum(one.time_s for one in self.sums),
         )
@@ -257,6 +261,43 @@ class PricedPipeline:
     @property
     def step_time_s(self) -> float:
         return float(self.timeline.step_time_s)
+
+    def _with_messages(self, stage: int, cost: StageCost) -> StageCost:
+        """With what its passes send, which arrives as they end."""
+        boundaries = self.plan.boundaries
+        there_s = sum(self._message_s(b, backward=False) for b in boundaries if b.source == stage)
+        back_s = sum(
+            self._message_s(b, backward=True)
+            for b in boundaries
+            if b.target == stage and b.gradient
+        )
+        inputs_s = cost.input_gradient_s
+        return replace(
+            cost,
+            forward_s=cost.forward_s + there_s,
+            backward_s=cost.backward_s + back_s,
+            input_gradient_s=None if inputs_s is None else inputs_s + back_s,
+        )
+
+    def _message_s(self, b: Boundary, *, backward: bool) -> float:
+        plan = self.plan
+        ends = (b.target, b.source) if backward else (b.source, b.target)
+        rows = [plan.copies[stage][0] for stage in ends]
+        if rows[0] == rows[1]:
+            return 0.0
+        size, mesh = plan.held_bytes(b, at_source=not backward), plan.parts[ends[0]].mesh
+        lies = b.arrives if backward else b.departs
+        parts, axis = max(
+            (n if p in "IR" else 1, i)
+            for i, (p, n) in enumerate(zip(lies, mesh.sizes, strict=True))
+        )
+        links = MachineLinks(self.prices.cost_model, plan.groups)
+        sent_s = links.time_s(ceil(size / parts), rows[0], rows[1])
+        if parts == 1:
+            return sent_s
+        return sent_s + self.prices.costs(mesh, plan.groups[rows[1]]).collective_s(
+            "all_gather", axis, size
+        )
 
     # ---- memory --------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from math import prod
 from operator import attrgetter
@@ -39,6 +39,7 @@ from autopar.simulator.overlap import (
     Overlap,
     Streams,
     ahead,
+    copies_s,
     held_bytes,
     hidden,
 )
@@ -77,12 +78,12 @@ def evaluate(
     promised = tuple(_priced(_promise(graph, seen, rules, strategy, needed), costs))
     price = _price(costs, overlap)
     forward_s, backward_s = _operators_s(seen, rules, strategy, price, again)
-    moved_forward_s, moved_backward_s = _local_moves_s(needed, strategy, costs)
+    moved_forward_s, moved_backward_s = _local_moves_s(needed, strategy, costs, rules, overlap)
     times = strategy.microbatches
     forward_s = (forward_s + moved_forward_s + costs.host.pass_s) * times
     backward_s = (backward_s + moved_backward_s + costs.host.pass_s) * times
     optimizer_s = sum(
-        optimizer_time_s(tensor.spec, storage, strategy.training, costs) * count
+        optimizer_time_s(tensor.spec, storage, strategy.training, costs, overlap) * count
         for tensor, storage, count in stored_alike(graph, strategy)
         if tensor.differentiable
     )
@@ -90,24 +91,46 @@ def evaluate(
         phase: sum(c.time_s * c.count for c in promised if c.phase == phase)
         for phase in ("forward", "backward", "step")
     }
-    if overlap.sums:
-        of = seen.graph, rules, needed.activations, strategy, costs
-        spent["backward"] -= times * _beside_weights_s(*of)
+    if overlap.sums or overlap.in_pieces:
+        beside = BesideProducts(seen.graph, rules, strategy, costs, overlap)
+        forward_hidden_s, backward_hidden_s = beside.hidden_s(needed.activations, needed.again)
+        spent["forward"] -= times * forward_hidden_s
+        spent["backward"] -= times * backward_hidden_s
     memory = peak_memory(graph, rules, strategy, seen)
     if overlap.parameters:
         held = held_bytes(graph, needed.parameters, strategy.mesh, memory.gradients_bytes)
         memory = replace(memory, buffers_bytes=memory.buffers_bytes + held)
-        beside = ahead(needed.parameters, costs)
+        plain = ahead(needed.parameters, costs)
+        gathers = ahead(needed.parameters, costs, overlap)
+        spent["forward"] += times * (gathers.forward_s - plain.forward_s)
+        spent["backward"] += times * (gathers.backward_s - plain.backward_s)
+        spent["step"] += gathers.step_s - plain.step_s
+        copied_s, copied_back_s = copies_s(needed.parameters, costs, overlap)
+        forward_s += times * copied_s
+        backward_s += times * copied_back_s
         found = hidden(
-            beside,
+            gathers,
             Streams(slowdown_of(cost_model)),
-            (forward_s + spent["forward"]) / times - beside.forward_s,
-            (backward_s + spent["backward"]) / times - beside.backward_s,
+            (forward_s + spent["forward"]) / times - gathers.forward_s,
+            (backward_s + spent["backward"]) / times - gathers.backward_s,
             times,
         )
         spent["forward"] -= found.forward_s
         spent["backward"] -= found.backward_s
         spent["step"] -= found.step_s
+    if overlap.replicas:
+        reduced_s = ahead(needed.parameters, costs).step_s
+        refreshed_s = sum(
+            costs.transfer_s(transfer) * count
+            for tensor, storage, count in stored_alike(graph, strategy)
+            if tensor.differentiable
+            for transfer in _refreshing(tensor.spec, storage, costs.mesh)
+        )
+        streams = Streams(slowdown_of(cost_model))
+        last_s = overlap.replicas * (backward_s + spent["backward"]) / times
+        first_s = overlap.replicas * (forward_s + spent["forward"]) / times
+        spent["step"] -= streams.hidden_s(last_s, reduced_s)
+        spent["step"] -= streams.hidden_s(first_s, refreshed_s)
     if overlap.launches:
         host_forward_s, host_backward_s = _host_s(seen, rules, strategy, promised, costs, again)
         forward_s += max(0.0, times * host_forward_s - forward_s - spent["forward"])
@@ -182,15 +205,43 @@ def stage_parts(
     found = (
         operator_parts(part, costs, handed_on, price)
         + again_parts(part, again, costs, price)
-        + parameter_parts(part, used, costs)
+        + parameter_parts(part, used, costs, overlap)
     )
     if parted:
         found += later_parts(part, costs, price) + twice_parts(part, used, costs)
-    if overlap.sums and not parted:
-        activations = ((edge, 1) for edge in edges(*of, part.ends, part.given))
-        beside_s = _beside_weights_s(*of[:2], activations, part.strategy, costs)
-        found = replace(found, input_communication_s=found.input_communication_s - beside_s)
+    if (overlap.sums or overlap.in_pieces) and not parted:
+        found = _beside_products(part, found, again, costs, overlap)
+    if overlap.replicas:
+        found = _beside_passes(found, costs, overlap.replicas)
     return _waiting_for_host(part, found, again, costs) if overlap.launches else found
+
+
+def _beside_products(
+    part: StagePart, found: StageParts, again: Recomputation, costs: Costs, overlap: Overlap
+) -> StageParts:
+    graph, rules, strategy = part.graph, part.division.rules, part.strategy
+    remade = {version for segment in again.segments for version, _ in segment.remade}
+    activations = [(edge, 1) for edge in edges(graph, rules, strategy, part.ends, part.given)]
+    repeated = [(edge, 1) for edge, _ in activations if (edge.tensor, edge.target) in remade]
+    beside = BesideProducts(graph, rules, strategy, costs, overlap)
+    forward_s, backward_s = beside.hidden_s(activations, repeated)
+    return replace(
+        found,
+        forward_communication_s=found.forward_communication_s - forward_s,
+        input_communication_s=found.input_communication_s - backward_s,
+    )
+
+
+def _beside_passes(found: StageParts, costs: Costs, passes: int) -> StageParts:
+    """Reductions of a step, and what follows its update, beside so many passes."""
+    streams = Streams(slowdown_of(costs.cost_model))
+    forward_s = passes * (found.forward_compute_s + found.forward_communication_s)
+    backward_s = passes * (found.backward_compute_s + found.backward_communication_s)
+    return replace(
+        found,
+        reduction_s=streams.exposed_s(backward_s, found.reduction_s),
+        refresh_s=streams.exposed_s(forward_s, found.refresh_s),
+    )
 
 
 def _waiting_for_host(
@@ -311,7 +362,12 @@ def again_parts(
 
 
 def parameter_parts(
-    part: StagePart, used: Iterable[ParameterEdge], costs: Costs, *, listed: bool = True
+    part: StagePart,
+    used: Iterable[ParameterEdge],
+    costs: Costs,
+    overlap: Overlap = NOTHING_AT_ONCE,
+    *,
+    listed: bool = True,
 ) -> StageParts:
     """Of that, what parameters cost on their way to operators, their gradients on the way back,
     and the update. ``used``: the edges of the part's parameters."""
@@ -321,7 +377,8 @@ def parameter_parts(
     for edge in used:
         name, price = edge.parameter, _parameter_price(edge, costs)
         forward_s += price.there_s
-        weight_s += _sum_s(edge, part.division.count, costs)
+        if not _added_in_products(edge, part.division.rules, overlap):
+            weight_s += _sum_s(edge, part.division.count, costs)
         found.add(price.there, "forward", name)
         found.add(price.there, "backward", name, times=len(edge.regathered))
         if edge.per_step:
@@ -333,7 +390,8 @@ def parameter_parts(
     for tensor, storage, count in stored_alike(graph, part.strategy):
         if tensor.differentiable:
             sides = storage.optimizer, storage.parameter
-            optimizer_s += optimizer_time_s(tensor.spec, storage, training, costs) * count
+            of = tensor.spec, storage, training, costs, overlap
+            optimizer_s += optimizer_time_s(*of) * count
             moved = transfers(*sides, tensor.spec.bytes, mesh)
             refresh_s += sum(map(costs.transfer_s, moved)) * count
             found.add(moved, "step", tensor.name, times=count)
@@ -527,37 +585,79 @@ def _host_s(
     return forward_s + each_s * counts["forward"], backward_s + each_s * counts["backward"]
 
 
-def _beside_weights_s(
-    graph: OperatorGraph,
-    rules: Rules,
-    activations: Iterable[tuple[Edge, int]],
-    strategy: Strategy,
-    costs: Costs,
-) -> float:
-    """What of the sums of gradients of inputs of products is hidden by the products that give
-    gradients of weights (Megatron-LM: a column-parallel layer's all-reduce or reduce-scatter)."""
-    streams, total = Streams(slowdown_of(costs.cost_model)), 0.0
-    for edge, count in activations:
-        sums_s = sum(map(costs.transfer_s, edge.transfers(costs.mesh)[1]))
-        if sums_s > 0:
-            names = [name for name in edge.consumers if name in graph.operator]
-            products_s = sum(
-                _weight_gradient_s(graph, rules, strategy, costs, graph.operator[name])
-                for name in names
-            )
-            total += count * (sums_s - streams.exposed_s(products_s, sums_s))
-    return total
+@dataclass(frozen=True)
+class BesideProducts:
+    """What of the communication of activations products hide, in seconds of a microbatch.
 
+    The gradient of a product's input is summed beside the product that gives the gradient of its
+    weight (Megatron-LM: a column-parallel layer's all-reduce or reduce-scatter). In pieces, what is
+    gathered for a product arrives while it is at those that are there, and what is scattered leaves
+    as it is made, all but the last piece; of gradients the same.
+    """
 
-def _weight_gradient_s(
-    graph: OperatorGraph, rules: Rules, strategy: Strategy, costs: Costs, operator: Operator
-) -> float:
-    """Of a product, the one that gives the gradient of its weight."""
-    bound, weight = rules[operator.name], _are_parameters(graph, operator)
-    if not bound.rule.products or not any(weight):
+    graph: OperatorGraph
+    rules: Rules
+    strategy: Strategy
+    costs: Costs
+    overlap: Overlap
+
+    def hidden_s(
+        self, activations: Iterable[tuple[Edge, int]], again: Iterable[tuple[Edge, int]]
+    ) -> tuple[float, float]:
+        """Forward and backward; ``again``: whose forward is repeated in the backward. Each with how
+        many there are."""
+        forward_s = backward_s = 0.0
+        for edge, count in activations:
+            there, back = edge.transfers(self.costs.mesh)
+            forward_s += count * self._forward_s(edge, there)
+            backward_s += count * self._backward_s(edge, back)
+        for edge, count in again:
+            backward_s += count * self._forward_s(edge, edge.transfers(self.costs.mesh)[0])
+        return forward_s, backward_s
+
+    def _forward_s(self, edge: Edge, of: Sequence[Transfer]) -> float:
+        if not self.overlap.in_pieces or len(of) != 1:
+            return 0.0
+        if of[0].kind == "all_gather":
+            return self._beside_s(self._made_s(edge.consumers), of)
+        if of[0].kind == "reduce_scatter":
+            return self._beside_s(self._made_s(self._makers(edge)), of, last=True)
         return 0.0
-    alone = tuple(i == weight.index(True) for i in range(len(weight)))
-    return costs.device_s(bound, strategy.splits[operator.name], alone)[1]
+
+    def _backward_s(self, edge: Edge, of: Sequence[Transfer]) -> float:
+        if self.overlap.in_pieces and len(of) == 1 and of[0].kind == "all_gather":
+            return self._beside_s(self._gradients_s(self._makers(edge), of_inputs=True), of)
+        return self._beside_s(self._gradients_s(edge.consumers, of_inputs=False), of)
+
+    def _beside_s(self, products_s: float, of: Sequence[Transfer], last: bool = False) -> float:
+        streams = Streams(slowdown_of(self.costs.cost_model))
+        time_s = sum(map(self.costs.transfer_s, of))
+        if last:
+            time_s *= 1 - 1 / self.costs.mesh.sizes[of[0].axis]
+        return max(0.0, streams.hidden_s(products_s, time_s)) if products_s else 0.0
+
+    def _makers(self, edge: Edge) -> tuple[str, ...]:
+        maker = self.graph.producer.get(edge.tensor)
+        return () if maker is None else (maker.name,)
+
+    def _made_s(self, names: Iterable[str]) -> float:
+        return sum(self._product_s(name, None)[0] for name in names)
+
+    def _gradients_s(self, names: Iterable[str], *, of_inputs: bool) -> float:
+        return sum(self._product_s(name, of_inputs)[1] for name in names)
+
+    def _product_s(self, name: str, of_inputs: bool | None) -> tuple[float, float]:
+        """Of an operator that is one: its forward, and what gives the gradient of its input or of
+        its weight."""
+        operator = self.graph.operator.get(name)
+        if operator is None or not self.rules[name].rule.products:
+            return 0.0, 0.0
+        wanted = _are_inputs(self.graph, operator)
+        if not of_inputs:
+            weights = _are_parameters(self.graph, operator)
+            first = weights.index(True) if any(weights) else None
+            wanted = tuple(i == first for i in range(len(weights)))
+        return self.costs.device_s(self.rules[name], self.strategy.splits[name], wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -664,8 +764,12 @@ def _storage_promise(
     spec: TensorSpec, name: str, storage: Storage, mesh: Mesh
 ) -> Iterator[PromisedCollective]:
     """After the optimizer's step on its shard, the parameter is whole again."""
-    for transfer in transfers(storage.optimizer, storage.parameter, spec.bytes, mesh):
+    for transfer in _refreshing(spec, storage, mesh):
         yield _promised(transfer, "step", mesh, 1, name)
+
+
+def _refreshing(spec: TensorSpec, storage: Storage, mesh: Mesh) -> tuple[Transfer, ...]:
+    return transfers(storage.optimizer, storage.parameter, spec.bytes, mesh)
 
 
 def _clip_promise(graph: OperatorGraph, strategy: Strategy) -> Iterator[PromisedCollective]:
@@ -710,7 +814,9 @@ def _priced(promised: Iterator[PromisedCollective], costs: Costs) -> Iterator[Pr
         yield replace(one, time_s=costs.collective_s(one.kind, axis, one.bytes))
 
 
-def _local_moves_s(needed: Needed, strategy: Strategy, costs: Costs) -> tuple[float, float]:
+def _local_moves_s(
+    needed: Needed, strategy: Strategy, costs: Costs, rules: Rules, overlap: Overlap
+) -> tuple[float, float]:
     """Slices, masks and pads of all redistributions, forward and backward."""
     forward = 0.0
     backward = sum(
@@ -726,7 +832,8 @@ def _local_moves_s(needed: Needed, strategy: Strategy, costs: Costs) -> tuple[fl
         there, back = _parameter_moves_s(parameter_edge, costs)
         forward += there * count
         backward += back * count / (strategy.microbatches if parameter_edge.per_step else 1)
-        backward += _sum_s(parameter_edge, strategy.microbatches, costs) * count
+        if not _added_in_products(parameter_edge, rules, overlap):
+            backward += _sum_s(parameter_edge, strategy.microbatches, costs) * count
     return forward, backward
 
 
@@ -737,6 +844,10 @@ def _parameter_moves_s(edge: ParameterEdge, costs: Costs) -> tuple[float, float]
         return forward, 0.0
     source = gradient(edge.target)
     return forward, costs.moves_s(edge.spec, source, edge.destination, backward=False)
+
+
+def _added_in_products(edge: ParameterEdge, rules: Rules, overlap: Overlap) -> bool:
+    return overlap.added_in_products and all(rules[n].rule.products for n in edge.consumers)
 
 
 def _sum_s(edge: ParameterEdge, microbatches: int, costs: Costs) -> float:
@@ -753,19 +864,28 @@ def sum_time_s(size_bytes: float, microbatches: int, spec: TensorSpec, costs: Co
     return (microbatches - 1) * costs.memory_bound_s(3.0 * size_bytes, spec.dtype)
 
 
-def optimizer_time_s(spec: TensorSpec, storage: Storage, training: Training, costs: Costs) -> float:
+def optimizer_time_s(
+    spec: TensorSpec,
+    storage: Storage,
+    training: Training,
+    costs: Costs,
+    overlap: Overlap = NOTHING_AT_ONCE,
+) -> float:
     """The update of one parameter's shard."""
     elements = prod(local_shape(spec.shape, storage.optimizer, costs.mesh))
-    return update_time_s(elements, spec, training, costs)
+    return update_time_s(elements, spec, training, costs, overlap.update_bytes)
 
 
-def update_time_s(elements: int, spec: TensorSpec, training: Training, costs: Costs) -> float:
+def update_time_s(
+    elements: int, spec: TensorSpec, training: Training, costs: Costs, beside_bytes: int = 0
+) -> float:
     """An update of so many elements: the gradient is read, parameter and states are read and
     written. In mixed precision the parameter is the master copy, for which the gradient is cast
-    before, and from which the parameter is cast after it."""
+    before, and from which the parameter is cast after it. ``beside_bytes``: moved for each element
+    before and after that."""
     mixed, states = training.precision == "mixed", training.state_tensors
     dtype = "float32" if mixed else spec.dtype
-    moved = elements * ITEM_BYTES[dtype] * (3 + 2 * states)
+    moved = elements * (ITEM_BYTES[dtype] * (3 + 2 * states) + beside_bytes)
     if mixed:
         moved += elements * 2 * (ITEM_BYTES[spec.dtype] + ITEM_BYTES[dtype])
     return costs.memory_bound_s(float(moved), dtype, f"update {states}")

@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from autopar.ir.sharding import Mesh
 from autopar.ir.simulation import Estimate
 from autopar.ir.strategy import Training
 from autopar.recipes import Degrees, by_degrees
+from autopar.simulator.costs import work
 from autopar.simulator.memory import saved_bytes
 from autopar.simulator.microbatches import division
 from autopar.simulator.prices import evaluate
@@ -117,9 +119,62 @@ def test_a_batch_may_be_of_one_sample(model: Transformer) -> None:
 
 
 def test_every_kernel_is_in_some_graph() -> None:
-    graphs = [replace(model, fused=True).graph(2) for model in (LLAMA, GPT, EXPERTS)]
+    narrow = replace(LLAMA, products="float8_e4m3fn")
+    fused = [replace(model, fused=True) for model in (LLAMA, GPT, EXPERTS, narrow)]
+    graphs = [model.graph(2) for model in (*fused, *(replace(m, one_pass=True) for m in fused))]
     used = {o.op for graph in graphs for o in graph.operators if o.op.startswith("fused.")}
     assert used == set(RULES)
+
+
+def moved_bytes(model: Transformer, kernel: str) -> tuple[list[float], list[float]]:
+    """By the works of the first such operator, forward and backward, of one sample."""
+    graph = model.graph(1)
+    divided = division(graph, 1, proposals(graph))
+    operator = next(o for o in divided.graph.operators if kernel in o.op)
+    wanted = tuple(graph.by_name[name].differentiable for name in operator.inputs)
+    mesh = Mesh((("data", 1),))
+    there, back = work(divided.rules[operator.name], ("nothing",), mesh, wanted)
+    return [one.bytes for one in there], [one.bytes for one in back]
+
+
+FUSED = replace(GPT, fused=True)
+
+
+def test_softmax_reads_nothing_above_the_diagonal() -> None:
+    scores, seen = 2 * HEADS * LENGTH**2, 2 * HEADS * LENGTH * (LENGTH + 1) // 2
+    there, back = moved_bytes(FUSED, "causal_softmax")
+    assert there == [seen + scores]
+    assert back == [2 * seen + scores]  # what comes back, and its own result
+
+
+def test_a_sum_takes_what_is_dropped_from_registers() -> None:
+    wide = 2 * LENGTH * WIDTH
+    dropped, of_dropped = moved_bytes(FUSED, "dropout.into_sum")
+    added, of_added = moved_bytes(FUSED, "fused.sum")
+    assert dropped == [wide + wide // 2]  # read; a mask of bytes
+    assert added == [2 * wide]  # the residual, and the result
+    assert (of_dropped, of_added) == ([2 * wide + wide // 2], [3 * wide])  # as if they were apart
+
+
+@pytest.mark.parametrize("model", [FUSED, replace(LLAMA, fused=True)])
+def test_in_one_pass_nothing_is_read_again_for_scale_and_shift(model: Transformer) -> None:
+    (in_one,) = moved_bytes(replace(model, one_pass=True), "_norm")[1]
+    first, second = moved_bytes(model, "_norm")[1]
+    wide = 2 * LENGTH * WIDTH
+    assert in_one == pytest.approx(first, rel=0.02)  # numbers of rows in fp32
+    assert 2 * wide <= second < 2.2 * wide
+
+
+def test_what_products_take_narrow_is_written_by_rows_and_by_columns() -> None:
+    """Of the forward by whoever makes it; of what comes back by a cast before the products."""
+    wide, narrow = LENGTH * WIDTH * 2, LENGTH * WIDTH
+    engine = replace(LLAMA, fused=True, engine=True, products="float8_e4m3fn", one_pass=True)
+    (there,), _ = moved_bytes(engine, "rms_norm")
+    (plain,), _ = moved_bytes(replace(engine, products=None), "rms_norm")
+    assert there - plain == 2 * narrow - wide
+    (*products, cast) = moved_bytes(replace(engine, kv_heads=HEADS), "linear")[1]
+    assert len(products) == 2
+    assert cast == 3 * LENGTH * WIDTH * (2 + 1 + 1)  # of queries, keys and values
 
 
 def test_equal_calls_have_one_rule() -> None:

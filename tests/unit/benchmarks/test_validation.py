@@ -292,7 +292,7 @@ def test_narrow_products_are_faster_and_their_casts_cost() -> None:
     products = 0.794 / 1.403  # of the largest measured speeds: those of blocks, all but attention
     assert products * wide.step_s < narrow.step_s < wide.step_s
     graph = replace(narrow.run.model, engine=False, fused_loss=False).graph(8)
-    casts = [o for o in graph.operators if o.op == "aten._to_copy.default"]
+    casts = [o for o in graph.operators if o.op in ("aten._to_copy.default", "fused.cast.default")]
     assert len(casts) == 4 * (4 + 5) + 1  # four inputs and five weights; the logits
     by_name = {t.name: t.spec.dtype for t in graph.tensors}
     assert {by_name[o.inputs[0]] for o in graph.operators if "attention" in o.op} == {"bfloat16"}

@@ -19,6 +19,7 @@ from cost_models.calibration import (
     read_calibration,
 )
 from cost_models.interface import host_time_of
+from cost_models.saved import cost_model_from_json, cost_model_to_json
 
 KNOWN = read_calibration()
 A100, H100 = topology("a100-sxm-80gb"), topology("h100-sxm")
@@ -92,11 +93,40 @@ def test_attention_runs_beside_the_measured_where_it_was_and_beside_products_els
     of_products = dict(A100.device.achievable_flops_per_s)["bfloat16"] * 203 / 271.2
     for machine, best, share in (
         (H100, 3.35e14, KNOWN.attention_efficiency),
-        (as_products, 3.35e14, KNOWN.matmul_efficiency),
+        (as_products, 3.35e14, KNOWN.matmul_efficiency * Analytical(H100).clock),
         (A100, of_products, KNOWN.attention_efficiency),
     ):
         achieved = work.flops / Analytical(machine).compute_time_s(work)
         assert 0.9 * share * best < achieved <= share * best
+
+
+@given(st.floats(50.0, 5000.0), st.floats(0.1, 3.0))
+@settings(max_examples=50, deadline=None)
+def test_products_run_at_the_clock_that_power_can_hold(power_w: float, flop_pj: float) -> None:
+    """What they draw grows as the cube of it."""
+    work = matmul(1, 8192, 8192, 8192)
+    device = replace(H100.device, power_w=power_w, launch_s=1e-12)
+    of = replace(KNOWN, flop_pj=flop_pj)
+    held_s = Analytical(replace(H100, device=device), of).compute_time_s(work)
+    free_s = Analytical(replace(H100, device=replace(device, power_w=0.0)), of).compute_time_s(work)
+    drawn_w = dict(device.achievable_flops_per_s)["bfloat16"] * flop_pj * 1e-12
+    expected = max(1.0, drawn_w / power_w) ** (1 / 3)
+    assert held_s / free_s == pytest.approx(expected, rel=1e-6)
+
+
+def test_passes_over_memory_do_not_draw_so_much() -> None:
+    work = Work("memory", "bfloat16", 0.0, 1e9)
+    weak = replace(H100, device=replace(H100.device, power_w=50.0))
+    assert Analytical(weak).compute_time_s(work) == Analytical(H100).compute_time_s(work)
+
+
+def test_plans_made_before_power_was_priced_are_priced_without_it() -> None:
+    data = cost_model_to_json(Analytical(H100))
+    del data["calibration"]["flop_pj"], data["analytical"]["device"]["power_w"]
+    before = cost_model_from_json(data)
+    work = matmul(1, 8192, 8192, 8192)
+    without = Analytical(H100, replace(KNOWN, flop_pj=0.0))
+    assert before.compute_time_s(work) == without.compute_time_s(work)
 
 
 def test_programs_that_are_compiled_do_not_wait_for_their_host() -> None:

@@ -16,11 +16,12 @@ from autopar.simulator.costs import Costs, work
 from autopar.simulator.listing import Structure
 from autopar.simulator.microbatches import division
 from autopar.simulator.overlap import NOTHING_AT_ONCE, Overlap, Streams
-from autopar.simulator.pipelines import StagePrices, evaluate_stages
+from autopar.simulator.pipelines import PricedPipeline, StagePrices, evaluate_stages
 from autopar.simulator.prices import evaluate
+from autopar.simulator.stages import pipelined
 from benchmarks.transformer import Transformer
 from cost_models import cost_model, topology_names
-from cost_models.interface import HostTime, slowdown_of
+from cost_models.interface import Collective, HostTime, slowdown_of
 from tests.helpers.fake_prices import FakePrices
 
 SMALL = Transformer(layers=4, width=512, heads=8, kv_heads=8, ffn=2048, vocabulary=4096, length=256)
@@ -202,3 +203,109 @@ def test_where_one_waits_for_the_other_no_sum_is_hidden() -> None:
     degrees, machine = Degrees(tensor=8, microbatch=4), FakePrices(devices=8)
     alone, beside = (estimate(degrees, machine, how) for how in (NOTHING_AT_ONCE, SUMS))
     assert beside.step_time_s == pytest.approx(alone.step_time_s)
+
+
+PIECES = Overlap(in_pieces=True)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_in_pieces_products_hide_what_is_gathered_and_scattered_for_them(
+    recompute: str, pipeline: int
+) -> None:
+    degrees = Degrees(tensor=4, between="sequence", pipeline=pipeline, microbatch=4)
+    degrees = replace(degrees, recompute=recompute, data=2 // pipeline)
+    alone, beside = (estimate(degrees, Slowed(devices=8), how) for how in (NOTHING_AT_ONCE, PIECES))
+    assert beside.forward_compute_s == pytest.approx(alone.forward_compute_s)
+    assert beside.step_time_s < alone.step_time_s
+    for phase in ("forward_communication_s", "backward_communication_s"):
+        left = getattr(beside, phase) / getattr(alone, phase)
+        # what is left of each is at least what it takes from the product beside it
+        assert Slowed.slowdown - 1 <= left < 1
+
+
+def test_what_is_summed_whole_does_not_go_in_pieces() -> None:
+    """An all-reduce of a forward has to end before the next operator begins."""
+    degrees = Degrees(tensor=8, microbatch=4)
+    alone, beside = (estimate(degrees, Slowed(devices=8), how) for how in (NOTHING_AT_ONCE, PIECES))
+    assert beside.forward_communication_s == pytest.approx(alone.forward_communication_s)
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [Degrees(data=8, zero=1, microbatch=4), Degrees(data=4, pipeline=2, zero=1, microbatch=4)],
+)
+def test_replicas_hide_at_most_what_they_exchange(degrees: Degrees) -> None:
+    """Behind many passes all but what is taken from them, behind one less or as much."""
+    alone, one, many = (
+        estimate(degrees, Slowed(devices=8), Overlap(replicas=n)) for n in (0, 1, 1000)
+    )
+    exchanged = alone.gradient_synchronisation_s
+    assert exchanged > 0
+    assert one.step_time_s < alone.step_time_s
+    assert many.step_time_s <= one.step_time_s * (1 + 1e-12)
+    hidden = (alone.step_time_s - many.step_time_s) / exchanged
+    assert hidden <= 1 - (Slowed.slowdown - 1) + 1e-9
+
+
+@pytest.mark.parametrize("degrees", STRATEGIES)
+def test_what_products_add_up_is_not_added_again(degrees: Degrees) -> None:
+    added = Overlap(added_in_products=True)
+    alone, fused = (estimate(degrees, Slowed(devices=8), how) for how in (NOTHING_AT_ONCE, added))
+    if degrees.microbatches(32) > 1:
+        assert fused.step_time_s < alone.step_time_s
+    else:
+        assert fused.step_time_s == pytest.approx(alone.step_time_s)
+
+
+@pytest.mark.parametrize("degrees", STRATEGIES)
+def test_what_an_optimizer_moves_beside_its_update_is_a_part_of_it(degrees: Degrees) -> None:
+    moved = Overlap(update_bytes=1000)
+    alone, more = (estimate(degrees, Slowed(devices=8), how) for how in (NOTHING_AT_ONCE, moved))
+    assert more.optimizer_s > alone.optimizer_s
+    others = more.step_time_s - more.optimizer_s
+    assert others == pytest.approx(alone.step_time_s - alone.optimizer_s)
+
+
+def test_parameters_travel_with_the_bytes_that_are_said() -> None:
+    """Of a machine that hides nothing: twice the bytes of an element take twice as long, and are
+    cast where they are used."""
+    degrees, machine = Degrees(data=8, zero=3, microbatch=2), FakePrices(devices=8, latency_s=0.0)
+
+    def with_bytes(gathered: int, reduced: int) -> Estimate:
+        of = Overlap(parameters=True, gathered_bytes=gathered, reduced_bytes=reduced)
+        return estimate(degrees, machine, of)
+
+    plain, wide = with_bytes(0, 0), with_bytes(4, 4)
+    assert with_bytes(2, 2) == plain
+    assert wide.forward_communication_s == pytest.approx(2 * plain.forward_communication_s)
+    assert wide.backward_communication_s == pytest.approx(2 * plain.backward_communication_s)
+    assert wide.forward_compute_s > plain.forward_compute_s
+    assert with_bytes(0, 4).forward_compute_s == plain.forward_compute_s
+    copied = Overlap(parameters=True, copies=True)
+    assert estimate(degrees, machine, copied).backward_compute_s > plain.backward_compute_s
+
+
+@pytest.mark.parametrize("between", ["whole", "sequence"])
+def test_who_waits_for_messages_sends_each_part_once(between: str) -> None:
+    """What all devices of a stage have whole, each sends a part of, and gathers it on the other
+    side; what they have divided they send as it is."""
+    degrees = Degrees(pipeline=2, tensor=4, microbatch=4, between=between)
+    machine = Slowed(devices=8, latency_s=0.0)
+    priced = {}
+    for waits in (False, True):
+        found = division(SMALL.graph(32), degrees.microbatches(32))
+        strategy = by_degrees(found, degrees, machine, Training("adam", "mixed"))
+        prices = StagePrices(machine, overlap=Overlap(waits=waits))
+        priced[waits] = PricedPipeline(pipelined(found, strategy), prices)
+    there, waiting = (priced[waits].pipeline.stages[0].forward_s for waits in (False, True))
+    sent = Collective("send", 2 * 4 * SMALL.length * SMALL.width // 4, 2, 4)
+    message_s = machine.collective_time_s(sent)
+    if between == "whole":
+        gathered = Collective("all_gather", 4 * sent.bytes, 4, 1)
+        message_s += machine.collective_time_s(gathered)
+    assert waiting - there == pytest.approx(message_s)
+    assert priced[True].step_time_s > priced[False].step_time_s
+    last, waiting = (priced[waits].pipeline.stages[1] for waits in (False, True))
+    assert waiting.forward_s == last.forward_s
+    assert waiting.backward_s > last.backward_s

@@ -1,0 +1,110 @@
+"""What programs of published runs do, by their family and the time from which they do it.
+
+A row says of its program which family it is of (what shards parameters is of FSDP's kind, all else
+of Megatron-LM's), whether it has fused attention, and often when it was written: the number of a
+paper on arXiv and the release of NeMo are dates. What Megatron-LM has had since when is in its
+history (NVIDIA/Megatron-LM); the commits are named below.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date
+
+SINCE = {
+    # 83b1e42f30, --gradient-accumulation-fusion: products add to the gradients of their weights
+    "added_in_products": date(2022, 2, 16),
+    # 16c90445e7, --async-tensor-model-parallel-allreduce: beside gradients of weights
+    "sums": date(2021, 9, 2),
+    # a2fdcdf061, --persist-layer-norm: Apex's norm, whose backward is one pass
+    "norms_in_one_pass": date(2021, 11, 10),
+    # 2d5220a424, --overlap-grad-reduce, and f048bf8c08, --overlap-param-gather
+    "replicas": date(2023, 11, 17),
+    # f9283c5a8a, --overlap-p2p-communication, where a device has several stages
+    "messages_beside": date(2023, 5, 31),
+    # 116ffddc58, Transformer Engine's user buffers: gathers and scatters in pieces of a product
+    "in_pieces": date(2023, 10, 23),
+}
+"""Fused softmax, dropout with the residual sum, and GELU with its bias it has had since 51a2e6b0ff
+and d73def35a3 (2020-09), before all runs that are known here."""
+
+FIRST = date(2021, 4, 9)
+"""Assumed of a program without fused attention that does not say when it was written: the kernels
+of arXiv 2104.04473, section 4.2. With fused attention it is assumed to be a new one."""
+
+MONTHS = (
+    re.compile(r"arXiv[: ]+(\d\d)(\d\d)\.\d{4,5}"),
+    re.compile(r"NeMo (\d\d)\.(\d\d)"),
+)
+"""How a source tells the year and the month."""
+
+
+GATHERED = {"MP DEFAULT": 4, "fp8 allgather": 1}
+"""Bytes of an element of a parameter that FSDP gathers, by what ``precision`` says. Composer's
+``DEFAULT`` leaves parameters in float32, and autocast casts them where they are used
+(mosaicml/composer, ``composer/trainer/mosaic_fsdp_utils.py``, of 2023)."""
+
+REDUCED = {"FSDP2": 4}
+"""Of its gradient, by what ``zero_fsdp`` says: torchtitan's ``mixed_precision_reduce`` is
+float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """``is_megatron``: whether it is of Megatron-LM's family rather than of FSDP and DeepSpeed.
+    ``written``: the day to which its features are looked up, ``None``: today. ``gathered_bytes``,
+    ``reduced_bytes``: of elements of parameters and gradients, of FSDP; 0: as products take them.
+    ``per_parameter``: FSDP2, which copies each parameter out of the gathered buffer
+    (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py) and came with torch 2.4, whose own
+    fused attention is FlashAttention-2. Its programs are torchtitan's, whose rotary positions are
+    complex numbers (``apply_rotary_emb``).
+    """
+
+    is_megatron: bool = True
+    written: date | None = None
+    gathered_bytes: int = 0
+    reduced_bytes: int = 0
+    per_parameter: bool = False
+
+    def has(self, feature: str) -> bool:
+        since = SINCE[feature]
+        return self.is_megatron and (self.written is None or self.written >= since)
+
+
+NEW = Program()
+"""Megatron-LM as it is today."""
+
+
+def program_of(row: Mapping[str, str], *, shards: bool, flash: bool) -> Program:
+    """``shards``: parameters; ``flash``: whether attention is one kernel."""
+    return Program(
+        not shards,
+        written(row["source"]) or (None if flash else FIRST),
+        _said(row["precision"], GATHERED) * shards,
+        _said(row["zero_fsdp"], REDUCED) * shards,
+        shards and "FSDP2" in row["zero_fsdp"],
+    )
+
+
+def _said(cell: str, words: Mapping[str, int]) -> int:
+    return next((n for word, n in words.items() if word in cell), 0)
+
+
+def written(source: str) -> date | None:
+    """The last day of the month that ``source`` names, if it does.
+
+    >>> written("arXiv 2205.05198 Table 5"), written("NeMo docs performance_summary (NeMo 24.07)")
+    (datetime.date(2022, 5, 28), datetime.date(2024, 7, 28))
+    >>> written("a README")
+    """
+    for pattern in MONTHS:
+        if found := pattern.search(source):
+            year, month = map(int, found.groups())
+            if 1 <= month <= 12:
+                return date(2000 + year, month, 28)
+    return None
+
+
+__all__ = ["NEW", "SINCE", "Program", "program_of", "written"]

@@ -1,0 +1,60 @@
+"""What a program has had since when, and how a row tells its time."""
+
+from __future__ import annotations
+
+from datetime import date, timedelta
+
+import pytest
+
+from benchmarks.programs import FIRST, SINCE, Program, program_of, written
+
+
+@pytest.mark.parametrize("feature", SINCE)
+def test_a_program_has_what_was_there_when_it_was_written(feature: str) -> None:
+    day = SINCE[feature]
+    assert Program(written=day).has(feature)
+    assert not Program(written=day - timedelta(1)).has(feature)
+
+
+def test_newer_programs_have_all_that_older_ones_have() -> None:
+    days = sorted(SINCE.values())
+    for older, newer in zip(days, [*days[1:], None], strict=True):
+        had = {f for f in SINCE if Program(written=older).has(f)}
+        assert had <= {f for f in SINCE if Program(written=newer).has(f)}
+
+
+def test_what_shards_parameters_has_none_of_megatrons() -> None:
+    program = program_of(
+        {"source": "arXiv 2402.15627", "precision": "bf16", "zero_fsdp": "FSDP"},
+        shards=True,
+        flash=True,
+    )
+    assert not any(map(program.has, SINCE))
+
+
+@pytest.mark.parametrize(
+    ("source", "day"),
+    [
+        ("arXiv 2205.05198 Table 5", date(2022, 5, 28)),
+        ("arXiv: 2104.04473v5", date(2021, 4, 28)),
+        ("NVIDIA NeMo docs performance_summary (NeMo 24.07)", date(2024, 7, 28)),
+        ("docs performance-summary(-archive) NeMo 26.04.01", date(2026, 4, 28)),
+        ("arXiv 2299.05198", None),
+        ("Megatron-LM README", None),
+        ("", None),
+    ],
+)
+def test_papers_and_releases_are_dated(source: str, day: date | None) -> None:
+    assert written(source) == day
+
+
+def test_without_a_date_fused_attention_tells_a_new_program() -> None:
+    old, new = (
+        program_of(
+            {"source": "a table", "precision": "bf16", "zero_fsdp": "1"}, shards=False, flash=f
+        )
+        for f in (False, True)
+    )
+    assert old.written == FIRST
+    assert not any(map(old.has, SINCE))
+    assert all(map(new.has, SINCE))
