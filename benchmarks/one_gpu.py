@@ -44,7 +44,7 @@ from cost_models.profiled import Profiled, read_profile
 
 R = TypeVar("R")
 
-MACHINE = "1x1xh100-sxm"
+MACHINE = "h100-sxm"
 WARM, STEPS = 3, 10
 CALLS = 5
 """Of each operator, under the profiler."""
@@ -99,13 +99,13 @@ CASES = (
 # ---- plans ---------------------------------------------------------------------------------------
 
 
-def make_plans(folder: Path) -> None:
+def make_plans(folder: Path, machine: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for case in CASES:
         say(f"planning {case.name}")
         plan = api.plan(
             case.model,
-            topology=MACHINE,
+            topology=f"1x1x{machine}",
             batch=case.batch,
             sequence=case.sequence,
             precision=case.precision,
@@ -381,43 +381,64 @@ def measured_in(folder: Path) -> dict[str, dict[str, Any]]:
     return {name: json.loads(path.read_text()) for name, path in left.items() if path.exists()}
 
 
-def measured_before(folder: Path, date: str) -> dict[str, dict[str, Any]]:
-    """By case, from rows that were written then."""
-    where = paths(folder, date)
-    found = {
-        row.case: {
-            "step_s": row.measured_step_s,
-            "busy_s": row.measured_busy_s,
-            "update_s": row.measured_update_s,
-            "allocated_bytes": row.measured_allocated_bytes,
-            "reserved_bytes": row.measured_reserved_bytes,
-            "other_bytes": row.measured_other_bytes,
-            "device": row.device,
-            "torch": row.torch,
-            "operators": list[dict[str, Any]](),
+@dataclass(frozen=True)
+class Sitting:
+    """Files of what was measured on a machine, as ``autopar list topologies`` calls it."""
+
+    folder: Path
+    machine: str
+    date: str
+
+    def path(self, what: str, end: str = "csv") -> Path:
+        return self.folder / f"{what}_{self.machine.partition('-')[0]}_{self.date}.{end}"
+
+    @property
+    def steps(self) -> Iterator[StepRow]:
+        return _read(self.path("steps"), StepRow)
+
+    @property
+    def operators(self) -> Iterator[OperatorRow]:
+        return _read(self.path("operators"), OperatorRow)
+
+    @property
+    def profile(self) -> Path:
+        return self.path("profile", "json")
+
+    def measured(self) -> dict[str, dict[str, Any]]:
+        """By case, as ``measured_in``."""
+        found: dict[str, dict[str, Any]] = {
+            row.case: {
+                "step_s": row.measured_step_s,
+                "busy_s": row.measured_busy_s,
+                "update_s": row.measured_update_s,
+                "allocated_bytes": row.measured_allocated_bytes,
+                "reserved_bytes": row.measured_reserved_bytes,
+                "other_bytes": row.measured_other_bytes,
+                "device": row.device,
+                "torch": row.torch,
+            }
+            for row in self.steps
         }
-        for row in read(where["steps"], StepRow)
-    }
-    for one in read(where["operators"], OperatorRow):
-        seconds = {"forward_s": one.measured_forward_s, "backward_s": one.measured_backward_s}
-        found[one.case]["operators"].append({"name": one.name, "count": one.count, **seconds})
-    return found
+        for one in self.operators:
+            seconds = {"forward_s": one.measured_forward_s, "backward_s": one.measured_backward_s}
+            of_case = found.setdefault(one.case, {}).setdefault("operators", [])
+            of_case.append({"name": one.name, "count": one.count, **seconds})
+        return found
 
-
-def write_rows(
-    plans: Path, found: Mapping[str, dict[str, Any]], profile_: Path, into: Path, date: str
-) -> None:
-    model, profiled = api.machine(MACHINE), Profiled(read_profile(profile_))
-    of = {case: load_plan(plans / f"{case}.json") for case in found}
-    steps = [step_row(case, of[case], one, model, profiled) for case, one in found.items()]
-    operators = [
-        row
-        for case, one in found.items()
-        for row in operator_rows(case, of[case], one.get("operators", ()), model)
-    ]
-    where = paths(into, date)
-    _write(where["steps"], StepRow, steps)
-    _write(where["operators"], OperatorRow, operators)
+    def write(self, plans: Path, found: Mapping[str, dict[str, Any]]) -> None:
+        """What was ``found`` beside what is predicted now."""
+        model = api.machine(f"1x1x{self.machine}")
+        profiled = Profiled(read_profile(self.profile))
+        of = {case: load_plan(plans / f"{case}.json") for case in found}
+        trained = {case: one for case, one in found.items() if "step_s" in one}
+        steps = [step_row(case, of[case], one, model, profiled) for case, one in trained.items()]
+        operators = [
+            row
+            for case, one in found.items()
+            for row in operator_rows(case, of[case], one.get("operators", ()), model)
+        ]
+        _write(self.path("steps"), StepRow, steps)
+        _write(self.path("operators"), OperatorRow, operators)
 
 
 def _write(path: Path, kind: type[Any], rows: Sequence[Any]) -> None:
@@ -427,26 +448,28 @@ def _write(path: Path, kind: type[Any], rows: Sequence[Any]) -> None:
         writer.writerows(asdict(row) for row in rows)
 
 
-def paths(folder: Path, date: str) -> dict[str, Path]:
-    return {name: folder / f"{name}_h100_{date}.csv" for name in ("steps", "operators")}
+def _read(path: Path, kind: type[R]) -> Iterator[R]:
+    types = get_type_hints(kind)
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            yield kind(**{name: types[name](value) for name, value in row.items()})
 
 
 # ---- what they say -------------------------------------------------------------------------------
 
 
-def report(folder: Path, date: str) -> Iterator[str]:
+def report(sitting: Sitting) -> Iterator[str]:
     """Tables in Markdown."""
-    where = paths(folder, date)
     yield table(
         ("model", "predicted ms", "profiled", "measured", "kernels"),
         ("error", "profiled", "predicted GB", "measured", "error"),
     )
-    for row in read(where["steps"], StepRow):
+    for row in sitting.steps:
         yield step_line(row)
     yield ""
     yield table(("operator", "forward ms", "measured"), ("backward ms", "measured"))
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0] * 4)
-    for one in read(where["operators"], OperatorRow):
+    for one in sitting.operators:
         there = one.predicted_forward_s, one.measured_forward_s
         back = one.predicted_backward_s, one.measured_backward_s
         for i, seconds in enumerate((*there, *back)):
@@ -475,13 +498,6 @@ LEAST_MS = 1.0
 """In all models together: what takes less is left out of the report."""
 
 
-def read(path: Path, kind: type[R]) -> Iterator[R]:
-    types = get_type_hints(kind)
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            yield kind(**{name: types[name](value) for name, value in row.items()})
-
-
 def say(line: str) -> None:
     print(line, flush=True)
 
@@ -493,23 +509,24 @@ def main() -> int:
     parser.add_argument("what", choices=("plan", "measure", "rows", "again", "report"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("into", type=Path, nargs="?", help="another folder, for what is written")
+    parser.add_argument("--machine", default=MACHINE)
     parser.add_argument("--date", default="", help="in the names of files")
     parser.add_argument("--no-operators", action="store_true", help="measure steps only")
     asked = parser.parse_args()
-    folder, into, date = asked.folder, asked.into or asked.folder, asked.date
-    kept = into / f"profile_h100_{date}.json"
+    folder, into = asked.folder, asked.into or asked.folder
+    sitting = Sitting(into, asked.machine, asked.date)
     match asked.what:
         case "plan":
-            make_plans(folder)
+            make_plans(folder, asked.machine)
         case "measure":
             measure(folder, into, operators=not asked.no_operators)
         case "rows":
-            kept.write_text((folder / "profile.json").read_text())
-            write_rows(folder, measured_in(folder), kept, into, date)
+            sitting.profile.write_text((folder / "profile.json").read_text())
+            sitting.write(folder, measured_in(folder))
         case "again":
-            write_rows(folder, measured_before(into, date), kept, into, date)
+            sitting.write(folder, sitting.measured())
         case _:
-            print("\n".join(report(folder, date)))
+            print("\n".join(report(sitting)))
     return 0
 
 
