@@ -82,6 +82,11 @@ ENGINE_ATTENTION = 539 / 794.5
 FlashAttention-3, arXiv 2407.08608, figure 5: 539 TFLOP/s at 16k tokens, where FlashAttention-2 has
 335). Of chips after it the same share is assumed."""
 
+FLASH_2 = {"h100-sxm": 3.35e14, "h100-sxm-96gb": 3.35e14}
+"""Floating-point operations a second of FlashAttention's second version (Dao 2023, arXiv
+2307.08691, section 4.1, from memory: up to 335 TFLOP/s on H100, whose own instructions it does not
+use). Beside the largest product of other chips it is as on A100 (``ATTENTION_SHARE``)."""
+
 UPDATE_BYTES = {"float16": 20, "bfloat16": 6}
 """That Megatron-LM's optimizer in mixed precision moves beside the update and its casts, for each
 element: the norm of wide gradients (4) and their scaling to it (8), in fp16 division by the scale
@@ -132,9 +137,11 @@ class Run:
     def topology(self) -> Topology:
         """Its machine, with the kernels that its software has."""
         found = topology(self.machine)
-        if self.program.per_parameter and self.model.flash:
-            return replace(found, device=replace(found.device, attention_as_products=True))
-        return _with_engine(found) if self.program.is_megatron and self.model.flash else found
+        if not self.model.flash:
+            return found
+        if self.program.is_megatron and _has_engine(found):
+            return _with_engine(found)
+        return _with_flash(found, as_products=self.program.per_parameter)
 
 
 def _has_engine(machine: Topology) -> bool:
@@ -146,19 +153,23 @@ def _has_engine(machine: Topology) -> bool:
 def _with_engine(machine: Topology) -> Topology:
     """The attention of Transformer Engine is cuDNN's: it uses the chip's own instructions, as
     FlashAttention-2 does not, which is what A100 has."""
-    return _with_attention(machine, ENGINE_ATTENTION) if _has_engine(machine) else machine
-
-
-def _with_attention(machine: Topology, share: float) -> Topology:
-    """``share``: of the largest product in bf16, measured or as prices assume it."""
     device = machine.device
     peaks, measured = dict(device.peak_flops_per_s), dict(device.achievable_flops_per_s)
     largest = measured.get("bfloat16", peaks["bfloat16"] * MATMUL_EFFICIENCY)
-    speeds = {**dict(device.attention_flops_per_s), "bfloat16": share * largest}
+    return _with_attention(machine, ENGINE_ATTENTION * largest, as_products=True)
+
+
+def _with_flash(machine: Topology, *, as_products: bool) -> Topology:
+    """The attention of other programs is FlashAttention's second version, or one before it."""
+    return _with_attention(machine, FLASH_2.get(machine.device.name), as_products=as_products)
+
+
+def _with_attention(machine: Topology, flops_per_s: float | None, *, as_products: bool) -> Topology:
+    speeds = () if flops_per_s is None else tuple((d, flops_per_s) for d in ("bfloat16", "float16"))
     return replace(
         machine,
         device=replace(
-            device, attention_flops_per_s=tuple(speeds.items()), attention_as_products=True
+            machine.device, attention_flops_per_s=speeds, attention_as_products=as_products
         ),
     )
 

@@ -25,8 +25,8 @@ class Device:
     of real matrix products, for some of these dtypes. ``cores``: what tiles are spread over
     (streaming multiprocessors, compute units). ``launch_s``: the shortest time of any kernel.
     ``attention_flops_per_s``: measured maxima of fused attention, where these are other than
-    products let expect; ``attention_as_products``: of kernels that use the chip's own instructions
-    as its products do. ``compiled``: programs run as a whole, not operator by operator.
+    products let expect; ``attention_as_products``: whether it runs beside them as products do
+    beside theirs, as torch's kernels do now, and not as those of earlier programs. ``compiled``: programs run as a whole, not operator by operator.
     ``power_w``: what it may draw; 0 where that is not known.
     """
 
@@ -39,7 +39,7 @@ class Device:
     launch_s: float = 3e-6
     achievable_flops_per_s: tuple[tuple[str, float], ...] = ()
     attention_flops_per_s: tuple[tuple[str, float], ...] = ()
-    attention_as_products: bool = False
+    attention_as_products: bool = True
     compiled: bool = False
     power_w: float = 0.0
 
@@ -180,7 +180,7 @@ class _Machine:
                 peak_flops_per_s=reader.by_dtype(device, "peak_flops_per_s", required=True),
                 achievable_flops_per_s=reader.by_dtype(device, "achievable_flops_per_s"),
                 attention_flops_per_s=reader.by_dtype(device, "attention_flops_per_s"),
-                attention_as_products=reader.flag(device, "attention_as_products"),
+                attention_as_products=reader.flag(device, "attention_as_products", True),
                 compiled=reader.flag(device, "compiled"),
                 memory_bytes=reader.count(device, "memory_bytes"),
                 memory_bytes_per_s=reader.number(device, "memory_bytes_per_s"),
@@ -254,8 +254,8 @@ class _Reader:
             raise TopologyError(f"{self.where}: {key} must be a whole number, not {found!r}")
         return int(found)
 
-    def flag(self, data: dict[str, Any], key: str) -> bool:
-        found = data.get(key, False)
+    def flag(self, data: dict[str, Any], key: str, default: bool = False) -> bool:
+        found = data.get(key, default)
         if isinstance(found, dict):
             found = found.get("value")
         if not isinstance(found, bool):
