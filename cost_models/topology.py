@@ -26,8 +26,9 @@ class Device:
     (streaming multiprocessors, compute units). ``launch_s``: the shortest time of any kernel.
     ``attention_flops_per_s``: measured maxima of fused attention, where these are other than
     products let expect; ``attention_as_products``: whether it runs beside them as products do
-    beside theirs, as torch's kernels do now, and not as those of earlier programs. ``compiled``: programs run as a whole, not operator by operator.
-    ``power_w``: what it may draw; 0 where that is not known.
+    beside theirs, as torch's kernels do now, and not as those of earlier programs. ``compiled``:
+    programs run as a whole, not operator by operator. ``power_w``: what it may draw; 0 where that
+    is not known.
     """
 
     name: str
