@@ -21,7 +21,9 @@ ATTENTION_SHARE = 203 / 271.2
 forward and backward together (FlashAttention-2, Dao 2023, arXiv 2307.08691, figure 4, from memory;
 the product: MAMF, stas00/ml-engineering@744d01e)."""
 
-ITEM_BYTES = {"float32": 4, "tensorfloat32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+ITEM_BYTES = {"tensorfloat32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+"""Of what matrix units take. Products in float32 do not go to them: on an H100 one over 50257
+columns is as fast as others (benchmarks/measured/operators_h100_2026-11-27.csv)."""
 
 TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64), (32, 32))
 """Output tiles that matrix libraries choose from (CUTLASS's defaults)."""
