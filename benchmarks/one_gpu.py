@@ -118,21 +118,24 @@ def make_plans(folder: Path, machine: str) -> None:
 # ---- on the GPU ----------------------------------------------------------------------------------
 
 
-def measure(folder: Path, into: Path, *, operators: bool) -> None:
-    """A case that fails says why, and the others go on."""
+def measure(folder: Path, into: Path, *, operators: bool) -> list[str]:
+    """Of the cases that are planned in ``folder``. One that fails says why, and the others go on;
+    those are returned."""
+    failed = []
     for case in CASES:
         path = folder / f"{case.name}.json"
         if not path.exists():
             continue
         say(f"{case.name}, {time.process_time():.0f} s")
         try:
-            plan = load_plan(path)
-            found = measured_step(plan, operators=operators)
+            found = measured_step(load_plan(path), operators=operators)
             (into / f"{case.name}.measured.json").write_text(json.dumps(found))
             say(f"  {found['step_s']:.4f} s, {found['allocated_bytes'] / 1e9:.2f} GB")
-        except Exception:
+        except Exception:  # time on a GPU is dear: the other cases are not lost
             say(traceback.format_exc())
+            failed.append(case.name)
         torch.cuda.empty_cache()
+    return failed
 
 
 def measured_step(plan: Plan, *, operators: bool) -> dict[str, Any]:
@@ -300,8 +303,8 @@ class StepRow:
 def step_row(
     case: str, plan: Plan, found: dict[str, Any], model: CostModel, profiled: CostModel
 ) -> StepRow:
-    estimate, memory = api.simulate(plan, model), api.simulate(plan, model).memory
-    strategy = plan.strategy
+    estimate, strategy = api.simulate(plan, model), plan.strategy
+    memory = estimate.memory
     return StepRow(
         case,
         plan.graph.parameter_count,
@@ -519,7 +522,10 @@ def main() -> int:
         case "plan":
             make_plans(folder, asked.machine)
         case "measure":
-            measure(folder, into, operators=not asked.no_operators)
+            failed = measure(folder, into, operators=not asked.no_operators)
+            if failed:
+                say(f"FAILED: {', '.join(failed)}")
+                return 1
         case "rows":
             sitting.profile.write_text((folder / "profile.json").read_text())
             sitting.write(folder, measured_in(folder))

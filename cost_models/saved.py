@@ -50,7 +50,7 @@ def cost_model_from_json(data: dict[str, Any]) -> CostModel:
 
 
 def _topology(data: dict[str, Any]) -> Topology:
-    device = data["device"]
+    device = {"attention_as_products": False, **data["device"]}  # earlier files mean those of then
     known = ("peak_flops_per_s", "achievable_flops_per_s", "attention_flops_per_s")
     rates = [rate for rate in known if rate in device]  # earlier files have fewer
     return Topology(

@@ -207,7 +207,9 @@ def _topology() -> Schema:
         achievable_flops_per_s=rates,
         attention_flops_per_s=rates,
     )
-    tiers = many(of_dataclass(Tier))
+    calibration, tiers = of_dataclass(Calibration), many(of_dataclass(Tier))
+    for of, later in ((device, "power_w"), (calibration, "flop_pj")):
+        of["required"].remove(later)  # older plans know nothing of it
     return {
         "type": "object",
         "properties": {
@@ -215,7 +217,7 @@ def _topology() -> Schema:
             "devices": WHOLE,
             "memory_bytes": WHOLE,
             "analytical": of_dataclass(Topology, device=device, tiers=tiers),
-            "calibration": of_dataclass(Calibration),
+            "calibration": calibration,
             "profiled": described({"type": "object"}, "a profile, with a version of its own"),
         },
         "required": ["name", "devices", "memory_bytes"],

@@ -74,7 +74,7 @@ def formula(key: int, spans: Sequence[Span], device: torch.device) -> Tensor:
 
 
 def _key(context: LocalContext, stream: int = 0) -> int:
-    return _signed(_mixed(_mixed(context.seed) + context.operator_id * _INCREMENT + stream))
+    return signed(_mixed(_mixed(context.seed) + context.operator_id * _INCREMENT + stream))
 
 
 def _spans(context: LocalContext, dims: tuple[Dim, ...], part: slice) -> tuple[Span, ...]:
@@ -87,7 +87,7 @@ def _spans(context: LocalContext, dims: tuple[Dim, ...], part: slice) -> tuple[S
         # only the leading factor of a dim is ever split, so a slice of the dim is contiguous
         start = (context.offset(dim[0]) * (size // context.bound.sizes[dim[0]])) if dim else 0
         some = range(start, start + prod(local[f] for f in dim))[part]
-        found.append((some.start, len(some), _signed(stride * _INCREMENT)))
+        found.append((some.start, len(some), signed(stride * _INCREMENT)))
         part = _ALL
     return tuple(found)
 
@@ -110,7 +110,7 @@ def _kernels() -> ModuleType | None:
         return None
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
     """The int64 with the same bits."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value
@@ -119,7 +119,7 @@ def _signed(value: int) -> int:
 # Increment and multipliers of splitmix64: Steele, Lea and Flood, "Fast splittable pseudorandom
 # number generators", OOPSLA 2014, figure 17 (the variant of Stafford's mix 13).
 _INCREMENT = 0x9E3779B97F4A7C15
-FIRST, SECOND = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+FIRST, SECOND = signed(0xBF58476D1CE4E5B9), signed(0x94D049BB133111EB)
 
 
 def _mixed(value: int) -> int:

@@ -10,7 +10,7 @@ import triton  # type: ignore[import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
 from torch import Tensor
 
-from autopar.runtime.draws import FIRST, SECOND, Span
+from autopar.runtime.draws import FIRST, SECOND, Span, signed
 
 BLOCK = 1024
 MOST_DIMS = 5
@@ -54,15 +54,10 @@ def _filled(
     dtype: torch.dtype, key: int, least: int, spans: Sequence[Span], device: torch.device
 ) -> Tensor:
     out = torch.empty([length for _, length, _ in spans], dtype=dtype, device=device)
-    from_here = _wrapped(key + sum(start * step for start, _, step in spans))
+    from_here = signed(key + sum(start * step for start, _, step in spans))
     _, lengths, steps = zip(*[(0, 1, 0)] * (MOST_DIMS - len(spans)), *spans, strict=True)
     blocks = triton.cdiv(out.numel(), BLOCK)
     if blocks:
         numbers = (out.numel(), from_here, least, *lengths[1:], *steps)
         _kernel[(blocks,)](out, *numbers, MASK=dtype == torch.bool)
     return out
-
-
-def _wrapped(value: int) -> int:
-    """The int64 that is left of it."""
-    return (value + 2**63) % 2**64 - 2**63

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -18,34 +18,34 @@ from cost_models.interface import Collective, CostModel
 
 @dataclass(frozen=True, eq=False)
 class Links:
-    """Of one machine, on which ``rows`` follow one another, each of ``size`` devices; remembered as
-    long as the search lives."""
+    """Of one machine, on which ``rows`` follow one another, each of ``size`` devices; remembered
+    once it was asked."""
 
     machine: CostModel
 
-    @lru_cache(maxsize=None)  # noqa: B019 - lives as long as the search
+    def __post_init__(self) -> None:
+        # a cache of its own, which goes when it goes: one of the class would keep all searches
+        for name in ("sends_s", "_strides", "_send_s", "shared_s", "copies_s", "world_s"):
+            object.__setattr__(self, name, cache(getattr(self, name)))
+
     def sends_s(self, rows: int, size: int, sent_bytes: tuple[int, int]) -> Numbers:
         """From each row to the next, the last to the first too, forward; and back."""
         strides = self._strides(rows, size)
         return np.array([[self._send_s(sent, stride) for stride in strides] for sent in sent_bytes])
 
-    @lru_cache(maxsize=None)  # noqa: B019
     def _strides(self, rows: int, size: int) -> tuple[int, ...]:
         groups = tuple(tuple(range(row * size, (row + 1) * size)) for row in range(rows))
         links = MachineLinks(self.machine, groups)
         return tuple(links.stride(row, (row + 1) % rows) for row in range(rows))
 
-    @lru_cache(maxsize=None)  # noqa: B019
     def _send_s(self, size: int, stride: int) -> float:
         return self.machine.collective_time_s(Collective("send", size, 2, stride))
 
-    @lru_cache(maxsize=None)  # noqa: B019
     def shared_s(self, rows: int, size: int, shared: tuple[int, ...]) -> float:
         """Of the exchange of parameters that the first and the last stage share; ``shared``: bytes
         of each."""
         return self._between_rows_s(size, 0, rows - 1, shared)
 
-    @lru_cache(maxsize=None)  # noqa: B019
     def copies_s(
         self,
         rows: int,
@@ -72,7 +72,6 @@ class Links:
         groups = tuple((a * size + device, b * size + device) for device in range(size))
         return sum(group_sum(self.machine, HOLDERS, n, "shared", groups).time_s for n in pieces)
 
-    @lru_cache(maxsize=None)  # noqa: B019
     def world_s(self, devices: int, sizes: tuple[tuple[str, int], ...]) -> float:
         """Of sums over all devices; ``sizes``: what for, and bytes."""
         groups = (tuple(range(devices)),)

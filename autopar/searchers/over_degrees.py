@@ -124,6 +124,9 @@ class DegreePrices:
     proposals: Proposals = ()
 
     def __post_init__(self) -> None:
+        # a cache of its own: one of the class would keep this search. Of few numbers of
+        # microbatches, which is how many the fastest degrees have
+        object.__setattr__(self, "_whole", lru_cache(maxsize=4)(self._whole))
         blocks = self._whole(1)[1].blocks
         most = max(blocks, key=lambda block: block.period * block.copies, default=None)
         self.layers = 0 if most is None else most.copies
@@ -162,7 +165,6 @@ class DegreePrices:
         of = divided.graph, divided.rules, self.cost_model, strategy
         return strategy, evaluate(*of, folded=structure.folded_in_runs(ends))
 
-    @lru_cache(maxsize=4)  # noqa: B019 - the fastest degrees have few numbers of microbatches
     def _whole(self, count: int) -> tuple[Division, Structure]:
         divided = division(self.graph, count, self.proposals)
         return divided, Structure(divided.graph, divided.rules)

@@ -7,6 +7,9 @@ import json
 import pytest
 
 import cost_models
+from autopar import api
+from autopar.ir.plan import plan_from_json, plan_to_json
+from cost_models.analytical import Analytical
 from cost_models.interface import Collective, Work
 from cost_models.saved import cost_model_from_json, cost_model_to_json
 from tests.helpers.fake_prices import FakePrices
@@ -29,6 +32,18 @@ def test_a_cost_model_of_the_users_own_is_named_but_not_kept() -> None:
     assert (data["name"], data["devices"]) == ("FakePrices", 3)
     with pytest.raises(ValueError, match="user's own"):
         cost_model_from_json(data)
+
+
+def test_a_plan_of_before_knows_no_power_and_keeps_its_prices() -> None:
+    plan = api.plan("examples/gpt/model.py", topology="1x1xh100-sxm", microbatches=1)
+    data = json.loads(json.dumps(plan_to_json(plan)))
+    device, calibration = (data["topology"][k] for k in ("analytical", "calibration"))
+    for of, later in ((device["device"], "power_w"), (calibration, "flop_pj")):
+        del of[later]
+    before = cost_model_from_json(plan_from_json(data).topology)
+    assert isinstance(before, Analytical) and before.clock == 1.0
+    del device["device"]["attention_as_products"]
+    assert not cost_model_from_json(data["topology"]).topology.device.attention_as_products
 
 
 def test_a_damaged_machine_is_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from random import Random
@@ -82,3 +84,12 @@ def test_what_cannot_be_is_said() -> None:
         DegreePrices(
             Transformer(1, 64, 2, 2, 64, 64, 16).graph(8), cost_model("1x8xh100-sxm"), Training()
         )
+
+
+def test_what_is_remembered_of_a_search_goes_with_it() -> None:
+    prices = prices_of(GPT)
+    prices.bounds(list(SPACE)[:20])
+    gone = weakref.ref(prices), weakref.ref(prices.links), weakref.ref(prices.graph)
+    del prices
+    gc.collect()
+    assert [of() for of in gone] == [None] * 3
