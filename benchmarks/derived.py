@@ -74,7 +74,7 @@ class Derived:
     def host_time(self) -> HostTime:
         time_s = self.base.host_time.operator_s
         moved = [other.host_time.operator_s for other in self._moved]
-        return HostTime(operator_s=self._seconds(time_s, moved))
+        return replace(self.base.host_time, operator_s=self._seconds(time_s, moved))
 
     def compute_time_s(self, work: Work) -> Seconds:
         found = self._known.get(work)

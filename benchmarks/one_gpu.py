@@ -359,7 +359,7 @@ def operator_rows(
         operator = graph.operator[one["name"]]
         read = [graph.by_name[name] for name in operator.inputs]
         trains = carries_gradient(graph, operator)
-        there_s, back_s = costs.device_s(
+        there_s, back_s = costs.operator_s(
             rules[operator.name],
             strategy.splits[operator.name],
             tuple(trains and tensor.differentiable for tensor in read),

@@ -518,14 +518,8 @@ def predicted(runs: Iterable[Run]) -> Iterator[tuple[Run, Compared | Exception]]
         for run in together:
             try:
                 estimate, strategy, found = _estimate(run, machine, prices, cache)
-                estimate = banded(
-                    found.graph,
-                    found.rules,
-                    machine,
-                    strategy,
-                    estimate,
-                    overlap=overlap_of(run),
-                )
+                of = found.graph, found.rules, machine, strategy
+                estimate = banded(*of, estimate)
             except (AutoparError, ValueError) as error:
                 yield run, error
                 continue
@@ -596,7 +590,7 @@ def step_s(run: Run, machine: CostModel) -> float:
         played = PricedPipeline(
             pipelined(found, strategy), StagePrices(machine, overlap=overlap_of(run))
         ).timeline
-        return played.step_time_s  # type: ignore[return-value]
+        return max(played.step_time_s, played.launches_s)  # type: ignore[return-value]
     return evaluate(
         found.graph,
         found.rules,
@@ -608,12 +602,11 @@ def step_s(run: Run, machine: CostModel) -> float:
 
 
 def overlap_of(run: Run) -> Overlap:
-    """All prepare kernels ahead. FSDP and DeepSpeed gather parameters ahead, in the dtypes that the
-    row names; what Megatron-LM does depends on when it was written."""
+    """FSDP and DeepSpeed gather parameters ahead, in the dtypes that the row names; what
+    Megatron-LM does depends on when it was written."""
     program, degrees = run.program, run.degrees
     if not program.is_megatron:
         return Overlap(
-            launches=True,
             parameters=True,
             gathered_bytes=program.gathered_bytes,
             reduced_bytes=program.reduced_bytes,
@@ -621,7 +614,6 @@ def overlap_of(run: Run) -> Overlap:
         )
     passes = degrees.pipeline if degrees.chunks > 1 else 1
     return Overlap(
-        launches=True,
         sums=program.has("sums"),
         in_pieces=program.has("in_pieces") and run.model.engine,
         replicas=passes if program.has("replicas") and degrees.zero else 0,

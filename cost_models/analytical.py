@@ -103,7 +103,8 @@ class Analytical:
     @property
     def host_time(self) -> HostTime:
         """A program that is compiled as a whole does not wait for its host."""
-        return HostTime(operator_s=0.0 if self.compiled else self.calibration.operator_s)
+        operator_s = 0.0 if self.compiled else self.calibration.operator_s
+        return HostTime(operator_s=operator_s, ahead=True)
 
     def compute_time_s(self, work: Work) -> float:
         known = self._computed.get(work)

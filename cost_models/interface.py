@@ -61,14 +61,18 @@ class Collective:
 
 @dataclass(frozen=True, slots=True)
 class HostTime:
-    """What devices wait for beside work and collectives, because their host does one thing after
-    the other: ``view_s`` for an operator that gives its input another shape, forward or backward;
-    ``pass_s`` for the forward or the backward of a microbatch, beside its operators;
-    ``operator_s`` is the least from one kernel of an operator to the next, however short it is;
+    """What a host takes beside work and collectives: ``view_s`` for an operator that gives its
+    input another shape, forward or backward; ``pass_s`` for the forward or the backward of a
+    microbatch, beside its operators; ``operator_s`` for each kernel of an operator, however short;
     ``part_s`` for an operator of which gradients of parameters are asked for by themselves, in a
     backward in two parts; ``step_s`` for a redistribution's step that is no collective;
-    ``message_s`` for a message that is sent, or received, beside what goes on without the
-    device."""
+    ``message_s`` for a message that is sent, or received, beside what goes on without the device.
+
+    A device waits for all of it, where host and device do one thing after the other (on a
+    processor, whose ``operator_s`` is in its times of work). A host that goes ``ahead`` launches
+    kernels while its device is busy with earlier ones, as with GPUs: a step then takes what the
+    devices take, or what the busiest host takes, whichever is longer.
+    """
 
     view_s: float = 0.0
     pass_s: float = 0.0
@@ -76,9 +80,11 @@ class HostTime:
     part_s: float = 0.0
     step_s: float = 0.0
     message_s: float = 0.0
+    ahead: bool = False
 
     def times(self, factor: float) -> HostTime:
-        return HostTime(*(factor * getattr(self, f.name) for f in fields(self)))
+        seconds = {f.name: factor * getattr(self, f.name) for f in fields(self)}
+        return HostTime(**{**seconds, "ahead": self.ahead})
 
 
 class CostModel(Protocol):

@@ -321,8 +321,7 @@ class Profiled:
 
     @property
     def prepares_ahead(self) -> bool:
-        """Whether the host goes on while the device works, as with GPUs: then the longer of the two
-        counts for an operator, else the sum."""
+        """Whether the host goes on while the device works, as with GPUs."""
         return dict(self.profile.software).get("backend") == "nccl"
 
     @property
@@ -330,7 +329,7 @@ class Profiled:
         of = self.profile
         beside = {name: getattr(of, name) for name in ("part_s", "step_s", "message_s")}
         operator_s = of.operator_s if self.prepares_ahead else 0.0
-        return HostTime(of.view_s, of.pass_s, operator_s, **beside)
+        return HostTime(of.view_s, of.pass_s, operator_s, **beside, ahead=self.prepares_ahead)
 
     def compute_time_s(self, work: Work) -> float:
         known = self._computed.get(work)

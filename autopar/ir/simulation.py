@@ -158,7 +158,9 @@ class Estimate:
 
     Of several stages (``pipeline``), the parts are those of the critical path, which together with
     its transfers are the step; ``memory`` is that of the row that needs most, and ``collectives``
-    are with the rows. ``band``: how far it may be off; ``None`` inside of searches, which compare.
+    are with the rows. ``launches_s``: how much longer the step is because the busiest host takes
+    longer to launch kernels than devices to run them. ``band``: how far it may be off; ``None``
+    inside of searches, which compare.
     """
 
     step_time_s: float
@@ -171,6 +173,7 @@ class Estimate:
     memory: Memory
     collectives: tuple[PromisedCollective, ...] = field(repr=False, default=())
     pipeline: PipelineEstimate | None = None
+    launches_s: float = 0.0
     band: Band | None = None
 
     @property

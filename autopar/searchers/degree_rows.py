@@ -29,10 +29,11 @@ Numbers = NDArray[np.float64]
     UPDATE,
     ALWAYS,
     GRADIENTS,
-) = range(9)
+    LAUNCHES,
+) = range(10)
 """What is known of a stage: seconds of one microbatch forward and backward, of the two parts of a
 backward that has two, of adding its gradients to those of others, and once a step; bytes held
-always, and of gradients."""
+always, and of gradients; and what a host that goes ahead takes for a microbatch."""
 
 SAVED, LEFT = range(2)
 """And only when it is asked for: bytes saved by a microbatch, and left of it between the two parts
@@ -280,6 +281,7 @@ __all__ = [
     "GRADIENTS",
     "INPUTS",
     "LAST",
+    "LAUNCHES",
     "LEFT",
     "MIDDLE",
     "REDUCTION",

@@ -35,6 +35,7 @@ from autopar.searchers.degree_rows import (
     GRADIENTS,
     INPUTS,
     LAST,
+    LAUNCHES,
     LEFT,
     MIDDLE,
     REDUCTION,
@@ -560,12 +561,13 @@ def _of_parameters(part: StagePart, again: Recomputation, costs: Costs) -> Numbe
 
 
 def _seconds(of: StageParts) -> Numbers:
-    found = np.zeros(GRADIENTS + 1)
+    found = np.zeros(LAUNCHES + 1)
     found[FORWARD] = of.forward_compute_s + of.forward_communication_s
     found[INPUTS] = of.input_compute_s + of.input_communication_s
     found[WEIGHTS] = of.weight_compute_s + of.weight_communication_s
     found[BACKWARD] = found[INPUTS] + found[WEIGHTS]
     found[REDUCTION], found[UPDATE] = of.reduction_s, of.optimizer_s + of.refresh_s
+    found[LAUNCHES] = of.launches_s
     return found
 
 

@@ -37,6 +37,7 @@ from autopar.searchers.degree_rows import (
     FORWARD,
     GRADIENTS,
     INPUTS,
+    LAUNCHES,
     MIDDLE,
     REDUCTION,
     SAVED,
@@ -266,12 +267,19 @@ class DegreePrices:
     # ---- rows ----------------------------------------------------------------------------------
 
     def _step_s(self, alike: _Alike) -> Numbers:
+        devices_s = self._alone_s(alike) if alike.is_alone else self._rows_s(alike)
+        found: Numbers = np.maximum(devices_s, alike.launches_s)
+        return found
+
+    @staticmethod
+    def _alone_s(alike: _Alike) -> Numbers:
+        one, count = alike.of[WHOLE], alike.counts
+        time_s = count * (one[:, FORWARD] + one[:, BACKWARD]) + (count - 1) * one[:, SUM]
+        found: Numbers = time_s + one[:, REDUCTION] + one[:, UPDATE]
+        return found
+
+    def _rows_s(self, alike: _Alike) -> Numbers:
         of, count = alike.of, alike.counts
-        if alike.is_alone:
-            one = of[WHOLE]
-            time_s = count * (one[:, FORWARD] + one[:, BACKWARD]) + (count - 1) * one[:, SUM]
-            found: Numbers = time_s + one[:, REDUCTION] + one[:, UPDATE]
-            return found
         links = np.array([self._sends_s(*member) for member in alike.members])
         passes = played(alike.schedule, alike.rows, alike.chunks, count, of, links)
         reduced = (self._summed_by_copies if alike.has_copies else self._summed)(alike, passes)
@@ -415,11 +423,26 @@ class _Alike:
         return found
 
     @property
+    def launches_s(self) -> Numbers:
+        """What the busiest host takes in a step, if hosts go ahead of their devices."""
+        kinds = {kind: numbers[:, LAUNCHES] for kind, numbers in self.of.items()}
+        if self.is_alone:
+            return self.counts * kinds[WHOLE]
+        copies = self.chunks if self.has_copies else 1
+        found: Numbers = self.counts / copies * self._of_rows(kinds).max(axis=0)
+        return found
+
+    @property
     def least_s(self) -> Numbers:
         """What a row does, and how long its first microbatch takes to come to it and its last one
-        to go back from it; as if it waited for nothing else. 0.0 where stages have copies."""
-        if self.has_copies:
-            return np.zeros(len(self.members))
+        to go back from it, as if it waited for nothing else (0.0 where stages have copies); or what
+        its host does."""
+        busy_s = np.zeros(len(self.members)) if self.has_copies else self._busy_s
+        found: Numbers = np.maximum(busy_s, self.launches_s)
+        return found
+
+    @property
+    def _busy_s(self) -> Numbers:
         of, counts = self.of, self.counts
         parted = has_parts(self.schedule, self.rows, self.chunks)
         back = {kind: numbers[:, BACKWARD] for kind, numbers in of.items()}

@@ -148,7 +148,7 @@ class MeshSearch:
                 self._in_time()
                 listings.append(self.listing(mesh))
                 _ = listings[-1].least_s  # takes long where there are many strategies
-        listings.sort(key=lambda each: (len(each.mesh.axes) > QUICK_AXES, each.least_s))
+        listings.sort(key=lambda each: (len(each.mesh.axes) > QUICK_AXES, _least_s(each)))
         for listing in listings:
             self._in_time()
             self.progress(
@@ -204,11 +204,12 @@ class MeshSearch:
     def _approach(self, listing: Listing) -> None:
         """A bound for one mesh, and something on it that fits, if it can be faster."""
         mesh = listing.mesh
-        trial = Trial("", mesh, None, None, listing.least_s, "bounded")
+        least_s = _least_s(listing)
+        trial = Trial("", mesh, None, None, least_s, "bounded")
         self.trials[mesh] = trial
-        if listing.least_s > self.best_s:
+        if least_s > self.best_s:
             return
-        opened = _Open(listing.below(self.best_s), Optimum(None, listing.least_s), {})
+        opened = _Open(listing.below(self.best_s), Optimum(None, least_s), {})
         self._solve(opened, self.deadline, None)
         if self.problem.recompute == AUTO:
             self._look_for_less_recomputation(mesh)
@@ -421,7 +422,7 @@ class MeshSearch:
     def _unseen_s(self, mesh: Mesh) -> float:
         """A bound of a mesh that was not looked at: what is known of its compute."""
         listing = self._listings.get(mesh)
-        return listing.least_s if listing is not None and "least_s" in vars(listing) else 0.0
+        return _least_s(listing) if listing is not None and "least_s" in vars(listing) else 0.0
 
     def _with_outcome(self, trial: Trial, late: bool) -> Trial:
         """With the word for how far it came."""
@@ -437,6 +438,11 @@ class MeshSearch:
         else:
             outcome = "gap" if trial.estimate is not None else "unknown"
         return replace(trial, outcome=outcome)
+
+
+def _least_s(listing: Listing) -> float:
+    """Of devices and of hosts."""
+    return max(listing.least_s, listing.launches_s)
 
 
 def _sizes(mesh: Mesh) -> str:

@@ -137,9 +137,13 @@ class Prospects:
         return listing.least_kept_bytes + saved_bytes <= self.problem.memory_limit_bytes
 
     def compute_s(self, prospect: Prospect) -> float:
-        """A bound that is quick to know: compute alone, and the ramp of the most microbatches."""
-        listing = self.listing(prospect.mesh, gcd(*prospect.counts))
-        return listing.least_s / prospect.rows * (1 + self._least_ramp(prospect))
+        """A bound that is quick to know: compute alone, and the ramp of the most microbatches; or
+        what hosts take for the fewest."""
+        count = gcd(*prospect.counts)
+        listing = self.listing(prospect.mesh, count)
+        busy_s = listing.least_s / prospect.rows * (1 + self._least_ramp(prospect))
+        hosts_s = listing.launches_s / count * min(prospect.counts) / prospect.rows
+        return max(busy_s, hosts_s)
 
     def _least_ramp(self, prospect: Prospect) -> float:
         """Idle for lack of microbatches, as a share of the work: a row waits for a chunk of each
@@ -189,9 +193,10 @@ class Prospects:
 
     def _likely(self, prospect: Prospect, selection: Selection, of_rows_s: float) -> Likely:
         (count,) = prospect.counts
-        rows = prospect.rows
-        step_s = of_rows_s / rows * self.imbalance(rows) * self._ramp(rows, count)
-        return Likely(prospect, self.listing(prospect.mesh, count).strategy(selection), step_s)
+        rows, listing = prospect.rows, self.listing(prospect.mesh, count)
+        busiest = self.imbalance(rows) / rows
+        step_s = max(of_rows_s * self._ramp(rows, count), listing.launches_s) * busiest
+        return Likely(prospect, listing.strategy(selection), step_s)
 
     @property
     def _again(self) -> bool:

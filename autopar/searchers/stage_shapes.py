@@ -180,6 +180,12 @@ class World:
         return self._slowest_s[key]
 
     @cached_property
+    def launches_s(self) -> float:
+        """What the hosts of all units take in a step at least, one after the other."""
+        of_kinds = [min(float(a.cost.launches_s) for a in kind) for kind in self.mixes.kinds]
+        return self.microbatches * sum(of_kinds[kind] for kind in self.mixes.kind_of)
+
+    @cached_property
     def least_bytes(self) -> int:
         """What all devices together keep at least."""
         of_kinds = []
@@ -479,6 +485,7 @@ class Shape:
         row_s = np.maximum(sums.work_s / self.rows, of_row * sums.between_s + last_s)
         stage_s = np.maximum(sums.work_s / self.stages, of_stage * sums.between_s)
         found = self.microbatches * row_s + self._likely_ramp * stage_s + self._tail_s(sums)
+        found = np.maximum(found, self.world.launches_s / self.rows)
         found[sums.devices * self.rows > self.world.problem.devices] = math.inf
         return found, sums
 
@@ -528,7 +535,9 @@ def shapes_of(world: World) -> Iterator[Shape]:
                 shape = Shape(world, schedule, stages, chunks, split, rows, 0.0)
                 alone_s = world.slowest_unit_s(split, copies)
                 together_s = shape.rates().bound_s(rows, 1, priced=False)
-                shape.bound_s = max(alone_s, together_s, shape.one_microbatch_s()) * ROUNDING
+                hosts_s = world.launches_s / rows
+                least_s = max(alone_s, together_s, shape.one_microbatch_s(), hosts_s)
+                shape.bound_s = least_s * ROUNDING
                 if math.isfinite(shape.bound_s):
                     yield shape
 

@@ -14,7 +14,6 @@ from autopar.ir.search import Tie, Trial
 from autopar.ir.simulation import Band, Doubt, Estimate, PromisedCollective
 from autopar.ir.strategy import Strategy
 from autopar.simulator.edges import Rules
-from autopar.simulator.overlap import NOTHING_AT_ONCE, Overlap
 from autopar.simulator.shares import Seconds, seconds_by_kind
 from cost_models.bands import Bands, device_of, known_bands
 from cost_models.interface import CostModel
@@ -27,11 +26,9 @@ def banded(
     strategy: Strategy,
     estimate: Estimate,
     bands: Bands | None = None,
-    overlap: Overlap = NOTHING_AT_ONCE,
 ) -> Estimate:
-    """``estimate`` of ``strategy`` with its band; ``graph`` is that of one microbatch; ``overlap``:
-    what the estimate was made with."""
-    spent = seconds_by_kind(graph, rules, cost_model, strategy, estimate, overlap)
+    """``estimate`` of ``strategy`` with its band; ``graph`` is that of one microbatch."""
+    spent = seconds_by_kind(graph, rules, cost_model, strategy, estimate)
     return with_band(estimate, spent, cost_model, bands)
 
 

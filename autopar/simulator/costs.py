@@ -5,14 +5,14 @@ Everything that is priced is priced here, once: searchers and ``evaluate`` both 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from math import prod
 from typing import Literal
 
 from autopar.ir.graph import ITEM_BYTES, TensorSpec
-from autopar.ir.rule import BoundRule, Inner, Kernel, Product, Split
+from autopar.ir.rule import REPLICATED, BoundRule, Inner, Kernel, Product, Split
 from autopar.ir.sharding import Mesh, Sharding, gradient, local_shape
 from autopar.simulator.redistribution import (
     Transfer,
@@ -48,7 +48,8 @@ class ParameterPrice:
 @dataclass(frozen=True, slots=True)
 class OperatorPrice:
     """Seconds of an operator forward, of its gradients of inputs and of parameters, and what these
-    take more where they are asked for ``later``; and its own collectives ``there`` and ``back``."""
+    take more where they are asked for ``later``; its own collectives ``there`` and ``back``; and
+    what its host takes to launch its forward and its backward."""
 
     forward_s: float
     input_s: float
@@ -56,6 +57,7 @@ class OperatorPrice:
     later_s: float
     there: tuple[Transfer, ...]
     back: tuple[Transfer, ...]
+    launches_s: tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,8 @@ class EdgePrice:
     there_s: float
     back_s: float
 
+
+ONE_DEVICE = Mesh((("all", 1),))
 
 ComputeCache = dict[object, tuple[float, float]]
 """Compute seconds depend on local sizes, not on the mesh: one cache serves all meshes."""
@@ -92,7 +96,15 @@ class Costs:
 
     @cached_property
     def host(self) -> HostTime:
-        return host_time_of(self.cost_model)
+        """What a device waits for, in its turn; nothing where hosts go ahead."""
+        found = host_time_of(self.cost_model)
+        return HostTime() if found.ahead else found
+
+    @cached_property
+    def host_ahead(self) -> HostTime:
+        """What a host takes that goes ahead of its device."""
+        found = host_time_of(self.cost_model)
+        return found if found.ahead else HostTime()
 
     # ---- compute -------------------------------------------------------------------------------
 
@@ -101,45 +113,15 @@ class Costs:
     ) -> tuple[float, float]:
         """Forward and backward compute of one rank; ``differentiable``: which inputs need a
         gradient (none: no backward)."""
-        return self._by_sizes("in turn", self._kernel_s, bound, split, differentiable)
-
-    def device_s(
-        self, bound: BoundRule, split: Split, differentiable: tuple[bool, ...]
-    ) -> tuple[float, float]:
-        """For how long of that the device is busy."""
-        if is_free(bound):
-            return 0.0, 0.0
-        price = self.cost_model.compute_time_s
-        return self._by_sizes("device", price, bound, split, differentiable)
-
-    def host_s(
-        self, bound: BoundRule, split: Split, differentiable: tuple[bool, ...]
-    ) -> tuple[float, float]:
-        """For how long of that the host is busy."""
-        return self._by_sizes("host", self._launch_s, bound, split, differentiable)
-
-    def work(
-        self, bound: BoundRule, split: Split, differentiable: tuple[bool, ...]
-    ) -> tuple[list[Work], list[Work]]:
-        compiled = is_compiled(self.cost_model)
-        return work(bound, split, self.mesh, differentiable, compiled=compiled)
-
-    def _by_sizes(
-        self,
-        what: Literal["in turn", "device", "host"],
-        price: Callable[[Work], float],
-        bound: BoundRule,
-        split: Split,
-        differentiable: tuple[bool, ...],
-    ) -> tuple[float, float]:
-        view_s = self.host.view_s if bound.rule.kind == "view" and what != "device" else 0.0
+        view_s = self.host.view_s if bound.rule.kind == "view" else 0.0
         if is_free(bound):
             return view_s, view_s * any(differentiable)
         local = tuple(bound.local_sizes(split, self.mesh).values())
-        key = (what, id(bound), local, differentiable)
+        key = (id(bound), local, differentiable)
         found = self.compute_cache.get(key)
         if found is None:
             forward, backward = self.work(bound, split, differentiable)
+            price = self.cost_model.compute_time_s
             found = (
                 view_s + sum(map(price, forward)),
                 view_s * any(differentiable) + sum(map(price, backward)),
@@ -147,12 +129,37 @@ class Costs:
             self.compute_cache[key] = found
         return found
 
-    def _kernel_s(self, of: Work) -> float:
-        """A device waits for its host where that takes longer."""
-        return max(self._launch_s(of), self.cost_model.compute_time_s(of))
+    def launches_s(self, bound: BoundRule, differentiable: tuple[bool, ...]) -> tuple[float, float]:
+        """What a host that goes ahead takes for the forward and the backward of an operator. The
+        same however it is divided: kernels are as many, or nearly."""
+        if not self.host_ahead.ahead:
+            return 0.0, 0.0
+        key = ("launches", id(bound), differentiable)
+        found = self.compute_cache.get(key)
+        if found is None:
+            found = self.compute_cache[key] = self._launches_s(bound, differentiable)
+        return found
 
-    def _launch_s(self, of: Work) -> float:
-        return 0.0 if of.follows else self.host.operator_s
+    def _launches_s(
+        self, bound: BoundRule, differentiable: tuple[bool, ...]
+    ) -> tuple[float, float]:
+        host = self.host_ahead
+        view_s = host.view_s if bound.rule.kind == "view" else 0.0
+        works: tuple[list[Work], list[Work]] = ([], [])
+        if not is_free(bound):
+            compiled = is_compiled(self.cost_model)
+            works = work(bound, (REPLICATED,), ONE_DEVICE, differentiable, compiled=compiled)
+        forward, backward = (sum(not one.follows for one in of) for of in works)
+        return (
+            view_s + host.operator_s * forward,
+            view_s * any(differentiable) + host.operator_s * backward,
+        )
+
+    def work(
+        self, bound: BoundRule, split: Split, differentiable: tuple[bool, ...]
+    ) -> tuple[list[Work], list[Work]]:
+        compiled = is_compiled(self.cost_model)
+        return work(bound, split, self.mesh, differentiable, compiled=compiled)
 
     def memory_bound_s(self, moved_bytes: float, dtype: str, of: str = "") -> float:
         """An elementwise pass that reads and writes ``moved_bytes``; ``of`` as in ``Work``."""

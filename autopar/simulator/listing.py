@@ -31,6 +31,7 @@ from autopar.simulator.parameter_prices import (
     parts_by_dim,
 )
 from autopar.simulator.price_list import Flow, Instead, Kept, Menu, Node, PriceList, Selection
+from autopar.simulator.prices import launches_s
 from autopar.simulator.redistribution_table import (
     Codes,
     RedistributionTable,
@@ -317,6 +318,14 @@ class Listing:
         """What all operators cost at least, redistributions and parameters left out: quick to
         know."""
         return sum(copies * float(time_s.min()) for _, time_s, copies in self._work)
+
+    @cached_property
+    def launches_s(self) -> float:
+        """What hosts that go ahead take in a step, of which price lists know nothing; more, where
+        something is recomputed."""
+        seen = self.structure.folded
+        of_one_s = launches_s(seen.graph, self.structure.rules, self.costs, seen.weight)
+        return self.microbatches * of_one_s
 
     def _candidates(self, cluster: Cluster) -> Candidates:
         """Options for each axis, where every operator's factors divide exactly."""

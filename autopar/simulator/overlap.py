@@ -26,14 +26,13 @@ class Overlap:
     """What the program that runs a strategy does at once; nothing, where it does one thing after
     the other, as ``autopar run`` does and as searches count.
 
-    ``launches``: its host prepares kernels and collectives while the device is busy with earlier
-    ones, so that a pass takes what the busier of the two takes. ``parameters``: a second stream
-    gathers them ahead, and reduces gradients beside the backward. ``sums``: the gradient of a
-    product's input is summed beside the product that gives the gradient of its weight.
-    ``in_pieces``: what is gathered for a product, and what is scattered of its result, goes on
-    piece by piece beside it, and so do their gradients. ``replicas``: beside so many of the last
-    backwards of a stage goes on what is reduced once a step, and beside as many of the first
-    forwards updated parameters are gathered (several, where a device goes on with other stages).
+    ``parameters``: a second stream gathers them ahead, and reduces gradients beside the backward.
+    ``sums``: the gradient of a product's input is summed beside the product that gives the gradient
+    of its weight. ``in_pieces``: what is gathered for a product, and what is scattered of its
+    result, goes on piece by piece beside it, and so do their gradients. ``replicas``: beside so
+    many of the last backwards of a stage goes on what is reduced once a step, and beside as many of
+    the first forwards updated parameters are gathered (several, where a device goes on with other
+    stages).
     ``added_in_products``: gradients of microbatches are added up by the products that give them.
     ``update_bytes``: read and written for each element beside its update (casts, scales, norms).
     ``gathered_bytes``, ``reduced_bytes``: of an element of a parameter that is gathered, and of its
@@ -44,7 +43,6 @@ class Overlap:
     2104.04473, section 4.1).
     """
 
-    launches: bool = False
     parameters: bool = False
     sums: bool = False
     in_pieces: bool = False

@@ -41,7 +41,8 @@ class StageCost:
 
     ``backward_s``: of ``B``, recomputation included. ``input_gradient_s`` and
     ``weight_gradient_s``: of ``I`` (recomputation included) and ``W``; ``None`` if it cannot be
-    split. ``memory``: needed only to ask a timeline about memory.
+    split. ``launches_s``: of a host that goes ahead of its device. ``memory``: needed only to ask
+    a timeline about memory.
     """
 
     forward_s: Time
@@ -50,6 +51,7 @@ class StageCost:
     input_gradient_s: Time | None = None
     weight_gradient_s: Time | None = None
     memory: StageMemory | None = None
+    launches_s: Time = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,6 +66,7 @@ class PricedStage:
             input_gradient_s=input_gradient_s,
             weight_gradient_s=weight_gradient_s,
             memory=_timeline_memory(self.bytes),
+            launches_s=p.launches_s,
         )
 
 
@@ -260,7 +261,7 @@ class PricedPipeline:
 
     @property
     def step_time_s(self) -> float:
-        return float(self.timeline.step_time_s)
+        return float(max(self.timeline.step_time_s, self.timeline.launches_s))
 
     def _with_messages(self, stage: int, cost: StageCost) -> StageCost:
         """With what its passes send, which arrives as they end."""
@@ -454,6 +455,7 @@ class PricedPipeline:
                 tuple(Traffic(*pair, n) for pair, n in sorted(traffic.items()) if n),
                 spent["transfer_s"],
             ),
+            launches_s=self.step_time_s - float(self.timeline.step_time_s),
         )
 
     @cached_property
@@ -462,14 +464,14 @@ class PricedPipeline:
 
     def _row(self, row: int) -> RowEstimate:
         timeline = self.timeline
-        forward_s, backward_s, update_s, idle_s = map(float, timeline.parts(row))
+        forward_s, backward_s, update_s, _ = map(float, timeline.parts(row))
         return RowEstimate(
             devices=self.plan.groups[row],
             stages=tuple(stage for stage, of in enumerate(self.plan.copies) if row in of),
             forward_s=forward_s,
             backward_s=backward_s,
             update_s=update_s,
-            idle_s=idle_s,
+            idle_s=self.step_time_s - forward_s - backward_s - update_s,
             bubble_s=self._passes_s - forward_s - backward_s,
             most_in_flight=timeline.most_in_flight(row),
             memory=self.memories[row],

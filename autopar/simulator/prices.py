@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import prod
 from operator import attrgetter
 from typing import Literal
 
 from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph, TensorSpec
-from autopar.ir.rule import BoundRule, Split
 from autopar.ir.sharding import Mesh, gradient, local_shape
 from autopar.ir.simulation import Estimate, PromisedCollective
 from autopar.ir.strategy import Storage, Strategy, Training
@@ -65,8 +63,9 @@ def evaluate(
     """Price a whole strategy, choice by choice. ``graph`` is that of one microbatch.
 
     Times are summed, but for what the program that runs it does at once (``overlap``): the
-    communication of the estimate is then what compute does not hide of that of the promise, its
-    compute has what devices wait for their host, and its buffers what is gathered ahead.
+    communication of the estimate is then what compute does not hide of that of the promise, and
+    its buffers have what is gathered ahead. A host that goes ahead of its device makes the step
+    longer where it is the slower one of the two.
     ``folded``: the same graph with equal blocks left out, for strategies that treat the copies
     alike; the answer is the same, sooner.
     """
@@ -76,8 +75,7 @@ def evaluate(
     costs = Costs(cost_model, strategy.mesh, {} if compute_cache is None else compute_cache)
     needed = _needed(seen, rules, strategy, again)
     promised = tuple(_priced(_promise(graph, seen, rules, strategy, needed), costs))
-    price = _price(costs, overlap)
-    forward_s, backward_s = _operators_s(seen, rules, strategy, price, again)
+    forward_s, backward_s = _operators_s(seen, rules, strategy, costs, again)
     moved_forward_s, moved_backward_s = _local_moves_s(needed, strategy, costs, rules, overlap)
     times = strategy.microbatches
     forward_s = (forward_s + moved_forward_s + costs.host.pass_s) * times
@@ -131,12 +129,10 @@ def evaluate(
         first_s = overlap.replicas * (forward_s + spent["forward"]) / times
         spent["step"] -= streams.hidden_s(last_s, reduced_s)
         spent["step"] -= streams.hidden_s(first_s, refreshed_s)
-    if overlap.launches:
-        host_forward_s, host_backward_s = _host_s(seen, rules, strategy, promised, costs, again)
-        forward_s += max(0.0, times * host_forward_s - forward_s - spent["forward"])
-        backward_s += max(0.0, times * host_backward_s - backward_s - spent["backward"])
+    devices_s = forward_s + backward_s + optimizer_s + sum(spent.values())
+    host_s = times * launches_s(seen.graph, rules, costs, seen.weight, again.again)
     return Estimate(
-        step_time_s=forward_s + backward_s + optimizer_s + sum(spent.values()),
+        step_time_s=max(devices_s, host_s),
         forward_compute_s=forward_s,
         backward_compute_s=backward_s,
         forward_communication_s=spent["forward"],
@@ -145,6 +141,7 @@ def evaluate(
         optimizer_s=optimizer_s,
         memory=reserved(memory, cost_model, communicators(strategy.mesh, 1, strategy.mesh.size)),
         collectives=promised,
+        launches_s=max(0.0, host_s - devices_s),
     )
 
 
@@ -155,7 +152,8 @@ class StageParts:
     ``input_*`` and ``weight_*``: of the backward, what gives the gradients of its inputs, and what
     those of its parameters. ``reduction_s``, ``optimizer_s``, ``refresh_s``: of a step: gradients
     on their way to the optimizer's shards, the update, and parameters on their way back.
-    ``collectives``: those of one microbatch, and in the phase ``step`` those of a step.
+    ``launches_s``: of hosts that go ahead, for a microbatch. ``collectives``: those of one
+    microbatch, and in the phase ``step`` those of a step.
     """
 
     forward_compute_s: float
@@ -167,6 +165,7 @@ class StageParts:
     reduction_s: float
     optimizer_s: float
     refresh_s: float
+    launches_s: float
     collectives: tuple[PromisedCollective, ...]
 
     @property
@@ -201,19 +200,18 @@ def stage_parts(
     of = part.graph, part.division.rules, part.strategy
     again = recomputation(*of)
     used = tuple(parameter_edges(*of, again.again))
-    price = _price(costs, overlap)
     found = (
-        operator_parts(part, costs, handed_on, price)
-        + again_parts(part, again, costs, price)
+        operator_parts(part, costs, handed_on)
+        + again_parts(part, again, costs)
         + parameter_parts(part, used, costs, overlap)
     )
     if parted:
-        found += later_parts(part, costs, price) + twice_parts(part, used, costs)
+        found += later_parts(part, costs) + twice_parts(part, used, costs)
     if (overlap.sums or overlap.in_pieces) and not parted:
         found = _beside_products(part, found, again, costs, overlap)
     if overlap.replicas:
         found = _beside_passes(found, costs, overlap.replicas)
-    return _waiting_for_host(part, found, again, costs) if overlap.launches else found
+    return found
 
 
 def _beside_products(
@@ -244,39 +242,23 @@ def _beside_passes(found: StageParts, costs: Costs, passes: int) -> StageParts:
     )
 
 
-def _waiting_for_host(
-    part: StagePart, found: StageParts, again: Recomputation, costs: Costs
-) -> StageParts:
-    """With what devices wait for their host, which prepares kernels while they are busy."""
-    strategy, pass_s = replace(part.strategy, microbatches=1), costs.host.pass_s
-    of = whole(part.graph), part.division.rules, strategy, found.collectives
-    host_s, host_back_s = _host_s(*of, costs, again)
-    busy_s = found.forward_compute_s - pass_s + found.forward_communication_s
-    busy_back_s = found.backward_compute_s - pass_s + found.backward_communication_s
-    return replace(
-        found,
-        forward_compute_s=found.forward_compute_s + max(0.0, host_s - busy_s),
-        input_compute_s=found.input_compute_s + max(0.0, host_back_s - busy_back_s),
-    )
-
-
 def operator_parts(
     part: StagePart,
     costs: Costs,
     handed_on: frozenset[str] = frozenset(),
-    price: Price | None = None,
     *,
     listed: bool = True,
 ) -> StageParts:
     """Of that, what does not depend on storages and recomputation: operators once, what is between
     them, and messages. ``listed``: with the list of collectives, not only their seconds."""
-    graph, rules = part.graph, part.division.rules
-    found, price = _Sums(costs, listed), price or costs.operator_s
+    graph, rules, found = part.graph, part.division.rules, _Sums(costs, listed)
     messages_s, answers_s = (n * costs.host.message_s for n in _messages(part, handed_on))
     pass_s = costs.host.pass_s
     forward_s, input_s, weight_s = pass_s + messages_s, pass_s + answers_s, 0.0
+    launched_s = 2 * costs.host_ahead.pass_s
     for operator in graph.operators:
-        of, name = _operator_price(part, operator, costs, price), operator.name
+        of, name = _operator_price(part, operator, costs), operator.name
+        launched_s += sum(of.launches_s)
         forward_s += of.forward_s
         input_s += of.input_s
         weight_s += of.weight_s
@@ -290,39 +272,38 @@ def operator_parts(
         found.add(between.back, "backward", edge.tensor)
         forward_s += between.there_s
         input_s += between.back_s
-    return found.parts(forward_s=forward_s, input_s=input_s, weight_s=weight_s)
+    return found.parts(
+        forward_s=forward_s, input_s=input_s, weight_s=weight_s, launches_s=launched_s
+    )
 
 
-def _operator_price(
-    part: StagePart, operator: Operator, costs: Costs, price: Price
-) -> OperatorPrice:
+def _operator_price(part: StagePart, operator: Operator, costs: Costs) -> OperatorPrice:
     name, graph = operator.name, part.graph
     bound, split = part.division.rules[name], part.strategy.splits[name]
-    of_device = price == costs.device_s
-    key = id(bound), split, graph.differentiable[name], graph.weighing[name], of_device
+    key = id(bound), split, graph.differentiable[name], graph.weighing[name]
     found = costs.operators.get(key)
     if found is None:
-        found = costs.operators[key] = _priced_operator(part, operator, costs, price)
+        found = costs.operators[key] = _priced_operator(part, operator, costs)
     return found
 
 
-def _priced_operator(
-    part: StagePart, operator: Operator, costs: Costs, price: Price
-) -> OperatorPrice:
+def _priced_operator(part: StagePart, operator: Operator, costs: Costs) -> OperatorPrice:
     name, graph = operator.name, part.graph
     bound, split = part.division.rules[name], part.strategy.splits[name]
-    forward_s, back_s = _operator_s(graph, part.division.rules, part.strategy, price, operator)
+    wanted = _wanted(graph, operator)
+    forward_s, back_s = costs.operator_s(bound, split, wanted)
     there = inner_transfers(bound, split, costs.mesh, "forward")
+    launched_s = costs.launches_s(bound, wanted)
     if not carries_gradient(graph, operator):
-        return OperatorPrice(forward_s, 0.0, 0.0, 0.0, there, ())
+        return OperatorPrice(forward_s, 0.0, 0.0, 0.0, there, (), launched_s)
     back = inner_transfers(bound, split, costs.mesh, "backward")
-    inputs_s = price(bound, split, _are_inputs(graph, operator))[1]
+    inputs_s = costs.operator_s(bound, split, _are_inputs(graph, operator))[1]
     weights_s = back_s - inputs_s
     parameters = _are_parameters(graph, operator)
     later_s = -weights_s
     if any(parameters):
-        later_s += price(bound, split, parameters)[1] + costs.host.part_s
-    return OperatorPrice(forward_s, inputs_s, weights_s, later_s, there, back)
+        later_s += costs.operator_s(bound, split, parameters)[1] + costs.host.part_s
+    return OperatorPrice(forward_s, inputs_s, weights_s, later_s, there, back, launched_s)
 
 
 def _edge_price(edge: Edge, costs: Costs) -> EdgePrice:
@@ -338,27 +319,22 @@ def _edge_price(edge: Edge, costs: Costs) -> EdgePrice:
 
 
 def again_parts(
-    part: StagePart,
-    again: Recomputation,
-    costs: Costs,
-    price: Price | None = None,
-    *,
-    listed: bool = True,
+    part: StagePart, again: Recomputation, costs: Costs, *, listed: bool = True
 ) -> StageParts:
     """Of that, what is run again, for the gradients of inputs."""
-    found, price = _Sums(costs, listed), price or costs.operator_s
-    input_s = 0.0
+    found, input_s, launched_s = _Sums(costs, listed), 0.0, 0.0
     graph, mesh = part.graph, part.mesh
     for name in again.again:
-        of = _operator_price(part, graph.operator[name], costs, price)
+        of = _operator_price(part, graph.operator[name], costs)
         input_s += of.forward_s
+        launched_s += of.launches_s[0]
         found.add(of.there, "backward", name)
     for segment in again.segments:
         for (name, target), source in segment.remade:
             spec = graph.spec(name)
             found.add(transfers(source, target, spec.bytes, mesh), "backward", name)
             input_s += costs.moves_s(spec, source, target, backward=False)
-    return found.parts(input_s=input_s)
+    return found.parts(input_s=input_s, launches_s=launched_s)
 
 
 def parameter_parts(
@@ -422,11 +398,10 @@ def _messages(part: StagePart, handed_on: frozenset[str]) -> tuple[int, int]:
     return len(taken) + sum(sent), given_back + sum(part.returns.values())
 
 
-def later_parts(part: StagePart, costs: Costs, price: Price | None = None) -> StageParts:
+def later_parts(part: StagePart, costs: Costs) -> StageParts:
     """What gradients of parameters take more where they are asked for later than those of inputs:
     each operator is asked by itself, and what one kernel would read for both is read again."""
-    price = price or costs.operator_s
-    of_each = (_operator_price(part, one, costs, price).later_s for one in part.graph.operators)
+    of_each = (_operator_price(part, one, costs).later_s for one in part.graph.operators)
     return _Sums(costs).parts(weight_s=sum(of_each))
 
 
@@ -501,6 +476,7 @@ class _Sums:
         reduction_s: float = 0.0,
         optimizer_s: float = 0.0,
         refresh_s: float = 0.0,
+        launches_s: float = 0.0,
     ) -> StageParts:
         return StageParts(
             forward_compute_s=forward_s,
@@ -512,6 +488,7 @@ class _Sums:
             reduction_s=reduction_s,
             optimizer_s=optimizer_s,
             refresh_s=refresh_s,
+            launches_s=launches_s,
             collectives=tuple(self.collectives),
         )
 
@@ -535,54 +512,44 @@ def _has_both_gradients(graph: OperatorGraph, operator: Operator) -> bool:
     )
 
 
-Price = Callable[[BoundRule, Split, tuple[bool, ...]], tuple[float, float]]
-"""Seconds of an operator's forward and backward, as those of ``Costs``."""
-
-
-def _price(costs: Costs, overlap: Overlap) -> Price:
-    return costs.device_s if overlap.launches else costs.operator_s
-
-
 def _operators_s(
-    seen: Folded, rules: Rules, strategy: Strategy, price: Price, again: Recomputation
+    seen: Folded, rules: Rules, strategy: Strategy, costs: Costs, again: Recomputation
 ) -> tuple[float, float]:
     """Compute of all operators, forward and backward; what is run again is a part of the
     backward."""
     forward_s = backward_s = 0.0
     for operator in seen.graph.operators:
-        forward, backward = _operator_s(seen.graph, rules, strategy, price, operator)
-        if operator.name in again.again:
+        name = operator.name
+        wanted = _wanted(seen.graph, operator)
+        forward, backward = costs.operator_s(rules[name], strategy.splits[name], wanted)
+        if name in again.again:
             backward += forward
-        forward_s += forward * seen.weight[operator.name]
-        backward_s += backward * seen.weight[operator.name]
+        forward_s += forward * seen.weight[name]
+        backward_s += backward * seen.weight[name]
     return forward_s, backward_s
 
 
-def _operator_s(
-    graph: OperatorGraph, rules: Rules, strategy: Strategy, price: Price, operator: Operator
-) -> tuple[float, float]:
+def _wanted(graph: OperatorGraph, operator: Operator) -> tuple[bool, ...]:
+    """Which of its inputs its backward gives gradients of."""
     differentiable, made = graph.differentiable[operator.name]
-    if not any(made):
-        differentiable = (False,) * len(differentiable)
-    return price(rules[operator.name], strategy.splits[operator.name], differentiable)
+    return differentiable if any(made) else (False,) * len(differentiable)
 
 
-def _host_s(
-    seen: Folded,
+def launches_s(
+    graph: OperatorGraph,
     rules: Rules,
-    strategy: Strategy,
-    promised: Iterable[PromisedCollective],
     costs: Costs,
-    again: Recomputation,
-) -> tuple[float, float]:
-    """What the host takes for one microbatch's forward and backward: for each kernel, and for each
-    collective."""
-    forward_s, backward_s = _operators_s(seen, rules, strategy, costs.host_s, again)
-    counts = Counter[str]()
-    for one in promised:
-        counts[one.phase] += one.count
-    each_s = costs.host.operator_s / strategy.microbatches
-    return forward_s + each_s * counts["forward"], backward_s + each_s * counts["backward"]
+    weight: Mapping[str, int],
+    again: Container[str] = (),
+) -> float:
+    """What hosts that go ahead take for a microbatch. ``weight``: of each operator, how many there
+    are; ``again``: those that are run twice."""
+    total_s = 2 * costs.host_ahead.pass_s
+    for operator in graph.operators:
+        name = operator.name
+        forward_s, backward_s = costs.launches_s(rules[name], _wanted(graph, operator))
+        total_s += weight[name] * (forward_s * (1 + (name in again)) + backward_s)
+    return total_s
 
 
 @dataclass(frozen=True)
@@ -657,7 +624,7 @@ class BesideProducts:
             weights = _are_parameters(self.graph, operator)
             first = weights.index(True) if any(weights) else None
             wanted = tuple(i == first for i in range(len(weights)))
-        return self.costs.device_s(self.rules[name], self.strategy.splits[name], wanted)
+        return self.costs.operator_s(self.rules[name], self.strategy.splits[name], wanted)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,8 @@ from autopar.ir.simulation import HOLDERS, WORLD, Estimate, PromisedCollective
 from autopar.ir.strategy import Stage, Strategy
 from autopar.simulator.costs import Costs, is_free, within_units
 from autopar.simulator.edges import Rules, carries_gradient
-from autopar.simulator.overlap import NOTHING_AT_ONCE, Overlap
 from cost_models.collectives import members_in_unit
-from cost_models.interface import CostModel, Work, host_time_of, units_of
+from cost_models.interface import CostModel, Work, units_of
 
 Seconds = Mapping[str, float]
 """By kind, see ``cost_models.bands.KINDS``."""
@@ -26,14 +25,14 @@ def seconds_by_kind(
     cost_model: CostModel,
     strategy: Strategy,
     estimate: Estimate,
-    overlap: Overlap = NOTHING_AT_ONCE,
 ) -> Seconds:
     """Of an estimate of ``strategy``; together they are the step, but for ``idle``, which comes on
-    top. ``graph`` is that of one microbatch; ``overlap``: what the estimate was made with."""
+    top. ``graph`` is that of one microbatch."""
     found = Spent(float)
     compute_s = estimate.forward_compute_s + estimate.backward_compute_s
-    spent = computed(graph, rules, cost_model, strategy, overlap)
+    spent = computed(graph, rules, cost_model, strategy)
     _divide(found, compute_s, spent, "memory")
+    found["launches"] += estimate.launches_s
     moved_s = estimate.forward_communication_s + estimate.backward_communication_s
     farthest = _farthest(cost_model)
     passes, steps = _communicated(cost_model, strategy, estimate)
@@ -88,45 +87,38 @@ def computed(
     rules: Rules,
     cost_model: CostModel,
     strategy: Strategy,
-    overlap: Overlap = NOTHING_AT_ONCE,
 ) -> Spent:
     """Seconds of one microbatch on one device of each stage, those of what is run again, too."""
-    found, host_s = Spent(float), 0.0
+    found = Spent(float)
     known: dict[object, tuple[Spent, Spent]] = {}
     costs = {stage.mesh: Costs(cost_model, stage.mesh) for stage in strategy.stages}
-    again, host = frozenset(strategy.recompute), host_time_of(cost_model)
+    again = frozenset(strategy.recompute)
     for operator in graph.operators:
         bound, split = rules[operator.name], strategy.splits[operator.name]
-        if is_free(bound):
-            found["launches"] += 2 * host.view_s
-            continue
         mesh = strategy.mesh_of[operator.name]
+        if is_free(bound):
+            found["launches"] += 2 * costs[mesh].host.view_s
+            continue
         wanted = tuple(graph.by_name[name].differentiable for name in operator.inputs)
         if not carries_gradient(graph, operator):
             wanted = (False,) * len(wanted)
         key = (id(bound), split, mesh, wanted)
         if key not in known:
-            known[key] = _operator(bound, split, wanted, costs[mesh], overlap)
+            known[key] = _operator(bound, split, wanted, costs[mesh])
         forward, backward = known[key]
         times = 2.0 if operator.name in again else 1.0
         _add(found, forward, times)
         _add(found, backward)
-        if overlap.launches:
-            host_forward_s, host_backward_s = costs[mesh].host_s(bound, split, wanted)
-            host_s += times * host_forward_s + host_backward_s
-    found["launches"] += max(0.0, host_s - sum(found.values()))
-    found["launches"] += 2 * host.pass_s * len(strategy.stages)
+    found["launches"] += 2 * sum(costs[stage.mesh].host.pass_s for stage in strategy.stages)
     return found
 
 
 def _operator(
-    bound: BoundRule, split: Split, wanted: tuple[bool, ...], costs: Costs, overlap: Overlap
+    bound: BoundRule, split: Split, wanted: tuple[bool, ...], costs: Costs
 ) -> tuple[Spent, Spent]:
     """Forward and backward; what is not the work of its kernels is waiting for their launches."""
     works = costs.work(bound, split, wanted)
     forward, backward = (_works(of, costs.cost_model) for of in works)
-    if overlap.launches:
-        return forward, backward
     for found, time_s in zip(
         (forward, backward), costs.operator_s(bound, split, wanted), strict=True
     ):

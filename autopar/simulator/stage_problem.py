@@ -225,6 +225,7 @@ def sum_of(alternatives: Sequence[Alternative]) -> tuple[StageCost, Time]:
             backward_bytes=max(m.backward_bytes for m in memories),
             update_bytes=max(m.update_bytes for m in memories),
         ),
+        launches_s=sum(cost.launches_s for cost in costs),
     ), sum(alternative.synchronisation_s for alternative in alternatives)
 
 
@@ -472,7 +473,7 @@ def value_of_made(problem: StageProblem, staging: Staging, made: Made) -> Value 
         if size + under_way[row] > limit and timeline.memory(row).total_bytes > limit:
             return None
     time_s = timeline.step_time_s if problem.objective == "step" else busiest_s(timeline)
-    return Value(time_s, timeline)
+    return Value(max(time_s, timeline.launches_s), timeline)
 
 
 def _most_under_way_bytes(facts: Facts, pipeline: Pipeline, microbatches: int) -> list[int]:

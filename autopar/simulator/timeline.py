@@ -281,6 +281,16 @@ class Timeline:
         return max(self.ends)
 
     @property
+    def launches_s(self) -> Time:
+        """What the busiest host takes in a step, if hosts go ahead of their devices: it begins
+        with the step, and no step is shorter."""
+        stages = self.pipeline.stages
+        return max(
+            sum(stages[action.stage].launches_s for action in row if action.kind == "F")
+            for row in self.rows
+        )
+
+    @property
     def passes_s(self) -> Time:
         """Until the last forward or backward: the step without updates and what they wait for."""
         numbers = (self._row_actions(row) for row in range(len(self.rows)))

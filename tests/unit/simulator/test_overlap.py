@@ -32,18 +32,7 @@ class Slowed(FakePrices):
     slowdown = 1.25
 
 
-AHEAD, SUMS, QUEUE = Overlap(parameters=True), Overlap(sums=True), Overlap(launches=True)
-
-
-@dataclass(frozen=True)
-class Waiting(Slowed):
-    """``operator_s``: of the host, for each kernel."""
-
-    operator_s: float = 0.0
-
-    @property
-    def host_time(self) -> HostTime:
-        return HostTime(operator_s=self.operator_s)
+AHEAD, SUMS = Overlap(parameters=True), Overlap(sums=True)
 
 
 def estimate(degrees: Degrees, machine: Any, overlap: Overlap = NOTHING_AT_ONCE) -> Estimate:
@@ -144,45 +133,6 @@ STRATEGIES = (
     Degrees(tensor=2, pipeline=2, data=2, microbatch=4),
     Degrees(pipeline=4, data=2, microbatch=2, recompute="attention"),
 )
-
-
-@pytest.mark.parametrize("degrees", STRATEGIES)
-@pytest.mark.parametrize("operator_s", [0.0, 1e-6, 1e-3])
-def test_a_host_that_is_ahead_costs_nothing_until_it_is_the_slower(
-    degrees: Degrees, operator_s: float
-) -> None:
-    machine = Waiting(devices=8, operator_s=operator_s)
-    device = estimate(degrees, Slowed(devices=8))
-    ahead, in_turn = (estimate(degrees, machine, how) for how in (QUEUE, NOTHING_AT_ONCE))
-    assert device.step_time_s <= ahead.step_time_s * (1 + 1e-12)
-    if operator_s == 0.0:
-        assert ahead.step_time_s == pytest.approx(in_turn.step_time_s)
-    if operator_s == 1e-6:  # far less than what kernels take
-        assert ahead.step_time_s == pytest.approx(device.step_time_s)
-    if operator_s == 1e-3:  # far more: kernels wait, and so do collectives
-        communicating = device.forward_communication_s + device.backward_communication_s > 0
-        assert ahead.step_time_s > 0.5 * in_turn.step_time_s
-        assert ahead.step_time_s <= in_turn.step_time_s or communicating
-
-
-def test_a_pass_takes_what_the_busier_of_device_and_host_takes() -> None:
-    degrees, operator_s = Degrees(data=1, microbatch=32), 1.0
-    machine = Waiting(devices=1, operator_s=operator_s)
-    found = division(SMALL.graph(32), 1)
-    strategy = by_degrees(found, degrees, machine, Training("adam", "mixed"))
-    costs = Costs(machine, strategy.mesh)
-    kernels = [0, 0]
-    for operator in found.graph.operators:
-        wanted = tuple(found.graph.by_name[name].differentiable for name in operator.inputs)
-        bound, split = found.rules[operator.name], strategy.splits[operator.name]
-        both = work(bound, split, strategy.mesh, wanted)
-        calls = [sum(not one.follows for one in of) for of in both]
-        kernels = [n + more for n, more in zip(kernels, calls, strict=True)]
-        host = costs.host_s(bound, split, wanted)
-        assert host == pytest.approx([operator_s * n for n in calls])
-    ahead = estimate(degrees, machine, QUEUE)
-    assert ahead.forward_compute_s == pytest.approx(operator_s * kernels[0])
-    assert ahead.backward_compute_s == pytest.approx(operator_s * kernels[1])
 
 
 @pytest.mark.parametrize("degrees", STRATEGIES)
