@@ -135,6 +135,7 @@ def parts(found: Estimate) -> list[tuple[str, float]]:
         ("gradients and parameters", found.gradient_synchronisation_s),
         ("optimizer", found.optimizer_s),
         *([("transfers", found.pipeline.transfer_s)] if found.pipeline is not None else []),
+        *([("waiting for hosts", found.launches_s)] if found.launches_s else []),
     ]
 
 

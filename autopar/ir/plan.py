@@ -94,7 +94,8 @@ def bound_by(estimate: Estimate, memory_limit_bytes: int) -> str:
         "optimizer": estimate.optimizer_s,
     }
     if estimate.pipeline is not None:
-        parts = _parts_of_busiest(estimate.pipeline)
+        parts = _parts_of_busiest(estimate.pipeline, estimate.launches_s)
+    parts["waiting for hosts"] = estimate.launches_s
     for collective in estimate.collectives:
         name = f"{collective.kind} on {collective.axis}"
         parts[name] = parts.get(name, 0.0) + collective.time_s * collective.count
@@ -105,13 +106,14 @@ def bound_by(estimate: Estimate, memory_limit_bytes: int) -> str:
     return f"{largest}{share}" + (f", memory {full:.0%}" if full >= 0.9 else "")
 
 
-def _parts_of_busiest(pipeline: PipelineEstimate) -> dict[str, float]:
-    """What the row does that idles least, and how long it idles for the others."""
+def _parts_of_busiest(pipeline: PipelineEstimate, launches_s: float) -> dict[str, float]:
+    """What the row does that idles least, and how long it idles for the others, beside what all
+    wait for their hosts."""
     row = min(pipeline.rows, key=lambda row: row.idle_s)
     parts = {
         "bubble": row.bubble_s,
         "compute": row.forward_s + row.backward_s,
-        "update": row.update_s + row.idle_s - row.bubble_s,
+        "update": row.update_s + row.idle_s - row.bubble_s - launches_s,
     }
     for collective in row.collectives:
         if collective.phase != "step":

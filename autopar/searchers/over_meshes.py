@@ -126,11 +126,11 @@ class MeshSearch:
         return "gap" if left else "optimal"
 
     def _run(self) -> None:
-        if self.shelf:
+        if self.shelf and not self.recipes:
             self.progress("pricing the recipes")
-        for recipe in self.shelf.values():
-            self._in_time()
-            self.try_recipe(recipe)
+            for recipe in self.shelf.values():
+                self._in_time()
+                self.try_recipe(recipe)
         self.begin()
         self._prove()
 
@@ -157,6 +157,11 @@ class MeshSearch:
             )
             self._approach(listing)
         return None
+
+    @property
+    def least_s(self) -> float:
+        """No trial is faster."""
+        return min((trial.lower_bound_s for trial in self.trials.values()), default=math.inf)
 
     @property
     def least_bytes(self) -> float:

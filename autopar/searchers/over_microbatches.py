@@ -124,6 +124,25 @@ class _Run:
                 worse += 1
             if late or worse == WORSE or (search.best is not None and not search.memory_binds):
                 break
+        self._try_fewer()
+
+    def _try_fewer(self) -> None:
+        """Where hosts are slower than devices, fewer microbatches launch less: those for which
+        nothing was found at first get as much time as proofs."""
+        for search in self.searches:
+            best = self.best.best if self.best is not None else None
+            if best is None or best.estimate is None or not best.estimate.launches_s:
+                return
+            if search is self.best:
+                return
+            now, step_s = monotonic(), best.estimate.step_time_s
+            if search.best is None and search.least_s < step_s * (1 - self.budget.gap):
+                end = now + self.budget.proof_after_s(now - self.started)
+                search.deadline = min(end, self.started + self.budget.time_s * COUNTING_SHARE)
+                search.cutoff_s = step_s
+                search.run()
+                if search.best is not None:
+                    self.best = search
 
     def _add(self, found: Division, time_s: float) -> MeshSearch:
         search = MeshSearch(

@@ -30,13 +30,14 @@ from tests.helpers.random_graphs import HashPrices, random_graph
 
 SMALL = Transformer(layers=4, width=512, heads=8, kv_heads=8, ffn=2048, vocabulary=4096, length=256)
 MIXED = Training("adam", "mixed")
+IN_NO_TIME = HostTime()
 SHORT_S, LONG_S = 1e-9, 1.0
 """Of a kernel: beside the devices of ``FakePrices`` nothing, and far more than all they do."""
 
 
 @dataclass(frozen=True)
 class WithHost(FakePrices):
-    host_time: HostTime = HostTime()
+    host_time: HostTime = IN_NO_TIME
 
 
 def hosts(kernel_s: float, pass_s: float = 0.0, view_s: float = 0.0) -> WithHost:
@@ -126,7 +127,7 @@ def test_all_degrees_together_have_the_hosts_of_each(kernel_s: float) -> None:
     machine = hosts(kernel_s)
     prices = DegreePrices(SMALL.graph(32), machine, MIXED)
     for candidate in prices.bounds(STRATEGIES[3:]).candidates:
-        strategy, found = prices.evaluated(candidate.degrees)
+        _, found = prices.evaluated(candidate.degrees)
         assert candidate.step_time_s == pytest.approx(found.step_time_s, rel=0.02)
         assert candidate.step_time_s <= found.step_time_s * (1 + 1e-9)
     (unplayed, *_), _ = prices.unplayed(STRATEGIES[3:])

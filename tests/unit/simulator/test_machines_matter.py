@@ -16,6 +16,7 @@ from autopar.ops import bound_rules
 from autopar.simulator.meshes import mesh
 from autopar.simulator.prices import evaluate
 from cost_models.analytical import Analytical
+from cost_models.calibration import read_calibration
 from cost_models.topology import Topology, topology
 from tests.helpers.random_graphs import random_graph
 from tests.helpers.strategies import random_strategy
@@ -24,6 +25,8 @@ MACHINES = ("2x2xh100-sxm", "2x2xa100-sxm-80gb", "2x2xmi300x")
 HOSTS_BY_DEVICES = mesh((2, 2))
 TIER_OF = {"a": 1, "b": 0}
 """The mesh's first axis lies across the two hosts, its second within each."""
+QUICK_HOSTS = replace(read_calibration(), operator_s=1e-9)
+"""So that devices are the slower ones, small as these graphs are."""
 RATES = ("bytes_per_s", "pair_bytes_per_s", "ring_bytes_per_s", "reduction_bytes_per_s")
 
 
@@ -36,9 +39,8 @@ def slower(machine: Topology, tier: int, *, rate: float = 1.0, latency: float = 
         latency_s=old.latency_s * latency,
         **{name: value * rate for name, value in rates.items()},
     )
-    return Analytical(
-        replace(machine, tiers=(*machine.tiers[:tier], new, *machine.tiers[tier + 1 :]))
-    )
+    tiers = (*machine.tiers[:tier], new, *machine.tiers[tier + 1 :])
+    return Analytical(replace(machine, tiers=tiers), QUICK_HOSTS)
 
 
 def strategies(seeds: range) -> Iterator[tuple[OperatorGraph, Strategy]]:
@@ -82,7 +84,7 @@ def test_a_slower_tier_costs_those_that_communicate_over_it_and_nobody_else(
 ) -> None:
     machine = topology(name)
     assert [t.size for t in machine.tiers] == [2, 4]
-    usual = Analytical(machine)
+    usual = Analytical(machine, QUICK_HOSTS)
     changed = [slower(machine, tier, rate=0.5), slower(machine, tier, latency=2.0)]
     used = unused = 0
     for graph, strategy in strategies(range(40)):
@@ -121,7 +123,7 @@ def test_faster_links_cost_less(name: str) -> None:
     for tier in (0, 1):
         quick = slower(machine, tier, rate=2.0, latency=0.5)
         for graph, strategy in strategies(range(12)):
-            before = price(graph, strategy, Analytical(machine))
+            before = price(graph, strategy, Analytical(machine, QUICK_HOSTS))
             after = price(graph, strategy, quick)
             if tier in tiers_used(before):
                 assert after.step_time_s < before.step_time_s

@@ -245,7 +245,7 @@ def test_operators_take_what_was_measured(op: str) -> None:
             made = [()] if "loss" in op else read if op == CHANNELS else read[:1]
             of = bound(op, read, made, ARGUMENTS[op](read), row["dtype"])
             wanted = tuple(spec.is_floating for spec in of.input_specs)
-            both = Costs(H100, ALONE).device_s(of, (None,), wanted)
+            both = Costs(H100, ALONE).operator_s(of, (None,), wanted)
             for i, way in enumerate(("forward", "backward")):
                 predicted[i] += int(row["count"]) * both[i]
                 measured[i] += int(row["count"]) * float(row[f"measured_{way}_s"])

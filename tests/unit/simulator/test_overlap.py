@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from autopar.ir.simulation import Estimate
 from autopar.ir.strategy import Training
 from autopar.recipes import Degrees, by_degrees
-from autopar.simulator.costs import Costs, work
 from autopar.simulator.listing import Structure
 from autopar.simulator.microbatches import division
 from autopar.simulator.overlap import NOTHING_AT_ONCE, Overlap, Streams
@@ -21,7 +20,7 @@ from autopar.simulator.prices import evaluate
 from autopar.simulator.stages import pipelined
 from benchmarks.transformer import Transformer
 from cost_models import cost_model, topology_names
-from cost_models.interface import Collective, HostTime, slowdown_of
+from cost_models.interface import Collective, slowdown_of
 from tests.helpers.fake_prices import FakePrices
 
 SMALL = Transformer(layers=4, width=512, heads=8, kv_heads=8, ffn=2048, vocabulary=4096, length=256)
