@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 
+from autopar.simulator.overlap import OneByOne
+
 SINCE = {
     # 83b1e42f30, --gradient-accumulation-fusion: products add to the gradients of their weights
     "added_in_products": date(2022, 2, 16),
@@ -26,6 +28,12 @@ SINCE = {
     "messages_beside": date(2023, 5, 31),
     # 116ffddc58, Transformer Engine's user buffers: gathers and scatters in pieces of a product
     "in_pieces": date(2023, 10, 23),
+    # and of microsoft/DeepSpeed: 7b46d11fa2 counts its steps one too far, so that it does not know
+    # what is read next (issue 1069); a message that nobody sees has the norm of each parameter
+    # since 0d4a54a04d; c0eeb69dfb gathers into one buffer, without parts and copies of these
+    "loses_its_trace": date(2021, 4, 7),
+    "norms": date(2021, 4, 18),
+    "in_one_buffer": date(2021, 10, 31),
 }
 """Fused softmax, dropout with the residual sum, and GELU with its bias it has had since 51a2e6b0ff
 and d73def35a3 (2020-09), before all runs that are known here."""
@@ -59,7 +67,7 @@ class Program:
     ``per_parameter``: FSDP2, which copies each parameter out of the gathered buffer
     (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py) and came with torch 2.4, whose own
     fused attention is FlashAttention-2. Its programs are torchtitan's, whose rotary positions are
-    complex numbers (``apply_rotary_emb``).
+    complex numbers (``apply_rotary_emb``). ``is_deepspeed``: DeepSpeed of a time that is told.
     """
 
     is_megatron: bool = True
@@ -67,10 +75,22 @@ class Program:
     gathered_bytes: int = 0
     reduced_bytes: int = 0
     per_parameter: bool = False
+    is_deepspeed: bool = False
 
     def has(self, feature: str) -> bool:
-        since = SINCE[feature]
-        return self.is_megatron and (self.written is None or self.written >= since)
+        return self.is_megatron and self._is_since(feature)
+
+    @property
+    def one_by_one(self) -> OneByOne | None:
+        """How it gathers parameters one by one, if it does."""
+        if not self.is_deepspeed or self._is_since("in_one_buffer"):
+            return None
+        return OneByOne(
+            traced=not self._is_since("loses_its_trace"), norms=self._is_since("norms")
+        )
+
+    def _is_since(self, feature: str) -> bool:
+        return self.written is None or self.written >= SINCE[feature]
 
 
 NEW = Program()
@@ -79,12 +99,14 @@ NEW = Program()
 
 def program_of(row: Mapping[str, str], *, shards: bool, flash: bool) -> Program:
     """``shards``: parameters; ``flash``: whether attention is one kernel."""
+    told = written(row["source"])
     return Program(
         not shards,
-        written(row["source"]) or (None if flash else FIRST),
+        told or (None if flash else FIRST),
         _said(row["precision"], GATHERED) * shards,
         _said(row["zero_fsdp"], REDUCED) * shards,
         shards and "FSDP2" in row["zero_fsdp"],
+        shards and told is not None and "sdp" not in row["zero_fsdp"].lower(),
     )
 
 

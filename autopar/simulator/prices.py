@@ -11,9 +11,10 @@ from typing import Literal
 
 from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph, TensorSpec
 from autopar.ir.rule import BoundRule, Split
-from autopar.ir.sharding import Mesh, gradient, local_shape
+from autopar.ir.sharding import Mesh, gradient, local_elements
 from autopar.ir.simulation import Estimate, PromisedCollective
 from autopar.ir.strategy import Storage, Strategy, Training
+from autopar.simulator import one_by_one
 from autopar.simulator.costs import (
     ComputeCache,
     Costs,
@@ -118,6 +119,21 @@ def evaluate(
         spent["forward"] -= found.forward_s
         spent["backward"] -= found.backward_s
         spent["step"] -= found.step_s
+    if overlap.one_by_one is not None:
+        held = one_by_one.held_bytes(needed.parameters, overlap.one_by_one)
+        memory = replace(memory, buffers_bytes=memory.buffers_bytes + held)
+        plain = ahead(needed.parameters, costs)
+        seconds = {
+            operator.name: _operator_s(seen.graph, rules, strategy, price, operator)
+            for operator in seen.graph.operators
+        }
+        waiting = one_by_one.spent(
+            seen, needed.parameters, seconds, again, costs, overlap.one_by_one
+        )
+        compute_s = _operators_s(seen, rules, strategy, price, again)
+        spent["forward"] += times * (waiting.forward_s - compute_s[0] - plain.forward_s)
+        spent["backward"] += times * (waiting.backward_s - compute_s[1] - plain.backward_s)
+        spent["step"] += waiting.step_s
     if overlap.replicas:
         reduced_s = ahead(needed.parameters, costs).step_s
         refreshed_s = sum(
@@ -872,7 +888,7 @@ def optimizer_time_s(
     overlap: Overlap = NOTHING_AT_ONCE,
 ) -> float:
     """The update of one parameter's shard."""
-    elements = prod(local_shape(spec.shape, storage.optimizer, costs.mesh))
+    elements = local_elements(spec.shape, storage.optimizer, costs.mesh)
     return update_time_s(elements, spec, training, costs, overlap.update_bytes)
 
 
