@@ -3,7 +3,7 @@
 A row says of its program which family it is of (what shards parameters is of FSDP's kind, all else
 of Megatron-LM's), whether it has fused attention, and often when it was written: the number of a
 paper on arXiv and the release of NeMo are dates. What Megatron-LM has had since when is in its
-history (NVIDIA/Megatron-LM); the commits are named below.
+history (NVIDIA/Megatron-LM), and what DeepSpeed has in its own; the commits are named below.
 """
 
 from __future__ import annotations
@@ -28,15 +28,20 @@ SINCE = {
     "messages_beside": date(2023, 5, 31),
     # 116ffddc58, Transformer Engine's user buffers: gathers and scatters in pieces of a product
     "in_pieces": date(2023, 10, 23),
-    # and of microsoft/DeepSpeed: 7b46d11fa2 counts its steps one too far, so that it does not know
-    # what is read next (issue 1069); a message that nobody sees has the norm of each parameter
-    # since 0d4a54a04d; c0eeb69dfb gathers into one buffer, without parts and copies of these
-    "loses_its_trace": date(2021, 4, 7),
-    "norms": date(2021, 4, 18),
-    "in_one_buffer": date(2021, 10, 31),
 }
 """Fused softmax, dropout with the residual sum, and GELU with its bias it has had since 51a2e6b0ff
 and d73def35a3 (2020-09), before all runs that are known here."""
+
+DEEPSPEED = {
+    # 7b46d11fa2: a hook begins to count steps one too late, and what is read next is not known
+    # from then on (issue 1069: nothing is gathered ahead)
+    "loses_its_trace": date(2021, 4, 7),
+    # 0d4a54a04d: a message that is not shown has the norm of each parameter that was gathered
+    "norms": date(2021, 4, 18),
+    # c0eeb69dfb: parameters are gathered into one buffer, without parts and copies of these
+    "in_one_buffer": date(2021, 10, 31),
+}
+"""The same of ZeRO-3 in microsoft/DeepSpeed."""
 
 FIRST = date(2021, 4, 9)
 """Assumed of a program without fused attention that does not say when it was written: the kernels
@@ -78,19 +83,18 @@ class Program:
     is_deepspeed: bool = False
 
     def has(self, feature: str) -> bool:
-        return self.is_megatron and self._is_since(feature)
+        return self.is_megatron and self._is_since(SINCE[feature])
 
     @property
     def one_by_one(self) -> OneByOne | None:
         """How it gathers parameters one by one, if it does."""
-        if not self.is_deepspeed or self._is_since("in_one_buffer"):
+        has = {feature: self._is_since(day) for feature, day in DEEPSPEED.items()}
+        if not self.is_deepspeed or has["in_one_buffer"]:
             return None
-        return OneByOne(
-            traced=not self._is_since("loses_its_trace"), norms=self._is_since("norms")
-        )
+        return OneByOne(traced=not has["loses_its_trace"], norms=has["norms"])
 
-    def _is_since(self, feature: str) -> bool:
-        return self.written is None or self.written >= SINCE[feature]
+    def _is_since(self, day: date) -> bool:
+        return self.written is None or self.written >= day
 
 
 NEW = Program()
@@ -129,4 +133,4 @@ def written(source: str) -> date | None:
     return None
 
 
-__all__ = ["NEW", "SINCE", "Program", "program_of", "written"]
+__all__ = ["DEEPSPEED", "NEW", "SINCE", "Program", "program_of", "written"]

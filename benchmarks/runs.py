@@ -18,7 +18,7 @@ from statistics import fmean
 
 from autopar.errors import AutoparError
 from autopar.ir.graph import OperatorGraph
-from autopar.ir.sharding import Sharding, shard, sharded_dim
+from autopar.ir.sharding import shard, sharded_dim
 from autopar.ir.simulation import Band, Estimate
 from autopar.ir.strategy import Storage, Strategy, Training
 from autopar.recipes import Degrees, by_degrees
@@ -648,19 +648,15 @@ def _folded(structure: Structure, degrees: Degrees) -> Folded:
 
 
 def _padded(degrees: Degrees, graph: OperatorGraph, strategy: Strategy) -> Strategy:
-    """Programs that shard parameters as one run of numbers do so over any number of devices: what
-    these divide no dim of is stored along its first one, and padded."""
+    """Programs that shard parameters as runs of numbers do so over any number of devices, and pad
+    them: what these divide no dim of is stored along the first that no other axis cuts."""
     mesh = strategy.stages[0].mesh
     data = mesh.names.index(DATA) if DATA in mesh.names else None
     if not degrees.zero or data is None or mesh.sizes[data] == 1:
         return strategy
-    levels = at_level(degrees.zero, shard(0))
     padded = {
-        parameter.name: Storage(
-            *(
-                (*placed[:data], level, *placed[data + 1 :])
-                for placed, level in zip(_three(strategy.storage[parameter.name]), levels)
-            )
+        parameter.name: _padded_storage(
+            strategy.storage[parameter.name], parameter.spec.shape, data, degrees.zero
         )
         for parameter in graph.parameters
         if sharded_dim(strategy.storage[parameter.name].optimizer[data]) is None
@@ -668,8 +664,13 @@ def _padded(degrees: Degrees, graph: OperatorGraph, strategy: Strategy) -> Strat
     return replace(strategy, storage={**strategy.storage, **padded})
 
 
-def _three(of: Storage) -> tuple[Sharding, Sharding, Sharding]:
-    return of.parameter, of.gradient, of.optimizer
+def _padded_storage(of: Storage, shape: tuple[int, ...], axis: int, level: int) -> Storage:
+    others = {sharded_dim(placed) for placed in of.parameter}
+    dim = next((d for d in range(len(shape)) if d not in others), None)
+    if dim is None:
+        return of
+    placed = zip((of.parameter, of.gradient, of.optimizer), at_level(level, shard(dim)), strict=True)
+    return Storage(*((*kept[:axis], here, *kept[axis + 1 :]) for kept, here in placed))
 
 
 @lru_cache(maxsize=8)

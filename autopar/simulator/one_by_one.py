@@ -69,14 +69,11 @@ def spent(
     forward = [Visit(one.large, (), one.forward_s, one.count) for one in layers]
     visits = list(_without_kept([*forward, *_backward(layers)], program))
     waits = _Waits(costs, program)
-    times = [
-        visit.count * waits.visit_s(visit, upcoming.gathered)
-        for visit, upcoming in pairwise([*visits, Visit((), (), 0.0, 1)])
-    ]
-    first_s = waits.gathered_s(visits[0].gathered)
     small = [(edge, count) for edge, count in gathered if not program.is_large(edge)]
     return Spent(
-        first_s + sum(times[: len(forward)]), sum(times[len(forward) :]), waits.placed_s(small)
+        waits.pass_s(visits[: len(forward)]),
+        waits.pass_s(visits[len(forward) :]),
+        waits.placed_s(small),
     )
 
 
@@ -188,6 +185,13 @@ class _Gather(NamedTuple):
 class _Waits:
     costs: Costs
     program: OneByOne
+
+    def pass_s(self, visits: Sequence[Visit]) -> float:
+        """Of a microbatch, forward or backward."""
+        pairs = pairwise([*visits, Visit((), (), 0.0, 1)])
+        return self.gathered_s(visits[0].gathered) + sum(
+            visit.count * self.visit_s(visit, upcoming.gathered) for visit, upcoming in pairs
+        )
 
     def visit_s(self, visit: Visit, upcoming: Sequence[ParameterEdge]) -> float:
         """A layer, and what the next one needs."""
