@@ -609,9 +609,9 @@ def step_s(run: Run, machine: CostModel) -> float:
 
 
 def overlap_of(run: Run) -> Overlap:
-    """All prepare kernels ahead. FSDP gathers parameters ahead, in the dtypes that the row names, and
-    so does DeepSpeed of now; what it did before, and what Megatron-LM does, depends on when they
-    were written."""
+    """All prepare kernels ahead. FSDP gathers parameters ahead, in the dtypes that the row names,
+    and so does DeepSpeed of now; what it did before, and what Megatron-LM does, depends on when
+    they were written."""
     program, degrees = run.program, run.degrees
     if program.one_by_one is not None:
         return Overlap(launches=True, one_by_one=program.one_by_one)
@@ -669,8 +669,13 @@ def _padded_storage(of: Storage, shape: tuple[int, ...], axis: int, level: int) 
     dim = next((d for d in range(len(shape)) if d not in others), None)
     if dim is None:
         return of
-    placed = zip((of.parameter, of.gradient, of.optimizer), at_level(level, shard(dim)), strict=True)
-    return Storage(*((*kept[:axis], here, *kept[axis + 1 :]) for kept, here in placed))
+    kept = of.parameter, of.gradient, of.optimizer
+    return Storage(
+        *(
+            (*placed[:axis], here, *placed[axis + 1 :])
+            for placed, here in zip(kept, at_level(level, shard(dim)), strict=True)
+        )
+    )
 
 
 @lru_cache(maxsize=8)

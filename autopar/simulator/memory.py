@@ -27,7 +27,6 @@ from autopar.ir.sharding import (
     Sharding,
     gradient,
     local_elements,
-    local_shape,
     sharded_dim,
     sharded_parts,
 )

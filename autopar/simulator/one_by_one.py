@@ -66,7 +66,7 @@ def spent(
     each operator of ``seen``, forward and backward."""
     gathered = [(edge, count) for edge, count in parameters if edge.gathers]
     layers = _layers(seen, [edge for edge, _ in gathered], seconds, again, program)
-    forward = [Visit(one.large, (), one.forward_s, one.count) for one in layers]
+    forward = [_Visit(one.large, (), one.forward_s, one.copies) for one in layers]
     visits = list(_without_kept([*forward, *_backward(layers)], program))
     waits = _Waits(costs, program)
     small = [(edge, count) for edge, count in gathered if not program.is_large(edge)]
@@ -88,14 +88,14 @@ def held_bytes(parameters: Sequence[tuple[ParameterEdge, int]], program: OneByOn
 # ---- layers in the order of a step ---------------------------------------------------------------
 
 
-class Visit(NamedTuple):
+class _Visit(NamedTuple):
     """A layer has its turn. ``gathered``: what is missing of its large parameters; ``reduced``:
-    whose gradients it makes; ``count``: how many layers are alike."""
+    whose gradients it makes; ``copies``: how many layers are alike."""
 
     gathered: tuple[ParameterEdge, ...]
     reduced: tuple[ParameterEdge, ...]
     compute_s: float
-    count: int
+    copies: int
 
 
 @dataclass
@@ -104,7 +104,7 @@ class _Layer:
     it is run again, if it is."""
 
     large: tuple[ParameterEdge, ...] = ()
-    count: int = 1
+    copies: int = 1
     segment: int | None = None
     small: list[ParameterEdge] = field(default_factory=list)
     forward_s: float = 0.0
@@ -129,7 +129,7 @@ def _layers(
         large = tuple(edge for edge in read.get(name, ()) if program.is_large(edge))
         if large:
             found.append(_Layer(large, seen.weight[name], again.again.get(name)))
-        layer, share = found[-1], seen.weight[name] / found[-1].count
+        layer, share = found[-1], seen.weight[name] / found[-1].copies
         layer.small += [edge for edge in read.get(name, ()) if edge not in large]
         layer.forward_s += share * seconds[name][0]
         layer.again_s += share * seconds[name][0] * (name in again.again)
@@ -137,7 +137,7 @@ def _layers(
     return found
 
 
-def _backward(layers: Sequence[_Layer]) -> Iterator[Visit]:
+def _backward(layers: Sequence[_Layer]) -> Iterator[_Visit]:
     """From the last to the first; what is run again has its turn just before."""
     left = list(layers)
     while left:
@@ -147,12 +147,12 @@ def _backward(layers: Sequence[_Layer]) -> Iterator[Visit]:
             together.append(left.pop())
         if segment is not None:
             for one in reversed(together):
-                yield Visit(one.large, (), one.again_s, one.count)
+                yield _Visit(one.large, (), one.again_s, one.copies)
         for one in together:
-            yield Visit(one.large, (*one.large, *one.small), one.backward_s, one.count)
+            yield _Visit(one.large, (*one.large, *one.small), one.backward_s, one.copies)
 
 
-def _without_kept(visits: Sequence[Visit], program: OneByOne) -> Iterator[Visit]:
+def _without_kept(visits: Sequence[_Visit], program: OneByOne) -> Iterator[_Visit]:
     """What is read again soon is still there."""
     passed = 0
     left: dict[str, int] = {}
@@ -164,7 +164,7 @@ def _without_kept(visits: Sequence[Visit], program: OneByOne) -> Iterator[Visit]
             or edge.parameter not in left
             or passed - left[edge.parameter] >= program.kept_elements
         )
-        passed += visit.count * sum(edge.spec.numel for edge in visit.gathered)
+        passed += visit.copies * sum(edge.spec.numel for edge in visit.gathered)
         left |= {edge.parameter: passed for edge in visit.gathered}
         yield visit._replace(gathered=missing)
 
@@ -186,14 +186,14 @@ class _Waits:
     costs: Costs
     program: OneByOne
 
-    def pass_s(self, visits: Sequence[Visit]) -> float:
+    def pass_s(self, visits: Sequence[_Visit]) -> float:
         """Of a microbatch, forward or backward."""
-        pairs = pairwise([*visits, Visit((), (), 0.0, 1)])
+        pairs = pairwise([*visits, _Visit((), (), 0.0, 1)])
         return self.gathered_s(visits[0].gathered) + sum(
-            visit.count * self.visit_s(visit, upcoming.gathered) for visit, upcoming in pairs
+            visit.copies * self.visit_s(visit, upcoming.gathered) for visit, upcoming in pairs
         )
 
-    def visit_s(self, visit: Visit, upcoming: Sequence[ParameterEdge]) -> float:
+    def visit_s(self, visit: _Visit, upcoming: Sequence[ParameterEdge]) -> float:
         """A layer, and what the next one needs."""
         layer_s = self._layer_s(visit)
         at_hand = sum(edge.spec.numel for edge in visit.gathered)
@@ -222,7 +222,7 @@ class _Waits:
             count * self._ranks(edge) * (PLACE_S + self._launch_s(edge)) for edge, count in edges
         )
 
-    def _layer_s(self, visit: Visit) -> float:
+    def _layer_s(self, visit: _Visit) -> float:
         """The host slices and copies gradients while the device computes; the large one, which
         comes first, is reduced when all of that is done."""
         trained = [edge for edge in visit.reduced if edge.trainable]
