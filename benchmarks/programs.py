@@ -3,7 +3,7 @@
 A row says of its program which family it is of (what shards parameters is of FSDP's kind, all else
 of Megatron-LM's), whether it has fused attention, and often when it was written: the number of a
 paper on arXiv and the release of NeMo are dates. What Megatron-LM has had since when is in its
-history (NVIDIA/Megatron-LM); the commits are named below.
+history (NVIDIA/Megatron-LM), and what DeepSpeed has in its own; the commits are named below.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
+
+from autopar.simulator.overlap import OneByOne
 
 SINCE = {
     # 83b1e42f30, --gradient-accumulation-fusion: products add to the gradients of their weights
@@ -29,6 +31,17 @@ SINCE = {
 }
 """Fused softmax, dropout with the residual sum, and GELU with its bias it has had since 51a2e6b0ff
 and d73def35a3 (2020-09), before all runs that are known here."""
+
+DEEPSPEED = {
+    # 7b46d11fa2: a hook begins to count steps one too late, and what is read next is not known
+    # from then on (issue 1069: nothing is gathered ahead)
+    "loses_its_trace": date(2021, 4, 7),
+    # 0d4a54a04d: a message that is not shown has the norm of each parameter that was gathered
+    "norms": date(2021, 4, 18),
+    # c0eeb69dfb: parameters are gathered into one buffer, without parts and copies of these
+    "in_one_buffer": date(2021, 10, 31),
+}
+"""The same of ZeRO-3 in microsoft/DeepSpeed."""
 
 FIRST = date(2021, 4, 9)
 """Assumed of a program without fused attention that does not say when it was written: the kernels
@@ -59,7 +72,7 @@ class Program:
     ``per_parameter``: FSDP2, which copies each parameter out of the gathered buffer
     (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py) and came with torch 2.4, whose own
     fused attention is FlashAttention-2. Its programs are torchtitan's, whose rotary positions are
-    complex numbers (``apply_rotary_emb``).
+    complex numbers (``apply_rotary_emb``). ``is_deepspeed``: DeepSpeed of a time that is told.
     """
 
     is_megatron: bool = True
@@ -67,10 +80,21 @@ class Program:
     gathered_bytes: int = 0
     reduced_bytes: int = 0
     per_parameter: bool = False
+    is_deepspeed: bool = False
 
     def has(self, feature: str) -> bool:
-        since = SINCE[feature]
-        return self.is_megatron and (self.written is None or self.written >= since)
+        return self.is_megatron and self._is_since(SINCE[feature])
+
+    @property
+    def one_by_one(self) -> OneByOne | None:
+        """How it gathers parameters one by one, if it does."""
+        has = {feature: self._is_since(day) for feature, day in DEEPSPEED.items()}
+        if not self.is_deepspeed or has["in_one_buffer"]:
+            return None
+        return OneByOne(traced=not has["loses_its_trace"], norms=has["norms"])
+
+    def _is_since(self, day: date) -> bool:
+        return self.written is None or self.written >= day
 
 
 NEW = Program()
@@ -79,12 +103,14 @@ NEW = Program()
 
 def program_of(row: Mapping[str, str], *, shards: bool, flash: bool) -> Program:
     """``shards``: parameters; ``flash``: whether attention is one kernel."""
+    told = written(row["source"])
     return Program(
         not shards,
-        written(row["source"]) or (None if flash else FIRST),
+        told or (None if flash else FIRST),
         _said(row["precision"], GATHERED) * shards,
         _said(row["zero_fsdp"], REDUCED) * shards,
         shards and "FSDP2" in row["zero_fsdp"],
+        shards and told is not None and "sdp" not in row["zero_fsdp"].lower(),
     )
 
 
@@ -107,4 +133,4 @@ def written(source: str) -> date | None:
     return None
 
 
-__all__ = ["NEW", "SINCE", "Program", "program_of", "written"]
+__all__ = ["DEEPSPEED", "NEW", "SINCE", "Program", "program_of", "written"]

@@ -18,9 +18,9 @@ from statistics import fmean
 
 from autopar.errors import AutoparError
 from autopar.ir.graph import OperatorGraph
-from autopar.ir.sharding import sharded_dim
+from autopar.ir.sharding import shard, sharded_dim
 from autopar.ir.simulation import Band, Estimate
-from autopar.ir.strategy import Strategy, Training
+from autopar.ir.strategy import Storage, Strategy, Training
 from autopar.recipes import Degrees, by_degrees
 from autopar.recipes.by_degrees import recomputed_copies
 from autopar.recipes.columns_rows import DATA
@@ -30,6 +30,7 @@ from autopar.simulator.folding import Folded
 from autopar.simulator.listing import Structure
 from autopar.simulator.microbatches import Division, division
 from autopar.simulator.overlap import Overlap
+from autopar.simulator.parameter_prices import at_level
 from autopar.simulator.pipelines import PricedPipeline, StagePrices, evaluate_stages
 from autopar.simulator.prices import evaluate
 from autopar.simulator.stages import pipelined
@@ -602,9 +603,11 @@ def step_s(run: Run, machine: CostModel) -> float:
 
 
 def overlap_of(run: Run) -> Overlap:
-    """FSDP and DeepSpeed gather parameters ahead, in the dtypes that the row names; what
-    Megatron-LM does depends on when it was written."""
+    """FSDP gathers parameters ahead, in the dtypes that the row names, and so does DeepSpeed of now;
+    what it did before, and what Megatron-LM does, depends on when they were written."""
     program, degrees = run.program, run.degrees
+    if program.one_by_one is not None:
+        return Overlap(one_by_one=program.one_by_one)
     if not program.is_megatron:
         return Overlap(
             parameters=True,
@@ -626,8 +629,7 @@ def overlap_of(run: Run) -> Overlap:
 def _planned(run: Run, machine: CostModel) -> tuple[Division, Structure, Strategy]:
     found, structure = _divided(run.model, run.batch, run.degrees.microbatches(run.batch))
     strategy = by_degrees(found, run.degrees, machine, run.training, structure)
-    _check_sharded(run.degrees, found.graph, strategy)
-    return found, structure, strategy
+    return found, structure, _padded(run.degrees, found.graph, strategy)
 
 
 def _folded(structure: Structure, degrees: Degrees) -> Folded:
@@ -636,22 +638,35 @@ def _folded(structure: Structure, degrees: Degrees) -> Folded:
     )
 
 
-def _check_sharded(degrees: Degrees, graph: OperatorGraph, strategy: Strategy) -> None:
-    """Parameters are sharded along a dim; programs that shard all of them as one run of bytes can
-    do so over any number of devices."""
+def _padded(degrees: Degrees, graph: OperatorGraph, strategy: Strategy) -> Strategy:
+    """Programs that shard parameters as runs of numbers do so over any number of devices, and pad
+    them: what these divide no dim of is stored along the first that no other axis cuts."""
     mesh = strategy.stages[0].mesh
     data = mesh.names.index(DATA) if DATA in mesh.names else None
     if not degrees.zero or data is None or mesh.sizes[data] == 1:
-        return
-    sizes = {p.name: p.spec.bytes for p in graph.parameters}
-    cut = sum(
-        n
-        for name, n in sizes.items()
-        if sharded_dim(strategy.storage[name].optimizer[data]) is not None
+        return strategy
+    padded = {
+        parameter.name: _padded_storage(
+            strategy.storage[parameter.name], parameter.spec.shape, data, degrees.zero
+        )
+        for parameter in graph.parameters
+        if sharded_dim(strategy.storage[parameter.name].optimizer[data]) is None
+    }
+    return replace(strategy, storage={**strategy.storage, **padded})
+
+
+def _padded_storage(of: Storage, shape: tuple[int, ...], axis: int, level: int) -> Storage:
+    others = {sharded_dim(placed) for placed in of.parameter}
+    dim = next((d for d in range(len(shape)) if d not in others), None)
+    if dim is None:
+        return of
+    kept = of.parameter, of.gradient, of.optimizer
+    return Storage(
+        *(
+            (*placed[:axis], here, *placed[axis + 1 :])
+            for placed, here in zip(kept, at_level(level, shard(dim)), strict=True)
+        )
     )
-    if cut < sum(sizes.values()) / 2:
-        devices = mesh.sizes[data]
-        raise AutoparError(f"{devices} devices divide no dim of most parameters: not sharded so")
 
 
 @lru_cache(maxsize=8)

@@ -155,6 +155,18 @@ def local_shape(shape: tuple[int, ...], sharding: Sharding, mesh: Mesh) -> tuple
     return tuple(cut)
 
 
+def local_elements(shape: tuple[int, ...], sharding: Sharding, mesh: Mesh) -> int:
+    """How many numbers every rank holds. Where devices do not divide them, ranks hold as many as
+    the first: so do programs that keep parameters as one run of numbers, which they pad. Plans
+    that are run never do.
+
+    >>> mesh = Mesh((("data", 4),))
+    >>> local_elements((8, 6), ("S(0)",), mesh), local_elements((5, 5), ("S(0)",), mesh)
+    (12, 7)
+    """
+    return -(-prod(shape) // pieces(sharding, mesh))
+
+
 Ranges = tuple[tuple[int, int], ...]
 """(start, stop) of pieces of a dim that lie one after the other in a local tensor."""
 

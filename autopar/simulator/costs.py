@@ -13,7 +13,7 @@ from typing import Literal
 
 from autopar.ir.graph import ITEM_BYTES, TensorSpec
 from autopar.ir.rule import REPLICATED, BoundRule, Inner, Kernel, Product, Split
-from autopar.ir.sharding import Mesh, Sharding, gradient, local_shape
+from autopar.ir.sharding import Mesh, Sharding, gradient, local_elements
 from autopar.simulator.redistribution import (
     Transfer,
     forward_collective,
@@ -604,4 +604,4 @@ def _product(
 
 
 def _bytes(spec: TensorSpec, sharding: Sharding, mesh: Mesh) -> int:
-    return prod(local_shape(spec.shape, sharding, mesh)) * ITEM_BYTES[spec.dtype]
+    return local_elements(spec.shape, sharding, mesh) * ITEM_BYTES[spec.dtype]

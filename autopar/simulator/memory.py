@@ -26,7 +26,7 @@ from autopar.ir.sharding import (
     Placement,
     Sharding,
     gradient,
-    local_shape,
+    local_elements,
     sharded_dim,
     sharded_parts,
 )
@@ -47,7 +47,7 @@ KINDS = ("parameters", "gradients", "optimizer", "activations", "temporaries", "
 
 
 def local_bytes(spec: TensorSpec, sharding: Sharding, mesh: Mesh) -> int:
-    return prod(local_shape(spec.shape, sharding, mesh)) * ITEM_BYTES[spec.dtype]
+    return local_elements(spec.shape, sharding, mesh) * ITEM_BYTES[spec.dtype]
 
 
 def optimizer_bytes_per_element(spec: TensorSpec, training: Training) -> int:
@@ -352,7 +352,7 @@ class MemoryWalk:
             size = local_bytes(tensor.spec, storage.parameter, self.mesh)
             self.allocate(size * count, "parameters")
             if tensor.differentiable:
-                elements = prod(local_shape(tensor.spec.shape, storage.optimizer, self.mesh))
+                elements = local_elements(tensor.spec.shape, storage.optimizer, self.mesh)
                 size = elements * optimizer_bytes_per_element(tensor.spec, training)
                 size += _moved_piece_bytes(tensor.spec, storage, self)
                 self.allocate(size * count, "optimizer")
@@ -887,7 +887,7 @@ def _is_scattered(placement: Placement) -> bool:
 def _piece_bytes(walk: MemoryWalk, name: str, mixed: bool) -> int:
     """What the optimizer updates of a parameter."""
     spec, storage = walk.graph.spec(name), walk.strategy.storage[name]
-    elements = prod(local_shape(spec.shape, storage.optimizer, walk.mesh))
+    elements = local_elements(spec.shape, storage.optimizer, walk.mesh)
     return elements * (4 if mixed else ITEM_BYTES[spec.dtype])
 
 

@@ -22,6 +22,27 @@ from autopar.simulator.redistribution import Transfer
 
 
 @dataclass(frozen=True, slots=True)
+class OneByOne:
+    """How a program keeps parameters that it gathers one by one (``simulator.one_by_one``).
+
+    Those of fewer than ``least_elements`` stay whole. ``traced``: whether it knows what is read
+    next. Then that is gathered ahead while fewer than ``live_elements`` are at hand, and what is
+    read again before ``kept_elements`` others stays until then. ``norms``: the norm of each
+    parameter is taken when it has been gathered. The numbers are DeepSpeed's defaults
+    (deepspeed/runtime/zero/constants.py at v0.3.13).
+    """
+
+    least_elements: int = 100_000
+    live_elements: int = 1_000_000_000
+    kept_elements: int = 1_000_000_000
+    traced: bool = True
+    norms: bool = False
+
+    def is_large(self, edge: ParameterEdge) -> bool:
+        return edge.spec.numel >= self.least_elements
+
+
+@dataclass(frozen=True, slots=True)
 class Overlap:
     """What the program that runs a strategy does at once; nothing, where it does one thing after
     the other, as ``autopar run`` does and as searches count.
@@ -40,7 +61,8 @@ class Overlap:
     are copied out of the buffer into which they are gathered together, gradients into another.
     ``waits``: a device computes nothing while messages of a pipeline are on their way; what all
     devices of an axis have whole each sends a part of, and it is gathered on the other side (arXiv
-    2104.04473, section 4.1).
+    2104.04473, section 4.1). ``one_by_one``: parameters are gathered one by one, and the device
+    waits for its host meanwhile.
     """
 
     parameters: bool = False
@@ -53,6 +75,7 @@ class Overlap:
     reduced_bytes: int = 0
     copies: bool = False
     waits: bool = False
+    one_by_one: OneByOne | None = None
 
 
 NOTHING_AT_ONCE = Overlap()
@@ -224,6 +247,7 @@ __all__ = [
     "NOTHING_AT_ONCE",
     "Ahead",
     "Hidden",
+    "OneByOne",
     "Overlap",
     "Streams",
     "ahead",

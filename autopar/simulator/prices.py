@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from math import prod
 from operator import attrgetter
 from typing import Literal
 
 from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph, TensorSpec
-from autopar.ir.sharding import Mesh, gradient, local_shape
+from autopar.ir.sharding import Mesh, gradient, local_elements
 from autopar.ir.simulation import Estimate, PromisedCollective
 from autopar.ir.strategy import Storage, Strategy, Training
+from autopar.simulator import one_by_one
 from autopar.simulator.costs import (
     ComputeCache,
     Costs,
@@ -116,6 +116,21 @@ def evaluate(
         spent["forward"] -= found.forward_s
         spent["backward"] -= found.backward_s
         spent["step"] -= found.step_s
+    if overlap.one_by_one is not None:
+        held = one_by_one.held_bytes(needed.parameters, overlap.one_by_one)
+        memory = replace(memory, buffers_bytes=memory.buffers_bytes + held)
+        plain = ahead(needed.parameters, costs)
+        seconds = {
+            operator.name: _operator_s(seen.graph, rules, strategy, costs, operator)
+            for operator in seen.graph.operators
+        }
+        waiting = one_by_one.spent(
+            seen, needed.parameters, seconds, again, costs, overlap.one_by_one
+        )
+        compute_s = _operators_s(seen, rules, strategy, costs, again)
+        spent["forward"] += times * (waiting.forward_s - compute_s[0] - plain.forward_s)
+        spent["backward"] += times * (waiting.backward_s - compute_s[1] - plain.backward_s)
+        spent["step"] += waiting.step_s
     if overlap.replicas:
         reduced_s = ahead(needed.parameters, costs).step_s
         refreshed_s = sum(
@@ -520,13 +535,19 @@ def _operators_s(
     forward_s = backward_s = 0.0
     for operator in seen.graph.operators:
         name = operator.name
-        wanted = _wanted(seen.graph, operator)
-        forward, backward = costs.operator_s(rules[name], strategy.splits[name], wanted)
+        forward, backward = _operator_s(seen.graph, rules, strategy, costs, operator)
         if name in again.again:
             backward += forward
         forward_s += forward * seen.weight[name]
         backward_s += backward * seen.weight[name]
     return forward_s, backward_s
+
+
+def _operator_s(
+    graph: OperatorGraph, rules: Rules, strategy: Strategy, costs: Costs, operator: Operator
+) -> tuple[float, float]:
+    name = operator.name
+    return costs.operator_s(rules[name], strategy.splits[name], _wanted(graph, operator))
 
 
 def _wanted(graph: OperatorGraph, operator: Operator) -> tuple[bool, ...]:
@@ -839,7 +860,7 @@ def optimizer_time_s(
     overlap: Overlap = NOTHING_AT_ONCE,
 ) -> float:
     """The update of one parameter's shard."""
-    elements = prod(local_shape(spec.shape, storage.optimizer, costs.mesh))
+    elements = local_elements(spec.shape, storage.optimizer, costs.mesh)
     return update_time_s(elements, spec, training, costs, overlap.update_bytes)
 
 

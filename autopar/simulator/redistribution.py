@@ -180,8 +180,7 @@ def transfers(
 def _local_bytes(sharding: list[Placement], global_bytes: int, mesh: Mesh) -> int:
     for placement, size in zip(sharding, mesh.sizes, strict=True):
         if sharded_dim(placement) is not None:
-            assert global_bytes % size == 0
-            global_bytes //= size
+            global_bytes = -(-global_bytes // size)
     return global_bytes
 
 

@@ -24,7 +24,17 @@ from autopar.simulator.prices import evaluate
 from benchmarks import runs
 from benchmarks.kernels import proposals
 from benchmarks.report import page
-from benchmarks.runs import Compared, Row, Run, kendall_tau, overlap_of, run_of, share, validate
+from benchmarks.runs import (
+    Compared,
+    Row,
+    Run,
+    estimate,
+    kendall_tau,
+    overlap_of,
+    run_of,
+    share,
+    validate,
+)
 from benchmarks.runs import predicted as predictions
 from benchmarks.transformer import DROPOUT, Transformer
 from benchmarks.validate import main, text
@@ -516,10 +526,19 @@ def test_torchtitan_keeps_attention_and_every_other_product() -> None:
     assert any("norm" in name for name in again)
 
 
-def test_what_no_number_of_devices_divides_is_not_taken_for_sharded() -> None:
-    row = {**ROW, "zero_fsdp": "3", "precision": "bf16", "global_batch": "56", "micro_batch": "1"}
-    row |= {"TP": "1", "PP": "1", "DP": "56", "n_gpus": "56", "gpus_per_node": "8"}
-    _, compared = validate([row])
-    assert compared == []
-    (whole, _), _ = validate([row])
-    assert "56 devices divide no dim" in next(iter(whole.skipped))
+def test_what_devices_do_not_divide_is_padded() -> None:
+    """Each has a 56th of every parameter, or one number more; a 64th, if there are 64, is less."""
+
+    def estimate_on(devices: int) -> Estimate:
+        of = {"DP": str(devices), "n_gpus": str(devices), "global_batch": str(devices)}
+        run = run_of({**ROW, "zero_fsdp": "3", "precision": "bf16", "TP": "1", "PP": "1", **of})
+        return estimate(run)
+
+    padded, even = estimate_on(56), estimate_on(64)
+    graph = run_of({**ROW, "zero_fsdp": "3", "TP": "1", "PP": "1", "DP": "8"}).model.graph(1)
+    sizes = [parameter.spec.numel for parameter in graph.parameters]
+    assert padded.memory.parameters_bytes == sum(2 * -(-n // 56) for n in sizes)
+    assert padded.memory.optimizer_bytes >= sum(12 * -(-n // 56) for n in sizes)
+    assert even.memory.parameters_bytes < padded.memory.parameters_bytes
+    assert {one.kind for one in padded.collectives} == {one.kind for one in even.collectives}
+    assert [one.bytes for one in padded.collectives] == [one.bytes for one in even.collectives]
