@@ -603,8 +603,8 @@ def step_s(run: Run, machine: CostModel) -> float:
 
 
 def overlap_of(run: Run) -> Overlap:
-    """FSDP gathers parameters ahead, in the dtypes that the row names, and so does DeepSpeed of now;
-    what it did before, and what Megatron-LM does, depends on when they were written."""
+    """FSDP gathers parameters ahead, in the dtypes that the row names, and so does DeepSpeed of
+    now; what it did before, and what Megatron-LM does, depends on when they were written."""
     program, degrees = run.program, run.degrees
     if program.one_by_one is not None:
         return Overlap(one_by_one=program.one_by_one)
