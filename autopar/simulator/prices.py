@@ -77,7 +77,8 @@ def evaluate(
     needed = _needed(seen, rules, strategy, again)
     promised = tuple(_priced(_promise(graph, seen, rules, strategy, needed), costs))
     price = _price(costs, overlap)
-    forward_s, backward_s = _operators_s(seen, rules, strategy, price, again)
+    run_again = again.to_the_end() if overlap.to_the_end else again
+    forward_s, backward_s = _operators_s(seen, rules, strategy, price, run_again)
     moved_forward_s, moved_backward_s = _local_moves_s(needed, strategy, costs, rules, overlap)
     times = strategy.microbatches
     forward_s = (forward_s + moved_forward_s + costs.host.pass_s) * times
@@ -132,7 +133,9 @@ def evaluate(
         spent["step"] -= streams.hidden_s(last_s, reduced_s)
         spent["step"] -= streams.hidden_s(first_s, refreshed_s)
     if overlap.launches:
-        host_forward_s, host_backward_s = _host_s(seen, rules, strategy, promised, costs, again)
+        host_forward_s, host_backward_s = _host_s(
+            seen, rules, strategy, promised, costs, run_again
+        )
         forward_s += max(0.0, times * host_forward_s - forward_s - spent["forward"])
         backward_s += max(0.0, times * host_backward_s - backward_s - spent["backward"])
     return Estimate(
