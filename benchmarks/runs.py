@@ -466,6 +466,7 @@ def _model(row: Row, degrees: Degrees, program: Program) -> Transformer:
         fused=True,
         one_pass=engine or program.has("norms_in_one_pass"),
         wide_rotary=program.per_parameter,
+        divided_loss=program.per_parameter and degrees.tensor > 1,
         metrics=program.metrics,
     )
 
