@@ -32,6 +32,7 @@ from autopar.simulator.edges import (
     saves_input,
     stored_alike,
 )
+from autopar.simulator.fragments import trapped_bytes
 from autopar.simulator.folding import Folded, whole
 from autopar.simulator.memory import local_bytes, peak_memory
 from autopar.simulator.overlap import (
@@ -97,8 +98,9 @@ def evaluate(
         forward_hidden_s, backward_hidden_s = beside.hidden_s(needed.activations, needed.again)
         spent["forward"] -= times * forward_hidden_s
         spent["backward"] -= times * backward_hidden_s
-    memory = peak_memory(graph, rules, strategy, seen)
+    memory, trapped = peak_memory(graph, rules, strategy, seen), 0
     if overlap.parameters:
+        trapped = trapped_bytes(graph, rules, strategy, seen, memory.at)
         held = held_bytes(graph, needed.parameters, strategy.mesh, memory.gradients_bytes)
         memory = replace(memory, buffers_bytes=memory.buffers_bytes + held)
         plain = ahead(needed.parameters, costs)
@@ -146,7 +148,9 @@ def evaluate(
         backward_communication_s=spent["backward"],
         gradient_synchronisation_s=spent["step"],
         optimizer_s=optimizer_s,
-        memory=reserved(memory, cost_model, communicators(strategy.mesh, 1, strategy.mesh.size)),
+        memory=reserved(
+            memory, cost_model, communicators(strategy.mesh, 1, strategy.mesh.size), trapped
+        ),
         collectives=promised,
     )
 
