@@ -112,10 +112,15 @@ def program_of(row: Mapping[str, str], *, shards: bool, flash: bool) -> Program:
         or (None if flash else FIRST),
         _said(row["precision"], GATHERED, 0) * shards,
         _said(row["zero_fsdp"] + row["precision"], REDUCED, 0) * shards,
-        shards and "SDP" in row["zero_fsdp"] and "FSDP2" not in row["zero_fsdp"],
+        shards and _is_torchs(row) and "FSDP2" not in row["zero_fsdp"],
         shards and "FSDP2" in row["zero_fsdp"],
         _said(row["model_family"], METRICS, 0),
     )
+
+
+def _is_torchs(row: Mapping[str, str]) -> bool:
+    """FSDP, and not DeepSpeed's ZeRO or the one that NeMo has of its own."""
+    return "SDP" in row["zero_fsdp"] and "NeMo" not in row["source"]
 
 
 _T = TypeVar("_T")

@@ -1,14 +1,13 @@
 """What PyTorch's caching allocator holds beside the tensors of a peak, because nothing fits into it.
 
-Memory that was freed is kept in the pieces in which it was asked for: a tensor takes a piece that
-is at least as large, or new memory. So before a step's largest tensors are made (logits in float32,
-and what a loss makes of them), what smaller ones had before is of no use to them, and stays beside.
+Memory that was freed is kept in the pieces in which it was asked for: a tensor takes the smallest
+piece that has room for it, or new memory. So what smaller tensors had before a step's largest ones
+are made (logits in float32, and what a loss makes of them) is of no use to these, and stays beside.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from autopar.ir.graph import OperatorGraph
@@ -17,79 +16,116 @@ from autopar.simulator.edges import Rules
 from autopar.simulator.folding import Folded
 from autopar.simulator.memory import Block, MemoryWalk
 
-PIECES = "temporaries"
-"""The kind of what comes and goes. What stays has its memory to itself, and what is gathered ahead
-is of another stream, which has a pool of its own."""
-
-Moment = Counter[int]
-"""How many pieces of each size are in use."""
+COMES_AND_GOES = "temporaries"
+"""The kind of what is played. What is kept has its memory to itself, and what is gathered ahead is
+of another stream, which has a pool of its own."""
 
 
-def trapped_bytes(
-    graph: OperatorGraph, rules: Rules, strategy: Strategy, folded: Folded, at: str
-) -> int:
-    """Of a first microbatch; later ones find the pieces of the first. ``at``: where the peak is.
-    Nothing, if the peak is not in one."""
-    walk = _Watched(folded, graph, rules, strategy)
+def trapped_bytes(graph: OperatorGraph, rules: Rules, strategy: Strategy, folded: Folded) -> int:
+    """Beside the peak of a first microbatch; later ones find the pieces of the first."""
+    walk = _Played(folded, graph, rules, strategy)
     walk.keep_state()
     walk.backward(walk.forward())
-    found = [i for i, (where, _) in enumerate(walk.moments) if where == at]
-    if not found:
-        return 0
-    return beside([moment for _, moment in walk.moments], found[-1])
+    return walk.trapped
 
 
-def beside(moments: Sequence[Moment], at: int) -> int:
-    """What was in use before a moment in pieces too small for its largest one, and is not in use
-    then; and so on from where the most of these were.
+@dataclass(slots=True, eq=False)
+class Piece:
+    """Of memory that was asked for at once, with its neighbours in it."""
 
-    Four of 8, after two of 3 and one of 1, after five of 1:
+    size_bytes: int
+    free: bool = False
+    before: Piece | None = None
+    after: Piece | None = None
 
-    >>> beside([Counter({1: 5}), Counter({3: 2, 1: 1}), Counter({8: 4})], 2)
-    11
+
+class Pool:
+    """``reserved_bytes``: asked for so far. A tensor takes the smallest free piece that has room,
+    and leaves the rest of it; free neighbours are one piece again
+    (c10/cuda/CUDACachingAllocator.cpp).
+
+    >>> pool = Pool()
+    >>> large, small = pool.take(8), pool.take(2)
+    >>> pool.give(large)
+    >>> parts = [pool.take(3), pool.take(4)]
+    >>> pool.reserved_bytes
+    10
     """
-    return _beside(moments, at, max(moments[at], default=0))
+
+    def __init__(self) -> None:
+        self.reserved_bytes = 0
+        self.free: dict[Piece, None] = {}
+
+    def take(self, size_bytes: int) -> Piece:
+        room = [piece for piece in self.free if piece.size_bytes >= size_bytes]
+        if not room:
+            self.reserved_bytes += size_bytes
+            return Piece(size_bytes)
+        piece = min(room, key=lambda piece: piece.size_bytes)
+        del self.free[piece]
+        piece.free = False
+        if piece.size_bytes > size_bytes:
+            rest = Piece(piece.size_bytes - size_bytes, True, piece, piece.after)
+            if piece.after is not None:
+                piece.after.before = rest
+            piece.size_bytes, piece.after = size_bytes, rest
+            self.free[rest] = None
+        return piece
+
+    def give(self, piece: Piece) -> None:
+        piece.free = True
+        if piece.after is not None and piece.after.free:
+            self._join(piece, piece.after)
+        if piece.before is not None and piece.before.free:
+            piece = self._join(piece.before, piece)
+        self.free[piece] = None
+
+    def _join(self, piece: Piece, after: Piece) -> Piece:
+        self.free.pop(after, None)
+        piece.size_bytes += after.size_bytes
+        piece.after = after.after
+        if after.after is not None:
+            after.after.before = piece
+        return piece
 
 
-def _beside(moments: Sequence[Moment], at: int, largest: int) -> int:
-    smaller = [_smaller_bytes(moment, largest) for moment in moments[: at + 1]]
-    most = max(smaller, default=0)
-    if not largest or most == smaller[at]:
-        return 0
-    before = smaller.index(most)
-    next_largest = max(size for size in moments[before] if size < largest)
-    return most - smaller[at] + _beside(moments, before, next_largest)
-
-
-def _smaller_bytes(moment: Moment, than: int) -> int:
-    return sum(size * count for size, count in moment.items() if size < than)
-
-
-class _Watched(MemoryWalk):
-    """``moments``: each moment that is looked at, with its name."""
+class _Played(MemoryWalk):
+    """``trapped``: what the pool has at the peak beside what is in use of it. What an operator works
+    on for a moment is taken to be in pieces of the largest tensor there is, if it is larger."""
 
     def __init__(self, *arguments: Any) -> None:
-        self.moments: list[tuple[str, Moment]] = []
-        self.pieces: Moment = Counter()
+        self.pool, self.pieces = Pool(), dict[Block, Piece]()
+        self.in_use = self.trapped = 0
         super().__init__(*arguments)
 
     def mark(self, where: str, extra_bytes: int = 0) -> None:
+        peak = self.peak
         super().mark(where, extra_bytes)
-        moment = +self.pieces
-        moment[extra_bytes] += extra_bytes > 0
-        self.moments.append((where, moment))
+        largest = max((piece.size_bytes for piece in self.pieces.values()), default=0)
+        each = min(extra_bytes, largest) or extra_bytes
+        worked_on = [self.pool.take(each) for _ in range(-(-extra_bytes // each) if each else 0)]
+        if self.peak > peak:
+            self.trapped = self.pool.reserved_bytes - self.in_use - each * len(worked_on)
+        for piece in worked_on:
+            self.pool.give(piece)
 
     def allocate(self, size_bytes: int, kind: str) -> Block:
-        self.pieces[size_bytes] += kind == PIECES
-        return super().allocate(size_bytes, kind)
+        block = super().allocate(size_bytes, kind)
+        if kind == COMES_AND_GOES and size_bytes:
+            self.pieces[block] = self.pool.take(size_bytes)
+            self.in_use += size_bytes
+        return block
 
     def release(self, block: Block) -> None:
         super().release(block)
-        self.pieces[block.size_bytes] -= block.users == 0 and block.kind == PIECES
+        if block.users == 0 and block in self.pieces:
+            self.pool.give(self.pieces.pop(block))
+            self.in_use -= block.size_bytes
 
     def relabel(self, block: Block, kind: str) -> None:
-        self.pieces[block.size_bytes] += (kind == PIECES) - (block.kind == PIECES)
+        """What is kept from now on stays where it is."""
         super().relabel(block, kind)
+        self.pieces.pop(block, None)
 
 
-__all__ = ["beside", "trapped_bytes"]
+__all__ = ["Piece", "Pool", "trapped_bytes"]

@@ -100,7 +100,7 @@ def evaluate(
         spent["backward"] -= times * backward_hidden_s
     memory, trapped = peak_memory(graph, rules, strategy, seen), 0
     if overlap.parameters:
-        trapped = trapped_bytes(graph, rules, strategy, seen, memory.at)
+        trapped = trapped_bytes(graph, rules, strategy, seen)
         held = held_bytes(graph, needed.parameters, strategy.mesh, memory.gradients_bytes)
         memory = replace(memory, buffers_bytes=memory.buffers_bytes + held)
         plain = ahead(needed.parameters, costs)
