@@ -41,7 +41,8 @@ class Transformer:
     ``fused``: the kernels of ``benchmarks/kernels.py`` in place of what ATen has for norms, SwiGLU,
     dropout, softmax and, with ``fused_loss``, cross-entropy; ``one_pass``: norms whose backward is
     one pass. ``wide_rotary``: rotary positions are products of complex numbers in fp32.
-    ``divided_loss``: cross-entropy in steps, with divided classes. ``metrics``: cross-entropies that are measured beside the loss.
+    ``divided_loss``: cross-entropy in steps, with divided classes. ``metrics``: cross-entropies
+    that are measured beside the loss.
     """
 
     layers: int

@@ -203,9 +203,7 @@ class OpRule:
     joined: tuple[Joined, ...] = ()
 
 
-NOT_DATA = frozenset(
-    {"localize", "joined", "forward", "backward", "fused", "added", "workspace"}
-)
+NOT_DATA = frozenset({"localize", "joined", "forward", "backward", "fused", "added", "workspace"})
 """Fields of a rule that no proposed one has, and no plan."""
 
 RuleMaker = Callable[[Operator, tuple[TensorSpec, ...], tuple[TensorSpec, ...]], OpRule]

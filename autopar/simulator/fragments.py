@@ -1,4 +1,4 @@
-"""What PyTorch's caching allocator holds beside the tensors of a peak, because nothing fits into it.
+"""What PyTorch's caching allocator holds beside the tensors of a peak, as nothing fits into it.
 
 Memory that was freed is kept in the pieces in which it was asked for: a tensor takes the smallest
 piece that has room for it, or new memory. So what smaller tensors had before a step's largest ones
@@ -31,9 +31,11 @@ def trapped_bytes(graph: OperatorGraph, rules: Rules, strategy: Strategy, folded
 
 @dataclass(slots=True, eq=False)
 class Piece:
-    """Of memory that was asked for at once, with its neighbours in it."""
+    """Of memory that was asked for at once, with its neighbours in it. ``at``: when that was, and
+    where the piece begins in it."""
 
     size_bytes: int
+    at: tuple[int, int]
     free: bool = False
     before: Piece | None = None
     after: Piece | None = None
@@ -41,7 +43,7 @@ class Piece:
 
 class Pool:
     """``reserved_bytes``: asked for so far. A tensor takes the smallest free piece that has room,
-    and leaves the rest of it; free neighbours are one piece again
+    the first of these, and leaves the rest of it; free neighbours are one piece again
     (c10/cuda/CUDACachingAllocator.cpp).
 
     >>> pool = Pool()
@@ -53,19 +55,23 @@ class Pool:
     """
 
     def __init__(self) -> None:
-        self.reserved_bytes = 0
+        self.reserved_bytes = self.asked = 0
         self.free: dict[Piece, None] = {}
 
     def take(self, size_bytes: int) -> Piece:
         room = [piece for piece in self.free if piece.size_bytes >= size_bytes]
         if not room:
             self.reserved_bytes += size_bytes
-            return Piece(size_bytes)
-        piece = min(room, key=lambda piece: piece.size_bytes)
+            self.asked += 1
+            return Piece(size_bytes, (self.asked, 0))
+        piece = min(room, key=lambda piece: (piece.size_bytes, piece.at))
         del self.free[piece]
         piece.free = False
         if piece.size_bytes > size_bytes:
-            rest = Piece(piece.size_bytes - size_bytes, True, piece, piece.after)
+            asked, start = piece.at
+            rest = Piece(
+                piece.size_bytes - size_bytes, (asked, start + size_bytes), True, piece, piece.after
+            )
             if piece.after is not None:
                 piece.after.before = rest
             piece.size_bytes, piece.after = size_bytes, rest
@@ -90,8 +96,9 @@ class Pool:
 
 
 class _Played(MemoryWalk):
-    """``trapped``: what the pool has at the peak beside what is in use of it. What an operator works
-    on for a moment is taken to be in pieces of the largest tensor there is, if it is larger."""
+    """``trapped``: what the pool has at the peak beside what is in use of it. What an operator
+    works on for a moment is taken to be in pieces of the largest tensor there is, if it is larger.
+    """
 
     def __init__(self, *arguments: Any) -> None:
         self.pool, self.pieces = Pool(), dict[Block, Piece]()

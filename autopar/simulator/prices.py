@@ -32,8 +32,8 @@ from autopar.simulator.edges import (
     saves_input,
     stored_alike,
 )
-from autopar.simulator.fragments import trapped_bytes
 from autopar.simulator.folding import Folded, whole
+from autopar.simulator.fragments import trapped_bytes
 from autopar.simulator.memory import local_bytes, peak_memory
 from autopar.simulator.overlap import (
     NOTHING_AT_ONCE,
@@ -135,9 +135,7 @@ def evaluate(
         spent["step"] -= streams.hidden_s(last_s, reduced_s)
         spent["step"] -= streams.hidden_s(first_s, refreshed_s)
     if overlap.launches:
-        host_forward_s, host_backward_s = _host_s(
-            seen, rules, strategy, promised, costs, run_again
-        )
+        host_forward_s, host_backward_s = _host_s(seen, rules, strategy, promised, costs, run_again)
         forward_s += max(0.0, times * host_forward_s - forward_s - spent["forward"])
         backward_s += max(0.0, times * host_backward_s - backward_s - spent["backward"])
     return Estimate(
