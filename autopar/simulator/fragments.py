@@ -125,14 +125,18 @@ class _Played(MemoryWalk):
 
     def release(self, block: Block) -> None:
         super().release(block)
-        if block.users == 0 and block in self.pieces:
-            self.pool.give(self.pieces.pop(block))
-            self.in_use -= block.size_bytes
+        if block.users == 0:
+            self._leave(block)
 
     def relabel(self, block: Block, kind: str) -> None:
-        """What is kept from now on stays where it is."""
+        """What is kept from now on has memory of its own: all copies of a block alike."""
         super().relabel(block, kind)
-        self.pieces.pop(block, None)
+        self._leave(block)
+
+    def _leave(self, block: Block) -> None:
+        if block in self.pieces:
+            self.pool.give(self.pieces.pop(block))
+            self.in_use -= block.size_bytes
 
 
 __all__ = ["Piece", "Pool", "trapped_bytes"]

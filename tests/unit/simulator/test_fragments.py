@@ -12,6 +12,7 @@ from autopar.ir.strategy import Training
 from autopar.recipes import Degrees, by_degrees
 from autopar.simulator.folding import whole
 from autopar.simulator.fragments import Piece, Pool, trapped_bytes
+from autopar.simulator.listing import Structure
 from autopar.simulator.microbatches import division
 from benchmarks.kernels import proposals
 from benchmarks.transformer import Transformer
@@ -83,13 +84,23 @@ def test_growing_tensors_find_no_room_and_shrinking_ones_do(seed: int) -> None:
     assert reserved(sorted(sizes, reverse=True)) == max(sizes)
 
 
-def trapped(model: Transformer) -> int:
+def trapped(model: Transformer, recompute: str = "none", *, folds: bool = False) -> int:
     graph = model.graph(8)
     found = division(graph, 1, proposals(graph))
-    degrees = Degrees(data=8, zero=3, microbatch=1)
+    structure = Structure(found.graph, found.rules)
+    degrees = Degrees(data=8, zero=3, microbatch=1, recompute=recompute)
     machine = cost_model("1x8xh100-sxm")
-    strategy = by_degrees(found, degrees, machine, Training("adam", "mixed"))
-    return trapped_bytes(found.graph, found.rules, strategy, whole(found.graph))
+    strategy = by_degrees(found, degrees, machine, Training("adam", "mixed"), structure)
+    runs = tuple(frozenset[int]() for _ in structure.blocks)
+    seen = structure.folded_in_runs(runs) if folds else whole(found.graph)
+    return trapped_bytes(found.graph, found.rules, strategy, seen)
+
+
+@pytest.mark.parametrize("vocabulary", [2**5, 2**14])
+@pytest.mark.parametrize("recompute", ["none", "full", "alternate"])
+def test_equal_blocks_find_the_same_pieces(vocabulary: int, recompute: str) -> None:
+    model = replace(SMALL, layers=6, vocabulary=vocabulary)
+    assert trapped(model, recompute, folds=True) == trapped(model, recompute)
 
 
 def test_the_larger_the_logits_the_more_is_beside_them() -> None:
