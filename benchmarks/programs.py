@@ -49,7 +49,8 @@ and DEFAULT of what ran with torch 2.1 (b2a43a147 and 5e85bd62d, 2023-10 and 202
 
 STOPS_EARLY = date(2023, 10, 4)
 """Release of torch 2.1, from which torch.utils.checkpoint ends a forward that is run again where
-nothing is missing any more (``set_checkpoint_early_stop``): a block's last product is not repeated.
+nothing is missing any more (``set_checkpoint_early_stop``; that it came then is from memory): a
+block's last product is not repeated.
 """
 
 GATHERED = {"fp8 allgather": 1}
@@ -73,8 +74,8 @@ class Program:
     ``written``: the day to which its features are looked up, ``None``: today. ``gathered_bytes``,
     ``reduced_bytes``: of elements of parameters and gradients, of FSDP; 0: as products take them.
     ``flat``: FSDP's first version, whose parameters are parts of one tensor
-    (torch/distributed/fsdp/flat_param.py): the backward of its split concatenates gradients, which
-    are cast and divided before they are reduced (``_post_backward_hook``).
+    (torch/distributed/fsdp/_flat_param.py): the backward of its split concatenates gradients, which
+    are cast and divided before they are reduced (_runtime_utils.py, ``_post_backward_hook``).
     ``per_parameter``: FSDP2, which copies each parameter out of the gathered buffer
     (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py) and came with torch 2.4, whose own
     fused attention is FlashAttention-2. Its programs are torchtitan's, whose rotary positions are
