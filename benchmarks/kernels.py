@@ -124,6 +124,42 @@ def _cross_entropy(inputs: Shapes) -> OpRule:
     )
 
 
+def _divided_cross_entropy(inputs: Shapes) -> OpRule:
+    """With divided classes, in float32, a step at a time, as DTensor does it (torch/distributed/
+    tensor/parallel/loss.py): forward the largest logit is subtracted, and exponentials are summed
+    before there are log-probabilities, which are kept; backward there are zeros with what was
+    picked, exponentials, their sum, and that times what comes back."""
+    sample, _, position = labels(inputs[0].shape)
+    every = points([sample, "classes", position])
+    wide = f"{every}/float32"
+    read, made, added = Kernel((wide,)), Kernel((wide, wide)), Kernel((wide, wide, wide))
+    return replace(
+        _cross_entropy(inputs),
+        forward=(read, made, made, read, made),
+        backward=(read, made, added, made),
+        saves=(Saved(every, dtype="float32"), Saved("input 1")),
+        workspace=((wide,), (wide, wide)),
+    )
+
+
+def _metric(inputs: Shapes) -> OpRule:
+    """A cross-entropy of which nothing is trained: logits are cast, then it is torch's softmax of
+    long rows, which is read for the largest number, for the sum and for the result."""
+    sample, _, position = labels(inputs[0].shape)
+    tokens = [name for name in (sample, position) if name != "1"]
+    wide = f"{points([sample, 'classes', position])}/float32"
+    return OpRule(
+        signature([[sample, "classes", position], [sample, position]], [[]]),
+        whole=("classes",),
+        sums=tuple(tokens),
+        forward=(
+            Kernel(("input 0", wide)),
+            Kernel((wide, wide), again=(wide, wide)),
+            Kernel(("input 1",)),
+        ),
+    )
+
+
 RULES: dict[str, Callable[[Shapes], OpRule]] = {
     "fused.rms_norm.default": _rms_norm,
     "fused.rms_norm.one_pass": _in_one_pass(_rms_norm),
@@ -136,6 +172,8 @@ RULES: dict[str, Callable[[Shapes], OpRule]] = {
     "fused.dropout.into_sum": _dropout_into_sum,
     "fused.sum.default": _sum,
     "fused.cross_entropy.default": _cross_entropy,
+    "fused.cross_entropy.divided": _divided_cross_entropy,
+    "fused.metric.default": _metric,
 }
 """By op."""
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
+from typing import TypeVar
 
 from autopar.simulator.overlap import OneByOne
 
@@ -54,14 +55,30 @@ MONTHS = (
 """How a source tells the year and the month."""
 
 
-GATHERED = {"MP DEFAULT": 4, "fp8 allgather": 1}
-"""Bytes of an element of a parameter that FSDP gathers, by what ``precision`` says. Composer's
-``DEFAULT`` leaves parameters in float32, and autocast casts them where they are used
-(mosaicml/composer, ``composer/trainer/mosaic_fsdp_utils.py``, of 2023)."""
+MEASURED = {"MP PURE": date(2023, 5, 24)}
+"""When a run was measured, by what ``precision`` says: tables of llm-foundry say PURE of what ran
+with torch 1.13 (mosaicml/llm-foundry@1ef7b4d21, scripts/train/benchmarking: README.md, sweep.sh),
+and DEFAULT of what ran with torch 2.1 (b2a43a147 and 5e85bd62d, 2023-10 and 2024-01)."""
 
-REDUCED = {"FSDP2": 4}
-"""Of its gradient, by what ``zero_fsdp`` says: torchtitan's ``mixed_precision_reduce`` is
-float32."""
+STOPS_EARLY = date(2023, 10, 4)
+"""Release of torch 2.1, from which torch.utils.checkpoint ends a forward that is run again where
+nothing is missing any more (``set_checkpoint_early_stop``; that it came then is from memory): a
+block's last product is not repeated.
+"""
+
+GATHERED = {"fp8 allgather": 1}
+"""Bytes of an element of a parameter that FSDP gathers, by what ``precision`` says."""
+
+REDUCED = {"FSDP2": 4, "MP DEFAULT": 4}
+"""Of its gradient, by what ``zero_fsdp`` or ``precision`` says: torchtitan's
+``mixed_precision_reduce`` is float32, and so is Composer's ``DEFAULT``, which gathers what products
+take (mosaicml/composer@v0.16.4, ``composer/trainer/mosaic_fsdp_utils.py``)."""
+
+METRICS = {"MPT": 2}
+"""Cross-entropies of each microbatch that are only measured, by how ``model_family`` begins:
+Composer updates ``LanguageCrossEntropy`` and ``LanguagePerplexity`` after the backward, under
+autocast, which makes them float32 (mosaicml/composer@v0.14.1, ``composer/trainer/trainer.py``,
+``_eval_train_metrics``; mosaicml/llm-foundry, ``llmfoundry/models/mpt/modeling_mpt.py``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +86,9 @@ class Program:
     """``is_megatron``: whether it is of Megatron-LM's family rather than of FSDP and DeepSpeed.
     ``written``: the day to which its features are looked up, ``None``: today. ``gathered_bytes``,
     ``reduced_bytes``: of elements of parameters and gradients, of FSDP; 0: as products take them.
+    ``flat``: FSDP's first version, whose parameters are parts of one tensor
+    (torch/distributed/fsdp/_flat_param.py): the backward of its split concatenates gradients, which
+    are cast and divided before they are reduced (_runtime_utils.py, ``_post_backward_hook``).
     ``per_parameter``: FSDP2, which copies each parameter out of the gathered buffer
     (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py) and came with torch 2.4, whose own
     fused attention is FlashAttention-2. Its programs are torchtitan's, whose rotary positions are
@@ -79,7 +99,9 @@ class Program:
     written: date | None = None
     gathered_bytes: int = 0
     reduced_bytes: int = 0
+    flat: bool = False
     per_parameter: bool = False
+    metrics: int = 0
     is_deepspeed: bool = False
 
     def has(self, feature: str) -> bool:
@@ -96,6 +118,11 @@ class Program:
     def _is_since(self, day: date) -> bool:
         return self.written is None or self.written >= day
 
+    @property
+    def stops_early(self) -> bool:
+        """Of recomputation, of torch and what is written with it."""
+        return self.is_megatron or self.written is None or self.written >= STOPS_EARLY
+
 
 NEW = Program()
 """Megatron-LM as it is today."""
@@ -106,16 +133,26 @@ def program_of(row: Mapping[str, str], *, shards: bool, flash: bool) -> Program:
     told = written(row["source"])
     return Program(
         not shards,
-        told or (None if flash else FIRST),
-        _said(row["precision"], GATHERED) * shards,
-        _said(row["zero_fsdp"], REDUCED) * shards,
+        told or _said(row["precision"], MEASURED, None) or (None if flash else FIRST),
+        _said(row["precision"], GATHERED, 0) * shards,
+        _said(row["zero_fsdp"] + row["precision"], REDUCED, 0) * shards,
+        shards and _is_torchs(row) and "FSDP2" not in row["zero_fsdp"],
         shards and "FSDP2" in row["zero_fsdp"],
-        shards and told is not None and "sdp" not in row["zero_fsdp"].lower(),
+        _said(row["model_family"], METRICS, 0),
+        shards and told is not None and "SDP" not in row["zero_fsdp"].upper(),
     )
 
 
-def _said(cell: str, words: Mapping[str, int]) -> int:
-    return next((n for word, n in words.items() if word in cell), 0)
+def _is_torchs(row: Mapping[str, str]) -> bool:
+    """FSDP, and not DeepSpeed's ZeRO or the one that NeMo has of its own."""
+    return "SDP" in row["zero_fsdp"] and "NeMo" not in row["source"]
+
+
+_T = TypeVar("_T")
+
+
+def _said(cell: str, words: Mapping[str, _T], otherwise: _T) -> _T:
+    return next((found for word, found in words.items() if word in cell), otherwise)
 
 
 def written(source: str) -> date | None:

@@ -264,7 +264,7 @@ def run_of(row: Row) -> Run:
         model=_model(row, degrees, program),
         machine=_machine(row, degrees),
         degrees=degrees,
-        training=Training("adam", "full" if "PURE" in row["precision"] else "mixed"),
+        training=Training("adam", "mixed"),
         batch=_number(row, "global_batch"),
         step_s=None if memory else _positive(row, "iter_time_s"),
         memory_bytes=_gib(_positive(row, "value")) if memory and not ran_out else None,
@@ -454,7 +454,7 @@ def _model(row: Row, degrees: Degrees, program: Program) -> Transformer:
         vocabulary=padded(_number(row, "vocab"), degrees.tensor, always=program.is_megatron),
         length=_number(row, "seq_len"),
         gated=gated,
-        biased=not gated and not family.startswith("MPT"),
+        biased=not gated,
         flash=flash,
         dropout=not flash,
         tied=not gated,
@@ -467,6 +467,8 @@ def _model(row: Row, degrees: Degrees, program: Program) -> Transformer:
         fused=True,
         one_pass=engine or program.has("norms_in_one_pass"),
         wide_rotary=program.per_parameter,
+        divided_loss=program.per_parameter and degrees.tensor > 1,
+        metrics=program.metrics,
     )
 
 
@@ -614,6 +616,8 @@ def overlap_of(run: Run) -> Overlap:
             gathered_bytes=program.gathered_bytes,
             reduced_bytes=program.reduced_bytes,
             copies=program.per_parameter,
+            flat=program.flat,
+            to_the_end=not program.stops_early,
         )
     passes = degrees.pipeline if degrees.chunks > 1 else 1
     return Overlap(

@@ -41,6 +41,8 @@ class Transformer:
     ``fused``: the kernels of ``benchmarks/kernels.py`` in place of what ATen has for norms, SwiGLU,
     dropout, softmax and, with ``fused_loss``, cross-entropy; ``one_pass``: norms whose backward is
     one pass. ``wide_rotary``: rotary positions are products of complex numbers in fp32.
+    ``divided_loss``: cross-entropy in steps, with divided classes. ``metrics``: cross-entropies
+    that are measured beside the loss.
     """
 
     layers: int
@@ -64,6 +66,8 @@ class Transformer:
     fused: bool = False
     one_pass: bool = False
     wide_rotary: bool = False
+    divided_loss: bool = False
+    metrics: int = 0
 
     def graph(self, batch: int) -> OperatorGraph:
         """Of one global batch."""
@@ -102,7 +106,10 @@ class _Builder:
         by_class = (self.batch, of.vocabulary, of.length)
         logits = self._op("", "transpose.int", (logits,), by_class, 1, 2)
         kernel = "fused.cross_entropy" if of.fused and of.fused_loss else "cross_entropy_loss"
+        kernel = "fused.cross_entropy.divided" if of.divided_loss else kernel
         loss = self._op("", kernel, (logits, targets), ())
+        for _ in range(of.metrics):
+            self._measured(logits, targets)
         return OperatorGraph(
             tuple(self.tensors),
             tuple(self.operators),
@@ -284,6 +291,12 @@ class _Builder:
         return self._op(
             name, "transpose.int", (x,), (apart[0], heads, apart[1], self.head_width), 1, 2
         )
+
+    def _measured(self, logits: str, targets: str) -> None:
+        """Nothing flows back from it."""
+        flows, self.by_gradient[logits] = self.by_gradient[logits], False
+        self._op("", "fused.metric", (logits, targets), (), dtype="float32")
+        self.by_gradient[logits] = flows
 
     # ---- operators -----------------------------------------------------------------------------
 

@@ -33,8 +33,12 @@ class Overheads:
     def communicators_bytes(self, communicators: int) -> int:
         return (self.library_bytes + self.communicator_bytes * communicators) * bool(communicators)
 
-    def fragmentation_bytes(self, allocated_bytes: int) -> int:
-        return int(self.fragmentation * allocated_bytes)
+    def fragmentation_bytes(self, allocated_bytes: int, trapped_bytes: int = 0) -> int:
+        """``trapped_bytes``: of such pieces, those that are known to be there; nothing, where no
+        allocator keeps pieces."""
+        if not self.fragmentation:
+            return 0
+        return max(int(self.fragmentation * allocated_bytes), trapped_bytes)
 
 
 NCCL_CHANNELS = 24

@@ -168,7 +168,9 @@ class OpRule:
       those that these give. Found in the graph.
     - ``causal``: a fused kernel that leaves out what the mask hides, a block of keys at a time; one
       that is bound by memory does not read it.
-    - ``saves``: what is kept for the backward.
+    - ``saves``: what is kept for the backward. ``workspace``: of a kernel that is not torch's own,
+      temporaries that are there at once in its forward, and in its backward, beside inputs,
+      outputs, their gradients and what is kept: factors, with a dtype, as in ``Kernel``.
     - ``inner``: collectives of its local implementation; ``special``: factors whose split needs an
       implementation of its own in ``autopar/runtime/local_ops.py`` (``"*"``: it is always used).
     - ``localize``: changes arguments that hold sizes (the shape of a view).
@@ -192,6 +194,7 @@ class OpRule:
     added: tuple[int, ...] = ()
     causal: bool = False
     saves: tuple[Saved, ...] = ()
+    workspace: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     inner: tuple[Inner, ...] = ()
     special: tuple[str, ...] = ()
     localize: Localize | None = None
@@ -200,7 +203,7 @@ class OpRule:
     joined: tuple[Joined, ...] = ()
 
 
-NOT_DATA = frozenset({"localize", "joined", "forward", "backward", "fused", "added"})
+NOT_DATA = frozenset({"localize", "joined", "forward", "backward", "fused", "added", "workspace"})
 """Fields of a rule that no proposed one has, and no plan."""
 
 RuleMaker = Callable[[Operator, tuple[TensorSpec, ...], tuple[TensorSpec, ...]], OpRule]

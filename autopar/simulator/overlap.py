@@ -59,6 +59,9 @@ class Overlap:
     ``gathered_bytes``, ``reduced_bytes``: of an element of a parameter that is gathered, and of its
     gradient that is reduced, with ``parameters``; 0: as the graph has it. ``copies``: parameters
     are copied out of the buffer into which they are gathered together, gradients into another.
+    ``flat``: parameters of a group are parts of one tensor (FSDP's first version): backward puts
+    their gradients together, and they are cast and divided before they are reduced. ``to_the_end``:
+    what is recomputed is run to its end, even if nothing is missing any more.
     ``waits``: a device computes nothing while messages of a pipeline are on their way; what all
     devices of an axis have whole each sends a part of, and it is gathered on the other side (arXiv
     2104.04473, section 4.1). ``one_by_one``: parameters are gathered one by one, and the device
@@ -74,6 +77,8 @@ class Overlap:
     gathered_bytes: int = 0
     reduced_bytes: int = 0
     copies: bool = False
+    flat: bool = False
+    to_the_end: bool = False
     waits: bool = False
     one_by_one: OneByOne | None = None
 
@@ -124,7 +129,7 @@ def ahead(
     """``parameters``: in the order of their uses, each with how many there are. ``overlap``: with
     how many bytes of an element they travel."""
     gathers = [_gather_s(edge, costs, overlap.gathered_bytes) for edge, _ in parameters]
-    reductions = [_reduction_s(edge, costs, overlap.reduced_bytes) for edge, _ in parameters]
+    reductions = [_reduction_s(edge, costs, overlap) for edge, _ in parameters]
     forward_s = backward_s = step_s = 0.0
     for (edge, count), gather_s, reduction_s in zip(parameters, gathers, reductions, strict=True):
         forward_s += gather_s * count
@@ -162,9 +167,9 @@ def copies_s(
             used_s = costs.memory_bound_s(elements * (gathered + item), edge.spec.dtype)
             forward_s += used_s * count
             backward_s += used_s * len(edge.regathered) * count
-        if edge.trainable and overlap.copies:
-            given_s = costs.memory_bound_s(elements * (item + reduced), edge.spec.dtype)
-            backward_s += given_s * count
+        if edge.trainable and (overlap.copies or overlap.flat):
+            moved = 2 * item if overlap.flat else item + reduced
+            backward_s += costs.memory_bound_s(elements * moved, edge.spec.dtype) * count
     return forward_s, backward_s
 
 
@@ -173,9 +178,17 @@ def _gather_s(edge: ParameterEdge, costs: Costs, item_bytes: int) -> float:
     return sum(costs.transfer_s(_wide(one, edge, item_bytes)) for one in of)
 
 
-def _reduction_s(edge: ParameterEdge, costs: Costs, item_bytes: int) -> float:
+def _reduction_s(edge: ParameterEdge, costs: Costs, overlap: Overlap) -> float:
+    """With what is done to a gradient on the second stream before."""
     of = edge.backward_transfers(costs.mesh)
-    return sum(costs.transfer_s(_wide(one, edge, item_bytes)) for one in of)
+    travels_s = sum(costs.transfer_s(_wide(one, edge, overlap.reduced_bytes)) for one in of)
+    if not (overlap.flat and edge.trainable and edge.gathers):
+        return travels_s
+    item = ITEM_BYTES[edge.spec.dtype]
+    reduced = overlap.reduced_bytes or item
+    moved = 2 * reduced + (item + reduced) * (reduced != item)
+    elements = local_bytes(edge.spec, edge.target, costs.mesh) / item
+    return travels_s + costs.memory_bound_s(elements * moved, edge.spec.dtype)
 
 
 def _wide(of: Transfer, edge: ParameterEdge, item_bytes: int) -> Transfer:

@@ -31,6 +31,7 @@ from autopar.simulator.edges import (
     stored_alike,
 )
 from autopar.simulator.folding import Folded, whole
+from autopar.simulator.fragments import trapped_bytes
 from autopar.simulator.memory import local_bytes, peak_memory
 from autopar.simulator.overlap import (
     NOTHING_AT_ONCE,
@@ -75,7 +76,8 @@ def evaluate(
     costs = Costs(cost_model, strategy.mesh, {} if compute_cache is None else compute_cache)
     needed = _needed(seen, rules, strategy, again)
     promised = tuple(_priced(_promise(graph, seen, rules, strategy, needed), costs))
-    forward_s, backward_s = _operators_s(seen, rules, strategy, costs, again)
+    run_again = again.to_the_end() if overlap.to_the_end else again
+    forward_s, backward_s = _operators_s(seen, rules, strategy, costs, run_again)
     moved_forward_s, moved_backward_s = _local_moves_s(needed, strategy, costs, rules, overlap)
     times = strategy.microbatches
     forward_s = (forward_s + moved_forward_s + costs.host.pass_s) * times
@@ -94,8 +96,9 @@ def evaluate(
         forward_hidden_s, backward_hidden_s = beside.hidden_s(needed.activations, needed.again)
         spent["forward"] -= times * forward_hidden_s
         spent["backward"] -= times * backward_hidden_s
-    memory = peak_memory(graph, rules, strategy, seen)
+    memory, trapped = peak_memory(graph, rules, strategy, seen), 0
     if overlap.parameters:
+        trapped = trapped_bytes(graph, rules, strategy, seen)
         held = held_bytes(graph, needed.parameters, strategy.mesh, memory.gradients_bytes)
         memory = replace(memory, buffers_bytes=memory.buffers_bytes + held)
         plain = ahead(needed.parameters, costs)
@@ -145,7 +148,7 @@ def evaluate(
         spent["step"] -= streams.hidden_s(last_s, reduced_s)
         spent["step"] -= streams.hidden_s(first_s, refreshed_s)
     devices_s = forward_s + backward_s + optimizer_s + sum(spent.values())
-    host_s = times * launches_s(seen.graph, rules, costs, seen.weight, again.again)
+    host_s = times * launches_s(seen.graph, rules, costs, seen.weight, run_again.again)
     return Estimate(
         step_time_s=max(devices_s, host_s),
         forward_compute_s=forward_s,
@@ -154,7 +157,9 @@ def evaluate(
         backward_communication_s=spent["backward"],
         gradient_synchronisation_s=spent["step"],
         optimizer_s=optimizer_s,
-        memory=reserved(memory, cost_model, communicators(strategy.mesh, 1, strategy.mesh.size)),
+        memory=reserved(
+            memory, cost_model, communicators(strategy.mesh, 1, strategy.mesh.size), trapped
+        ),
         collectives=promised,
         launches_s=max(0.0, host_s - devices_s),
     )

@@ -12,7 +12,7 @@ Memory, prices, promise and the lowered program all read this one list.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from autopar.errors import AutoparError
@@ -56,6 +56,12 @@ class Recomputation:
     def again(self) -> dict[str, int]:
         """By operator that is run again, its segment."""
         return {name: i for i, segment in enumerate(self.segments) for name in segment.again}
+
+    def to_the_end(self) -> Recomputation:
+        """Every operator of a segment that is run again is run, as by checkpointing that knows
+        no more than a block's function."""
+        segments = tuple(replace(s, again=s.operators) if s.again else s for s in self.segments)
+        return Recomputation(segments, self.segment_of)
 
     @cached_property
     def recomputed(self) -> dict[str, int]:

@@ -27,13 +27,14 @@ def communicators(mesh: Mesh, stages: int, devices: int) -> int:
     return axes + (stages > 1) + everyone
 
 
-def reserved(memory: Memory, cost_model: CostModel, groups: int) -> Memory:
-    """With what the process holds beside, in as many groups."""
+def reserved(memory: Memory, cost_model: CostModel, groups: int, trapped_bytes: int = 0) -> Memory:
+    """With what the process holds beside, in as many groups. ``trapped_bytes``: of fragments, those
+    that are known."""
     found = overheads_of(cost_model)
     return replace(
         memory,
         workspace_bytes=found.workspace_bytes,
-        fragmentation_bytes=found.fragmentation_bytes(memory.total_bytes),
+        fragmentation_bytes=found.fragmentation_bytes(memory.total_bytes, trapped_bytes),
         context_bytes=found.context_bytes,
         communicators_bytes=found.communicators_bytes(groups),
     )

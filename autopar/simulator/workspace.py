@@ -50,8 +50,15 @@ def workspace_bytes(
     gradients, and what is kept. ``read`` and ``written``: local bytes of inputs and outputs."""
     found = WORKSPACE.get(operator.op)
     if found is None:
-        return 0, 0
+        forward, backward = bound.rule.workspace
+        return _bytes(forward, sizes), _bytes(backward, sizes)
     return found(_Local(operator, bound, sizes, differentiable, read, written))
+
+
+def _bytes(temporaries: Sequence[str], sizes: Mapping[str, int]) -> int:
+    """Of factors, with their dtype after a slash."""
+    pairs = (of.split("/") for of in temporaries)
+    return sum(prod(sizes[n] for n in names.split()) * ITEM_BYTES[dtype] for names, dtype in pairs)
 
 
 @dataclass(frozen=True)

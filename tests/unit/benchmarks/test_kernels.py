@@ -121,9 +121,36 @@ def test_a_batch_may_be_of_one_sample(model: Transformer) -> None:
 def test_every_kernel_is_in_some_graph() -> None:
     narrow = replace(LLAMA, products="float8_e4m3fn")
     fused = [replace(model, fused=True) for model in (LLAMA, GPT, EXPERTS, narrow)]
-    graphs = [model.graph(2) for model in (*fused, *(replace(m, one_pass=True) for m in fused))]
+    losses = [replace(LLAMA, divided_loss=True), replace(GPT, fused=True, metrics=2)]
+    fused += [*losses, *(replace(m, one_pass=True) for m in fused)]
+    graphs = [model.graph(2) for model in fused]
     used = {o.op for graph in graphs for o in graph.operators if o.op.startswith("fused.")}
     assert used == set(RULES)
+
+
+def test_what_is_only_measured_is_read_in_the_forward_and_keeps_nothing() -> None:
+    """Logits are cast to float32, of which a softmax reads rows and writes them."""
+    measuring = replace(LLAMA, fused=True, metrics=2)
+    every = LENGTH * LLAMA.vocabulary
+    forward, _ = moved_bytes(measuring, "fused.metric")
+    assert forward == [6 * every, 8 * every, 8 * LENGTH]
+    degrees = Degrees(data=8, zero=3)
+    plain, measured = (evaluated(m, degrees) for m in (replace(measuring, metrics=0), measuring))
+    assert measured.forward_compute_s > plain.forward_compute_s
+    assert measured.backward_compute_s == plain.backward_compute_s
+    assert measured.peak_memory_bytes == plain.peak_memory_bytes
+
+
+def test_dtensors_loss_has_four_copies_of_its_logits_at_once() -> None:
+    """Log-probabilities that are kept, zeros with what was picked, their sum with exponentials, and
+    the gradient: one more than the loss of this runtime has."""
+    of_2 = Degrees(tensor=2, microbatch=8)
+    model = replace(LLAMA, fused=True, fused_loss=False, vocabulary=8192)
+    runtime = evaluated(model, of_2).memory
+    dtensor = evaluated(replace(model, divided_loss=True), of_2).memory
+    copy = 8 * LENGTH * 8192 // 2 * 4
+    assert (runtime.at, dtensor.at) == ("cross_entropy_loss forward", "cross_entropy backward")
+    assert dtensor.total_bytes - runtime.total_bytes == pytest.approx(copy, rel=0.05)
 
 
 def moved_bytes(model: Transformer, kernel: str) -> tuple[list[float], list[float]]:

@@ -10,6 +10,11 @@ from autopar.simulator.overlap import OneByOne
 from benchmarks.programs import FIRST, SINCE, Program, program_of, written
 
 
+def row(**cells: str) -> dict[str, str]:
+    plain = {"source": "a table", "precision": "bf16", "zero_fsdp": "FSDP", "model_family": "GPT"}
+    return plain | cells
+
+
 @pytest.mark.parametrize("feature", SINCE)
 def test_a_program_has_what_was_there_when_it_was_written(feature: str) -> None:
     day = SINCE[feature]
@@ -25,11 +30,7 @@ def test_newer_programs_have_all_that_older_ones_have() -> None:
 
 
 def test_what_shards_parameters_has_none_of_megatrons() -> None:
-    program = program_of(
-        {"source": "arXiv 2402.15627", "precision": "bf16", "zero_fsdp": "FSDP"},
-        shards=True,
-        flash=True,
-    )
+    program = program_of(row(source="arXiv 2402.15627"), shards=True, flash=True)
     assert not any(map(program.has, SINCE))
 
 
@@ -45,6 +46,36 @@ def test_deepspeed_of_2021_gathers_one_by_one_and_knows_less_and_less() -> None:
     assert on("a table").one_by_one is None  # of no time that is told
     fsdp = {"source": "arXiv 2104.00001", "precision": "fp16", "zero_fsdp": "FSDP (ZeRO-3)"}
     assert program_of(fsdp, shards=True, flash=False).one_by_one is None
+
+
+@pytest.mark.parametrize(
+    ("cells", "reduced", "flat", "early"),
+    [
+        ({"precision": "bf16 (MP PURE)"}, 0, True, False),
+        ({"precision": "amp_bf16 (MP DEFAULT)"}, 4, True, True),
+        ({"zero_fsdp": "FSDP2 (ZeRO-3)"}, 4, False, True),
+        ({"zero_fsdp": "HSDP (ZeRO-3)"}, 0, True, True),
+        ({"source": "performance-summary NeMo 25.11"}, 0, False, True),
+        ({"source": "arXiv 2104.04473", "zero_fsdp": "3"}, 0, False, False),
+    ],
+    ids=["torch 1.13", "torch 2.1", "second", "hybrid", "of NeMo", "DeepSpeed"],
+)
+def test_each_version_of_fsdp_does_what_it_does(
+    cells: dict[str, str], reduced: int, flat: bool, early: bool
+) -> None:
+    """What gradients are reduced in, whether parameters are parts of one tensor, and whether a
+    forward that is run again ends where nothing is missing."""
+    program = program_of(row(**cells), shards=True, flash=True)
+    assert (program.reduced_bytes, program.flat, program.stops_early) == (reduced, flat, early)
+    assert program.gathered_bytes == 0
+
+
+def test_composer_measures_what_it_trains() -> None:
+    found = [
+        program_of(row(model_family=family), shards=True, flash=True).metrics
+        for family in ("MPT (GPT, ALiBi/learned pos)", "Llama3")
+    ]
+    assert found == [2, 0]
 
 
 @pytest.mark.parametrize(
@@ -64,12 +95,7 @@ def test_papers_and_releases_are_dated(source: str, day: date | None) -> None:
 
 
 def test_without_a_date_fused_attention_tells_a_new_program() -> None:
-    old, new = (
-        program_of(
-            {"source": "a table", "precision": "bf16", "zero_fsdp": "1"}, shards=False, flash=f
-        )
-        for f in (False, True)
-    )
+    old, new = (program_of(row(zero_fsdp="1"), shards=False, flash=f) for f in (False, True))
     assert old.written == FIRST
     assert not any(map(old.has, SINCE))
     assert all(map(new.has, SINCE))

@@ -235,6 +235,46 @@ def test_parameters_travel_with_the_bytes_that_are_said() -> None:
     assert estimate(degrees, machine, copied).backward_compute_s > plain.backward_compute_s
 
 
+def test_gradients_of_flat_parameters_are_put_together_and_divided() -> None:
+    """On the first stream they are read and written, on the second what is reduced is, and where it
+    has another dtype it is cast before; of machines that hide nothing all that adds up."""
+    degrees, machine = Degrees(data=8, zero=3, microbatch=2), FakePrices(devices=8, latency_s=0.0)
+
+    def of(reduced: int, *, flat: bool) -> Estimate:
+        how = Overlap(parameters=True, reduced_bytes=reduced, flat=flat)
+        return estimate(degrees, machine, how)
+
+    wide, narrow = ((of(n, flat=True).step_time_s - of(n, flat=False).step_time_s) for n in (4, 2))
+    moved = of(2, flat=True).backward_compute_s - of(2, flat=False).backward_compute_s
+    assert moved > 0
+    assert narrow == pytest.approx(2 * moved)  # 2 bytes in and out, twice
+    assert wide == pytest.approx(moved * (4 + 6 + 8) / 4)
+
+
+def test_to_the_end_a_block_is_run_again_as_a_whole() -> None:
+    """With its last product, of which nothing is missing: all but the sum whose result the next
+    block keeps."""
+    full, none = (Degrees(data=8, microbatch=4, recompute=kind) for kind in ("full", "none"))
+    machine, late = Slowed(devices=8), Overlap(to_the_end=True)
+    kept, stops, ends = (
+        estimate(none, machine),
+        estimate(full, machine),
+        estimate(full, machine, late),
+    )
+    assert ends.forward_compute_s == stops.forward_compute_s == kept.forward_compute_s
+    assert estimate(none, machine, late) == kept
+    one, two = (forward_s(replace(SMALL, layers=n), none, machine) for n in (1, 2))
+    of_blocks = SMALL.layers * (two - one)
+    assert ends.backward_compute_s - kept.backward_compute_s == pytest.approx(of_blocks, rel=0.01)
+    assert kept.backward_compute_s < stops.backward_compute_s < ends.backward_compute_s
+
+
+def forward_s(model: Transformer, degrees: Degrees, machine: Any) -> float:
+    found = division(model.graph(32), degrees.microbatches(32))
+    strategy = by_degrees(found, degrees, machine, Training("adam", "mixed"))
+    return evaluate(found.graph, found.rules, machine, strategy).forward_compute_s
+
+
 @pytest.mark.parametrize("between", ["whole", "sequence"])
 def test_who_waits_for_messages_sends_each_part_once(between: str) -> None:
     """What all devices of a stage have whole, each sends a part of, and gathers it on the other
