@@ -2,8 +2,8 @@
 
 A norm that keeps its input and a number for each row, and one whose backward is a single pass;
 SwiGLU that keeps its two factors (and, of experts, the weights of tokens); casts to what products
-take, and rotary positions, element by element; dropout whose mask is
-drawn where it is used, perhaps with the residual sum; softmax of scores that reads nothing above
+take, and rotary positions, element by element, also of a part of each head; keys and values of
+latent attention, and that attention; dropout whose mask is drawn where it is used, perhaps with the residual sum; softmax of scores that reads nothing above
 the diagonal; cross-entropy that keeps the logits and makes the gradient from them. Such are those
 of Megatron-LM, Apex, Transformer Engine, flash-attn and Liger, and what a compiler makes of the
 operators. ATen's own keep more: an rms_norm
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from autopar.ir.graph import OperatorGraph, TensorSpec
-from autopar.ir.rule import Inner, Kernel, OpRule, Saved
+from autopar.ir.rule import Inner, Kernel, OpRule, Product, Saved
 from autopar.ops.proposals import Proposals, call_key
 from autopar.ops.signatures import labels, points, signature
 
@@ -68,6 +68,55 @@ def _rotary(inputs: Shapes) -> OpRule:
     *rows, position, width = labels(inputs[0].shape)
     x, table = [*rows, position, width], [position, width]
     return OpRule(signature([x, table], [x]), linear=(0,), saves=(Saved("input 1", needs=(0,)),))
+
+
+def _rotary_part(inputs: Shapes) -> OpRule:
+    """Of as many of the last numbers of each head as the table is wide, in place."""
+    *rows, position, width = labels(inputs[0].shape)
+    x, table = [*rows, position, width], [position, "part"]
+    turned = (Kernel((points([*rows, position, "part"]),) * 2),)
+    return OpRule(
+        signature([x, table], [x]),
+        whole=(width, "part"),
+        linear=(0,),
+        saves=(Saved("input 1", needs=(0,)),),
+        forward=turned,
+        backward=turned,
+    )
+
+
+def _latent_keys(inputs: Shapes) -> OpRule:
+    """Keys and values of each head, from what has both and from the part of keys with positions
+    that all heads share, which is turned on the way."""
+    batch, heads, position, _ = labels(inputs[0].shape)
+    rows, shared = [batch, heads, position], [batch, position, "part"]
+    return OpRule(
+        signature(
+            [[*rows, "both"], shared, [position, "part"]], [[*rows, "dk"], [*rows, "dv"]]
+        ),
+        whole=("both", "part", "dk", "dv"),
+        linear=(0, 1),
+        saves=(Saved("input 2", needs=(1,)),),
+    )
+
+
+def _causal_attention(inputs: Shapes) -> OpRule:
+    """In one kernel also where values are narrower than keys, as cuDNN has it."""
+    batch, heads, _, _ = labels(inputs[0].shape)
+    rows = [batch, heads]
+    each = points([name for name in rows if name != "1"])
+    return OpRule(
+        signature([[*rows, "q", "d"], [*rows, "k", "d"], [*rows, "k", "dv"]], [[*rows, "q", "dv"]]),
+        whole=("q", "k", "d", "dv"),
+        kind="attention",
+        products=(Product(each, "q", "k", "d"), Product(each, "q", "dv", "k")),
+        causal=True,
+        saves=(
+            *(Saved(f"input {i}") for i in range(3)),
+            Saved("output 0"),
+            Saved(f"{each} q".strip(), dtype="float32"),
+        ),
+    )
 
 
 def _causal_softmax(inputs: Shapes) -> OpRule:
@@ -130,6 +179,9 @@ RULES: dict[str, Callable[[Shapes], OpRule]] = {
     "fused.layer_norm.one_pass": _in_one_pass(_layer_norm),
     "fused.cast.default": _cast,
     "fused.rotary.default": _rotary,
+    "fused.rotary.part": _rotary_part,
+    "fused.latent_keys.default": _latent_keys,
+    "fused.causal_attention.default": _causal_attention,
     "fused.causal_softmax.default": _causal_softmax,
     "fused.swiglu.default": _swiglu,
     "fused.dropout.default": _dropout,

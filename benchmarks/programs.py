@@ -1,7 +1,7 @@
 """What programs of published runs do, by their family and the time from which they do it.
 
-A row says of its program which family it is of (what shards parameters is of FSDP's kind, all else
-of Megatron-LM's), whether it has fused attention, and often when it was written: the number of a
+A row says of its program which family it is of (what shards parameters is of FSDP's kind unless its
+source is called Megatron or NeMo, all else of Megatron-LM's), whether it has fused attention, and often when it was written: the number of a
 paper on arXiv and the release of NeMo are dates. What Megatron-LM has had since when is in its
 history (NVIDIA/Megatron-LM); the commits are named below.
 """
@@ -41,6 +41,9 @@ MONTHS = (
 """How a source tells the year and the month."""
 
 
+MEGATRON = re.compile(r"megatron|\bnemo\b", re.IGNORECASE)
+"""How a source tells that it is of Megatron-LM's family also where parameters are sharded."""
+
 GATHERED = {"MP DEFAULT": 4, "fp8 allgather": 1}
 """Bytes of an element of a parameter that FSDP gathers, by what ``precision`` says. Composer's
 ``DEFAULT`` leaves parameters in float32, and autocast casts them where they are used
@@ -53,7 +56,8 @@ float32."""
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """``is_megatron``: whether it is of Megatron-LM's family rather than of FSDP and DeepSpeed.
+    """``is_megatron``: whether it is of Megatron-LM's family rather than of FSDP and DeepSpeed;
+    ``shards``: parameters, gathered ahead (Megatron-LM has its own FSDP).
     ``written``: the day to which its features are looked up, ``None``: today. ``gathered_bytes``,
     ``reduced_bytes``: of elements of parameters and gradients, of FSDP; 0: as products take them.
     ``per_parameter``: FSDP2, which copies each parameter out of the gathered buffer
@@ -67,6 +71,7 @@ class Program:
     gathered_bytes: int = 0
     reduced_bytes: int = 0
     per_parameter: bool = False
+    shards: bool = False
 
     def has(self, feature: str) -> bool:
         since = SINCE[feature]
@@ -80,11 +85,12 @@ NEW = Program()
 def program_of(row: Mapping[str, str], *, shards: bool, flash: bool) -> Program:
     """``shards``: parameters; ``flash``: whether attention is one kernel."""
     return Program(
-        not shards,
+        not shards or bool(MEGATRON.search(row["source"])),
         written(row["source"]) or (None if flash else FIRST),
         _said(row["precision"], GATHERED) * shards,
         _said(row["zero_fsdp"], REDUCED) * shards,
         shards and "FSDP2" in row["zero_fsdp"],
+        shards,
     )
 
 

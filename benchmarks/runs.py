@@ -33,9 +33,10 @@ from autopar.simulator.overlap import Overlap
 from autopar.simulator.pipelines import PricedPipeline, StagePrices, evaluate_stages
 from autopar.simulator.prices import evaluate
 from autopar.simulator.stages import pipelined
+from benchmarks import families
 from benchmarks.kernels import proposals
 from benchmarks.programs import NEW, Program, program_of
-from benchmarks.transformer import Experts, Transformer
+from benchmarks.transformer import Experts, Latent, Transformer
 from cost_models import Topology, cost_model, topology
 from cost_models.analytical import MATMUL_EFFICIENCY
 from cost_models.interface import CostModel
@@ -53,6 +54,7 @@ OPTIONAL = (
     *("kv_heads", "head_dim", "gated_mlp", "micro_batch", "gpus_per_node", "TP", "PP", "DP"),
     *("virtual_pp", "CP", "EP", "n_experts", "topk", "moe_ffn", "zero_fsdp"),
     *("sequence_parallel", "recompute", "flash_attn", "schedule"),
+    *families.COLUMNS,
 )
 """That are read, too; where one is missing, all its cells are empty."""
 
@@ -230,7 +232,6 @@ def run_of(row: Row) -> Run:
         SkippedError: it has something that no strategy of ours says, or leaves something open.
     """
     row = cleaned(row)
-    _check_supported(row)
     assumed: list[str] = []
     tensor, pipeline = _number(row, "TP", 1), _number(row, "PP", 1)
     context, chunks = _number(row, "CP", 1), _chunks(row, assumed)
@@ -277,11 +278,6 @@ def cleaned(row: Mapping[str, str | None]) -> Row:
     """Every column that is read, without blanks around its cells; short rows end in empty ones."""
     found = ((name, row.get(name)) for name in (*COLUMNS, *OPTIONAL))
     return {name: cell.strip() if cell else "" for name, cell in found}
-
-
-def _check_supported(row: Row) -> None:
-    if "MLA" in row["model_family"]:
-        raise SkippedError("latent attention: not among the sizes of a Transformer")
 
 
 def _number(row: Row, column: str, default: int | None = None) -> int:
@@ -375,11 +371,15 @@ RECOMPUTE: tuple[tuple[str, str, str], ...] = (
     ("unspecified", "none", "nothing is recomputed"),
     ("selective(op", "alternate", ""),
     ("selective layernorm", "elementwise", ""),
+    ("selective modules", "elementwise", "what is no product is recomputed, for single modules"),
     ("full", "full", ""),
     ("selective(layer", "full", ""),
     ("selective (hfu/mfu", "full", ""),
 )
 
+
+ON_HOST = "activations are kept by the host, and their way there and back is hidden"
+"""Their memory is not looked at then: the row does not say which of them."""
 
 ASSUMED_RECOMPUTED = frozenset(what for *_, what in RECOMPUTE if what)
 
@@ -391,8 +391,11 @@ def _recompute(text: str, layers: float, assumed: list[str]) -> tuple[str, float
         return "none", 1.0
     if said == "selective":
         return "attention", 1.0  # as arXiv 2205.05198 has it
+    if "activation offload" in said:
+        assumed.append(ON_HOST)
+        return "none", 1.0
     for begins, kind, what in RECOMPUTE:
-        if said.startswith(begins) and "offload" not in said:
+        if said.startswith(begins):
             assumed += [what] * bool(what)
             return kind, _part(said, layers)
     raise SkippedError(f"recomputes in a way that has no name here: {text}")
@@ -429,7 +432,36 @@ def _experts(row: Row, degrees: Degrees) -> Experts | None:
     tokens = _number(row, "seq_len") // groups * _number(row, "topk")
     if tokens % count or _number(row, "seq_len") % groups:
         raise SkippedError(f"{tokens} places of tokens cannot be shared evenly by {count} experts")
-    return Experts(count, _number(row, "topk"), _number(row, "moe_ffn"), groups)
+    ffn = _number(row, "moe_ffn")
+    return Experts(
+        count,
+        _number(row, "topk"),
+        ffn,
+        groups,
+        shared=_size(row, "n_shared_experts") * ffn,
+        after=_size(row, "first_k_dense_replace"),
+    )
+
+
+def _size(row: Row, column: str) -> int:
+    """Of what the family's publication says where the row does not; 0: it has no such thing."""
+    return _number(row, column, families.published(row["model_family"]).get(column, 0))
+
+
+def _latent(row: Row) -> Latent | None:
+    keys = _size(row, "kv_lora_rank")
+    if keys:
+        names = ("q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        queries, plain, rotary, values = (_size(row, name) for name in names)
+        if not (plain and rotary and values):
+            raise SkippedError(f"kv_lora_rank is given, and {', '.join(names[1:])} are not")
+        return Latent(keys, queries, plain, rotary, values)
+    if "MLA" in row["model_family"]:
+        raise SkippedError(
+            f"{row['model_family']} has latent attention, whose sizes are not known: give columns "
+            f"{', '.join(families.COLUMNS[:5])}"
+        )
+    return None
 
 
 def _model(row: Row, degrees: Degrees, program: Program) -> Transformer:
@@ -466,6 +498,7 @@ def _model(row: Row, degrees: Degrees, program: Program) -> Transformer:
         fused=True,
         one_pass=engine or program.has("norms_in_one_pass"),
         wide_rotary=program.per_parameter,
+        latent=_latent(row),
     )
 
 
@@ -548,6 +581,8 @@ def predicted(runs: Iterable[Run]) -> Iterator[tuple[Run, Compared | Exception]]
 def _is_judged(compared: Compared, machine: CostModel) -> bool:
     """Whether what is assumed to be recomputed does not decide if it fits."""
     run = compared.run
+    if ON_HOST in run.assumed:
+        return False
     if run.other_recomputation is None:
         return True
     most, least = run.other_recomputation
@@ -611,13 +646,14 @@ def overlap_of(run: Run) -> Overlap:
     """All prepare kernels ahead. FSDP and DeepSpeed gather parameters ahead, in the dtypes that the
     row names; what Megatron-LM does depends on when it was written."""
     program, degrees = run.program, run.degrees
-    if not program.is_megatron:
+    if program.shards:
         return Overlap(
             launches=True,
             parameters=True,
             gathered_bytes=program.gathered_bytes,
             reduced_bytes=program.reduced_bytes,
             copies=program.per_parameter,
+            update_bytes=UPDATE_BYTES[run.model.dtype] if program.is_megatron else 0,
         )
     passes = degrees.pipeline if degrees.chunks > 1 else 1
     return Overlap(

@@ -20,13 +20,31 @@ class Experts:
     ``groups``: parts of a sequence that are sent to experts for themselves.
 
     A token's places among the experts follow from its position, so that all experts have as many
-    tokens: benchmarks are run with balance forced. The router gives their weights.
+    tokens: benchmarks are run with balance forced. The router gives their weights. ``shared``: the
+    width of an MLP that works on all tokens beside them; ``after``: so many layers with an MLP come
+    first.
     """
 
     count: int
     chosen: int
     ffn: int
     groups: int = 1
+    shared: int = 0
+    after: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """Attention whose keys and values are made of one narrow vector for each token (DeepSeek-V2,
+    arXiv 2405.04434, section 2.1): ``keys`` wide, and ``queries`` that of queries (0: these are
+    made directly). Of a head ``plain`` numbers of queries and keys have no position and ``rotary``
+    have, the latter of keys for all heads together; ``values``: the width of its values."""
+
+    keys: int
+    queries: int = 0
+    plain: int = 128
+    rotary: int = 64
+    values: int = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +59,7 @@ class Transformer:
     ``fused``: the kernels of ``benchmarks/kernels.py`` in place of what ATen has for norms, SwiGLU,
     dropout, softmax and, with ``fused_loss``, cross-entropy; ``one_pass``: norms whose backward is
     one pass. ``wide_rotary``: rotary positions are products of complex numbers in fp32.
+    ``latent``: in place of plain heads.
     """
 
     layers: int
@@ -64,6 +83,7 @@ class Transformer:
     fused: bool = False
     one_pass: bool = False
     wide_rotary: bool = False
+    latent: Latent | None = None
 
     def graph(self, batch: int) -> OperatorGraph:
         """Of one global batch."""
@@ -92,7 +112,8 @@ class _Builder:
         x, table = self._embedded(tokens)
         tables = self._rotary() if of.gated else ()
         for layer in range(of.layers):
-            x = self._block(x, f"blocks.{layer}", tables)
+            chosen = None if of.experts is None or layer < of.experts.after else of.experts
+            x = self._block(x, f"blocks.{layer}", tables, chosen)
         x = self._norm(x, "norm")
         head = table if of.tied else self._parameter("head.weight", (of.vocabulary, of.width))
         logits = self._op("head", "linear", (x, head), (self.batch, of.length, of.vocabulary))
@@ -126,15 +147,24 @@ class _Builder:
         return x, table
 
     def _rotary(self) -> tuple[str, ...]:
-        shape = (self.of.length, self.head_width)
+        latent = self.of.latent
+        shape = (self.of.length, self.head_width if latent is None else latent.rotary)
         return (self._given("rotary", shape, self.of.dtype, Role.BUFFER),)
 
-    def _block(self, x: str, name: str, tables: tuple[str, ...]) -> str:
-        y = self._attention(self._norm(x, f"{name}.norm_1", narrow=True), name, tables)
+    def _block(
+        self, x: str, name: str, tables: tuple[str, ...], experts: Experts | None = None
+    ) -> str:
+        attention = self._attention if self.of.latent is None else self._latent_attention
+        y = attention(self._norm(x, f"{name}.norm_1", narrow=True), name, tables)
         x = self._residual(x, y, name)
-        y = self._norm(x, f"{name}.norm_2", narrow=self.of.experts is None)
-        y = self._mlp(y, name) if self.of.experts is None else self._expert_mlp(y, name)
-        return self._residual(x, y, name)
+        y = self._norm(x, f"{name}.norm_2", narrow=experts is None)
+        if experts is None:
+            return self._residual(x, self._mlp(y, name, self.of.ffn), name)
+        chosen = self._expert_mlp(y, name, experts)
+        if experts.shared:
+            shared = self._mlp(y, f"{name}.shared", experts.shared)
+            chosen = self._op(name, "add.Tensor", (chosen, shared), self.specs[chosen].shape)
+        return self._residual(x, chosen, name)
 
     def _residual(self, x: str, y: str, name: str) -> str:
         shape = self.specs[x].shape
@@ -143,11 +173,11 @@ class _Builder:
             return self._op(name, "fused.sum", (x, y), shape)
         return self._op(name, "add.Tensor", (x, self._dropped(y, name)), shape)
 
-    def _mlp(self, y: str, name: str) -> str:
+    def _mlp(self, y: str, name: str, ffn: int) -> str:
         of = self.of
-        up = self._linear(y, f"{name}.up", of.ffn)
+        up = self._linear(y, f"{name}.up", ffn)
         if of.gated:
-            up = self._swiglu(self._linear(y, f"{name}.gate", of.ffn), up, name)
+            up = self._swiglu(self._linear(y, f"{name}.gate", ffn), up, name)
         else:
             up = self._op(name, "gelu", (up,), self.specs[up].shape)
         return self._linear(up, f"{name}.down", of.width)
@@ -160,13 +190,12 @@ class _Builder:
         gate = self._op(name, "silu", (gate,), shape)
         return self._op(name, "mul.Tensor", (gate, up), shape)
 
-    def _expert_mlp(self, y: str, name: str) -> str:
-        of, width = self.of.experts, self.of.width
-        assert of is not None
+    def _expert_mlp(self, y: str, name: str, of: Experts) -> str:
+        width = self.of.width
         batch, groups, tokens = self.batch, of.groups, self.of.length // of.groups
         each = -(-tokens * of.chosen // of.count)  # tokens of a group for one expert
         of_tokens = (batch, groups, tokens, of.chosen, 1)
-        weights = self._routed(y, name, of_tokens)
+        weights = self._routed(y, name, of, of_tokens)
         shape = (batch, groups, tokens, 1, width)
         y = self._op(name, "view", (y,), shape, shape)
         chosen = (batch, groups, tokens, of.chosen, width)
@@ -191,10 +220,8 @@ class _Builder:
         whole = (batch, self.of.length, width)
         return self._op(name, "view", (y,), whole, whole)
 
-    def _routed(self, y: str, name: str, shape: tuple[int, ...]) -> str:
+    def _routed(self, y: str, name: str, of: Experts, shape: tuple[int, ...]) -> str:
         """The weights of the chosen."""
-        of = self.of.experts
-        assert of is not None
         router = self._parameter(f"{name}.router.weight", (of.count, self.of.width))
         scores = (self.batch, self.of.length, of.count)
         scored = self._op(f"{name}.router", "linear", (y, router), scores)
@@ -247,6 +274,34 @@ class _Builder:
         flat = (self.batch, of.length, of.heads * d)
         return self._linear(self._op(name, "reshape", (z,), flat, flat), f"{name}.out", of.width)
 
+    def _latent_attention(self, y: str, name: str, tables: tuple[str, ...]) -> str:
+        """Up to heads from what is narrow, which is normalised on the way."""
+        of, latent, (table,) = self.of, self.of.latent, tables
+        assert latent is not None
+        length, dk = of.length, latent.plain + latent.rotary
+        q = y
+        if latent.queries:
+            q = self._linear(y, f"{name}.q_down", latent.queries)
+            q = self._norm(q, f"{name}.q_norm", narrow=True)
+        q = self._linear(q, f"{name}.q_up", of.heads * dk)
+        q = self._by_heads(q, name, of.heads, dk)
+        q = self._op(name, "fused.rotary.part", (q, table), self.specs[q].shape)
+        down = self._linear(y, f"{name}.kv_down", latent.keys + latent.rotary)
+        sizes = (latent.keys, latent.rotary)
+        parts = [((self.batch, length, size), of.dtype) for size in sizes]
+        narrow, places = self._outputs(name, "split_with_sizes", (down,), parts, sizes, 2)
+        kv = self._norm(narrow, f"{name}.kv_norm", narrow=True)
+        kv = self._linear(kv, f"{name}.kv_up", of.heads * (latent.plain + latent.values))
+        kv = self._by_heads(kv, name, of.heads, latent.plain + latent.values)
+        heads = (self.batch, of.heads, length)
+        made = [((*heads, dk), of.dtype), ((*heads, latent.values), of.dtype)]
+        k, v = self._outputs(name, "fused.latent_keys", (kv, places, table), made)
+        z = self._op(name, "fused.causal_attention", (q, k, v), (*heads, latent.values))
+        flat = (self.batch, length, of.heads * latent.values)
+        apart = (self.batch, length, of.heads, latent.values)
+        z = self._op(name, "transpose.int", (z,), apart, 1, 2)
+        return self._linear(self._op(name, "reshape", (z,), flat, flat), f"{name}.out", of.width)
+
     def _rotated(self, x: str, table: str, name: str) -> str:
         if not self.of.wide_rotary:
             kernel = "fused.rotary" if self.of.fused else "mul.Tensor"
@@ -275,15 +330,13 @@ class _Builder:
             sizes = (("q", of.heads), ("k", of.kv_heads), ("v", of.kv_heads))
             parts = tuple(self._linear(y, f"{name}.{part}", n * d) for part, n in sizes)
         counts = (of.heads, of.kv_heads, of.kv_heads)
-        q, k, v = (self._by_heads(t, name, n) for t, n in zip(parts, counts, strict=True))
+        q, k, v = (self._by_heads(t, name, n, d) for t, n in zip(parts, counts, strict=True))
         return q, k, v
 
-    def _by_heads(self, x: str, name: str, heads: int) -> str:
-        apart = (self.batch, self.of.length, heads, self.head_width)
+    def _by_heads(self, x: str, name: str, heads: int, width: int) -> str:
+        apart = (self.batch, self.of.length, heads, width)
         x = self._op(name, "view", (x,), apart, apart)
-        return self._op(
-            name, "transpose.int", (x,), (apart[0], heads, apart[1], self.head_width), 1, 2
-        )
+        return self._op(name, "transpose.int", (x,), (apart[0], heads, apart[1], width), 1, 2)
 
     # ---- operators -----------------------------------------------------------------------------
 
@@ -313,7 +366,7 @@ class _Builder:
 
     def _norm(self, x: str, name: str, *, narrow: bool = False) -> str:
         """``narrow``: only products read it."""
-        sizes = (self.of.width,)
+        sizes = self.specs[x].shape[-1:]
         weight = self._parameter(f"{name}.weight", sizes)
         shape, kernel = self.specs[x].shape, ".one_pass" if self.of.one_pass else ""
         if self.of.gated and self.of.fused:

@@ -134,7 +134,8 @@ class Analytical:
         wide = "bfloat16" if "bfloat16" in dict(device.peak_flops_per_s) else "float16"
         if not device.power_w or wide not in dict(device.peak_flops_per_s):
             return 1.0
-        drawn_w = self._largest(wide) * self.calibration.flop_pj * 1e-12
+        flop_pj = self.calibration.flop_pj * device.flop_energy
+        drawn_w = self._largest(wide) * flop_pj * 1e-12
         if drawn_w <= device.power_w:
             return 1.0
         held: float = (device.power_w / drawn_w) ** (1 / 3)

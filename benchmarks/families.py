@@ -1,0 +1,41 @@
+"""Sizes that tables of published runs leave out and the models' own publications give.
+
+A row names its family. Columns that are called as in the models' ``config.json`` go before these.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+COLUMNS = (
+    *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    *("n_shared_experts", "first_k_dense_replace"),
+)
+
+_HEADS = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+_RANKS = {"q_lora_rank": 1536, "kv_lora_rank": 512}
+
+FAMILIES: tuple[tuple[str, Mapping[str, int]], ...] = (
+    # arXiv 2412.19437, section 4.2: one shared expert, the first three layers without experts
+    (r"deepseek.?v?3|deepseek.?r1", {**_RANKS, **_HEADS, "n_shared_experts": 1, "first_k_dense_replace": 3}),
+    # arXiv 2405.04434, appendix B: of the smaller one, queries are not compressed
+    (r"deepseek.?v?2.?lite", {"kv_lora_rank": 512, **_HEADS, "n_shared_experts": 2, "first_k_dense_replace": 1}),
+    # arXiv 2405.04434, section 3.1.2
+    (r"deepseek.?v?2", {**_RANKS, **_HEADS, "n_shared_experts": 2, "first_k_dense_replace": 1}),
+    # arXiv 2507.20534, table 2: as DeepSeek-V3, but for one layer without experts
+    (r"kimi.?k2", {**_RANKS, **_HEADS, "n_shared_experts": 1, "first_k_dense_replace": 1}),
+)
+"""By what ``model_family`` is called, in small letters; the first that is found."""
+
+
+def published(family: str) -> Mapping[str, int]:
+    """
+    >>> published("DeepSeekV3(MLA)")["kv_lora_rank"], published("Llama3")
+    (512, {})
+    """
+    said = family.lower()
+    return next((sizes for name, sizes in FAMILIES if re.search(name, said)), {})
+
+
+__all__ = ["COLUMNS", "FAMILIES", "published"]
