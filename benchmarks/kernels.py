@@ -119,6 +119,71 @@ def _causal_attention(inputs: Shapes) -> OpRule:
     )
 
 
+def _near_attention(inputs: Shapes) -> OpRule:
+    """Of queries that see as many keys in the mean as the last input is long, heads perhaps grouped
+    as for torch's."""
+    batch, heads, *_ = labels(inputs[0].shape)
+    grouped = inputs[0].shape[1] != inputs[1].shape[1]
+    q_rows = [batch, "(heads group)" if grouped else heads]
+    k_rows = [batch, "heads" if grouped else heads]
+    each = points(q_rows)
+    return OpRule(
+        signature(
+            [[*q_rows, "q", "d"], [*k_rows, "k", "d"], [*k_rows, "k", "dv"], ["near"]],
+            [[*q_rows, "q", "dv"]],
+        ),
+        whole=("q", "k", "d", "dv", "near", *(["group"] if grouped else [])),
+        kind="attention",
+        products=(Product(each, "q", "near", "d"), Product(each, "q", "dv", "near")),
+        saves=(
+            *(Saved(f"input {i}") for i in range(3)),
+            Saved("output 0"),
+            Saved(f"{each} q".strip(), dtype="float32"),
+        ),
+    )
+
+
+def _moved(inputs: Shapes) -> OpRule:
+    """Rows put elsewhere, and their gradients back."""
+    x = labels(inputs[0].shape)
+    return OpRule(signature([x], [x]), linear=(0,))
+
+
+def _cast_twice(inputs: Shapes) -> OpRule:
+    """As ``_cast``, but the largest number of the tensor is looked for first: to NVFP4, which has a
+    scale for the tensor beside those of blocks. Rows and columns have half a byte each."""
+    x = labels(inputs[0].shape)
+    made = Kernel(("input 0", "output 0", "output 0"))
+    return OpRule(signature([x], [x]), forward=(Kernel(("input 0",)), made), backward=())
+
+
+def _expert_bias(inputs: Shapes) -> OpRule:
+    """Added to the rows of each expert, which each has a weight, in float32 and expert by expert:
+    the product, the sum, all joined, the cast; back a cast for the rows, products and sums for the
+    bias and for the weights, and what the parts make together (Megatron-LM's ``_apply_bias`` in
+    ``megatron/core/transformer/moe/experts.py``)."""
+    expert, *rows, width = labels(inputs[0].shape)
+    wide = f"{points([expert, *rows, width])}/float32"
+    return OpRule(
+        signature(
+            [[expert, *rows, width], [expert, width], [expert, *rows, "1"]], [[expert, *rows, width]]
+        ),
+        saves=(Saved("input 1"), Saved("input 2")),
+        forward=(
+            Kernel((wide,)),
+            Kernel(("input 0", wide, wide)),
+            Kernel((wide, wide)),
+            Kernel((wide, "output 0")),
+        ),
+        backward=(
+            Kernel(("output 0", wide)),
+            Kernel((wide, "input 0")),
+            *(Kernel((wide, wide)), Kernel((wide,))) * 2,
+            Kernel(("input 0", "input 0")),
+        ),
+    )
+
+
 def _causal_softmax(inputs: Shapes) -> OpRule:
     """Of scores, with their scale and mask; what is hidden is written as zero and never read, nor
     is its gradient (Megatron-LM's scaled_upper_triang_masked_softmax)."""
@@ -182,6 +247,10 @@ RULES: dict[str, Callable[[Shapes], OpRule]] = {
     "fused.rotary.part": _rotary_part,
     "fused.latent_keys.default": _latent_keys,
     "fused.causal_attention.default": _causal_attention,
+    "fused.near_attention.default": _near_attention,
+    "fused.moved.default": _moved,
+    "fused.cast.twice": _cast_twice,
+    "fused.expert_bias.default": _expert_bias,
     "fused.causal_softmax.default": _causal_softmax,
     "fused.swiglu.default": _swiglu,
     "fused.dropout.default": _dropout,

@@ -24,6 +24,15 @@ SINCE = {
     "replicas": date(2023, 11, 17),
     # f9283c5a8a, --overlap-p2p-communication, where a device has several stages
     "messages_beside": date(2023, 5, 31),
+    # 3db741160b, --fp8-recipe tensorwise: the scale of a tensor is that of its own largest number
+    # or of its blocks, and what is cast is a norm's result; before, norms wrote what products take
+    "own_scales": date(2025, 3, 22),
+    # 0d389f5e99, DeepEP: tokens go once to each host, for models that limit these
+    "once_to_hosts": date(2025, 2, 25),
+    # 3df200905e, HybridEP: once to each device, where a rack has one switch
+    "once_in_racks": date(2025, 11, 18),
+    # 6815c0fefe and f007db77b9: experts in one kernel, places of tokens found on the device
+    "whole_experts": date(2026, 5, 22),
     # 116ffddc58, Transformer Engine's user buffers: gathers and scatters in pieces of a product
     "in_pieces": date(2023, 10, 23),
 }

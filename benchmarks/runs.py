@@ -25,7 +25,7 @@ from autopar.recipes import Degrees, by_degrees
 from autopar.recipes.by_degrees import recomputed_copies
 from autopar.recipes.columns_rows import DATA
 from autopar.simulator.bands import banded
-from autopar.simulator.costs import ComputeCache
+from autopar.simulator.costs import BLOCK, ComputeCache, attended
 from autopar.simulator.folding import Folded
 from autopar.simulator.listing import Structure
 from autopar.simulator.microbatches import Division, division
@@ -37,8 +37,9 @@ from benchmarks import families
 from benchmarks.kernels import proposals
 from benchmarks.programs import NEW, Program, program_of
 from benchmarks.transformer import Experts, Latent, Transformer
-from cost_models import Topology, cost_model, topology
+from cost_models import Analytical, Topology, topology
 from cost_models.analytical import MATMUL_EFFICIENCY
+from cost_models.collectives import Dispatch
 from cost_models.interface import CostModel
 
 Row = dict[str, str]
@@ -112,7 +113,8 @@ class DefectError(Exception):
 class Run:
     """What a row says. ``step_s``, ``memory_bytes``: what was measured, if it was (of memory: what
     the allocator reserved); ``ran_out``: of memory; else, if something was measured, it fitted.
-    ``assumed``: what it does not say."""
+    ``assumed``: what it does not say. ``hosts``: at most so many have experts of a token, if that
+    is limited."""
 
     name: str
     source: str
@@ -126,6 +128,7 @@ class Run:
     ran_out: bool
     assumed: tuple[str, ...] = ()
     program: Program = NEW
+    hosts: int = 0
 
     @property
     def other_recomputation(self) -> tuple[Degrees, Degrees] | None:
@@ -134,6 +137,19 @@ class Run:
             return None
         most, least = (replace(self.degrees, recompute=kind) for kind in ("none", "full"))
         return most, least
+
+    @property
+    def machine_model(self) -> Analytical:
+        """Its machine, and how its program sends tokens to experts."""
+        experts, found = self.model.experts, self.topology
+        if experts is None:
+            return Analytical(found)
+        is_rack = found.tiers[0].size > found.host_size
+        if self.hosts and self.program.has("once_to_hosts"):
+            return Analytical(found, dispatch=Dispatch(experts.chosen, self.hosts))
+        if is_rack and self.program.has("once_in_racks"):
+            return Analytical(found, dispatch=Dispatch(experts.chosen))
+        return Analytical(found)
 
     @property
     def topology(self) -> Topology:
@@ -271,6 +287,7 @@ def run_of(row: Row) -> Run:
         ran_out=ran_out,
         assumed=tuple(assumed),
         program=program,
+        hosts=_size(row, "topk_group") if _size(row, "n_group") else 0,
     )
 
 
@@ -419,7 +436,7 @@ def _part(said: str, layers: float) -> float:
     return 1.0
 
 
-def _experts(row: Row, degrees: Degrees) -> Experts | None:
+def _experts(row: Row, degrees: Degrees, program: Program, narrow: bool) -> Experts | None:
     """A group for each part of the sequence that a device has."""
     count = _number(row, "n_experts", 1)
     if count == 1:
@@ -433,6 +450,7 @@ def _experts(row: Row, degrees: Degrees) -> Experts | None:
     if tokens % count or _number(row, "seq_len") % groups:
         raise SkippedError(f"{tokens} places of tokens cannot be shared evenly by {count} experts")
     ffn = _number(row, "moe_ffn")
+    apart = program.is_megatron and not (narrow and program.has("whole_experts"))
     return Experts(
         count,
         _number(row, "topk"),
@@ -440,7 +458,28 @@ def _experts(row: Row, degrees: Degrees) -> Experts | None:
         groups,
         shared=_size(row, "n_shared_experts") * ffn,
         after=_size(row, "first_k_dense_replace"),
+        biased=bool(_size(row, "expert_bias")) and apart,
+        sorted=apart and count > degrees.experts > 1,
+        padded=apart and narrow,
+        steps=ROUTING_STEPS * apart,
     )
+
+
+ROUTING_STEPS = 14
+"""Kernels of Megatron-LM's dispatcher for all to all that count tokens, beside those of ATen here:
+sums over the map of tokens and experts, of its ranks and of its experts, their gathering, a copy
+for the host, which experts come where; scores again for the loss of balance and that loss
+(``megatron/core/transformer/moe``: ``token_dispatcher.py``, ``preprocess``, and ``router.py``)."""
+
+
+def _near(row: Row) -> int:
+    """Keys that a query sees in the mean, where layers with a window and without take turns."""
+    window, length = _size(row, "sliding_window"), _number(row, "seq_len")
+    if not window or window >= length:
+        return 0
+    turns = max(1, _size(row, "sliding_window_pattern"))
+    near, every = min(length, window + BLOCK), attended(length) * length
+    return round((every + (turns - 1) * near) / turns) if turns > 1 else near
 
 
 def _size(row: Row, column: str) -> int:
@@ -493,12 +532,14 @@ def _model(row: Row, degrees: Degrees, program: Program) -> Transformer:
         dtype=dtype,
         head_width=_number(row, "head_dim", 0) or None,
         products=products,
-        experts=_experts(row, degrees),
+        experts=_experts(row, degrees, program, products is not None),
         engine=engine,
         fused=True,
         one_pass=engine or program.has("norms_in_one_pass"),
         wide_rotary=program.per_parameter,
         latent=_latent(row),
+        near=_near(row) if flash else 0,
+        cast_norms=program.has("own_scales"),
     )
 
 
@@ -537,12 +578,12 @@ def predicted(runs: Iterable[Run]) -> Iterator[tuple[Run, Compared | Exception]]
     which are priced once."""
 
     def alike(run: Run) -> tuple[object, ...]:
-        return run.model, run.topology, run.degrees, run.training
+        return run.model, run.machine_model, run.degrees, run.training
 
     for _, group in groupby(sorted(runs, key=lambda run: repr(alike(run))), key=alike):
         together = list(group)
         try:
-            machine = cost_model(together[0].topology)
+            machine = together[0].machine_model
         except ValueError as error:
             yield from ((run, error) for run in together)
             continue
@@ -616,7 +657,7 @@ def estimate(run: Run) -> Estimate:
     Raises:
         AutoparError, ValueError: there is no such strategy, or no price.
     """
-    machine = cost_model(run.topology)
+    machine = run.machine_model
     return _estimate(run, machine, StagePrices(machine, overlap=overlap_of(run)), {})[0]
 
 

@@ -22,7 +22,11 @@ class Experts:
     A token's places among the experts follow from its position, so that all experts have as many
     tokens: benchmarks are run with balance forced. The router gives their weights. ``shared``: the
     width of an MLP that works on all tokens beside them; ``after``: so many layers with an MLP come
-    first.
+    first. ``biased``: what an expert gives has a bias.
+
+    What programs do beside: ``sorted``: what arrives from other devices is put in the order of
+    experts, and back; ``padded``: to as many rows as narrow products take. ``steps``: kernels of a
+    few numbers each that find out where tokens go.
     """
 
     count: int
@@ -31,6 +35,10 @@ class Experts:
     groups: int = 1
     shared: int = 0
     after: int = 0
+    biased: bool = False
+    sorted: bool = False
+    padded: bool = False
+    steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +67,9 @@ class Transformer:
     ``fused``: the kernels of ``benchmarks/kernels.py`` in place of what ATen has for norms, SwiGLU,
     dropout, softmax and, with ``fused_loss``, cross-entropy; ``one_pass``: norms whose backward is
     one pass. ``wide_rotary``: rotary positions are products of complex numbers in fp32.
-    ``latent``: in place of plain heads.
+    ``latent``: in place of plain heads. ``near``: of keys that a query sees in the mean of all
+    layers, where some see a window only (0: all before it). ``parallel``: attention and MLP of a
+    block read the same. ``cast_norms``: norms write wide, and what products take is cast from it.
     """
 
     layers: int
@@ -84,6 +94,9 @@ class Transformer:
     one_pass: bool = False
     wide_rotary: bool = False
     latent: Latent | None = None
+    near: int = 0
+    parallel: bool = False
+    cast_norms: bool = False
 
     def graph(self, batch: int) -> OperatorGraph:
         """Of one global batch."""
@@ -151,10 +164,20 @@ class _Builder:
         shape = (self.of.length, self.head_width if latent is None else latent.rotary)
         return (self._given("rotary", shape, self.of.dtype, Role.BUFFER),)
 
+    def _near(self) -> str:
+        """As long as the keys that a query sees."""
+        if "near" in self.specs:
+            return "near"
+        return self._given("near", (self.of.near,), self.of.dtype, Role.BUFFER)
+
     def _block(
         self, x: str, name: str, tables: tuple[str, ...], experts: Experts | None = None
     ) -> str:
         attention = self._attention if self.of.latent is None else self._latent_attention
+        if self.of.parallel:
+            both = self._norm(x, f"{name}.norm_1", narrow=True)
+            z, y = attention(both, name, tables), self._mlp(both, name, self.of.ffn)
+            return self._residual(x, self._op(name, "add.Tensor", (z, y), self.specs[x].shape), name)
         y = attention(self._norm(x, f"{name}.norm_1", narrow=True), name, tables)
         x = self._residual(x, y, name)
         y = self._norm(x, f"{name}.norm_2", narrow=experts is None)
@@ -211,7 +234,15 @@ class _Builder:
             w = self._op(name, "view", (weights,), shape, shape)
             shape = (*sent[:-1], 1)
             applied = (self._op(name, "permute", (w,), shape, (2, 0, 1, 3, 4)),)
+        arranged = of.sorted + of.padded
+        for _ in range(arranged):
+            y = self._op(name, "fused.moved", (y,), sent)
         y = self._one_expert(y, name, of, applied)
+        if of.biased and applied:
+            bias = self._parameter(f"{name}.experts.bias", (of.count, width))
+            y = self._op(name, "fused.expert_bias", (y, bias, *applied), sent)
+        for _ in range(arranged):
+            y = self._op(name, "fused.moved", (y,), sent)
         y = self._op(name, "permute", (y,), by_expert, (1, 2, 0, 3, 4))
         y = self._op(name, "reshape", (y,), chosen, chosen)
         if not applied:
@@ -228,7 +259,9 @@ class _Builder:
         scored = self._op(name, "softmax.int", (scored,), scores, -1)
         made = (*scores[:2], of.chosen)
         kinds = [(made, self.of.dtype), (made, "int64")]
-        best, _ = self._outputs(name, "topk", (scored,), kinds, of.chosen)
+        best, places = self._outputs(name, "topk", (scored,), kinds, of.chosen)
+        for _ in range(of.steps):
+            places = self._op(name, "fused.moved", (places,), made)
         return self._op(name, "view", (best,), shape, shape)
 
     def _one_expert(self, y: str, name: str, of: Experts, weights: tuple[str, ...]) -> str:
@@ -252,7 +285,9 @@ class _Builder:
         for table in tables:
             q, k = (self._rotated(t, table, name) for t in (q, k))
         shape = (self.batch, of.heads, of.length, d)
-        if of.flash:
+        if of.near:
+            z = self._op(name, "fused.near_attention", (q, k, v, self._near()), shape)
+        elif of.flash:
             grouped = (("enable_gqa", True),) if of.kv_heads != of.heads else ()
             z = self._op(
                 name,
@@ -354,8 +389,9 @@ class _Builder:
             return x
         if x not in self.narrow:
             to, shape = self.of.products, self.specs[x].shape
+            cast = "fused.cast.twice" if "float4" in to else "fused.cast"
             self.narrow[x] = (
-                self._op(name, "fused.cast", (x,), shape, dtype=to)
+                self._op(name, cast, (x,), shape, dtype=to)
                 if self.of.fused
                 else self._cast(x, to, name)
             )
@@ -370,7 +406,8 @@ class _Builder:
         weight = self._parameter(f"{name}.weight", sizes)
         shape, kernel = self.specs[x].shape, ".one_pass" if self.of.one_pass else ""
         if self.of.gated and self.of.fused:
-            dtype = (narrow and self.of.engine and self.of.products) or self.of.dtype
+            engine = self.of.engine and not self.of.cast_norms
+            dtype = (narrow and engine and self.of.products) or self.of.dtype
             return self._op(name, f"fused.rms_norm{kernel}", (x, weight), shape, dtype=dtype)
         if self.of.gated:
             return self._call(name, "rms_norm", (x, weight), (Input(0), sizes, Input(1)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 
 from cost_models.calibration import Calibration, read_calibration
-from cost_models.collectives import COLLECTIVES, Way, spans, useful
+from cost_models.collectives import COLLECTIVES, Dispatch, Way, dispatch, spans, useful
 from cost_models.interface import Collective, CollectiveKind, HostTime, Work
 from cost_models.overheads import BY_VENDOR, NCCL_CHANNELS, NOTHING, Overheads
 from cost_models.topology import Topology
@@ -54,10 +54,12 @@ technical specifications; CDNA holds as many of 32 waves of 64)."""
 
 @dataclass(frozen=True)
 class Analytical:
-    """A ``CostModel`` of a machine that need not be at hand."""
+    """A ``CostModel`` of a machine that need not be at hand. ``dispatch``: all that goes all to all
+    are tokens for experts, sent so."""
 
     topology: Topology
     calibration: Calibration = field(default_factory=read_calibration)
+    dispatch: Dispatch | None = None
     _computed: dict[Work, float] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -225,6 +227,9 @@ class Analytical:
                 f"{self.devices} devices of {self.topology.name} (a group has at least 2)"
             )
         hops = spans(self.topology, group_size, stride, within)
+        if kind == "all_to_all" and self.dispatch is not None:
+            launch_s = self.topology.collective_launch_s
+            return useful(dispatch(self.dispatch, hops, group_size, launch_s))
         return useful(COLLECTIVES[kind](hops, group_size, self.topology.collective_launch_s))
 
 

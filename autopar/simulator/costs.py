@@ -509,6 +509,10 @@ NARROW = {"float8_e4m3fn": 2, "float8_e5m2": 2, "float4_e2m1fn_x2": 1}
 """Dtypes that only products take, whose result is wider; how many copies of its bytes a tensor has
 that products read along both dims (those of half a byte have two in one)."""
 
+SCALED_AS_A_WHOLE = frozenset({"float4_e2m1fn_x2"})
+"""Of these, formats with a scale for the tensor beside those of its blocks (NVFP4): a tensor is
+read once for its largest number, and once more to cast it."""
+
 
 def _attention(
     bound: BoundRule, sizes: dict[str, int], dtype: str, moved: float, differentiable: bool
@@ -569,7 +573,8 @@ def _narrowed_gradient(bound: BoundRule, sizes: dict[str, int], dtype: str) -> W
     for one, by columns for the other."""
     (product, *_), spec = bound.rule.products, bound.output_specs[0]
     batch, m, n, _ = _shape(product, sizes)
-    item = ITEM_BYTES[spec.dtype] + NARROW[dtype] * ITEM_BYTES[dtype]
+    read = ITEM_BYTES[spec.dtype] * (1 + (dtype in SCALED_AS_A_WHOLE))
+    item = read + NARROW[dtype] * ITEM_BYTES[dtype]
     return Work("memory", spec.dtype, 0.0, float(batch * m * n * item))
 
 
