@@ -13,7 +13,7 @@ from collections.abc import Mapping
 COLUMNS = (
     *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
     *("n_shared_experts", "first_k_dense_replace", "expert_bias", "n_group", "topk_group"),
-    *("sliding_window", "sliding_window_pattern"),
+    *("sliding_window", "sliding_window_pattern", "use_parallel_residual"),
 )
 
 _HEADS = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
@@ -34,6 +34,9 @@ FAMILIES: tuple[tuple[str, Mapping[str, int]], ...] = (
     # arXiv 2507.20534, table 2: as DeepSeek-V3, but for one layer without experts
     (r"kimi.?k2", {**_RANKS, **_HEADS, "n_shared_experts": 1, "first_k_dense_replace": 1}),
     # arXiv 2508.10925, section 2: every other layer sees 128 tokens; experts have biases
+    # attention and MLP read the same: arXiv 2204.02311, section 2; 2204.06745, section 2.1;
+    # 2311.16867, section 3.3
+    (r"palm|gpt.?neox|gpt.?j\b|pythia|falcon", {"use_parallel_residual": 1}),
     (r"gpt.?oss", {"sliding_window": 128, "sliding_window_pattern": 2, "expert_bias": 1}),
 )
 """By what ``model_family`` is called, in small letters; the first that is found."""

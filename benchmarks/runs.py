@@ -36,6 +36,7 @@ from autopar.simulator.stages import pipelined
 from benchmarks import families
 from benchmarks.kernels import proposals
 from benchmarks.programs import NEW, Program, program_of
+from benchmarks.rates import Step, seconds
 from benchmarks.transformer import Experts, Latent, Transformer
 from cost_models import Analytical, Topology, topology
 from cost_models.analytical import MATMUL_EFFICIENCY
@@ -55,7 +56,7 @@ OPTIONAL = (
     *("kv_heads", "head_dim", "gated_mlp", "micro_batch", "gpus_per_node", "TP", "PP", "DP"),
     *("virtual_pp", "CP", "EP", "n_experts", "topk", "moe_ffn", "zero_fsdp"),
     *("sequence_parallel", "recompute", "flash_attn", "schedule"),
-    *families.COLUMNS,
+    *("notes", *families.COLUMNS),
 )
 """That are read, too; where one is missing, all its cells are empty."""
 
@@ -73,11 +74,35 @@ MACHINES = {
 }
 """By the column ``gpu_type``, the machine of ``autopar list topologies``."""
 
+OTHER_NAMES: tuple[tuple[str, str], ...] = (
+    (r"\bgb300", "gb300-nvl72"),
+    (r"\bgb200", "gb200-nvl72"),
+    (r"\bb300", "b300-sxm"),
+    (r"\bb200", "b200-sxm"),
+    (r"\bh200", "h200-sxm"),
+    (r"\bh100.*(pcie|nvl)", "h100-pcie"),
+    (r"\bh100.*96", "h100-sxm-96gb"),
+    (r"\bh100", "h100-sxm"),
+    (r"\ba100.*pcie", "a100-pcie-80gb"),
+    (r"\ba100.*40", "a100-sxm-40gb"),
+    (r"\ba100", "a100-sxm-80gb"),
+    (r"\bv100.*pcie", "v100-pcie"),
+    (r"\bv100.*(dgx-?2|sxm3)", "v100-sxm3-32gb"),
+    (r"\bv100.*16", "v100-sxm2-16gb"),
+    (r"\bv100", "v100-sxm2-32gb"),
+    *((rf"\b{name}\b", name) for name in ("mi300x", "mi325x", "mi355x", "l40s", "l4")),
+    (r"\b4090\b", "rtx-4090"),
+    *((rf"\btpu.?{name}\b", f"tpu-{name}") for name in ("v3", "v4", "v5e", "v5p", "v6e")),
+)
+"""Where it is none of these, by what is found in it, in small letters; the first."""
+
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp8": "bfloat16", "mxfp8": "bfloat16"}
-DTYPES["nvfp4"] = "bfloat16"
+DTYPES |= {"nvfp4": "bfloat16", "float16": "float16", "half": "float16", "bfloat16": "bfloat16"}
+DTYPES |= {"float8": "bfloat16", "fp32": "float32", "float32": "float32"}
 """Of what is no product, by how a column ``precision`` begins."""
 
 PRODUCTS = {"fp8": "float8_e4m3fn", "mxfp8": "float8_e4m3fn", "nvfp4": "float4_e2m1fn_x2"}
+PRODUCTS["float8"] = "float8_e4m3fn"
 """Of products with the weights of blocks; attention, embedding and head are in the other."""
 
 ENGINE_ATTENTION = 539 / 794.5
@@ -90,13 +115,13 @@ FLASH_2 = {"h100-sxm": 3.35e14, "h100-sxm-96gb": 3.35e14}
 2307.08691, section 4.1, from memory: up to 335 TFLOP/s on H100, whose own instructions it does not
 use). Beside the largest product of other chips it is as on A100 (``ATTENTION_SHARE``)."""
 
-UPDATE_BYTES = {"float16": 20, "bfloat16": 6}
+UPDATE_BYTES = {"float16": 20, "bfloat16": 6, "float32": 4}
 """That Megatron-LM's optimizer in mixed precision moves beside the update and its casts, for each
 element: the norm of wide gradients (4) and their scaling to it (8), in fp16 division by the scale
 of the loss, too (8); in bf16 gradients are wide already and are not cast (6 less)
 (``megatron/optimizer/optimizer.py``, ``Float16OptimizerWithFloat16Params.step``)."""
 
-OUT_OF_MEMORY = "oom"
+OUT_OF_MEMORY = ("oom", "out of memory", "out_of_memory")
 MOST_LAYERS = 4096
 GIB = 2**30
 
@@ -251,12 +276,14 @@ def run_of(row: Row) -> Run:
     assumed: list[str] = []
     tensor, pipeline = _number(row, "TP", 1), _number(row, "PP", 1)
     context, chunks = _number(row, "CP", 1), _chunks(row, assumed)
-    sharded, replicas, zero = _zero(row["zero_fsdp"], _number(row, "DP", 1))
+    others = _number(row, "n_gpus") // (tensor * pipeline * context)
+    sharded, replicas, zero = _zero(row["zero_fsdp"], _number(row, "DP", max(1, others)))
     if zero == 2 and pipeline > 1:
         zero = 1  # of all microbatches in flight, gradients would be scattered one by one
         assumed.append("gradients are scattered once a step")
     layers = _number(row, "layers") / (pipeline * chunks)
-    recompute, part = _recompute(row["recompute"], layers, assumed)
+    flash = _flag(row, "flash_attn")
+    recompute, part = _recompute(row["recompute"], layers, flash, assumed)
     degrees = Degrees(
         tensor=tensor,
         pipeline=pipeline,
@@ -272,17 +299,19 @@ def run_of(row: Row) -> Run:
         recomputed=part,
     )
     memory = row["metric"].startswith("peak_mem")
-    program = program_of(row, shards=zero == 3, flash=_flag(row, "flash_attn"))
-    ran_out = row["value"].lower() == OUT_OF_MEMORY
+    program = program_of(row, shards=zero == 3, flash=flash)
+    ran_out = any(row[name].lower() in OUT_OF_MEMORY for name in ("value", "iter_time_s"))
+    model, machine = _model(row, degrees, program, assumed), _machine(row, degrees)
+    narrow = "PURE" in row["precision"] or model.dtype == "float32"
     return Run(
         name=row["config_id"],
         source=row["source"],
-        model=_model(row, degrees, program),
-        machine=_machine(row, degrees),
+        model=model,
+        machine=machine,
         degrees=degrees,
-        training=Training("adam", "full" if "PURE" in row["precision"] else "mixed"),
+        training=Training("adam", "full" if narrow else "mixed"),
         batch=_number(row, "global_batch"),
-        step_s=None if memory else _positive(row, "iter_time_s"),
+        step_s=None if memory or ran_out else _step_s(row, model, machine, assumed),
         memory_bytes=_gib(_positive(row, "value")) if memory and not ran_out else None,
         ran_out=ran_out,
         assumed=tuple(assumed),
@@ -315,12 +344,29 @@ def _number(row: Row, column: str, default: int | None = None) -> int:
     return int(found)
 
 
+def _step_s(row: Row, model: Transformer, machine: str, assumed: list[str]) -> float | None:
+    """Where only a rate is given, from that."""
+    found, value = _positive(row, "iter_time_s"), row["value"]
+    if found is not None or value.lower() in NOT_SAID:
+        return found
+    device = topology(machine).device
+    peaks = dict(device.peak_flops_per_s)
+    peak = peaks.get(model.products or model.dtype, peaks.get(model.dtype, 0.0))
+    step = Step(model, _number(row, "global_batch"), _number(row, "n_gpus"), peak)
+    given = _positive(row, "value")
+    assert given is not None
+    metric = row["metric"]
+    if re.search(r"tflop|mfu", metric.lower()):
+        assumed.append("flops are those of weights and of attention without its mask")
+    return seconds(metric, given, step)
+
+
 NOT_SAID = ("", "none", "nan", "null", "n/a", "na", "-", "?", "unknown")
 
 
 def _positive(row: Row, column: str) -> float | None:
     text = row[column]
-    if text.lower() in (*NOT_SAID, OUT_OF_MEMORY):
+    if text.lower() in (*NOT_SAID, *OUT_OF_MEMORY):
         return None
     try:
         found = float(text)
@@ -347,10 +393,14 @@ FLAGS |= dict.fromkeys(("false", "no", "n", "f", "0", "0.0", "off", *NOT_SAID), 
 
 
 def _chunks(row: Row, assumed: list[str]) -> int:
-    """One where nothing is said, as in Megatron-LM, whatever the schedule is called."""
-    if row["virtual_pp"].lower() in NOT_SAID and "interleaved" in row["schedule"].lower():
-        assumed.append("virtual_pp is 1")
-    return _number(row, "virtual_pp", 1)
+    """Interleaved without a number: two layers for each stage, or one, as MegaScale has it (arXiv
+    2402.15627, section 6.1, from memory: six chunks of 12 layers, three of three)."""
+    if row["virtual_pp"].lower() not in NOT_SAID or "interleaved" not in row["schedule"].lower():
+        return _number(row, "virtual_pp", 1)
+    each, left = divmod(_number(row, "layers"), _number(row, "PP", 1))
+    found = 1 if left else each // 2 if each % 2 == 0 else each
+    assumed.append(f"virtual_pp is {max(1, found)}")
+    return max(1, found)
 
 
 def _microbatch(row: Row, assumed: list[str]) -> int:
@@ -364,18 +414,19 @@ def _zero(text: str, data: int) -> tuple[int, int, int]:
     said = text.lower()
     if said.startswith("hsdp"):
         return (8, data // 8, 3) if data % 8 == 0 and data > 8 else (data, 1, 3)
-    if "zero-3" in said or said in ("fsdp", "fsdp2"):
+    if "fsdp" in said:
         return data, 1, 3
-    level = ZERO.get(said)
-    if level is None:
-        raise SkippedError(f"zero_fsdp is {text!r}: not known")
-    return data, 1, level
+    if said in WHOLE:
+        return data, 1, 0
+    found = re.fullmatch(r"(?:.*zero|stage)?[ _-]*([0-3])(?:\.0)?", said)
+    if found:
+        return data, 1, int(found[1])
+    if re.fullmatch(r"dist\w*[ _-]*opt\w*", said):
+        return data, 1, 1
+    raise SkippedError(f"zero_fsdp is {text!r}: not known")
 
 
-ZERO = {
-    f"{before}{n}{after}": n for n in range(4) for before in ("", "zero-") for after in ("", ".0")
-}
-ZERO |= dict.fromkeys(("false", *NOT_SAID), 0)
+WHOLE = ("false", "no", "ddp", "off")
 
 RECOMPUTE: tuple[tuple[str, str, str], ...] = (
     # how a cell begins, what is recomputed, what is assumed thereby
@@ -386,6 +437,8 @@ RECOMPUTE: tuple[tuple[str, str, str], ...] = (
     ("unspecified(assume none", "none", "nothing is recomputed"),
     ("unspecified (selective", "attention", "attention is recomputed"),
     ("unspecified", "none", "nothing is recomputed"),
+    ("uniform", "full", ""),
+    ("true", "full", ""),
     ("selective(op", "alternate", ""),
     ("selective layernorm", "elementwise", ""),
     ("selective modules", "elementwise", "what is no product is recomputed, for single modules"),
@@ -401,8 +454,11 @@ ON_HOST = "activations are kept by the host, and their way there and back is hid
 ASSUMED_RECOMPUTED = frozenset(what for *_, what in RECOMPUTE if what)
 
 
-def _recompute(text: str, layers: float, assumed: list[str]) -> tuple[str, float]:
-    """What is recomputed, and in which part of the ``layers`` of a stage."""
+def _recompute(
+    text: str, layers: float, flash: bool, assumed: list[str]
+) -> tuple[str, float]:
+    """What is recomputed, and in which part of the ``layers`` of a stage. Where that is not said,
+    ``flash`` attention leaves nothing that would be worth it."""
     said = text.lower()
     if said in NOT_SAID:
         return "none", 1.0
@@ -413,6 +469,9 @@ def _recompute(text: str, layers: float, assumed: list[str]) -> tuple[str, float
         return "none", 1.0
     for begins, kind, what in RECOMPUTE:
         if said.startswith(begins):
+            if what == "attention is recomputed" and flash:
+                kind = "none"
+                what = "nothing is recomputed"
             assumed += [what] * bool(what)
             return kind, _part(said, layers)
     raise SkippedError(f"recomputes in a way that has no name here: {text}")
@@ -503,7 +562,22 @@ def _latent(row: Row) -> Latent | None:
     return None
 
 
-def _model(row: Row, degrees: Degrees, program: Program) -> Transformer:
+def _ffn(row: Row, assumed: list[str]) -> int:
+    """Not given: that of experts, if all layers have them, or as wide as plain ones are."""
+    if row["ffn"].lower() not in NOT_SAID or _flag(row, "gated_mlp"):
+        if row["ffn"].lower() in NOT_SAID and _number(row, "n_experts", 1) > 1:
+            return _number(row, "moe_ffn")
+        return _number(row, "ffn")
+    assumed.append("ffn is four times hidden")
+    return 4 * _number(row, "hidden")
+
+
+def _is_parallel(row: Row) -> bool:
+    """Whether attention and MLP of a block read the same."""
+    return bool(_size(row, "use_parallel_residual")) or "parallel block" in row["notes"].lower()
+
+
+def _model(row: Row, degrees: Degrees, program: Program, assumed: list[str]) -> Transformer:
     precision = row["precision"].lower().replace("amp_", "").replace("fp8-mx", "mxfp8")
     dtype = next((name for key, name in DTYPES.items() if precision.startswith(key)), None)
     if dtype is None:
@@ -520,7 +594,7 @@ def _model(row: Row, degrees: Degrees, program: Program) -> Transformer:
         width=_number(row, "hidden"),
         heads=heads,
         kv_heads=_number(row, "kv_heads", heads),
-        ffn=_number(row, "ffn"),
+        ffn=_ffn(row, assumed),
         vocabulary=padded(_number(row, "vocab"), degrees.tensor, always=program.is_megatron),
         length=_number(row, "seq_len"),
         gated=gated,
@@ -539,6 +613,7 @@ def _model(row: Row, degrees: Degrees, program: Program) -> Transformer:
         wide_rotary=program.per_parameter,
         latent=_latent(row),
         near=_near(row) if flash else 0,
+        parallel=_is_parallel(row),
         cast_norms=program.has("own_scales"),
     )
 
@@ -556,7 +631,9 @@ def padded(vocabulary: int, tensor: int, *, always: bool = False) -> int:
 
 
 def _machine(row: Row, degrees: Degrees) -> str:
-    name = MACHINES.get(row["gpu_type"])
+    said = row["gpu_type"].lower()
+    found = (name for pattern, name in OTHER_NAMES if re.search(pattern, said))
+    name = MACHINES.get(row["gpu_type"]) or next(found, None)
     if name is None:
         raise SkippedError(f"no topology for {row['gpu_type']}")
     devices, host = _number(row, "n_gpus"), _number(row, "gpus_per_node", 8)

@@ -102,6 +102,33 @@ class Transformer:
         """Of one global batch."""
         return _Builder(self, batch).graph()
 
+    @property
+    def value_width(self) -> int:
+        """Of a head."""
+        return self.latent.values if self.latent else self.head_width or self.width // self.heads
+
+    @property
+    def weights_of_a_token(self) -> int:
+        """Of all products that it goes through."""
+        mlps = (2 + self.gated) * self.width
+        wide, narrow = mlps * self.ffn, 0
+        after = self.layers
+        if self.experts is not None:
+            chosen = self.experts.chosen * self.experts.ffn + self.experts.shared
+            narrow, after = mlps * chosen + self.width * self.experts.count, self.experts.after
+        blocks = after * wide + (self.layers - after) * narrow
+        return blocks + self.layers * self._attention_weights + self.width * self.vocabulary
+
+    @property
+    def _attention_weights(self) -> int:
+        given = self.heads * self.value_width * self.width
+        if self.latent is None:
+            return 2 * given + 2 * self.kv_heads * self.value_width * self.width
+        of, head = self.latent, self.latent.plain + self.latent.rotary
+        queries = self.heads * head * (of.queries or self.width) + self.width * of.queries
+        keys = of.keys * self.heads * (of.plain + of.values) + self.width * (of.keys + of.rotary)
+        return queries + keys + given
+
 
 @dataclass
 class _Builder:
