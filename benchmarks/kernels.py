@@ -57,6 +57,31 @@ def _in_one_pass(rule: Callable[[Shapes], OpRule]) -> Callable[[Shapes], OpRule]
     return lambda inputs: replace(rule(inputs), backward=(backward,))
 
 
+def _then_cast(inputs: Shapes, times: int) -> OpRule:
+    """A norm whose result is wide, and read ``times`` to be cast: of rows and of columns."""
+    written = ("output 0",) * (2 if times == 1 else 1)  # of half a byte, both are in one
+    looked = (Kernel(("input 0",)),) * (times - 1)
+    return replace(
+        _in_one_pass(_rms_norm)(inputs),
+        forward=(
+            Kernel(("input 0", "input 1", "input 0")),
+            *looked,
+            Kernel(("input 0", *written)),
+        ),
+        backward=(Kernel(("input 0", "input 0", "input 0", "input 1", "input 1")),),
+    )
+
+
+def _norm_then_cast(inputs: Shapes) -> OpRule:
+    """To a byte."""
+    return _then_cast(inputs, 1)
+
+
+def _norm_then_cast_twice(inputs: Shapes) -> OpRule:
+    """To NVFP4."""
+    return _then_cast(inputs, 2)
+
+
 def _cast(inputs: Shapes) -> OpRule:
     """To what products take; the gradient that they give is wide already."""
     x = labels(inputs[0].shape)
@@ -241,6 +266,8 @@ def _cross_entropy(inputs: Shapes) -> OpRule:
 RULES: dict[str, Callable[[Shapes], OpRule]] = {
     "fused.rms_norm.default": _rms_norm,
     "fused.rms_norm.one_pass": _in_one_pass(_rms_norm),
+    "fused.rms_norm.then_cast": _norm_then_cast,
+    "fused.rms_norm.then_cast_twice": _norm_then_cast_twice,
     "fused.layer_norm.one_pass": _in_one_pass(_layer_norm),
     "fused.cast.default": _cast,
     "fused.rotary.default": _rotary,

@@ -433,8 +433,9 @@ class _Builder:
         weight = self._parameter(f"{name}.weight", sizes)
         shape, kernel = self.specs[x].shape, ".one_pass" if self.of.one_pass else ""
         if self.of.gated and self.of.fused:
-            engine = self.of.engine and not self.of.cast_norms
-            dtype = (narrow and engine and self.of.products) or self.of.dtype
+            dtype = (narrow and self.of.engine and self.of.products) or self.of.dtype
+            if self.of.cast_norms and dtype != self.of.dtype:
+                kernel = ".then_cast_twice" if "float4" in dtype else ".then_cast"
             return self._op(name, f"fused.rms_norm{kernel}", (x, weight), shape, dtype=dtype)
         if self.of.gated:
             return self._call(name, "rms_norm", (x, weight), (Input(0), sizes, Input(1)))
