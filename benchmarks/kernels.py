@@ -168,6 +168,23 @@ def _near_attention(inputs: Shapes) -> OpRule:
     )
 
 
+def _grouped(inputs: Shapes) -> OpRule:
+    """Products of the rows of each expert with its own weight, which is a parameter by itself: of
+    each the program looks up what products take, and hands on its gradient (``GroupedLinear`` of
+    Transformer Engine, and the hooks of Megatron-LM's ``DistributedDataParallel``)."""
+    expert, *rows, width = labels(inputs[0].shape)
+    each = "" if expert == "1" else expert
+    return OpRule(
+        signature([[expert, *rows, width], [expert, "out", width]], [[expert, *rows, "out"]]),
+        sums=(width,),
+        linear=(0,),
+        kind="matmul",
+        products=(Product(each, points(rows), "out", width),),
+        apart=each,
+        saves=(Saved("input 0", needs=(1,)), Saved("input 1", needs=(0,))),
+    )
+
+
 def _moved(inputs: Shapes) -> OpRule:
     """Rows put elsewhere, and their gradients back."""
     x = labels(inputs[0].shape)
@@ -275,6 +292,7 @@ RULES: dict[str, Callable[[Shapes], OpRule]] = {
     "fused.latent_keys.default": _latent_keys,
     "fused.causal_attention.default": _causal_attention,
     "fused.near_attention.default": _near_attention,
+    "fused.grouped.default": _grouped,
     "fused.moved.default": _moved,
     "fused.cast.twice": _cast_twice,
     "fused.expert_bias.default": _expert_bias,

@@ -165,16 +165,20 @@ class Run:
 
     @property
     def machine_model(self) -> Analytical:
-        """Its machine, and how its program sends tokens to experts."""
-        experts, found = self.model.experts, self.topology
+        """Its machine, and how its program sends tokens to experts. Where sizes of experts are known
+        ahead, kernels are captured once and follow each other without the host."""
+        experts, found = self.model.experts, Analytical(self.topology)
         if experts is None:
-            return Analytical(found)
-        is_rack = found.tiers[0].size > found.host_size
+            return found
+        if self.model.engine and not experts.apart:
+            launch_s = self.topology.device.launch_s
+            found = replace(found, calibration=replace(found.calibration, operator_s=launch_s))
+        is_rack = self.topology.tiers[0].size > self.topology.host_size
         if self.hosts and self.program.has("once_to_hosts"):
-            return Analytical(found, dispatch=Dispatch(experts.chosen, self.hosts))
+            return replace(found, dispatch=Dispatch(experts.chosen, self.hosts))
         if is_rack and self.program.has("once_in_racks"):
-            return Analytical(found, dispatch=Dispatch(experts.chosen))
-        return Analytical(found)
+            return replace(found, dispatch=Dispatch(experts.chosen))
+        return found
 
     @property
     def topology(self) -> Topology:
@@ -510,6 +514,7 @@ def _experts(row: Row, degrees: Degrees, program: Program, narrow: bool) -> Expe
         raise SkippedError(f"{tokens} places of tokens cannot be shared evenly by {count} experts")
     ffn = _number(row, "moe_ffn")
     apart = program.is_megatron and not (narrow and program.has("whole_experts"))
+    free = apart and not _is_padded_to_capacity(row)
     return Experts(
         count,
         _number(row, "topk"),
@@ -519,9 +524,16 @@ def _experts(row: Row, degrees: Degrees, program: Program, narrow: bool) -> Expe
         after=_size(row, "first_k_dense_replace"),
         biased=bool(_size(row, "expert_bias")) and apart,
         sorted=apart and count > degrees.experts > 1,
-        padded=apart and narrow,
-        steps=ROUTING_STEPS * apart,
+        padded=free and narrow,
+        steps=ROUTING_STEPS * free,
+        apart=free,
     )
+
+
+def _is_padded_to_capacity(row: Row) -> bool:
+    """Experts take as many tokens whatever the router says, and drop others: all sizes are known
+    ahead, and layers are captured as graphs of the device."""
+    return re.search(r"(token|drop).?(drop|pad)", f"{row['config_id']} {row['notes']}") is not None
 
 
 ROUTING_STEPS = 14

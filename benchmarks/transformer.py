@@ -26,7 +26,8 @@ class Experts:
 
     What programs do beside: ``sorted``: what arrives from other devices is put in the order of
     experts, and back; ``padded``: to as many rows as narrow products take. ``steps``: kernels of a
-    few numbers each that find out where tokens go.
+    few numbers each that find out where tokens go. ``apart``: weights of experts are parameters of
+    their own to the host.
     """
 
     count: int
@@ -39,6 +40,7 @@ class Experts:
     sorted: bool = False
     padded: bool = False
     steps: int = 0
+    apart: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,17 +294,19 @@ class _Builder:
         return self._op(name, "view", (best,), shape, shape)
 
     def _one_expert(self, y: str, name: str, of: Experts, weights: tuple[str, ...]) -> str:
-        up = self._by_experts(y, f"{name}.experts.up", of.ffn)
-        gate = self._by_experts(y, f"{name}.experts.gate", of.ffn)
+        up = self._by_experts(y, f"{name}.experts.up", of.ffn, apart=of.apart)
+        gate = self._by_experts(y, f"{name}.experts.gate", of.ffn)  # one product with the other
         up = self._swiglu(gate, up, name, *weights)
-        return self._by_experts(up, f"{name}.experts.down", self.of.width)
+        return self._by_experts(up, f"{name}.experts.down", self.of.width, apart=of.apart)
 
-    def _by_experts(self, x: str, name: str, out: int) -> str:
+    def _by_experts(self, x: str, name: str, out: int, *, apart: bool = False) -> str:
         """A product for each expert."""
         shape = self.specs[x].shape
         weight = self._parameter(f"{name}.weight", (shape[0], out, shape[-1]))
         read = (self._narrowed(x, name), self._narrowed_weight(weight, name))
         made = [((*shape[:-1], out), self.of.dtype)]
+        if apart:
+            return self._add(name, "fused.grouped", read, made, (Input(0), Input(1)), ())[0]
         arguments = ("ebgcw,efw->ebgcf", (Input(0), Input(1)))
         return self._add(name, "einsum", read, made, arguments, ())[0]
 

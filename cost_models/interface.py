@@ -25,7 +25,8 @@ class Work:
     a GPU, whose caches are small for all that it works on at once; from the caches of a processor.
     ``threads``: all that work, with ``ahead_bytes`` on the way for each (0: as many as there are).
     ``instructions``: what a kernel takes to find elements that do not lie one after the other.
-    ``follows``: launched by the call that launched the work before it.
+    ``follows``: launched by the call that launched the work before it. ``calls``: by so many, each
+    for a part.
     """
 
     kind: Literal["matmul", "convolution", "attention", "memory"]
@@ -39,6 +40,7 @@ class Work:
     ahead_bytes: int = 0
     instructions: float = 0.0
     follows: bool = False
+    calls: int = 1
 
 
 @dataclass(frozen=True, slots=True)

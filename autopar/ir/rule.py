@@ -166,6 +166,9 @@ class OpRule:
       of attention, those that do it by its definition where ``fused`` does not hold.
     - ``added``: inputs that operators before this one read as well, whose gradients are added to
       those that these give. Found in the graph.
+    - ``apart``: a factor for each index of which the host makes calls of its own, though the kernels
+      go on at once: parameters of experts that a program keeps one by one. One call forward and one
+      backward.
     - ``causal``: a fused kernel that leaves out what the mask hides, a block of keys at a time; one
       that is bound by memory does not read it.
     - ``saves``: what is kept for the backward.
@@ -190,6 +193,7 @@ class OpRule:
     backward: Kernels | None = None
     fused: bool = True
     added: tuple[int, ...] = ()
+    apart: str = ""
     causal: bool = False
     saves: tuple[Saved, ...] = ()
     inner: tuple[Inner, ...] = ()
@@ -200,7 +204,7 @@ class OpRule:
     joined: tuple[Joined, ...] = ()
 
 
-NOT_DATA = frozenset({"localize", "joined", "forward", "backward", "fused", "added"})
+NOT_DATA = frozenset({"localize", "joined", "forward", "backward", "fused", "added", "apart"})
 """Fields of a rule that no proposed one has, and no plan."""
 
 RuleMaker = Callable[[Operator, tuple[TensorSpec, ...], tuple[TensorSpec, ...]], OpRule]

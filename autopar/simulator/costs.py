@@ -152,7 +152,7 @@ class Costs:
         return max(self._launch_s(of), self.cost_model.compute_time_s(of))
 
     def _launch_s(self, of: Work) -> float:
-        return 0.0 if of.follows else self.host.operator_s
+        return 0.0 if of.follows else of.calls * self.host.operator_s
 
     def memory_bound_s(self, moved_bytes: float, dtype: str, of: str = "") -> float:
         """An elementwise pass that reads and writes ``moved_bytes``; ``of`` as in ``Work``."""
@@ -350,7 +350,9 @@ class _Local:
         if rule.products:
             narrow = self.bound.input_specs[0].dtype  # what is multiplied; the sum may be wider
             dtype = narrow if narrow in NARROW else self.dtype
-            return _products(self.bound, self.sizes, dtype, wanted)
+            forward, backward = _products(self.bound, self.sizes, dtype, wanted)
+            calls = self.sizes[rule.apart] if rule.apart else 1
+            return _called(forward, calls), _called(backward, calls)
         return self._one_pass() if any(self.read) or any(self.written) else ([], [])
 
     def _one_pass(self) -> tuple[list[Work], list[Work]]:
@@ -566,6 +568,11 @@ def _products(
     if any(differentiable[i] for i in bound.rule.addends):
         backward.append(_bias_sum(bound, sizes))
     return forward, backward
+
+
+def _called(works: list[Work], calls: int) -> list[Work]:
+    """The first by so many calls."""
+    return [replace(works[0], calls=calls), *works[1:]] if works and calls > 1 else works
 
 
 def _narrowed_gradient(bound: BoundRule, sizes: dict[str, int], dtype: str) -> Work:
