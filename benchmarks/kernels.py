@@ -1,9 +1,11 @@
 """Kernels that published programs run and ATen does not have: what they read, write and keep.
 
-A norm that keeps its input and a number for each row, and one whose backward is a single pass;
-SwiGLU that keeps its two factors (and, of experts, the weights of tokens); casts to what products
-take, and rotary positions, element by element, also of a part of each head; keys and values of
-latent attention, and that attention; dropout whose mask is drawn where it is used, perhaps with the residual sum; softmax of scores that reads nothing above
+A norm that keeps its input and a number for each row, and one whose backward is a single pass,
+perhaps with a cast after it; SwiGLU that keeps its two factors (and, of experts, the weights of
+tokens); casts to what products take, and rotary positions, element by element, also of a part of
+each head; keys and values of latent attention, and attention of these or of a window; products of
+experts, their biases, and their rows put elsewhere; dropout whose mask is drawn where it is used,
+perhaps with the residual sum; softmax of scores that reads nothing above
 the diagonal; cross-entropy that keeps the logits and makes the gradient from them. Such are those
 of Megatron-LM, Apex, Transformer Engine, flash-attn and Liger, and what a compiler makes of the
 operators. ATen's own keep more: an rms_norm
@@ -116,9 +118,7 @@ def _latent_keys(inputs: Shapes) -> OpRule:
     batch, heads, position, _ = labels(inputs[0].shape)
     rows, shared = [batch, heads, position], [batch, position, "part"]
     return OpRule(
-        signature(
-            [[*rows, "both"], shared, [position, "part"]], [[*rows, "dk"], [*rows, "dv"]]
-        ),
+        signature([[*rows, "both"], shared, [position, "part"]], [[*rows, "dk"], [*rows, "dv"]]),
         whole=("both", "part", "dk", "dv"),
         linear=(0, 1),
         saves=(Saved("input 2", needs=(1,)),),
@@ -208,7 +208,8 @@ def _expert_bias(inputs: Shapes) -> OpRule:
     wide = f"{points([expert, *rows, width])}/float32"
     return OpRule(
         signature(
-            [[expert, *rows, width], [expert, width], [expert, *rows, "1"]], [[expert, *rows, width]]
+            [[expert, *rows, width], [expert, width], [expert, *rows, "1"]],
+            [[expert, *rows, width]],
         ),
         saves=(Saved("input 1"), Saved("input 2")),
         forward=(

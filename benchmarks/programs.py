@@ -1,9 +1,9 @@
 """What programs of published runs do, by their family and the time from which they do it.
 
 A row says of its program which family it is of (what shards parameters is of FSDP's kind unless its
-source is called Megatron or NeMo, all else of Megatron-LM's), whether it has fused attention, and often when it was written: the number of a
-paper on arXiv and the release of NeMo are dates. What Megatron-LM has had since when is in its
-history (NVIDIA/Megatron-LM); the commits are named below.
+source is called Megatron or NeMo, all else of Megatron-LM's), whether it has fused attention, and
+often when it was written: the number of a paper on arXiv and the release of NeMo are dates. What
+Megatron-LM has had since when is in its history (NVIDIA/Megatron-LM); the commits are named below.
 """
 
 from __future__ import annotations

@@ -46,7 +46,8 @@ RATES: tuple[tuple[str, Callable[[Step, float], float]], ...] = (
 
 def seconds(metric: str, value: float, step: Step) -> float | None:
     """``None`` for what does not tell the time of a step."""
-    said = re.sub(r"[^a-z0-9]+", "_", metric.lower()).strip("_").replace("per_sec_", "per_s_")
+    said = re.sub(r"[^a-z0-9]+", "_", metric.lower().replace("/", " per ")).strip("_")
+    said = re.sub(r"per_sec(ond)?s?(?=_|$)", "per_s", said)
     for pattern, of in RATES:
         if re.match(pattern, said):
             return of(step, value)

@@ -165,8 +165,8 @@ class Run:
 
     @property
     def machine_model(self) -> Analytical:
-        """Its machine, and how its program sends tokens to experts. Where sizes of experts are known
-        ahead, kernels are captured once and follow each other without the host."""
+        """Its machine, and how its program sends tokens to experts. Where it is known ahead how
+        many go to each, kernels are captured once and follow each other without the host."""
         experts, found = self.model.experts, Analytical(self.topology)
         if experts is None:
             return found
@@ -458,9 +458,7 @@ ON_HOST = "activations are kept by the host, and their way there and back is hid
 ASSUMED_RECOMPUTED = frozenset(what for *_, what in RECOMPUTE if what)
 
 
-def _recompute(
-    text: str, layers: float, flash: bool, assumed: list[str]
-) -> tuple[str, float]:
+def _recompute(text: str, layers: float, flash: bool, assumed: list[str]) -> tuple[str, float]:
     """What is recomputed, and in which part of the ``layers`` of a stage. Where that is not said,
     ``flash`` attention leaves nothing that would be worth it."""
     said = text.lower()

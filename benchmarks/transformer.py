@@ -206,7 +206,9 @@ class _Builder:
         if self.of.parallel:
             both = self._norm(x, f"{name}.norm_1", narrow=True)
             z, y = attention(both, name, tables), self._mlp(both, name, self.of.ffn)
-            return self._residual(x, self._op(name, "add.Tensor", (z, y), self.specs[x].shape), name)
+            return self._residual(
+                x, self._op(name, "add.Tensor", (z, y), self.specs[x].shape), name
+            )
         y = attention(self._norm(x, f"{name}.norm_1", narrow=True), name, tables)
         x = self._residual(x, y, name)
         y = self._norm(x, f"{name}.norm_2", narrow=experts is None)

@@ -166,9 +166,8 @@ class OpRule:
       of attention, those that do it by its definition where ``fused`` does not hold.
     - ``added``: inputs that operators before this one read as well, whose gradients are added to
       those that these give. Found in the graph.
-    - ``apart``: a factor for each index of which the host makes calls of its own, though the kernels
-      go on at once: parameters of experts that a program keeps one by one. One call forward and one
-      backward.
+    - ``apart``: a factor for each index of which the host makes a call of its own, forward and
+      backward, though the kernels go on at once: parameters of experts, kept one by one.
     - ``causal``: a fused kernel that leaves out what the mask hides, a block of keys at a time; one
       that is bound by memory does not read it.
     - ``saves``: what is kept for the backward.
