@@ -1,9 +1,11 @@
 """Kernels that published programs run and ATen does not have: what they read, write and keep.
 
-A norm that keeps its input and a number for each row, and one whose backward is a single pass;
-SwiGLU that keeps its two factors (and, of experts, the weights of tokens); casts to what products
-take, and rotary positions, element by element; dropout whose mask is
-drawn where it is used, perhaps with the residual sum; softmax of scores that reads nothing above
+A norm that keeps its input and a number for each row, and one whose backward is a single pass,
+perhaps with a cast after it; SwiGLU that keeps its two factors (and, of experts, the weights of
+tokens); casts to what products take, and rotary positions, element by element, also of a part of
+each head; keys and values of latent attention, and attention of these or of a window; products of
+experts, their biases, and their rows put elsewhere; dropout whose mask is drawn where it is used,
+perhaps with the residual sum; softmax of scores that reads nothing above
 the diagonal; cross-entropy that keeps the logits and makes the gradient from them. Such are those
 of Megatron-LM, Apex, Transformer Engine, flash-attn and Liger, and what a compiler makes of the
 operators. ATen's own keep more: an rms_norm
@@ -19,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from autopar.ir.graph import OperatorGraph, TensorSpec
-from autopar.ir.rule import Inner, Kernel, OpRule, Saved
+from autopar.ir.rule import Inner, Kernel, OpRule, Product, Saved
 from autopar.ops.proposals import Proposals, call_key
 from autopar.ops.signatures import labels, points, signature
 
@@ -57,6 +59,31 @@ def _in_one_pass(rule: Callable[[Shapes], OpRule]) -> Callable[[Shapes], OpRule]
     return lambda inputs: replace(rule(inputs), backward=(backward,))
 
 
+def _then_cast(inputs: Shapes, times: int) -> OpRule:
+    """A norm whose result is wide, and read ``times`` to be cast: of rows and of columns."""
+    written = ("output 0",) * (2 if times == 1 else 1)  # of half a byte, both are in one
+    looked = (Kernel(("input 0",)),) * (times - 1)
+    return replace(
+        _in_one_pass(_rms_norm)(inputs),
+        forward=(
+            Kernel(("input 0", "input 1", "input 0")),
+            *looked,
+            Kernel(("input 0", *written)),
+        ),
+        backward=(Kernel(("input 0", "input 0", "input 0", "input 1", "input 1")),),
+    )
+
+
+def _norm_then_cast(inputs: Shapes) -> OpRule:
+    """To a byte."""
+    return _then_cast(inputs, 1)
+
+
+def _norm_then_cast_twice(inputs: Shapes) -> OpRule:
+    """To NVFP4."""
+    return _then_cast(inputs, 2)
+
+
 def _cast(inputs: Shapes) -> OpRule:
     """To what products take; the gradient that they give is wide already."""
     x = labels(inputs[0].shape)
@@ -68,6 +95,136 @@ def _rotary(inputs: Shapes) -> OpRule:
     *rows, position, width = labels(inputs[0].shape)
     x, table = [*rows, position, width], [position, width]
     return OpRule(signature([x, table], [x]), linear=(0,), saves=(Saved("input 1", needs=(0,)),))
+
+
+def _rotary_part(inputs: Shapes) -> OpRule:
+    """Of as many of the last numbers of each head as the table is wide, in place."""
+    *rows, position, width = labels(inputs[0].shape)
+    x, table = [*rows, position, width], [position, "part"]
+    turned = (Kernel((points([*rows, position, "part"]),) * 2),)
+    return OpRule(
+        signature([x, table], [x]),
+        whole=(width, "part"),
+        linear=(0,),
+        saves=(Saved("input 1", needs=(0,)),),
+        forward=turned,
+        backward=turned,
+    )
+
+
+def _latent_keys(inputs: Shapes) -> OpRule:
+    """Keys and values of each head, from what has both and from the part of keys with positions
+    that all heads share, which is turned on the way."""
+    batch, heads, position, _ = labels(inputs[0].shape)
+    rows, shared = [batch, heads, position], [batch, position, "part"]
+    return OpRule(
+        signature([[*rows, "both"], shared, [position, "part"]], [[*rows, "dk"], [*rows, "dv"]]),
+        whole=("both", "part", "dk", "dv"),
+        linear=(0, 1),
+        saves=(Saved("input 2", needs=(1,)),),
+    )
+
+
+def _causal_attention(inputs: Shapes) -> OpRule:
+    """In one kernel also where values are narrower than keys, as cuDNN has it."""
+    batch, heads, _, _ = labels(inputs[0].shape)
+    rows = [batch, heads]
+    each = points([name for name in rows if name != "1"])
+    return OpRule(
+        signature([[*rows, "q", "d"], [*rows, "k", "d"], [*rows, "k", "dv"]], [[*rows, "q", "dv"]]),
+        whole=("q", "k", "d", "dv"),
+        kind="attention",
+        products=(Product(each, "q", "k", "d"), Product(each, "q", "dv", "k")),
+        causal=True,
+        saves=(
+            *(Saved(f"input {i}") for i in range(3)),
+            Saved("output 0"),
+            Saved(f"{each} q".strip(), dtype="float32"),
+        ),
+    )
+
+
+def _near_attention(inputs: Shapes) -> OpRule:
+    """Of queries that see as many keys in the mean as the last input is long, heads perhaps grouped
+    as for torch's."""
+    batch, heads, *_ = labels(inputs[0].shape)
+    grouped = inputs[0].shape[1] != inputs[1].shape[1]
+    q_rows = [batch, "(heads group)" if grouped else heads]
+    k_rows = [batch, "heads" if grouped else heads]
+    each = points(q_rows)
+    return OpRule(
+        signature(
+            [[*q_rows, "q", "d"], [*k_rows, "k", "d"], [*k_rows, "k", "dv"], ["near"]],
+            [[*q_rows, "q", "dv"]],
+        ),
+        whole=("q", "k", "d", "dv", "near", *(["group"] if grouped else [])),
+        kind="attention",
+        products=(Product(each, "q", "near", "d"), Product(each, "q", "dv", "near")),
+        saves=(
+            *(Saved(f"input {i}") for i in range(3)),
+            Saved("output 0"),
+            Saved(f"{each} q".strip(), dtype="float32"),
+        ),
+    )
+
+
+def _grouped(inputs: Shapes) -> OpRule:
+    """Products of the rows of each expert with its own weight, which is a parameter by itself: of
+    each the program looks up what products take, and hands on its gradient (``GroupedLinear`` of
+    Transformer Engine, and the hooks of Megatron-LM's ``DistributedDataParallel``)."""
+    expert, *rows, width = labels(inputs[0].shape)
+    each = "" if expert == "1" else expert
+    return OpRule(
+        signature([[expert, *rows, width], [expert, "out", width]], [[expert, *rows, "out"]]),
+        sums=(width,),
+        linear=(0,),
+        kind="matmul",
+        products=(Product(each, points(rows), "out", width),),
+        apart=each,
+        saves=(Saved("input 0", needs=(1,)), Saved("input 1", needs=(0,))),
+    )
+
+
+def _moved(inputs: Shapes) -> OpRule:
+    """Rows put elsewhere, and their gradients back."""
+    x = labels(inputs[0].shape)
+    return OpRule(signature([x], [x]), linear=(0,))
+
+
+def _cast_twice(inputs: Shapes) -> OpRule:
+    """As ``_cast``, but the largest number of the tensor is looked for first: to NVFP4, which has a
+    scale for the tensor beside those of blocks. Rows and columns have half a byte each."""
+    x = labels(inputs[0].shape)
+    made = Kernel(("input 0", "output 0", "output 0"))
+    return OpRule(signature([x], [x]), forward=(Kernel(("input 0",)), made), backward=())
+
+
+def _expert_bias(inputs: Shapes) -> OpRule:
+    """Added to the rows of each expert, which each has a weight, in float32 and expert by expert:
+    the product, the sum, all joined, the cast; back a cast for the rows, products and sums for the
+    bias and for the weights, and what the parts make together (Megatron-LM's ``_apply_bias`` in
+    ``megatron/core/transformer/moe/experts.py``)."""
+    expert, *rows, width = labels(inputs[0].shape)
+    wide = f"{points([expert, *rows, width])}/float32"
+    return OpRule(
+        signature(
+            [[expert, *rows, width], [expert, width], [expert, *rows, "1"]],
+            [[expert, *rows, width]],
+        ),
+        saves=(Saved("input 1"), Saved("input 2")),
+        forward=(
+            Kernel((wide,)),
+            Kernel(("input 0", wide, wide)),
+            Kernel((wide, wide)),
+            Kernel((wide, "output 0")),
+        ),
+        backward=(
+            Kernel(("output 0", wide)),
+            Kernel((wide, "input 0")),
+            *(Kernel((wide, wide)), Kernel((wide,))) * 2,
+            Kernel(("input 0", "input 0")),
+        ),
+    )
 
 
 def _causal_softmax(inputs: Shapes) -> OpRule:
@@ -163,9 +320,19 @@ def _metric(inputs: Shapes) -> OpRule:
 RULES: dict[str, Callable[[Shapes], OpRule]] = {
     "fused.rms_norm.default": _rms_norm,
     "fused.rms_norm.one_pass": _in_one_pass(_rms_norm),
+    "fused.rms_norm.then_cast": _norm_then_cast,
+    "fused.rms_norm.then_cast_twice": _norm_then_cast_twice,
     "fused.layer_norm.one_pass": _in_one_pass(_layer_norm),
     "fused.cast.default": _cast,
     "fused.rotary.default": _rotary,
+    "fused.rotary.part": _rotary_part,
+    "fused.latent_keys.default": _latent_keys,
+    "fused.causal_attention.default": _causal_attention,
+    "fused.near_attention.default": _near_attention,
+    "fused.grouped.default": _grouped,
+    "fused.moved.default": _moved,
+    "fused.cast.twice": _cast_twice,
+    "fused.expert_bias.default": _expert_bias,
     "fused.causal_softmax.default": _causal_softmax,
     "fused.swiglu.default": _swiglu,
     "fused.dropout.default": _dropout,

@@ -1,9 +1,10 @@
 """What programs of published runs do, by their family and the time from which they do it.
 
-A row says of its program which family it is of (what shards parameters is of FSDP's kind, all else
-of Megatron-LM's), whether it has fused attention, and often when it was written: the number of a
-paper on arXiv and the release of NeMo are dates. What Megatron-LM has had since when is in its
-history (NVIDIA/Megatron-LM), and what DeepSpeed has in its own; the commits are named below.
+A row says of its program which family it is of (what shards parameters is of FSDP's kind unless its
+source is called Megatron or NeMo, all else of Megatron-LM's), whether it has fused attention, and
+often when it was written: the number of a paper on arXiv and the release of NeMo are dates. What
+Megatron-LM has had since when is in its history (NVIDIA/Megatron-LM), and what DeepSpeed has in its
+own; the commits are named below.
 """
 
 from __future__ import annotations
@@ -27,6 +28,15 @@ SINCE = {
     "replicas": date(2023, 11, 17),
     # f9283c5a8a, --overlap-p2p-communication, where a device has several stages
     "messages_beside": date(2023, 5, 31),
+    # 3db741160b, --fp8-recipe tensorwise: the scale of a tensor is that of its own largest number
+    # or of its blocks, and what is cast is a norm's result; before, norms wrote what products take
+    "own_scales": date(2025, 3, 22),
+    # 0d389f5e99, DeepEP: tokens go once to each host, for models that limit these
+    "once_to_hosts": date(2025, 2, 25),
+    # 3df200905e, HybridEP: once to each device, where a rack has one switch
+    "once_in_racks": date(2025, 11, 18),
+    # 6815c0fefe and f007db77b9: experts in one kernel, places of tokens found on the device
+    "whole_experts": date(2026, 5, 22),
     # 116ffddc58, Transformer Engine's user buffers: gathers and scatters in pieces of a product
     "in_pieces": date(2023, 10, 23),
 }
@@ -54,6 +64,9 @@ MONTHS = (
 )
 """How a source tells the year and the month."""
 
+
+MEGATRON = re.compile(r"megatron|\bnemo\b", re.IGNORECASE)
+"""How a source tells that it is of Megatron-LM's family also where parameters are sharded."""
 
 MEASURED = {"MP PURE": date(2023, 5, 24)}
 """When a run was measured, by what ``precision`` says: tables of llm-foundry say PURE of what ran
@@ -83,7 +96,8 @@ autocast, which makes them float32 (mosaicml/composer@v0.14.1, ``composer/traine
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """``is_megatron``: whether it is of Megatron-LM's family rather than of FSDP and DeepSpeed.
+    """``is_megatron``: whether it is of Megatron-LM's family rather than of FSDP and DeepSpeed;
+    ``shards``: parameters, gathered ahead (Megatron-LM has its own FSDP).
     ``written``: the day to which its features are looked up, ``None``: today. ``gathered_bytes``,
     ``reduced_bytes``: of elements of parameters and gradients, of FSDP; 0: as products take them.
     ``flat``: FSDP's first version, whose parameters are parts of one tensor
@@ -103,6 +117,7 @@ class Program:
     per_parameter: bool = False
     metrics: int = 0
     is_deepspeed: bool = False
+    shards: bool = False
 
     def has(self, feature: str) -> bool:
         return self.is_megatron and self._is_since(SINCE[feature])
@@ -132,7 +147,7 @@ def program_of(row: Mapping[str, str], *, shards: bool, flash: bool) -> Program:
     """``shards``: parameters; ``flash``: whether attention is one kernel."""
     told = written(row["source"])
     return Program(
-        not shards,
+        not shards or bool(MEGATRON.search(row["source"])),
         told or _said(row["precision"], MEASURED, None) or (None if flash else FIRST),
         _said(row["precision"], GATHERED, 0) * shards,
         _said(row["zero_fsdp"] + row["precision"], REDUCED, 0) * shards,
@@ -140,6 +155,7 @@ def program_of(row: Mapping[str, str], *, shards: bool, flash: bool) -> Program:
         shards and "FSDP2" in row["zero_fsdp"],
         _said(row["model_family"], METRICS, 0),
         shards and told is not None and "SDP" not in row["zero_fsdp"].upper(),
+        shards,
     )
 
 

@@ -25,7 +25,7 @@ from autopar.recipes import Degrees, by_degrees
 from autopar.recipes.by_degrees import recomputed_copies
 from autopar.recipes.columns_rows import DATA
 from autopar.simulator.bands import banded
-from autopar.simulator.costs import ComputeCache
+from autopar.simulator.costs import BLOCK, ComputeCache, attended
 from autopar.simulator.folding import Folded
 from autopar.simulator.listing import Structure
 from autopar.simulator.microbatches import Division, division
@@ -34,11 +34,14 @@ from autopar.simulator.parameter_prices import at_level
 from autopar.simulator.pipelines import PricedPipeline, StagePrices, evaluate_stages
 from autopar.simulator.prices import evaluate
 from autopar.simulator.stages import pipelined
+from benchmarks import families
 from benchmarks.kernels import proposals
 from benchmarks.programs import NEW, Program, program_of
-from benchmarks.transformer import Experts, Transformer
-from cost_models import Topology, cost_model, topology
+from benchmarks.rates import Step, seconds
+from benchmarks.transformer import Experts, Latent, Transformer
+from cost_models import Analytical, Topology, topology
 from cost_models.analytical import MATMUL_EFFICIENCY
+from cost_models.collectives import Dispatch
 from cost_models.interface import CostModel
 
 Row = dict[str, str]
@@ -54,6 +57,7 @@ OPTIONAL = (
     *("kv_heads", "head_dim", "gated_mlp", "micro_batch", "gpus_per_node", "TP", "PP", "DP"),
     *("virtual_pp", "CP", "EP", "n_experts", "topk", "moe_ffn", "zero_fsdp"),
     *("sequence_parallel", "recompute", "flash_attn", "schedule"),
+    *("notes", *families.COLUMNS),
 )
 """That are read, too; where one is missing, all its cells are empty."""
 
@@ -71,11 +75,35 @@ MACHINES = {
 }
 """By the column ``gpu_type``, the machine of ``autopar list topologies``."""
 
+OTHER_NAMES: tuple[tuple[str, str], ...] = (
+    (r"\bgb300", "gb300-nvl72"),
+    (r"\bgb200", "gb200-nvl72"),
+    (r"\bb300", "b300-sxm"),
+    (r"\bb200", "b200-sxm"),
+    (r"\bh200", "h200-sxm"),
+    (r"\bh100.*(pcie|nvl)", "h100-pcie"),
+    (r"\bh100.*96", "h100-sxm-96gb"),
+    (r"\bh100", "h100-sxm"),
+    (r"\ba100.*pcie", "a100-pcie-80gb"),
+    (r"\ba100.*40", "a100-sxm-40gb"),
+    (r"\ba100", "a100-sxm-80gb"),
+    (r"\bv100.*pcie", "v100-pcie"),
+    (r"\bv100.*(dgx-?2|sxm3)", "v100-sxm3-32gb"),
+    (r"\bv100.*16", "v100-sxm2-16gb"),
+    (r"\bv100", "v100-sxm2-32gb"),
+    *((rf"\b{name}\b", name) for name in ("mi300x", "mi325x", "mi355x", "l40s", "l4")),
+    (r"\b4090\b", "rtx-4090"),
+    *((rf"\btpu.?{name}\b", f"tpu-{name}") for name in ("v3", "v4", "v5e", "v5p", "v6e")),
+)
+"""Where it is none of these, by what is found in it, in small letters; the first."""
+
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp8": "bfloat16", "mxfp8": "bfloat16"}
-DTYPES["nvfp4"] = "bfloat16"
+DTYPES |= {"nvfp4": "bfloat16", "float16": "float16", "half": "float16", "bfloat16": "bfloat16"}
+DTYPES |= {"float8": "bfloat16", "fp32": "float32", "float32": "float32"}
 """Of what is no product, by how a column ``precision`` begins."""
 
 PRODUCTS = {"fp8": "float8_e4m3fn", "mxfp8": "float8_e4m3fn", "nvfp4": "float4_e2m1fn_x2"}
+PRODUCTS["float8"] = "float8_e4m3fn"
 """Of products with the weights of blocks; attention, embedding and head are in the other."""
 
 ENGINE_ATTENTION = 539 / 794.5
@@ -88,13 +116,13 @@ FLASH_2 = {"h100-sxm": 3.35e14, "h100-sxm-96gb": 3.35e14}
 2307.08691, section 4.1, from memory: up to 335 TFLOP/s on H100, whose own instructions it does not
 use). Beside the largest product of other chips it is as on A100 (``ATTENTION_SHARE``)."""
 
-UPDATE_BYTES = {"float16": 20, "bfloat16": 6}
+UPDATE_BYTES = {"float16": 20, "bfloat16": 6, "float32": 4}
 """That Megatron-LM's optimizer in mixed precision moves beside the update and its casts, for each
 element: the norm of wide gradients (4) and their scaling to it (8), in fp16 division by the scale
 of the loss, too (8); in bf16 gradients are wide already and are not cast (6 less)
 (``megatron/optimizer/optimizer.py``, ``Float16OptimizerWithFloat16Params.step``)."""
 
-OUT_OF_MEMORY = "oom"
+OUT_OF_MEMORY = ("oom", "out of memory", "out_of_memory")
 MOST_LAYERS = 4096
 GIB = 2**30
 
@@ -111,7 +139,8 @@ class DefectError(Exception):
 class Run:
     """What a row says. ``step_s``, ``memory_bytes``: what was measured, if it was (of memory: what
     the allocator reserved); ``ran_out``: of memory; else, if something was measured, it fitted.
-    ``assumed``: what it does not say."""
+    ``assumed``: what it does not say. ``hosts``: at most so many have experts of a token, if that
+    is limited."""
 
     name: str
     source: str
@@ -125,6 +154,7 @@ class Run:
     ran_out: bool
     assumed: tuple[str, ...] = ()
     program: Program = NEW
+    hosts: int = 0
 
     @property
     def other_recomputation(self) -> tuple[Degrees, Degrees] | None:
@@ -133,6 +163,23 @@ class Run:
             return None
         most, least = (replace(self.degrees, recompute=kind) for kind in ("none", "full"))
         return most, least
+
+    @property
+    def machine_model(self) -> Analytical:
+        """Its machine, and how its program sends tokens to experts. Where it is known ahead how
+        many go to each, kernels are captured once and follow each other without the host."""
+        experts, found = self.model.experts, Analytical(self.topology)
+        if experts is None:
+            return found
+        if self.model.engine and not experts.apart:
+            launch_s = self.topology.device.launch_s
+            found = replace(found, calibration=replace(found.calibration, operator_s=launch_s))
+        is_rack = self.topology.tiers[0].size > self.topology.host_size
+        if self.hosts and self.program.has("once_to_hosts"):
+            return replace(found, dispatch=Dispatch(experts.chosen, self.hosts))
+        if is_rack and self.program.has("once_in_racks"):
+            return replace(found, dispatch=Dispatch(experts.chosen))
+        return found
 
     @property
     def topology(self) -> Topology:
@@ -231,16 +278,17 @@ def run_of(row: Row) -> Run:
         SkippedError: it has something that no strategy of ours says, or leaves something open.
     """
     row = cleaned(row)
-    _check_supported(row)
     assumed: list[str] = []
     tensor, pipeline = _number(row, "TP", 1), _number(row, "PP", 1)
     context, chunks = _number(row, "CP", 1), _chunks(row, assumed)
-    sharded, replicas, zero = _zero(row["zero_fsdp"], _number(row, "DP", 1))
+    others = _number(row, "n_gpus") // (tensor * pipeline * context)
+    sharded, replicas, zero = _zero(row["zero_fsdp"], _number(row, "DP", max(1, others)))
     if zero == 2 and pipeline > 1:
         zero = 1  # of all microbatches in flight, gradients would be scattered one by one
         assumed.append("gradients are scattered once a step")
     layers = _number(row, "layers") / (pipeline * chunks)
-    recompute, part = _recompute(row["recompute"], layers, assumed)
+    flash = _flag(row, "flash_attn")
+    recompute, part = _recompute(row["recompute"], layers, flash, assumed)
     degrees = Degrees(
         tensor=tensor,
         pipeline=pipeline,
@@ -256,21 +304,24 @@ def run_of(row: Row) -> Run:
         recomputed=part,
     )
     memory = row["metric"].startswith("peak_mem")
-    program = program_of(row, shards=zero == 3, flash=_flag(row, "flash_attn"))
-    ran_out = row["value"].lower() == OUT_OF_MEMORY
+    program = program_of(row, shards=zero == 3, flash=flash)
+    ran_out = any(row[name].lower() in OUT_OF_MEMORY for name in ("value", "iter_time_s"))
+    model, machine = _model(row, degrees, program, assumed), _machine(row, degrees)
+    narrow = "PURE" in row["precision"] or model.dtype == "float32"
     return Run(
         name=row["config_id"],
         source=row["source"],
-        model=_model(row, degrees, program),
-        machine=_machine(row, degrees),
+        model=model,
+        machine=machine,
         degrees=degrees,
-        training=Training("adam", "mixed"),
+        training=Training("adam", "full" if narrow else "mixed"),
         batch=_number(row, "global_batch"),
-        step_s=None if memory else _positive(row, "iter_time_s"),
+        step_s=None if memory or ran_out else _step_s(row, model, machine, assumed),
         memory_bytes=_gib(_positive(row, "value")) if memory and not ran_out else None,
         ran_out=ran_out,
         assumed=tuple(assumed),
         program=program,
+        hosts=_size(row, "topk_group") if _size(row, "n_group") else 0,
     )
 
 
@@ -278,11 +329,6 @@ def cleaned(row: Mapping[str, str | None]) -> Row:
     """Every column that is read, without blanks around its cells; short rows end in empty ones."""
     found = ((name, row.get(name)) for name in (*COLUMNS, *OPTIONAL))
     return {name: cell.strip() if cell else "" for name, cell in found}
-
-
-def _check_supported(row: Row) -> None:
-    if "MLA" in row["model_family"]:
-        raise SkippedError("latent attention: not among the sizes of a Transformer")
 
 
 def _number(row: Row, column: str, default: int | None = None) -> int:
@@ -303,12 +349,29 @@ def _number(row: Row, column: str, default: int | None = None) -> int:
     return int(found)
 
 
+def _step_s(row: Row, model: Transformer, machine: str, assumed: list[str]) -> float | None:
+    """Where only a rate is given, from that."""
+    found, value = _positive(row, "iter_time_s"), row["value"]
+    if found is not None or value.lower() in NOT_SAID:
+        return found
+    device = topology(machine).device
+    peaks = dict(device.peak_flops_per_s)
+    peak = peaks.get(model.products or model.dtype, peaks.get(model.dtype, 0.0))
+    step = Step(model, _number(row, "global_batch"), _number(row, "n_gpus"), peak)
+    given = _positive(row, "value")
+    assert given is not None
+    metric = row["metric"]
+    if re.search(r"tflop|mfu", metric.lower()):
+        assumed.append("flops are those of weights and of attention without its mask")
+    return seconds(metric, given, step)
+
+
 NOT_SAID = ("", "none", "nan", "null", "n/a", "na", "-", "?", "unknown")
 
 
 def _positive(row: Row, column: str) -> float | None:
     text = row[column]
-    if text.lower() in (*NOT_SAID, OUT_OF_MEMORY):
+    if text.lower() in (*NOT_SAID, *OUT_OF_MEMORY):
         return None
     try:
         found = float(text)
@@ -335,10 +398,14 @@ FLAGS |= dict.fromkeys(("false", "no", "n", "f", "0", "0.0", "off", *NOT_SAID), 
 
 
 def _chunks(row: Row, assumed: list[str]) -> int:
-    """One where nothing is said, as in Megatron-LM, whatever the schedule is called."""
-    if row["virtual_pp"].lower() in NOT_SAID and "interleaved" in row["schedule"].lower():
-        assumed.append("virtual_pp is 1")
-    return _number(row, "virtual_pp", 1)
+    """Interleaved without a number: two layers for each stage, or one, as MegaScale has it (arXiv
+    2402.15627, section 6.1, from memory: six chunks of 12 layers, three of three)."""
+    if row["virtual_pp"].lower() not in NOT_SAID or "interleaved" not in row["schedule"].lower():
+        return _number(row, "virtual_pp", 1)
+    each, left = divmod(_number(row, "layers"), _number(row, "PP", 1))
+    found = 1 if left else each // 2 if each % 2 == 0 else each
+    assumed.append(f"virtual_pp is {max(1, found)}")
+    return max(1, found)
 
 
 def _microbatch(row: Row, assumed: list[str]) -> int:
@@ -352,18 +419,19 @@ def _zero(text: str, data: int) -> tuple[int, int, int]:
     said = text.lower()
     if said.startswith("hsdp"):
         return (8, data // 8, 3) if data % 8 == 0 and data > 8 else (data, 1, 3)
-    if "zero-3" in said or said in ("fsdp", "fsdp2"):
+    if "fsdp" in said:
         return data, 1, 3
-    level = ZERO.get(said)
-    if level is None:
-        raise SkippedError(f"zero_fsdp is {text!r}: not known")
-    return data, 1, level
+    if said in WHOLE:
+        return data, 1, 0
+    found = re.fullmatch(r"(?:.*zero|stage)?[ _-]*([0-3])(?:\.0)?", said)
+    if found:
+        return data, 1, int(found[1])
+    if re.fullmatch(r"dist\w*[ _-]*opt\w*", said):
+        return data, 1, 1
+    raise SkippedError(f"zero_fsdp is {text!r}: not known")
 
 
-ZERO = {
-    f"{before}{n}{after}": n for n in range(4) for before in ("", "zero-") for after in ("", ".0")
-}
-ZERO |= dict.fromkeys(("false", *NOT_SAID), 0)
+WHOLE = ("false", "no", "ddp", "off")
 
 RECOMPUTE: tuple[tuple[str, str, str], ...] = (
     # how a cell begins, what is recomputed, what is assumed thereby
@@ -374,26 +442,39 @@ RECOMPUTE: tuple[tuple[str, str, str], ...] = (
     ("unspecified(assume none", "none", "nothing is recomputed"),
     ("unspecified (selective", "attention", "attention is recomputed"),
     ("unspecified", "none", "nothing is recomputed"),
+    ("uniform", "full", ""),
+    ("true", "full", ""),
     ("selective(op", "alternate", ""),
     ("selective layernorm", "elementwise", ""),
+    ("selective modules", "elementwise", "what is no product is recomputed, for single modules"),
     ("full", "full", ""),
     ("selective(layer", "full", ""),
     ("selective (hfu/mfu", "full", ""),
 )
 
 
+ON_HOST = "activations are kept by the host, and their way there and back is hidden"
+"""Their memory is not looked at then: the row does not say which of them."""
+
 ASSUMED_RECOMPUTED = frozenset(what for *_, what in RECOMPUTE if what)
 
 
-def _recompute(text: str, layers: float, assumed: list[str]) -> tuple[str, float]:
-    """What is recomputed, and in which part of the ``layers`` of a stage."""
+def _recompute(text: str, layers: float, flash: bool, assumed: list[str]) -> tuple[str, float]:
+    """What is recomputed, and in which part of the ``layers`` of a stage. Where that is not said,
+    ``flash`` attention leaves nothing that would be worth it."""
     said = text.lower()
     if said in NOT_SAID:
         return "none", 1.0
     if said == "selective":
         return "attention", 1.0  # as arXiv 2205.05198 has it
+    if "activation offload" in said:
+        assumed.append(ON_HOST)
+        return "none", 1.0
     for begins, kind, what in RECOMPUTE:
-        if said.startswith(begins) and "offload" not in said:
+        if said.startswith(begins):
+            if what == "attention is recomputed" and flash:
+                kind = "none"
+                what = "nothing is recomputed"
             assumed += [what] * bool(what)
             return kind, _part(said, layers)
     raise SkippedError(f"recomputes in a way that has no name here: {text}")
@@ -417,7 +498,7 @@ def _part(said: str, layers: float) -> float:
     return 1.0
 
 
-def _experts(row: Row, degrees: Degrees) -> Experts | None:
+def _experts(row: Row, degrees: Degrees, program: Program, narrow: bool) -> Experts | None:
     """A group for each part of the sequence that a device has."""
     count = _number(row, "n_experts", 1)
     if count == 1:
@@ -430,10 +511,84 @@ def _experts(row: Row, degrees: Degrees) -> Experts | None:
     tokens = _number(row, "seq_len") // groups * _number(row, "topk")
     if tokens % count or _number(row, "seq_len") % groups:
         raise SkippedError(f"{tokens} places of tokens cannot be shared evenly by {count} experts")
-    return Experts(count, _number(row, "topk"), _number(row, "moe_ffn"), groups)
+    ffn = _number(row, "moe_ffn")
+    apart = program.is_megatron and not (narrow and program.has("whole_experts"))
+    free = apart and not _is_padded_to_capacity(row)
+    return Experts(
+        count,
+        _number(row, "topk"),
+        ffn,
+        groups,
+        shared=_size(row, "n_shared_experts") * ffn,
+        after=_size(row, "first_k_dense_replace"),
+        biased=bool(_size(row, "expert_bias")) and apart,
+        sorted=apart and count > degrees.experts > 1,
+        padded=free and narrow,
+        steps=ROUTING_STEPS * free,
+        apart=free,
+    )
 
 
-def _model(row: Row, degrees: Degrees, program: Program) -> Transformer:
+def _is_padded_to_capacity(row: Row) -> bool:
+    """Experts take as many tokens whatever the router says, and drop others: all sizes are known
+    ahead, and layers are captured as graphs of the device."""
+    return re.search(r"(token|drop).?(drop|pad)", f"{row['config_id']} {row['notes']}") is not None
+
+
+ROUTING_STEPS = 14
+"""Kernels of Megatron-LM's dispatcher for all to all that count tokens, beside those of ATen here:
+sums over the map of tokens and experts, of its ranks and of its experts, their gathering, a copy
+for the host, which experts come where; scores again for the loss of balance and that loss
+(``megatron/core/transformer/moe``: ``token_dispatcher.py``, ``preprocess``, and ``router.py``)."""
+
+
+def _near(row: Row) -> int:
+    """Keys that a query sees in the mean, where layers with a window and without take turns."""
+    window, length = _size(row, "sliding_window"), _number(row, "seq_len")
+    if not window or window >= length:
+        return 0
+    turns = max(1, _size(row, "sliding_window_pattern"))
+    near, every = min(length, window + BLOCK), attended(length) * length
+    return round((every + (turns - 1) * near) / turns) if turns > 1 else near
+
+
+def _size(row: Row, column: str) -> int:
+    """Of what the family's publication says where the row does not; 0: it has no such thing."""
+    return _number(row, column, families.published(row["model_family"]).get(column, 0))
+
+
+def _latent(row: Row) -> Latent | None:
+    keys = _size(row, "kv_lora_rank")
+    if keys:
+        names = ("q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        queries, plain, rotary, values = (_size(row, name) for name in names)
+        if not (plain and rotary and values):
+            raise SkippedError(f"kv_lora_rank is given, and {', '.join(names[1:])} are not")
+        return Latent(keys, queries, plain, rotary, values)
+    if "MLA" in row["model_family"]:
+        raise SkippedError(
+            f"{row['model_family']} has latent attention, whose sizes are not known: give columns "
+            f"{', '.join(families.COLUMNS[:5])}"
+        )
+    return None
+
+
+def _ffn(row: Row, assumed: list[str]) -> int:
+    """Not given: that of experts, if all layers have them, or as wide as plain ones are."""
+    if row["ffn"].lower() not in NOT_SAID or _flag(row, "gated_mlp"):
+        if row["ffn"].lower() in NOT_SAID and _number(row, "n_experts", 1) > 1:
+            return _number(row, "moe_ffn")
+        return _number(row, "ffn")
+    assumed.append("ffn is four times hidden")
+    return 4 * _number(row, "hidden")
+
+
+def _is_parallel(row: Row) -> bool:
+    """Whether attention and MLP of a block read the same."""
+    return bool(_size(row, "use_parallel_residual")) or "parallel block" in row["notes"].lower()
+
+
+def _model(row: Row, degrees: Degrees, program: Program, assumed: list[str]) -> Transformer:
     precision = row["precision"].lower().replace("amp_", "").replace("fp8-mx", "mxfp8")
     dtype = next((name for key, name in DTYPES.items() if precision.startswith(key)), None)
     if dtype is None:
@@ -450,7 +605,7 @@ def _model(row: Row, degrees: Degrees, program: Program) -> Transformer:
         width=_number(row, "hidden"),
         heads=heads,
         kv_heads=_number(row, "kv_heads", heads),
-        ffn=_number(row, "ffn"),
+        ffn=_ffn(row, assumed),
         vocabulary=padded(_number(row, "vocab"), degrees.tensor, always=program.is_megatron),
         length=_number(row, "seq_len"),
         gated=gated,
@@ -462,13 +617,17 @@ def _model(row: Row, degrees: Degrees, program: Program) -> Transformer:
         dtype=dtype,
         head_width=_number(row, "head_dim", 0) or None,
         products=products,
-        experts=_experts(row, degrees),
+        experts=_experts(row, degrees, program, products is not None),
         engine=engine,
         fused=True,
         one_pass=engine or program.has("norms_in_one_pass"),
         wide_rotary=program.per_parameter,
         divided_loss=program.per_parameter and degrees.tensor > 1,
         metrics=program.metrics,
+        latent=_latent(row),
+        near=_near(row) if flash else 0,
+        parallel=_is_parallel(row),
+        cast_norms=program.has("own_scales"),
     )
 
 
@@ -485,7 +644,9 @@ def padded(vocabulary: int, tensor: int, *, always: bool = False) -> int:
 
 
 def _machine(row: Row, degrees: Degrees) -> str:
-    name = MACHINES.get(row["gpu_type"])
+    said = row["gpu_type"].lower()
+    found = (name for pattern, name in OTHER_NAMES if re.search(pattern, said))
+    name = MACHINES.get(row["gpu_type"]) or next(found, None)
     if name is None:
         raise SkippedError(f"no topology for {row['gpu_type']}")
     devices, host = _number(row, "n_gpus"), _number(row, "gpus_per_node", 8)
@@ -507,12 +668,12 @@ def predicted(runs: Iterable[Run]) -> Iterator[tuple[Run, Compared | Exception]]
     which are priced once."""
 
     def alike(run: Run) -> tuple[object, ...]:
-        return run.model, run.topology, run.degrees, run.training
+        return run.model, run.machine_model, run.degrees, run.training
 
     for _, group in groupby(sorted(runs, key=lambda run: repr(alike(run))), key=alike):
         together = list(group)
         try:
-            machine = cost_model(together[0].topology)
+            machine = together[0].machine_model
         except ValueError as error:
             yield from ((run, error) for run in together)
             continue
@@ -545,6 +706,8 @@ def predicted(runs: Iterable[Run]) -> Iterator[tuple[Run, Compared | Exception]]
 def _is_judged(compared: Compared, machine: CostModel) -> bool:
     """Whether what is assumed to be recomputed does not decide if it fits."""
     run = compared.run
+    if ON_HOST in run.assumed:
+        return False
     if run.other_recomputation is None:
         return True
     most, least = run.other_recomputation
@@ -578,7 +741,7 @@ def estimate(run: Run) -> Estimate:
     Raises:
         AutoparError, ValueError: there is no such strategy, or no price.
     """
-    machine = cost_model(run.topology)
+    machine = run.machine_model
     return _estimate(run, machine, StagePrices(machine, overlap=overlap_of(run)), {})[0]
 
 
@@ -610,7 +773,7 @@ def overlap_of(run: Run) -> Overlap:
     program, degrees = run.program, run.degrees
     if program.one_by_one is not None:
         return Overlap(one_by_one=program.one_by_one)
-    if not program.is_megatron:
+    if program.shards:
         return Overlap(
             parameters=True,
             gathered_bytes=program.gathered_bytes,
@@ -618,6 +781,7 @@ def overlap_of(run: Run) -> Overlap:
             copies=program.per_parameter,
             flat=program.flat,
             to_the_end=not program.stops_early,
+            update_bytes=UPDATE_BYTES[run.model.dtype] if program.is_megatron else 0,
         )
     passes = degrees.pipeline if degrees.chunks > 1 else 1
     return Overlap(

@@ -20,13 +20,41 @@ class Experts:
     ``groups``: parts of a sequence that are sent to experts for themselves.
 
     A token's places among the experts follow from its position, so that all experts have as many
-    tokens: benchmarks are run with balance forced. The router gives their weights.
+    tokens: benchmarks are run with balance forced. The router gives their weights. ``shared``: the
+    width of an MLP that works on all tokens beside them; ``after``: so many layers with an MLP come
+    first. ``biased``: what an expert gives has a bias.
+
+    What programs do beside: ``sorted``: what arrives from other devices is put in the order of
+    experts, and back; ``padded``: to as many rows as narrow products take. ``steps``: kernels of a
+    few numbers each that find out where tokens go. ``apart``: weights of experts are parameters of
+    their own to the host.
     """
 
     count: int
     chosen: int
     ffn: int
     groups: int = 1
+    shared: int = 0
+    after: int = 0
+    biased: bool = False
+    sorted: bool = False
+    padded: bool = False
+    steps: int = 0
+    apart: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """Attention whose keys and values are made of one narrow vector for each token (DeepSeek-V2,
+    arXiv 2405.04434, section 2.1): ``keys`` wide, and ``queries`` that of queries (0: these are
+    made directly). Of a head ``plain`` numbers of queries and keys have no position and ``rotary``
+    have, the latter of keys for all heads together; ``values``: the width of its values."""
+
+    keys: int
+    queries: int = 0
+    plain: int = 128
+    rotary: int = 64
+    values: int = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +71,9 @@ class Transformer:
     one pass. ``wide_rotary``: rotary positions are products of complex numbers in fp32.
     ``divided_loss``: cross-entropy in steps, with divided classes. ``metrics``: cross-entropies
     that are measured beside the loss.
+    ``latent``: in place of plain heads. ``near``: of keys that a query sees in the mean of all
+    layers, where some see a window only (0: all before it). ``parallel``: attention and MLP of a
+    block read the same. ``cast_norms``: norms write wide, and what products take is cast from it.
     """
 
     layers: int
@@ -68,10 +99,41 @@ class Transformer:
     wide_rotary: bool = False
     divided_loss: bool = False
     metrics: int = 0
+    latent: Latent | None = None
+    near: int = 0
+    parallel: bool = False
+    cast_norms: bool = False
 
     def graph(self, batch: int) -> OperatorGraph:
         """Of one global batch."""
         return _Builder(self, batch).graph()
+
+    @property
+    def value_width(self) -> int:
+        """Of a head."""
+        return self.latent.values if self.latent else self.head_width or self.width // self.heads
+
+    @property
+    def weights_of_a_token(self) -> int:
+        """Of all products that it goes through."""
+        mlps = (2 + self.gated) * self.width
+        wide, narrow = mlps * self.ffn, 0
+        after = self.layers
+        if self.experts is not None:
+            chosen = self.experts.chosen * self.experts.ffn + self.experts.shared
+            narrow, after = mlps * chosen + self.width * self.experts.count, self.experts.after
+        blocks = after * wide + (self.layers - after) * narrow
+        return blocks + self.layers * self._attention_weights + self.width * self.vocabulary
+
+    @property
+    def _attention_weights(self) -> int:
+        given = self.heads * self.value_width * self.width
+        if self.latent is None:
+            return 2 * given + 2 * self.kv_heads * self.value_width * self.width
+        of, head = self.latent, self.latent.plain + self.latent.rotary
+        queries = self.heads * head * (of.queries or self.width) + self.width * of.queries
+        keys = of.keys * self.heads * (of.plain + of.values) + self.width * (of.keys + of.rotary)
+        return queries + keys + given
 
 
 @dataclass
@@ -96,7 +158,8 @@ class _Builder:
         x, table = self._embedded(tokens)
         tables = self._rotary() if of.gated else ()
         for layer in range(of.layers):
-            x = self._block(x, f"blocks.{layer}", tables)
+            chosen = None if of.experts is None or layer < of.experts.after else of.experts
+            x = self._block(x, f"blocks.{layer}", tables, chosen)
         x = self._norm(x, "norm")
         head = table if of.tied else self._parameter("head.weight", (of.vocabulary, of.width))
         logits = self._op("head", "linear", (x, head), (self.batch, of.length, of.vocabulary))
@@ -133,15 +196,36 @@ class _Builder:
         return x, table
 
     def _rotary(self) -> tuple[str, ...]:
-        shape = (self.of.length, self.head_width)
+        latent = self.of.latent
+        shape = (self.of.length, self.head_width if latent is None else latent.rotary)
         return (self._given("rotary", shape, self.of.dtype, Role.BUFFER),)
 
-    def _block(self, x: str, name: str, tables: tuple[str, ...]) -> str:
-        y = self._attention(self._norm(x, f"{name}.norm_1", narrow=True), name, tables)
+    def _near(self) -> str:
+        """As long as the keys that a query sees."""
+        if "near" in self.specs:
+            return "near"
+        return self._given("near", (self.of.near,), self.of.dtype, Role.BUFFER)
+
+    def _block(
+        self, x: str, name: str, tables: tuple[str, ...], experts: Experts | None = None
+    ) -> str:
+        attention = self._attention if self.of.latent is None else self._latent_attention
+        if self.of.parallel:
+            both = self._norm(x, f"{name}.norm_1", narrow=True)
+            z, y = attention(both, name, tables), self._mlp(both, name, self.of.ffn)
+            return self._residual(
+                x, self._op(name, "add.Tensor", (z, y), self.specs[x].shape), name
+            )
+        y = attention(self._norm(x, f"{name}.norm_1", narrow=True), name, tables)
         x = self._residual(x, y, name)
-        y = self._norm(x, f"{name}.norm_2", narrow=self.of.experts is None)
-        y = self._mlp(y, name) if self.of.experts is None else self._expert_mlp(y, name)
-        return self._residual(x, y, name)
+        y = self._norm(x, f"{name}.norm_2", narrow=experts is None)
+        if experts is None:
+            return self._residual(x, self._mlp(y, name, self.of.ffn), name)
+        chosen = self._expert_mlp(y, name, experts)
+        if experts.shared:
+            shared = self._mlp(y, f"{name}.shared", experts.shared)
+            chosen = self._op(name, "add.Tensor", (chosen, shared), self.specs[chosen].shape)
+        return self._residual(x, chosen, name)
 
     def _residual(self, x: str, y: str, name: str) -> str:
         shape = self.specs[x].shape
@@ -150,11 +234,11 @@ class _Builder:
             return self._op(name, "fused.sum", (x, y), shape)
         return self._op(name, "add.Tensor", (x, self._dropped(y, name)), shape)
 
-    def _mlp(self, y: str, name: str) -> str:
+    def _mlp(self, y: str, name: str, ffn: int) -> str:
         of = self.of
-        up = self._linear(y, f"{name}.up", of.ffn)
+        up = self._linear(y, f"{name}.up", ffn)
         if of.gated:
-            up = self._swiglu(self._linear(y, f"{name}.gate", of.ffn), up, name)
+            up = self._swiglu(self._linear(y, f"{name}.gate", ffn), up, name)
         else:
             up = self._op(name, "gelu", (up,), self.specs[up].shape)
         return self._linear(up, f"{name}.down", of.width)
@@ -167,13 +251,12 @@ class _Builder:
         gate = self._op(name, "silu", (gate,), shape)
         return self._op(name, "mul.Tensor", (gate, up), shape)
 
-    def _expert_mlp(self, y: str, name: str) -> str:
-        of, width = self.of.experts, self.of.width
-        assert of is not None
+    def _expert_mlp(self, y: str, name: str, of: Experts) -> str:
+        width = self.of.width
         batch, groups, tokens = self.batch, of.groups, self.of.length // of.groups
         each = -(-tokens * of.chosen // of.count)  # tokens of a group for one expert
         of_tokens = (batch, groups, tokens, of.chosen, 1)
-        weights = self._routed(y, name, of_tokens)
+        weights = self._routed(y, name, of, of_tokens)
         shape = (batch, groups, tokens, 1, width)
         y = self._op(name, "view", (y,), shape, shape)
         chosen = (batch, groups, tokens, of.chosen, width)
@@ -189,7 +272,15 @@ class _Builder:
             w = self._op(name, "view", (weights,), shape, shape)
             shape = (*sent[:-1], 1)
             applied = (self._op(name, "permute", (w,), shape, (2, 0, 1, 3, 4)),)
+        arranged = of.sorted + of.padded
+        for _ in range(arranged):
+            y = self._op(name, "fused.moved", (y,), sent)
         y = self._one_expert(y, name, of, applied)
+        if of.biased and applied:
+            bias = self._parameter(f"{name}.experts.bias", (of.count, width))
+            y = self._op(name, "fused.expert_bias", (y, bias, *applied), sent)
+        for _ in range(arranged):
+            y = self._op(name, "fused.moved", (y,), sent)
         y = self._op(name, "permute", (y,), by_expert, (1, 2, 0, 3, 4))
         y = self._op(name, "reshape", (y,), chosen, chosen)
         if not applied:
@@ -198,31 +289,33 @@ class _Builder:
         whole = (batch, self.of.length, width)
         return self._op(name, "view", (y,), whole, whole)
 
-    def _routed(self, y: str, name: str, shape: tuple[int, ...]) -> str:
+    def _routed(self, y: str, name: str, of: Experts, shape: tuple[int, ...]) -> str:
         """The weights of the chosen."""
-        of = self.of.experts
-        assert of is not None
         router = self._parameter(f"{name}.router.weight", (of.count, self.of.width))
         scores = (self.batch, self.of.length, of.count)
         scored = self._op(f"{name}.router", "linear", (y, router), scores)
         scored = self._op(name, "softmax.int", (scored,), scores, -1)
         made = (*scores[:2], of.chosen)
         kinds = [(made, self.of.dtype), (made, "int64")]
-        best, _ = self._outputs(name, "topk", (scored,), kinds, of.chosen)
+        best, places = self._outputs(name, "topk", (scored,), kinds, of.chosen)
+        for _ in range(of.steps):
+            places = self._op(name, "fused.moved", (places,), made)
         return self._op(name, "view", (best,), shape, shape)
 
     def _one_expert(self, y: str, name: str, of: Experts, weights: tuple[str, ...]) -> str:
-        up = self._by_experts(y, f"{name}.experts.up", of.ffn)
-        gate = self._by_experts(y, f"{name}.experts.gate", of.ffn)
+        up = self._by_experts(y, f"{name}.experts.up", of.ffn, apart=of.apart)
+        gate = self._by_experts(y, f"{name}.experts.gate", of.ffn)  # one product with the other
         up = self._swiglu(gate, up, name, *weights)
-        return self._by_experts(up, f"{name}.experts.down", self.of.width)
+        return self._by_experts(up, f"{name}.experts.down", self.of.width, apart=of.apart)
 
-    def _by_experts(self, x: str, name: str, out: int) -> str:
+    def _by_experts(self, x: str, name: str, out: int, *, apart: bool = False) -> str:
         """A product for each expert."""
         shape = self.specs[x].shape
         weight = self._parameter(f"{name}.weight", (shape[0], out, shape[-1]))
         read = (self._narrowed(x, name), self._narrowed_weight(weight, name))
         made = [((*shape[:-1], out), self.of.dtype)]
+        if apart:
+            return self._add(name, "fused.grouped", read, made, (Input(0), Input(1)), ())[0]
         arguments = ("ebgcw,efw->ebgcf", (Input(0), Input(1)))
         return self._add(name, "einsum", read, made, arguments, ())[0]
 
@@ -232,7 +325,9 @@ class _Builder:
         for table in tables:
             q, k = (self._rotated(t, table, name) for t in (q, k))
         shape = (self.batch, of.heads, of.length, d)
-        if of.flash:
+        if of.near:
+            z = self._op(name, "fused.near_attention", (q, k, v, self._near()), shape)
+        elif of.flash:
             grouped = (("enable_gqa", True),) if of.kv_heads != of.heads else ()
             z = self._op(
                 name,
@@ -252,6 +347,34 @@ class _Builder:
             z = self._op(name, "matmul", (p, v), shape)
         z = self._op(name, "transpose.int", (z,), (self.batch, of.length, of.heads, d), 1, 2)
         flat = (self.batch, of.length, of.heads * d)
+        return self._linear(self._op(name, "reshape", (z,), flat, flat), f"{name}.out", of.width)
+
+    def _latent_attention(self, y: str, name: str, tables: tuple[str, ...]) -> str:
+        """Up to heads from what is narrow, which is normalised on the way."""
+        of, latent, (table,) = self.of, self.of.latent, tables
+        assert latent is not None
+        length, dk = of.length, latent.plain + latent.rotary
+        q = y
+        if latent.queries:
+            q = self._linear(y, f"{name}.q_down", latent.queries)
+            q = self._norm(q, f"{name}.q_norm", narrow=True)
+        q = self._linear(q, f"{name}.q_up", of.heads * dk)
+        q = self._by_heads(q, name, of.heads, dk)
+        q = self._op(name, "fused.rotary.part", (q, table), self.specs[q].shape)
+        down = self._linear(y, f"{name}.kv_down", latent.keys + latent.rotary)
+        sizes = (latent.keys, latent.rotary)
+        parts = [((self.batch, length, size), of.dtype) for size in sizes]
+        narrow, places = self._outputs(name, "split_with_sizes", (down,), parts, sizes, 2)
+        kv = self._norm(narrow, f"{name}.kv_norm", narrow=True)
+        kv = self._linear(kv, f"{name}.kv_up", of.heads * (latent.plain + latent.values))
+        kv = self._by_heads(kv, name, of.heads, latent.plain + latent.values)
+        heads = (self.batch, of.heads, length)
+        made = [((*heads, dk), of.dtype), ((*heads, latent.values), of.dtype)]
+        k, v = self._outputs(name, "fused.latent_keys", (kv, places, table), made)
+        z = self._op(name, "fused.causal_attention", (q, k, v), (*heads, latent.values))
+        flat = (self.batch, length, of.heads * latent.values)
+        apart = (self.batch, length, of.heads, latent.values)
+        z = self._op(name, "transpose.int", (z,), apart, 1, 2)
         return self._linear(self._op(name, "reshape", (z,), flat, flat), f"{name}.out", of.width)
 
     def _rotated(self, x: str, table: str, name: str) -> str:
@@ -282,15 +405,13 @@ class _Builder:
             sizes = (("q", of.heads), ("k", of.kv_heads), ("v", of.kv_heads))
             parts = tuple(self._linear(y, f"{name}.{part}", n * d) for part, n in sizes)
         counts = (of.heads, of.kv_heads, of.kv_heads)
-        q, k, v = (self._by_heads(t, name, n) for t, n in zip(parts, counts, strict=True))
+        q, k, v = (self._by_heads(t, name, n, d) for t, n in zip(parts, counts, strict=True))
         return q, k, v
 
-    def _by_heads(self, x: str, name: str, heads: int) -> str:
-        apart = (self.batch, self.of.length, heads, self.head_width)
+    def _by_heads(self, x: str, name: str, heads: int, width: int) -> str:
+        apart = (self.batch, self.of.length, heads, width)
         x = self._op(name, "view", (x,), apart, apart)
-        return self._op(
-            name, "transpose.int", (x,), (apart[0], heads, apart[1], self.head_width), 1, 2
-        )
+        return self._op(name, "transpose.int", (x,), (apart[0], heads, apart[1], width), 1, 2)
 
     def _measured(self, logits: str, targets: str) -> None:
         """Nothing flows back from it."""
@@ -314,8 +435,9 @@ class _Builder:
             return x
         if x not in self.narrow:
             to, shape = self.of.products, self.specs[x].shape
+            cast = "fused.cast.twice" if "float4" in to else "fused.cast"
             self.narrow[x] = (
-                self._op(name, "fused.cast", (x,), shape, dtype=to)
+                self._op(name, cast, (x,), shape, dtype=to)
                 if self.of.fused
                 else self._cast(x, to, name)
             )
@@ -326,11 +448,13 @@ class _Builder:
 
     def _norm(self, x: str, name: str, *, narrow: bool = False) -> str:
         """``narrow``: only products read it."""
-        sizes = (self.of.width,)
+        sizes = self.specs[x].shape[-1:]
         weight = self._parameter(f"{name}.weight", sizes)
         shape, kernel = self.specs[x].shape, ".one_pass" if self.of.one_pass else ""
         if self.of.gated and self.of.fused:
             dtype = (narrow and self.of.engine and self.of.products) or self.of.dtype
+            if self.of.cast_norms and dtype != self.of.dtype:
+                kernel = ".then_cast_twice" if "float4" in dtype else ".then_cast"
             return self._op(name, f"fused.rms_norm{kernel}", (x, weight), shape, dtype=dtype)
         if self.of.gated:
             return self._call(name, "rms_norm", (x, weight), (Input(0), sizes, Input(1)))

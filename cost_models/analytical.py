@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 
 from cost_models.calibration import Calibration, read_calibration
-from cost_models.collectives import COLLECTIVES, Way, spans, useful
+from cost_models.collectives import COLLECTIVES, Dispatch, Way, dispatch, spans, useful
 from cost_models.interface import Collective, CollectiveKind, HostTime, Work
 from cost_models.overheads import BY_VENDOR, NCCL_CHANNELS, NOTHING, Overheads
 from cost_models.topology import Topology
@@ -54,10 +54,12 @@ technical specifications; CDNA holds as many of 32 waves of 64)."""
 
 @dataclass(frozen=True)
 class Analytical:
-    """A ``CostModel`` of a machine that need not be at hand."""
+    """A ``CostModel`` of a machine that need not be at hand. ``dispatch``: all that goes all to all
+    are tokens for experts, sent so."""
 
     topology: Topology
     calibration: Calibration = field(default_factory=read_calibration)
+    dispatch: Dispatch | None = None
     _computed: dict[Work, float] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -135,7 +137,8 @@ class Analytical:
         wide = "bfloat16" if "bfloat16" in dict(device.peak_flops_per_s) else "float16"
         if not device.power_w or wide not in dict(device.peak_flops_per_s):
             return 1.0
-        drawn_w = self._largest(wide) * self.calibration.flop_pj * 1e-12
+        flop_pj = self.calibration.flop_pj * device.flop_energy
+        drawn_w = self._largest(wide) * flop_pj * 1e-12
         if drawn_w <= device.power_w:
             return 1.0
         held: float = (device.power_w / drawn_w) ** (1 / 3)
@@ -225,6 +228,9 @@ class Analytical:
                 f"{self.devices} devices of {self.topology.name} (a group has at least 2)"
             )
         hops = spans(self.topology, group_size, stride, within)
+        if kind == "all_to_all" and self.dispatch is not None:
+            launch_s = self.topology.collective_launch_s
+            return useful(dispatch(self.dispatch, hops, group_size, launch_s))
         return useful(COLLECTIVES[kind](hops, group_size, self.topology.collective_launch_s))
 
 

@@ -270,6 +270,31 @@ def _all_to_all(hops: tuple[Span, ...], group_size: int, launch_s: float) -> Ite
     yield Way(launch_s + _winding_s(hops), s_per_byte)
 
 
+class Dispatch(NamedTuple):
+    """How tokens go to experts. Of each there are ``copies``, for experts drawn evenly, on at most
+    ``hosts`` of them if that is not 0; devices and hosts that have several of these experts get it
+    once, and what comes back is summed where it was (DeepEP and HybridEP, as in Megatron-LM's
+    ``megatron/core/transformer/moe/fused_a2a.py``)."""
+
+    copies: int
+    hosts: int = 0
+
+
+def dispatch(
+    of: Dispatch, hops: tuple[Span, ...], group_size: int, launch_s: float
+) -> Iterator[Way]:
+    """All to all, of what is sent once to each place: a byte is one of all copies."""
+    s_per_byte = 0.0
+    for span in hops:
+        places = ceil(group_size / span.members)
+        reached = places * (1 - (1 - 1 / places) ** of.copies)
+        if of.hosts and not span.inside:
+            reached = min(reached, of.hosts)
+        away = (group_size - span.members) / group_size
+        s_per_byte = max(s_per_byte, reached / of.copies * away / _bytes_per_s(span))
+    yield Way(launch_s + _winding_s(hops), s_per_byte)
+
+
 def _send(hops: tuple[Span, ...], _group_size: int, launch_s: float) -> Iterator[Way]:
     """Over the farthest tier; between two devices of a mesh or torus there is one link. NCCL sends
     with LL or Simple."""

@@ -28,7 +28,8 @@ class Device:
     products let expect; ``attention_as_products``: whether it runs beside them as products do
     beside theirs, as torch's kernels do now, and not as those of earlier programs. ``compiled``:
     programs run as a whole, not operator by operator. ``power_w``: what it may draw; 0 where that
-    is not known.
+    is not known. ``flop_energy``: what an operation of a product draws beside the chips that
+    ``Calibration.flop_pj`` was fitted to (A100, H100).
     """
 
     name: str
@@ -43,6 +44,7 @@ class Device:
     attention_as_products: bool = True
     compiled: bool = False
     power_w: float = 0.0
+    flop_energy: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +190,7 @@ class _Machine:
                 cores=reader.count(device, "cores", 1),
                 launch_s=reader.number(device, "launch_s", 3e-6),
                 power_w=reader.number(device, "power_w") if "power_w" in device else 0.0,
+                flop_energy=reader.number(device, "flop_energy", 1.0),
             ),
             tiers=tuple(reader.tier(tier) for tier in tiers),
             shared_by=tuple(reader.count(tier, "shared_by", 1) for tier in tiers),

@@ -208,7 +208,7 @@ def _topology() -> Schema:
         attention_flops_per_s=rates,
     )
     calibration, tiers = of_dataclass(Calibration), many(of_dataclass(Tier))
-    for of, later in ((device, "power_w"), (calibration, "flop_pj")):
+    for of, later in ((device, "power_w"), (device, "flop_energy"), (calibration, "flop_pj")):
         of["required"].remove(later)  # older plans know nothing of it
     return {
         "type": "object",

@@ -166,6 +166,8 @@ class OpRule:
       of attention, those that do it by its definition where ``fused`` does not hold.
     - ``added``: inputs that operators before this one read as well, whose gradients are added to
       those that these give. Found in the graph.
+    - ``apart``: a factor for each index of which the host makes a call of its own, forward and
+      backward, though the kernels go on at once: parameters of experts, kept one by one.
     - ``causal``: a fused kernel that leaves out what the mask hides, a block of keys at a time; one
       that is bound by memory does not read it.
     - ``saves``: what is kept for the backward. ``workspace``: of a kernel that is not torch's own,
@@ -192,6 +194,7 @@ class OpRule:
     backward: Kernels | None = None
     fused: bool = True
     added: tuple[int, ...] = ()
+    apart: str = ""
     causal: bool = False
     saves: tuple[Saved, ...] = ()
     workspace: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
@@ -203,7 +206,9 @@ class OpRule:
     joined: tuple[Joined, ...] = ()
 
 
-NOT_DATA = frozenset({"localize", "joined", "forward", "backward", "fused", "added", "workspace"})
+NOT_DATA = frozenset(
+    {"localize", "joined", "forward", "backward", "fused", "added", "apart", "workspace"}
+)
 """Fields of a rule that no proposed one has, and no plan."""
 
 RuleMaker = Callable[[Operator, tuple[TensorSpec, ...], tuple[TensorSpec, ...]], OpRule]

@@ -28,7 +28,7 @@ from autopar.simulator.listing import Structure
 from autopar.simulator.microbatches import Division
 from autopar.simulator.parameter_prices import at_level, zero_placements
 from autopar.simulator.recompute_choices import RECIPE_KINDS, BlockChoices
-from autopar.simulator.staged import even_cuts, runs, staged
+from autopar.simulator.staged import even_cuts, even_starts, runs, staged
 from cost_models.interface import CostModel
 
 
@@ -168,7 +168,7 @@ def recomputed_copies(copies: int, degrees: Degrees) -> list[int]:
     >>> recomputed_copies(8, Degrees(pipeline=2, recomputed=0.5))
     [0, 1, 4, 5]
     """
-    starts = [round(copies * stage / degrees.stages) for stage in range(degrees.stages + 1)]
+    starts = even_starts(copies, degrees.stages)
     return [
         start + copy
         for start, end in pairwise(starts)

@@ -129,27 +129,35 @@ class Costs:
             self.compute_cache[key] = found
         return found
 
-    def launches_s(self, bound: BoundRule, differentiable: tuple[bool, ...]) -> tuple[float, float]:
+    def launches_s(
+        self, bound: BoundRule, differentiable: tuple[bool, ...], split: Split | None
+    ) -> tuple[float, float]:
         """What a host that goes ahead takes for the forward and the backward of an operator. The
-        same however it is divided: kernels are as many, or nearly."""
+        same however it is divided (kernels are as many, or nearly), unless its rule has a factor
+        whose parts are launched ``apart``; without a ``split``, what it takes at least."""
         if not self.host_ahead.ahead:
             return 0.0, 0.0
-        key = ("launches", id(bound), differentiable)
+        apart = bound.rule.apart if split is not None else ""
+        calls = bound.local_sizes(split, self.mesh)[apart] if apart and split is not None else 1
+        key = ("launches", id(bound), differentiable, calls)
         found = self.compute_cache.get(key)
         if found is None:
-            found = self.compute_cache[key] = self._launches_s(bound, differentiable)
+            found = self.compute_cache[key] = self._launches_s(bound, differentiable, calls)
         return found
 
     def _launches_s(
-        self, bound: BoundRule, differentiable: tuple[bool, ...]
+        self, bound: BoundRule, differentiable: tuple[bool, ...], calls: int
     ) -> tuple[float, float]:
+        """``calls``: for the first kernel of either; the others have one each."""
         host = self.host_ahead
         view_s = host.view_s if bound.rule.kind == "view" else 0.0
         works: tuple[list[Work], list[Work]] = ([], [])
         if not is_free(bound):
             compiled = is_compiled(self.cost_model)
             works = work(bound, (REPLICATED,), ONE_DEVICE, differentiable, compiled=compiled)
-        forward, backward = (sum(not one.follows for one in of) for of in works)
+        forward, backward = (
+            sum(not one.follows for one in of) + (calls - 1) * bool(of) for of in works
+        )
         return (
             view_s + host.operator_s * forward,
             view_s * any(differentiable) + host.operator_s * backward,
@@ -516,6 +524,10 @@ NARROW = {"float8_e4m3fn": 2, "float8_e5m2": 2, "float4_e2m1fn_x2": 1}
 """Dtypes that only products take, whose result is wider; how many copies of its bytes a tensor has
 that products read along both dims (those of half a byte have two in one)."""
 
+SCALED_AS_A_WHOLE = frozenset({"float4_e2m1fn_x2"})
+"""Of these, formats with a scale for the tensor beside those of its blocks (NVFP4): a tensor is
+read once for its largest number, and once more to cast it."""
+
 
 def _attention(
     bound: BoundRule, sizes: dict[str, int], dtype: str, moved: float, differentiable: bool
@@ -576,7 +588,8 @@ def _narrowed_gradient(bound: BoundRule, sizes: dict[str, int], dtype: str) -> W
     for one, by columns for the other."""
     (product, *_), spec = bound.rule.products, bound.output_specs[0]
     batch, m, n, _ = _shape(product, sizes)
-    item = ITEM_BYTES[spec.dtype] + NARROW[dtype] * ITEM_BYTES[dtype]
+    read = ITEM_BYTES[spec.dtype] * (1 + (dtype in SCALED_AS_A_WHOLE))
+    item = read + NARROW[dtype] * ITEM_BYTES[dtype]
     return Work("memory", spec.dtype, 0.0, float(batch * m * n * item))
 
 

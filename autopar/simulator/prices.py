@@ -8,6 +8,7 @@ from operator import attrgetter
 from typing import Literal
 
 from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph, TensorSpec
+from autopar.ir.rule import Split
 from autopar.ir.sharding import Mesh, gradient, local_elements
 from autopar.ir.simulation import Estimate, PromisedCollective
 from autopar.ir.strategy import Storage, Strategy, Training
@@ -148,7 +149,9 @@ def evaluate(
         spent["step"] -= streams.hidden_s(last_s, reduced_s)
         spent["step"] -= streams.hidden_s(first_s, refreshed_s)
     devices_s = forward_s + backward_s + optimizer_s + sum(spent.values())
-    host_s = times * launches_s(seen.graph, rules, costs, seen.weight, run_again.again)
+    host_s = times * launches_s(
+        seen.graph, rules, costs, seen.weight, strategy.splits, run_again.again
+    )
     return Estimate(
         step_time_s=max(devices_s, host_s),
         forward_compute_s=forward_s,
@@ -313,7 +316,7 @@ def _priced_operator(part: StagePart, operator: Operator, costs: Costs) -> Opera
     wanted = _wanted(graph, operator)
     forward_s, back_s = costs.operator_s(bound, split, wanted)
     there = inner_transfers(bound, split, costs.mesh, "forward")
-    launched_s = costs.launches_s(bound, wanted)
+    launched_s = costs.launches_s(bound, wanted, split)
     if not carries_gradient(graph, operator):
         return OperatorPrice(forward_s, 0.0, 0.0, 0.0, there, (), launched_s)
     back = inner_transfers(bound, split, costs.mesh, "backward")
@@ -566,14 +569,16 @@ def launches_s(
     rules: Rules,
     costs: Costs,
     weight: Mapping[str, int],
+    splits: Mapping[str, Split] | None = None,
     again: Container[str] = (),
 ) -> float:
-    """What hosts that go ahead take for a microbatch. ``weight``: of each operator, how many there
-    are; ``again``: those that are run twice."""
+    """What hosts that go ahead take for a microbatch; without ``splits``, what they take at least.
+    ``weight``: of each operator, how many there are; ``again``: those that are run twice."""
     total_s = 2 * costs.host_ahead.pass_s
     for operator in graph.operators:
         name = operator.name
-        forward_s, backward_s = costs.launches_s(rules[name], _wanted(graph, operator))
+        split = None if splits is None else splits[name]
+        forward_s, backward_s = costs.launches_s(rules[name], _wanted(graph, operator), split)
         total_s += weight[name] * (forward_s * (1 + (name in again)) + backward_s)
     return total_s
 

@@ -130,20 +130,58 @@ def block_starts(graph: OperatorGraph) -> tuple[int, ...]:
     return tuple(most.start + copy * most.period for copy in range(most.copies))
 
 
+def stack_starts(graph: OperatorGraph) -> tuple[int, ...]:
+    """Where each block begins: of those that cover most, and of those that come right before and
+    after them (layers with an MLP before layers with experts)."""
+    found = blocks(graph)
+    most = max(found, key=lambda block: block.period * block.copies, default=None)
+    if most is None:
+        return ()
+    stack, place = [most], found.index(most)
+    for before in reversed(found[:place]):
+        if before.stop != stack[0].start:
+            break
+        stack.insert(0, before)
+    for after in found[place + 1 :]:
+        if after.start != stack[-1].stop:
+            break
+        stack.append(after)
+    return tuple(one.start + copy * one.period for one in stack for copy in range(one.copies))
+
+
+def even_starts(copies: int, stages: int) -> list[int]:
+    """At which copy each stage begins, and their number. As equal as can be; where only with them
+    stages come out even, what is before the first copy and what is after the last count as one
+    each, as Megatron-LM's ``account_for_embedding_in_pipeline_split`` has it.
+
+    >>> even_starts(8, 4), even_starts(6, 4), even_starts(6, 8)
+    ([0, 2, 4, 6, 8], [0, 1, 3, 5, 6], [0, 0, 1, 2, 3, 4, 5, 6, 6])
+    """
+    if copies % stages and (copies + 2) % stages == 0:
+        each = (copies + 2) // stages
+        return [0, *(each * stage - 1 for stage in range(1, stages)), copies]
+    return [round(copies * stage / stages) for stage in range(stages + 1)]
+
+
 def even_cuts(graph: OperatorGraph, stages: int) -> tuple[int, ...]:
-    """Cuts for so many stages with as equal numbers of copies of the block as can be; what is
+    """Cuts for so many stages with as equal numbers of blocks as can be (``even_starts``); what is
     before and after goes to the first and the last.
 
     Raises:
-        AutoparError: there are fewer copies than stages.
+        AutoparError: there are fewer blocks than stages.
     """
-    starts = block_starts(graph)
-    if stages > max(1, len(starts)):
+    starts = stack_starts(graph)
+    if stages > max(1, len(starts)) and stages != len(starts) + 2:
         raise AutoparError(
             f"{graph.name} has {len(starts)} equal blocks, which cannot be {stages} stages; take "
             "fewer stages, or say where to cut"
         )
-    return tuple(starts[round(len(starts) * k / stages)] for k in range(1, stages))
+    ends = [*starts, _stack_end(graph, starts)]
+    return tuple(ends[copy] for copy in even_starts(len(starts), stages)[1:-1])
 
 
-__all__ = ["block_starts", "even_cuts", "runs", "staged"]
+def _stack_end(graph: OperatorGraph, starts: tuple[int, ...]) -> int:
+    return max((block.stop for block in blocks(graph) if block.start in starts), default=0)
+
+
+__all__ = ["block_starts", "even_cuts", "even_starts", "runs", "stack_starts", "staged"]

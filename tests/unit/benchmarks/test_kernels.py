@@ -16,7 +16,7 @@ from autopar.simulator.memory import saved_bytes
 from autopar.simulator.microbatches import division
 from autopar.simulator.prices import evaluate
 from benchmarks.kernels import RULES, proposals
-from benchmarks.transformer import Experts, Transformer
+from benchmarks.transformer import Experts, Latent, Transformer
 from cost_models import cost_model
 
 LAYERS, WIDTH, HEADS, KV_HEADS, FFN, LENGTH = 3, 64, 4, 2, 192, 32
@@ -120,9 +120,13 @@ def test_a_batch_may_be_of_one_sample(model: Transformer) -> None:
 
 def test_every_kernel_is_in_some_graph() -> None:
     narrow = replace(LLAMA, products="float8_e4m3fn")
-    fused = [replace(model, fused=True) for model in (LLAMA, GPT, EXPERTS, narrow)]
-    losses = [replace(LLAMA, divided_loss=True), replace(GPT, fused=True, metrics=2)]
-    fused += [*losses, *(replace(m, one_pass=True) for m in fused)]
+    fp4 = replace(narrow, products="float4_e2m1fn_x2", near=16)
+    apart = replace(EXPERTS, experts=Experts(4, 2, 96, biased=True, sorted=True, apart=True))
+    models = (LLAMA, GPT, EXPERTS, narrow, fp4, apart, replace(LLAMA, latent=Latent(16)))
+    fused = [replace(model, fused=True) for model in models]
+    fused += [replace(LLAMA, divided_loss=True), replace(GPT, fused=True, metrics=2)]
+    fused += [replace(m, one_pass=True) for m in fused]
+    fused += [replace(m, engine=True, cast_norms=True) for m in fused]
     graphs = [model.graph(2) for model in fused]
     used = {o.op for graph in graphs for o in graph.operators if o.op.startswith("fused.")}
     assert used == set(RULES)

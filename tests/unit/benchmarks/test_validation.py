@@ -26,7 +26,6 @@ from benchmarks.kernels import proposals
 from benchmarks.report import page
 from benchmarks.runs import (
     Compared,
-    Row,
     Run,
     estimate,
     kendall_tau,
@@ -40,6 +39,7 @@ from benchmarks.transformer import DROPOUT, Transformer
 from benchmarks.validate import main, text
 from cost_models import cost_model
 from cost_models.topology import topology
+from tests.helpers.rows import ROW
 
 SMALL = Transformer(2, 32, 4, 4, 128, 64, 16)
 GPT = replace(SMALL, flash=False, dropout=True)
@@ -150,42 +150,6 @@ def test_a_transformer_of_sizes_is_what_torch_traces(of: Transformer) -> None:
     assert made.parameter_count == real.parameter_count
 
 
-ROW: Row = {
-    **dict.fromkeys(("head_dim", "n_experts"), ""),
-    "config_id": "a",
-    "source": "somebody",
-    "model_family": "GPT",
-    "layers": "4",
-    "hidden": "256",
-    "heads": "4",
-    "kv_heads": "4",
-    "ffn": "1024",
-    "gated_mlp": "False",
-    "vocab": "1000",
-    "seq_len": "128",
-    "global_batch": "16",
-    "micro_batch": "1",
-    "gpu_type": "A100-80GB-SXM",
-    "n_gpus": "8",
-    "gpus_per_node": "8",
-    "TP": "2",
-    "PP": "2",
-    "virtual_pp": "1",
-    "DP": "2",
-    "CP": "1",
-    "EP": "1",
-    "zero_fsdp": "1",
-    "sequence_parallel": "True",
-    "recompute": "selective",
-    "flash_attn": "False",
-    "precision": "fp16",
-    "schedule": "1F1B",
-    "metric": "iter_time_s",
-    "value": "0.5",
-    "iter_time_s": "0.5",
-}
-
-
 def test_a_row_says_what_a_recipe_says() -> None:
     run = run_of(ROW)
     wanted = Degrees(2, 2, 2, microbatch=1, between="sequence", zero=1, recompute="attention")
@@ -234,7 +198,7 @@ def test_a_row_is_predicted_as_its_model_is_planned() -> None:
         ),
         ({"precision": "fp8"}, "no peak for float8_e4m3fn"),
         ({"precision": "int3"}, "precision is 'int3': not known"),
-        ({"recompute": "recipe (CPU activation offload)"}, "no name here: recipe"),
+        ({"recompute": "recipe (weights offload)"}, "no name here: recipe"),
         ({"sequence_parallel": "maybe"}, "neither True nor False"),
         ({"layers": "1e9"}, "more than the 4096"),
         ({"layers": "inf"}, "layers is 'inf', no whole number"),
@@ -282,10 +246,74 @@ def test_cells_may_be_spelled_otherwise(changes: dict[str, str]) -> None:
 
 def test_what_a_row_does_not_say_is_assumed_and_counted() -> None:
     row = {**ROW, "virtual_pp": "", "micro_batch": "", "schedule": "interleaved 1F1B"}
+    row |= {"layers": "24", "ffn": "", "DP": ""}
     (found, every), (one,) = validate([row])
-    assert (one.run.degrees.chunks, one.run.degrees.microbatch) == (1, 1)
-    assert found.assumed == every.assumed == {"virtual_pp is 1": 1, "micro_batch is 1": 1}
-    assert "assumed of 1: virtual_pp is 1" in text(found)
+    degrees = one.run.degrees
+    assert (degrees.chunks, degrees.microbatch, degrees.data) == (6, 1, 2)
+    assert one.run.model.ffn == 1024
+    said = ("virtual_pp is 6", "micro_batch is 1", "ffn is four times hidden")
+    assert found.assumed == every.assumed == dict.fromkeys(said, 1)
+    assert "assumed of 1: virtual_pp is 6" in text(found)
+
+
+@pytest.mark.parametrize(("layers", "chunks"), [("24", 6), ("10", 5), ("2", 1), ("5", 1)])
+def test_interleaved_stages_have_two_layers_or_one(layers: str, chunks: int) -> None:
+    row = {**ROW, "virtual_pp": "", "schedule": "interleaved", "layers": layers}
+    assert run_of(row).degrees.chunks == chunks
+
+
+@pytest.mark.parametrize(
+    ("said", "machine"),
+    [
+        ("H200 141GB SXM5", "h200-sxm"),
+        ("nvidia h100 pcie", "h100-pcie"),
+        ("NVIDIA A100-SXM4-80GB", "a100-sxm-80gb"),
+        ("a100 40gb", "a100-sxm-40gb"),
+        ("MI300X", "mi300x"),
+        ("TPU v5p", "tpu-v5p"),
+        ("GB300", "gb300-nvl72"),
+        ("L40S", "l40s"),
+    ],
+)
+def test_machines_are_known_by_other_names(said: str, machine: str) -> None:
+    row = {**ROW, "gpu_type": said, "precision": "bf16"}
+    assert run_of(row).machine == f"1x8x{machine}"
+
+
+@pytest.mark.parametrize(
+    ("said", "level"),
+    [("zero1", 1), ("ZeRO 2", 2), ("stage-1", 1), ("distributed optimizer", 1), ("DDP", 0)],
+)
+def test_levels_of_sharding_have_several_spellings(said: str, level: int) -> None:
+    row = {**ROW, "zero_fsdp": said, "PP": "1", "DP": "4", "virtual_pp": "1"}
+    assert run_of(row).degrees.zero == level
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "step_s"),
+    [
+        ("tokens_per_s_per_gpu", 16 * 128 / 8 / 0.5, 0.5),
+        ("tokens/sec", 16 * 128 / 0.5, 0.5),
+        ("samples_per_s", 32, 0.5),
+        ("iter_time_ms", 500, 0.5),
+        ("step_time_s", 0.5, 0.5),
+    ],
+)
+def test_a_rate_says_how_long_a_step_takes(metric: str, value: float, step_s: float) -> None:
+    run = run_of({**ROW, "iter_time_s": "", "metric": metric, "value": f"{value!r}"})
+    assert run.step_s == pytest.approx(step_s) and not run.assumed
+
+
+def test_flops_a_second_and_their_share_of_the_peak_say_it_too() -> None:
+    row = {**ROW, "iter_time_s": "", "metric": "model_tflops_per_gpu", "value": "2.0"}
+    run, of = run_of(row), run_of(row).model
+    weights = of.layers * 12 * of.width**2 + of.width * of.vocabulary
+    flops = 16 * 128 * (6 * weights + 12 * of.layers * of.width * 128)
+    assert run.step_s == pytest.approx(flops / 8 / 2e12)
+    assert any("flops" in what for what in run.assumed)
+    share = run_of({**row, "metric": "MFU", "value": "50"})
+    assert share.step_s == pytest.approx(flops / 8 / (0.5 * 312e12))
+    assert run_of({**row, "metric": "loss", "value": "2.5"}).step_s is None
 
 
 H100 = {"gpu_type": "H100-80GB-SXM", "precision": "bf16", "flash_attn": "True", "TP": "1"}

@@ -114,6 +114,14 @@ def test_products_run_at_the_clock_that_power_can_hold(power_w: float, flop_pj: 
     assert held_s / free_s == pytest.approx(expected, rel=1e-6)
 
 
+def test_chips_whose_operations_draw_less_run_faster_until_nothing_holds_them() -> None:
+    work = matmul(1, 8192, 8192, 8192)
+    free_s = Analytical(H100, replace(KNOWN, flop_pj=0.0)).compute_time_s(work)
+    held = [replace(H100, device=replace(H100.device, flop_energy=e)) for e in (1.0, 0.8, 0.4)]
+    times = [Analytical(machine).compute_time_s(work) for machine in held]
+    assert times[0] > times[1] > times[2] == free_s
+
+
 def test_passes_over_memory_do_not_draw_so_much() -> None:
     work = Work("memory", "bfloat16", 0.0, 1e9)
     weak = replace(H100, device=replace(H100.device, power_w=50.0))

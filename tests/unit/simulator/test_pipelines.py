@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -24,8 +25,16 @@ from autopar.simulator.pipelines import PricedPipeline, StagePrices, evaluate_st
 from autopar.simulator.prices import evaluate
 from autopar.simulator.row_memory import MOST_UNDER_WAY
 from autopar.simulator.stage_memory import StageBytes
-from autopar.simulator.staged import block_starts, even_cuts, runs, staged
+from autopar.simulator.staged import (
+    block_starts,
+    even_cuts,
+    even_starts,
+    runs,
+    stack_starts,
+    staged,
+)
 from autopar.simulator.stages import Move, pipelined
+from benchmarks.transformer import Experts, Transformer
 from tests.helpers.cases import case, divided
 from tests.helpers.fake_prices import FakePrices
 from tests.helpers.random_graphs import Builder
@@ -327,6 +336,30 @@ def test_cuts_are_where_blocks_begin() -> None:
     lengths = [len(run) for run in runs(graph, even_cuts(graph, 4))]
     assert sum(lengths) == len(graph.operators)
     assert lengths == [9, 6, 6, 7]  # the first layer, and the loss
+
+
+def test_ends_count_as_blocks_only_where_stages_are_even_with_them() -> None:
+    """126 blocks are 128 stages with embedding and loss, and 94 are 48 of two."""
+    for copies, stages in ((126, 128), (126, 32), (94, 48), (94, 8)):
+        starts = even_starts(copies, stages)
+        sizes = [b - a for a, b in pairwise(starts)]
+        each = (copies + 2) // stages
+        assert sizes == [each - 1, *[each] * (stages - 2), each - 1]
+    for copies, stages in ((96, 8), (61, 16), (10, 4), (7, 1)):
+        sizes = [b - a for a, b in pairwise(even_starts(copies, stages))]
+        assert sum(sizes) == copies and max(sizes) - min(sizes) <= 1
+
+
+def test_blocks_that_follow_each_other_are_one_stack() -> None:
+    """Layers with an MLP before layers with experts; each end may be a stage."""
+    model = Transformer(6, 32, 4, 4, 64, 64, 16, experts=Experts(4, 2, 32, after=2))
+    graph = replace(model, gated=True, biased=False, tied=False).graph(2)
+    starts = stack_starts(graph)
+    assert [graph.operators[start].name.split(".")[1] for start in starts] == list("012345")
+    assert len(block_starts(graph)) == 4
+    alone = runs(graph, even_cuts(graph, 8))
+    layers = [{name.split(".")[1] for name in run if name.startswith("blocks")} for run in alone]
+    assert layers == [set(), *({number} for number in "012345"), set()]
 
 
 def test_groups_of_devices_are_filled_one_after_the_other() -> None:

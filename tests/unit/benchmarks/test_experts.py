@@ -1,0 +1,333 @@
+"""Mixtures of experts and latent attention of published rows: what is counted, and from what."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from math import prod
+
+import pytest
+
+from autopar.ir.graph import OperatorGraph
+from autopar.ir.sharding import Mesh
+from autopar.ir.simulation import Estimate
+from autopar.ir.strategy import Training
+from autopar.recipes import Degrees, by_degrees
+from autopar.simulator.costs import work
+from autopar.simulator.microbatches import division
+from autopar.simulator.prices import evaluate
+from benchmarks import families
+from benchmarks.kernels import proposals
+from benchmarks.runs import SkippedError, predicted, run_of, validate
+from benchmarks.transformer import Experts, Latent, Transformer
+from cost_models import Analytical, cost_model, topology
+from cost_models.collectives import Dispatch
+from cost_models.interface import Collective, Work
+from tests.helpers.rows import ROW
+
+LATENT = Latent(keys=16, queries=24, plain=8, rotary=4, values=8)
+PLAIN = Transformer(3, 64, 4, 4, 192, 128, 32, gated=True, biased=False, tied=False, fused=True)
+PLAIN = replace(PLAIN, fused_loss=True, one_pass=True)
+NARROW = replace(PLAIN, latent=LATENT, experts=Experts(4, 2, 48, shared=48, after=1))
+MIXED = Training("adam", "mixed")
+
+
+def evaluated(model: Transformer, degrees: Degrees, batch: int = 8) -> Estimate:
+    graph = model.graph(batch)
+    divided = division(graph, degrees.microbatches(batch), proposals(graph))
+    machine = cost_model("1x8xh100-sxm")
+    strategy = by_degrees(divided, degrees, machine, MIXED)
+    return evaluate(divided.graph, divided.rules, machine, strategy)
+
+
+def shapes(graph: OperatorGraph, ends: str) -> list[tuple[int, ...]]:
+    return [p.spec.shape for p in graph.parameters if p.name.endswith(ends)]
+
+
+# ---- the graph -----------------------------------------------------------------------------------
+
+
+def test_latent_attention_has_the_weights_of_its_paper() -> None:
+    """DeepSeek-V3's published sizes make 671 billion parameters, 37 of them for a token."""
+    sizes = families.published("DeepSeekV3(MLA)")
+    latent = Latent(sizes["kv_lora_rank"], sizes["q_lora_rank"])
+    experts = Experts(256, 8, 2048, shared=2048, after=sizes["first_k_dense_replace"])
+    model = replace(PLAIN, layers=61, width=7168, heads=128, kv_heads=128, ffn=18432)
+    model = replace(model, vocabulary=129280, latent=latent, experts=experts, length=512)
+    held = sum(prod(p.spec.shape) for p in model.graph(1).parameters)
+    assert held == pytest.approx(671e9, rel=0.002)
+    embedding = model.vocabulary * model.width
+    assert model.weights_of_a_token + embedding == pytest.approx(37e9, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        PLAIN,
+        replace(PLAIN, kv_heads=2),
+        replace(PLAIN, latent=replace(LATENT, queries=0)),
+        NARROW,
+        replace(PLAIN, gated=False, head_width=8),
+    ],
+)
+def test_weights_of_a_token_are_those_of_the_products_of_its_graph(model: Transformer) -> None:
+    graph, found = model.graph(1), 0
+    for operator in graph.operators:
+        if operator.op in ("aten.linear.default", "aten.einsum.default"):
+            weight = graph.spec(operator.inputs[1]).shape
+            share = 1 if len(weight) == 2 or model.experts is None else model.experts.chosen
+            found += share * prod(weight[-2:])
+    assert model.weights_of_a_token == found
+
+
+def test_layers_before_experts_have_an_mlp_and_others_a_shared_one() -> None:
+    graph = NARROW.graph(2)
+    assert shapes(graph, "blocks.0.up.weight") == [(192, 64)]
+    assert not shapes(graph, "blocks.0.router.weight")
+    assert len(shapes(graph, ".shared.up.weight")) == 2
+    assert shapes(graph, ".experts.up.weight") == [(4, 48, 64)] * 2
+
+
+def test_parallel_blocks_have_one_norm() -> None:
+    graphs = [replace(PLAIN, parallel=flag).graph(2) for flag in (False, True)]
+    norms = [sum("rms_norm" in o.op for o in graph.operators) for graph in graphs]
+    assert norms == [2 * 3 + 1, 3 + 1]
+    weights = [sum(prod(p.spec.shape) for p in graph.parameters) for graph in graphs]
+    assert weights[0] - weights[1] == 3 * PLAIN.width
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        Degrees(data=8, zero=3),
+        Degrees(tensor=2, data=4, microbatch=1),
+        Degrees(tensor=4, data=2, microbatch=2, between="sequence", zero=1),
+        Degrees(data=8, experts=4, zero=1),
+    ],
+    ids=["data", "tensor", "sequence", "experts"],
+)
+def test_latent_attention_and_experts_are_divided(degrees: Degrees) -> None:
+    """Each device does its share of the products, but for what is narrow and made by all."""
+    model = replace(NARROW, width=256, ffn=768, length=64)
+    whole, divided = evaluated(model, Degrees(data=1)), evaluated(model, degrees)
+    products = whole.peak_memory_bytes
+    assert divided.peak_memory_bytes < products
+    assert divided.collectives
+
+
+def test_of_latent_attention_heads_are_divided_and_narrow_vectors_are_not() -> None:
+    graph = NARROW.graph(2)
+    divided = division(graph, 1, proposals(graph))
+    degrees = Degrees(tensor=2, data=1)
+    strategy = by_degrees(divided, degrees, cost_model("1x2xh100-sxm"), MIXED)
+    kept = {
+        name.removeprefix("blocks.1."): storage.parameter
+        for name, storage in strategy.storage.items()
+        if name.startswith("blocks.1.")
+    }
+    assert kept["q_up.weight"] == kept["kv_up.weight"] == ("S(0)",)
+    assert kept["out.weight"] == ("S(1)",)
+    assert kept["q_down.weight"] == kept["kv_down.weight"] == ("I",)
+
+
+# ---- kernels -------------------------------------------------------------------------------------
+
+
+def works(model: Transformer, kernel: str) -> tuple[list[Work], list[Work]]:
+    """Of the first such operator, forward and backward, of one sample."""
+    graph = model.graph(1)
+    divided = division(graph, 1, proposals(graph))
+    operator = next(o for o in divided.graph.operators if kernel in o.op)
+    wanted = tuple(graph.by_name[name].differentiable for name in operator.inputs)
+    return work(divided.rules[operator.name], ("nothing",), Mesh((("data", 1),)), wanted)
+
+
+def flops(of: Iterable[Work]) -> float:
+    return sum(one.flops for one in of)
+
+
+def test_where_queries_see_a_window_attention_does_as_much_less() -> None:
+    length = 2048
+    whole = works(replace(PLAIN, length=length), "scaled_dot_product_attention")
+    near = works(replace(PLAIN, length=length, near=length // 8), "near_attention")
+    seen = (length + 128) / (2 * length)
+    for all_of, some in zip(whole, near, strict=True):
+        assert flops(some) == pytest.approx(flops(all_of) / seen / 8)
+
+
+def test_latent_attention_sums_over_keys_and_over_values() -> None:
+    model = replace(NARROW, length=2048)
+    (there,), _ = works(model, "causal_attention")
+    seen, dk = (2048 + 128) / (2 * 2048), LATENT.plain + LATENT.rotary
+    assert there.flops == pytest.approx(seen * 2 * 4 * 2048**2 * (dk + LATENT.values))
+
+
+GROUPED = replace(PLAIN, experts=Experts(4, 2, 48, apart=True))
+
+
+def test_the_host_calls_experts_one_by_one_and_the_device_does_them_at_once() -> None:
+    one_by_one, at_once = (
+        works(GROUPED, "grouped"),
+        works(replace(GROUPED, experts=Experts(4, 2, 48)), "einsum"),
+    )
+    for some, others in zip(one_by_one, at_once, strict=True):
+        assert [replace(one, calls=1) for one in some] == others
+        assert [one.calls for one in some] == [4, *[1] * (len(some) - 1)]
+
+
+def test_biases_of_experts_are_added_in_float32() -> None:
+    biased = replace(PLAIN, experts=Experts(4, 2, 48, biased=True))
+    there, back = works(biased, "expert_bias")
+    elements = PLAIN.length * 2 * PLAIN.width
+    assert sum(one.bytes for one in there) == (4 + (2 + 4 + 4) + (4 + 4) + (4 + 2)) * elements
+    *own, weights = back  # whose gradients come from here and from SwiGLU, and are added
+    assert sum(one.bytes for one in own) == ((2 + 4) + (4 + 2) + 2 * (8 + 4) + 4) * elements
+    assert weights.bytes == 3 * 2 * PLAIN.length * 2
+
+
+def test_a_norm_that_is_cast_reads_what_it_wrote() -> None:
+    """For NVFP4 twice, since the tensor has a scale, too."""
+    engine = replace(PLAIN, engine=True, cast_norms=True)
+    wide = 2 * PLAIN.length * PLAIN.width
+    for dtype, again in (("float8_e4m3fn", 1), ("float4_e2m1fn_x2", 2)):
+        apart = works(replace(engine, products=dtype), "rms_norm")[0]
+        plain = works(replace(engine, products=None), "rms_norm")[0]
+        written = wide if again == 1 else wide // 2
+        read = sum(one.bytes for one in apart) - written
+        assert read == pytest.approx(sum(one.bytes for one in plain) + again * wide, rel=0.02)
+
+
+# ---- tokens on their way -------------------------------------------------------------------------
+
+MACHINE = topology("8x8xh100-sxm")
+
+
+def sent_s(of: Dispatch | None, group: int = 64) -> float:
+    question = Collective("all_to_all", 10**9, group, 1)
+    return Analytical(MACHINE, dispatch=of).collective_time_s(question)
+
+
+@pytest.mark.parametrize("group", [2, 8, 16, 64])
+def test_tokens_that_go_once_to_each_place_take_no_longer(group: int) -> None:
+    times = [sent_s(Dispatch(copies), group) for copies in (1, 2, 4, 8, 16)]
+    assert times == sorted(times, reverse=True)
+    assert times[0] == pytest.approx(sent_s(None, group))
+    assert sent_s(Dispatch(8, 2), group) <= sent_s(Dispatch(8), group)
+
+
+def test_a_token_for_all_hosts_comes_to_each_once() -> None:
+    """Of eight copies on four hosts of eight, so many go as there are hosts."""
+    assert sent_s(Dispatch(8, 4)) == pytest.approx(sent_s(None) / 2, rel=0.01)
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+MOE = {
+    **ROW,
+    "source": "Megatron-Bridge, NeMo 25.11",
+    "model_family": "DeepSeekV3(MLA)",
+    "layers": "5",
+    "hidden": "512",
+    "heads": "8",
+    "kv_heads": "8",
+    "ffn": "1024",
+    "gated_mlp": "True",
+    "flash_attn": "True",
+    "n_experts": "16",
+    "topk": "4",
+    "moe_ffn": "256",
+    "gpu_type": "H100-80GB-SXM",
+    "TP": "1",
+    "PP": "1",
+    "DP": "8",
+    "EP": "8",
+    "precision": "FP8-CS",
+    "recompute": "selective modules moe_act",
+    "micro_batch": "2",
+    "sequence_parallel": "False",
+}
+
+
+def test_a_row_of_a_known_family_has_its_published_sizes() -> None:
+    run = run_of(MOE)
+    assert run.model.latent == Latent(512, 1536, 128, 64, 128)
+    assert run.model.experts is not None
+    assert (run.model.experts.shared, run.model.experts.after) == (256, 3)
+    assert run.machine_model.dispatch == Dispatch(4, 4)
+    other = run_of({**MOE, "kv_lora_rank": "256", "first_k_dense_replace": "1"})
+    assert other.model.latent == Latent(256, 1536, 128, 64, 128)
+    ((_, one),) = predicted([run])
+    assert not isinstance(one, Exception) and one.step_s > 0
+
+
+def test_latent_attention_of_no_known_sizes_says_which_columns_would_do() -> None:
+    with pytest.raises(SkippedError, match="give columns q_lora_rank, kv_lora_rank"):
+        run_of({**MOE, "model_family": "Something(MLA)"})
+    with pytest.raises(SkippedError, match="v_head_dim are not"):
+        run_of({**MOE, "model_family": "Something", "kv_lora_rank": "512"})
+
+
+def test_experts_are_run_as_the_program_of_the_release_does() -> None:
+    """One by one, sorted and padded; narrow ones in one kernel since 2026, and those that are
+    padded to their capacity without the host's help."""
+    release = "Megatron-Bridge, NeMo 26.08"
+    rows = [{}, {"precision": "bf16"}, {"source": release}, {"config_id": "a-tokendrop"}]
+    found = [run_of({**MOE, **changes}) for changes in rows]
+    told = [run.model.experts for run in found]
+    assert [one and (one.sorted, one.padded, one.apart, one.steps > 0) for one in told] == [
+        (True, True, True, True),
+        (True, False, True, True),
+        (False, False, False, False),
+        (True, False, False, False),
+    ]
+    hosts = [run.machine_model.host_time.operator_s for run in found]
+    assert hosts[0] == hosts[1] > hosts[2] == hosts[3]
+
+
+def test_families_are_found_by_what_they_are_called() -> None:
+    for family in (
+        "DeepSeekV3(MLA)",
+        "deepseek-v3",
+        "Kimi-K2",
+        "DeepSeek V2 Lite",
+        "GPT-OSS",
+        "Falcon",
+    ):
+        assert families.published(family), family
+    for family in ("Llama3", "GPT", "GPT-2", "MPT (GPT, ALiBi/learned pos)", "Qwen3-MoE", ""):
+        assert not families.published(family), family
+    assert all(re.compile(name) for name, _ in families.FAMILIES)
+    assert {size for _, sizes in families.FAMILIES for size in sizes} <= set(families.COLUMNS)
+
+
+def test_layers_with_a_window_and_without_take_turns() -> None:
+    row = {**MOE, "model_family": "GPT-OSS", "seq_len": "2048", "precision": "bf16"}
+    run = run_of(row)
+    assert run.model.near == round(((2048 + 128) / 2 + 2 * 128) / 2)
+    assert run.model.experts is not None and run.model.experts.biased
+    assert run_of({**row, "seq_len": "128"}).model.near == 0
+    assert run_of({**row, "sliding_window_pattern": "1"}).model.near == 256
+
+
+def test_blocks_that_read_the_same_are_told_by_the_family_or_in_the_notes() -> None:
+    told = ({}, {"notes": "uses parallel block + SWA"}, {"model_family": "GPT-NeoX"})
+    assert [run_of({**ROW, **cells}).model.parallel for cells in told] == [False, True, True]
+
+
+def test_megatrons_own_fsdp_has_the_kernels_of_megatron() -> None:
+    cells = {"zero_fsdp": "FSDP (ZeRO-3)", "EP": "1", "n_experts": "", "model_family": "Llama3"}
+    ours, theirs = (run_of({**MOE, **cells, "source": s}) for s in (MOE["source"], "a table"))
+    assert ours.program.shards and ours.program.is_megatron and ours.model.engine
+    assert theirs.program.shards and not theirs.program.is_megatron
+
+
+def test_activations_on_the_host_are_not_judged_by_what_a_device_has() -> None:
+    small = {"hidden": "4096", "layers": "48", "global_batch": "512", "micro_batch": "64"}
+    small |= {"seq_len": "4096", "heads": "32", "kv_heads": "32", "ffn": "16384"}
+    row = {**ROW, **small, "flash_attn": "True"}
+    _, (kept,) = validate([{**row, "recompute": "none"}])
+    (found, _), (offloaded,) = validate([{**row, "recompute": "none (CPU activation offload)"}])
+    assert kept.false_reject and not offloaded.fits and not offloaded.false_reject
+    assert (offloaded.step_s, found.not_judged) == (kept.step_s, 1)
+    assert any("kept by the host" in what for what in found.assumed)
