@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import groupby
 from math import prod
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Literal
 
 from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph, TensorSpec
@@ -600,14 +601,55 @@ def _host_s(
     costs: Costs,
     again: Recomputation,
 ) -> tuple[float, float]:
-    """What the host takes for one microbatch's forward and backward: for each kernel, and for each
-    collective."""
+    """How long one microbatch's forward and backward take as far as their host decides it: what it
+    takes for each kernel and each collective, and what the device still has to do then."""
     forward_s, backward_s = _operators_s(seen, rules, strategy, costs.host_s, again)
     counts = Counter[str]()
     for one in promised:
         counts[one.phase] += one.count
     each_s = costs.host.operator_s / strategy.microbatches
-    return forward_s + each_s * counts["forward"], backward_s + each_s * counts["backward"]
+    left_s, left_back_s = _left_s(seen, rules, strategy, costs, again)
+    return (
+        forward_s + each_s * counts["forward"] + left_s,
+        backward_s + each_s * counts["backward"] + left_back_s,
+    )
+
+
+def _left_s(
+    seen: Folded, rules: Rules, strategy: Strategy, costs: Costs, again: Recomputation
+) -> tuple[float, float]:
+    """How far behind its host a device is at the end of a forward and of a backward. It cannot
+    begin a kernel before that is launched, so that a long one at the end (a head, its loss) is not
+    done beside what was launched before. Operators of folded blocks come together."""
+    forward: list[tuple[bool, float]] = []
+    backward: list[tuple[bool, float]] = []
+    for operator in seen.graph.operators:
+        weight = seen.weight[operator.name]
+        busy, host = (
+            _operator_s(seen.graph, rules, strategy, price, operator)
+            for price in (costs.device_s, costs.host_s)
+        )
+        more_s, more_back_s = busy[0] - host[0], busy[1] - host[1]
+        if operator.name in again.again:
+            more_back_s += more_s
+        forward.append((weight > 1, more_s * weight))
+        backward.append((weight > 1, more_back_s * weight))
+    return _lag_s(forward), _lag_s(reversed(backward))
+
+
+def _lag_s(parts: Iterable[tuple[bool, float]]) -> float:
+    """After ``parts`` that each keep a device so much longer than its host; those that are said to
+    come together count as one.
+
+    >>> _lag_s([(False, 3.0), (False, -5.0), (False, 2.0)]), _lag_s([(True, 9.0), (True, -4.0)])
+    (2.0, 5.0)
+    """
+    found = 0.0
+    for together, group in groupby(parts, key=itemgetter(0)):
+        of = [more_s for _, more_s in group]
+        for more_s in [sum(of)] if together else of:
+            found = max(0.0, found + more_s)
+    return found
 
 
 @dataclass(frozen=True)
