@@ -602,52 +602,42 @@ def _host_s(
     again: Recomputation,
 ) -> tuple[float, float]:
     """How long one microbatch's forward and backward take as far as their host decides it: what it
-    takes for each kernel and each collective, and what the device still has to do then."""
-    forward_s, backward_s = _operators_s(seen, rules, strategy, costs.host_s, again)
+    takes for each kernel and each collective, and how far the device is behind it then. A kernel
+    does not begin before it is launched, so that a long one at the end (a head, its loss) is not
+    done beside those before."""
     counts = Counter[str]()
     for one in promised:
         counts[one.phase] += one.count
     each_s = costs.host.operator_s / strategy.microbatches
-    left_s, left_back_s = _left_s(seen, rules, strategy, costs, again)
-    return (
-        forward_s + each_s * counts["forward"] + left_s,
-        backward_s + each_s * counts["backward"] + left_back_s,
-    )
-
-
-def _left_s(
-    seen: Folded, rules: Rules, strategy: Strategy, costs: Costs, again: Recomputation
-) -> tuple[float, float]:
-    """How far behind its host a device is at the end of a forward and of a backward. It cannot
-    begin a kernel before that is launched, so that a long one at the end (a head, its loss) is not
-    done beside what was launched before. Operators of folded blocks come together."""
-    forward: list[tuple[bool, float]] = []
-    backward: list[tuple[bool, float]] = []
+    forward_s, backward_s = each_s * counts["forward"], each_s * counts["backward"]
+    more: list[tuple[bool, float]] = []
+    more_back: list[tuple[bool, float]] = []
     for operator in seen.graph.operators:
         weight = seen.weight[operator.name]
-        busy, host = (
-            _operator_s(seen.graph, rules, strategy, price, operator)
-            for price in (costs.device_s, costs.host_s)
-        )
-        more_s, more_back_s = busy[0] - host[0], busy[1] - host[1]
+        of = seen.graph, rules, strategy
+        host_s, host_back_s = _operator_s(*of, costs.host_s, operator)
+        busy_s, busy_back_s = _operator_s(*of, costs.device_s, operator)
         if operator.name in again.again:
-            more_back_s += more_s
-        forward.append((weight > 1, more_s * weight))
-        backward.append((weight > 1, more_back_s * weight))
-    return _lag_s(forward), _lag_s(reversed(backward))
+            host_back_s += host_s
+            busy_back_s += busy_s
+        forward_s += host_s * weight
+        backward_s += host_back_s * weight
+        more.append((weight > 1, (busy_s - host_s) * weight))
+        more_back.append((weight > 1, (busy_back_s - host_back_s) * weight))
+    return forward_s + _lag_s(more), backward_s + _lag_s(reversed(more_back))
 
 
 def _lag_s(parts: Iterable[tuple[bool, float]]) -> float:
-    """After ``parts`` that each keep a device so much longer than its host; those that are said to
-    come together count as one.
+    """How far behind its host a device is after ``parts``, which each keep it so much longer than
+    the host; those that are said to be of folded blocks count together.
 
     >>> _lag_s([(False, 3.0), (False, -5.0), (False, 2.0)]), _lag_s([(True, 9.0), (True, -4.0)])
     (2.0, 5.0)
     """
     found = 0.0
-    for together, group in groupby(parts, key=itemgetter(0)):
-        of = [more_s for _, more_s in group]
-        for more_s in [sum(of)] if together else of:
+    for folded, group in groupby(parts, key=itemgetter(0)):
+        each = [more_s for _, more_s in group]
+        for more_s in [sum(each)] if folded else each:
             found = max(0.0, found + more_s)
     return found
 
