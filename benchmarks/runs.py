@@ -788,6 +788,7 @@ def overlap_of(run: Run) -> Overlap:
         sums=program.has("sums"),
         in_pieces=program.has("in_pieces") and run.model.engine,
         replicas=passes if program.has("replicas") and degrees.zero else 0,
+        together=True,
         added_in_products=program.has("added_in_products"),
         update_bytes=UPDATE_BYTES[run.model.dtype],
         waits=degrees.chunks == 1 or not program.has("messages_beside"),

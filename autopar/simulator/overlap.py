@@ -8,7 +8,7 @@ activations. Both slow down while both are busy.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
@@ -19,6 +19,7 @@ from autopar.simulator.costs import Costs
 from autopar.simulator.edges import ParameterEdge
 from autopar.simulator.memory import local_bytes
 from autopar.simulator.redistribution import Transfer
+from cost_models.interface import CollectiveKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +50,12 @@ class Overlap:
 
     ``parameters``: a second stream gathers them ahead, and reduces gradients beside the backward.
     ``sums``: the gradient of a product's input is summed beside the product that gives the gradient
-    of its weight. ``in_pieces``: what is gathered for a product, and what is scattered of its
-    result, goes on piece by piece beside it, and so do their gradients. ``replicas``: beside so
-    many of the last backwards of a stage goes on what is reduced once a step, and beside as many of
-    the first forwards updated parameters are gathered (several, where a device goes on with other
-    stages).
+    of its weight, and an input that is gathered again, beside the one that gives its own (arXiv
+    2205.05198, section 4.2.2). ``in_pieces``: what is gathered for a product, and what is scattered
+    of its result, goes on piece by piece beside it, and so do their gradients. ``replicas``: beside
+    so many of the last backwards of a stage goes on what is reduced once a step, and beside as many
+    of the first forwards updated parameters are gathered (several, where a device goes on with
+    other stages).
     ``added_in_products``: gradients of microbatches are added up by the products that give them.
     ``update_bytes``: read and written for each element beside its update (casts, scales, norms).
     ``gathered_bytes``, ``reduced_bytes``: of an element of a parameter that is gathered, and of its
@@ -72,6 +74,7 @@ class Overlap:
     sums: bool = False
     in_pieces: bool = False
     replicas: int = 0
+    together: bool = False
     added_in_products: bool = False
     update_bytes: int = 0
     gathered_bytes: int = 0
@@ -150,6 +153,16 @@ def ahead(
         first_backward_s=again_s + (0.0 if first.per_step else reductions[0]),
         last_step_s=reductions[0] if first.per_step else 0.0,
     )
+
+
+def moved_s(moved: Iterable[tuple[Transfer, int]], costs: Costs, *, together: bool) -> float:
+    """Transfers, each with how many there are, one by one or all of a kind and axis in one."""
+    if not together:
+        return sum(count * costs.transfer_s(transfer) for transfer, count in moved)
+    sizes = Counter[tuple[CollectiveKind, int]]()
+    for transfer, count in moved:
+        sizes[transfer.kind, transfer.axis] += count * transfer.bytes
+    return sum(costs.collective_s(kind, axis, size) for (kind, axis), size in sizes.items())
 
 
 def copies_s(
@@ -267,4 +280,5 @@ __all__ = [
     "copies_s",
     "held_bytes",
     "hidden",
+    "moved_s",
 ]

@@ -42,6 +42,7 @@ from autopar.simulator.overlap import (
     copies_s,
     held_bytes,
     hidden,
+    moved_s,
 )
 from autopar.simulator.recomputation import Recomputation, check_recompute, recomputation
 from autopar.simulator.redistribution import Transfer, transfers
@@ -93,7 +94,7 @@ def evaluate(
         for phase in ("forward", "backward", "step")
     }
     if overlap.sums or overlap.in_pieces:
-        beside = BesideProducts(seen.graph, rules, strategy, costs, overlap)
+        beside = BesideProducts(seen.graph, rules, strategy, costs, overlap, needed.operators)
         forward_hidden_s, backward_hidden_s = beside.hidden_s(needed.activations, needed.again)
         spent["forward"] -= times * forward_hidden_s
         spent["backward"] -= times * backward_hidden_s
@@ -135,14 +136,15 @@ def evaluate(
         spent["forward"] += times * (waiting.forward_s - compute_s[0] - plain.forward_s)
         spent["backward"] += times * (waiting.backward_s - compute_s[1] - plain.backward_s)
         spent["step"] += waiting.step_s
-    if overlap.replicas:
-        reduced_s = ahead(needed.parameters, costs).step_s
-        refreshed_s = sum(
-            costs.transfer_s(transfer) * count
-            for tensor, storage, count in stored_alike(graph, strategy)
-            if tensor.differentiable
-            for transfer in _refreshing(tensor.spec, storage, costs.mesh)
+    reduced, refreshed = _once_a_step(graph, strategy, needed.parameters)
+    reduced_s, refreshed_s = (
+        moved_s(moved, costs, together=overlap.together) for moved in (reduced, refreshed)
+    )
+    if overlap.together:
+        spent["step"] += (
+            reduced_s + refreshed_s - moved_s([*reduced, *refreshed], costs, together=False)
         )
+    if overlap.replicas:
         streams = Streams(slowdown_of(cost_model))
         last_s = overlap.replicas * (backward_s + spent["backward"]) / times
         first_s = overlap.replicas * (forward_s + spent["forward"]) / times
@@ -166,6 +168,26 @@ def evaluate(
         collectives=promised,
         launches_s=max(0.0, host_s - devices_s),
     )
+
+
+def _once_a_step(
+    graph: OperatorGraph, strategy: Strategy, parameters: Iterable[tuple[ParameterEdge, int]]
+) -> tuple[list[tuple[Transfer, int]], list[tuple[Transfer, int]]]:
+    """Of gradients on their way to the optimizer's shards, and of parameters on their way back."""
+    mesh = strategy.mesh
+    reduced = [
+        (transfer, count)
+        for edge, count in parameters
+        if edge.per_step
+        for transfer in edge.backward_transfers(mesh)
+    ]
+    refreshed = [
+        (transfer, count)
+        for tensor, storage, count in stored_alike(graph, strategy)
+        if tensor.differentiable
+        for transfer in _refreshing(tensor.spec, storage, mesh)
+    ]
+    return reduced, refreshed
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +266,7 @@ def _beside_products(
     remade = {version for segment in again.segments for version, _ in segment.remade}
     activations = [(edge, 1) for edge in edges(graph, rules, strategy, part.ends, part.given)]
     repeated = [(edge, 1) for edge, _ in activations if (edge.tensor, edge.target) in remade]
-    beside = BesideProducts(graph, rules, strategy, costs, overlap)
+    beside = BesideProducts(graph, rules, strategy, costs, overlap, frozenset(again.again))
     forward_s, backward_s = beside.hidden_s(activations, repeated)
     return replace(
         found,
@@ -372,7 +394,9 @@ def parameter_parts(
     and the update. ``used``: the edges of the part's parameters."""
     found = _Sums(costs, listed)
     graph, mesh, training = part.graph, part.mesh, part.strategy.training
-    forward_s = weight_s = reduction_s = optimizer_s = refresh_s = 0.0
+    forward_s = weight_s = reduction_s = optimizer_s = 0.0
+    reduced: list[tuple[Transfer, int]] = []
+    refreshed: list[tuple[Transfer, int]] = []
     for edge in used:
         name, price = edge.parameter, _parameter_price(edge, costs)
         forward_s += price.there_s
@@ -381,7 +405,8 @@ def parameter_parts(
         found.add(price.there, "forward", name)
         found.add(price.there, "backward", name, times=len(edge.regathered))
         if edge.per_step:
-            reduction_s += price.back_s + sum(map(costs.transfer_s, price.back))
+            reduction_s += price.back_s
+            reduced += [(transfer, 1) for transfer in price.back]
             found.add(price.back, "step", name)
         else:
             weight_s += price.back_s
@@ -392,14 +417,14 @@ def parameter_parts(
             of = tensor.spec, storage, training, costs, overlap
             optimizer_s += optimizer_time_s(*of) * count
             moved = transfers(*sides, tensor.spec.bytes, mesh)
-            refresh_s += sum(map(costs.transfer_s, moved)) * count
+            refreshed += [(transfer, count) for transfer in moved]
             found.add(moved, "step", tensor.name, times=count)
     return found.parts(
         forward_s=forward_s,
         weight_s=weight_s,
-        reduction_s=reduction_s,
+        reduction_s=reduction_s + moved_s(reduced, costs, together=overlap.together),
         optimizer_s=optimizer_s,
-        refresh_s=refresh_s,
+        refresh_s=moved_s(refreshed, costs, together=overlap.together),
     )
 
 
@@ -588,9 +613,11 @@ class BesideProducts:
     """What of the communication of activations products hide, in seconds of a microbatch.
 
     The gradient of a product's input is summed beside the product that gives the gradient of its
-    weight (Megatron-LM: a column-parallel layer's all-reduce or reduce-scatter). In pieces, what is
-    gathered for a product arrives while it is at those that are there, and what is scattered leaves
-    as it is made, all but the last piece; of gradients the same.
+    weight (Megatron-LM: a column-parallel layer's all-reduce or reduce-scatter); an input that was
+    not kept whole is gathered again beside the product that gives its own gradient. In pieces, what
+    is gathered for a product arrives while it is at those that are there, and what is scattered
+    leaves as it is made, all but the last piece; of gradients the same. ``run_again``: operators of
+    which the forward is repeated in the backward.
     """
 
     graph: OperatorGraph
@@ -598,6 +625,7 @@ class BesideProducts:
     strategy: Strategy
     costs: Costs
     overlap: Overlap
+    run_again: frozenset[str]
 
     def hidden_s(
         self, activations: Iterable[tuple[Edge, int]], again: Iterable[tuple[Edge, int]]
@@ -610,7 +638,7 @@ class BesideProducts:
             forward_s += count * self._forward_s(edge, there)
             backward_s += count * self._backward_s(edge, back)
         for edge, count in again:
-            backward_s += count * self._forward_s(edge, edge.transfers(self.costs.mesh)[0])
+            backward_s += count * self._again_s(edge, edge.transfers(self.costs.mesh)[0])
         return forward_s, backward_s
 
     def _forward_s(self, edge: Edge, of: Sequence[Transfer]) -> float:
@@ -621,6 +649,13 @@ class BesideProducts:
         if of[0].kind == "reduce_scatter":
             return self._beside_s(self._made_s(self._makers(edge)), of, last=True)
         return 0.0
+
+    def _again_s(self, edge: Edge, of: Sequence[Transfer]) -> float:
+        """Of products that are not run again, only gradients of weights want it."""
+        only_gathered = len(of) == 1 and of[0].kind == "all_gather"
+        if self.overlap.sums and only_gathered and self.run_again.isdisjoint(edge.consumers):
+            return self._beside_s(self._gradients_s(edge.consumers, of_inputs=True), of)
+        return self._forward_s(edge, of)
 
     def _backward_s(self, edge: Edge, of: Sequence[Transfer]) -> float:
         if self.overlap.in_pieces and len(of) == 1 and of[0].kind == "all_gather":

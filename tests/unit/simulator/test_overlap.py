@@ -154,6 +154,46 @@ def test_where_one_waits_for_the_other_no_sum_is_hidden() -> None:
     assert beside.step_time_s == pytest.approx(alone.step_time_s)
 
 
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_what_is_gathered_again_for_a_weight_is_beside_the_gradient_of_the_input(
+    recompute: str, pipeline: int
+) -> None:
+    """A product that is run again waits for it."""
+    degrees = Degrees(
+        tensor=4, pipeline=pipeline, between="sequence", microbatch=4, recompute=recompute
+    )
+    gathered = dict.fromkeys(("all_reduce", "reduce_scatter", "send"), 1e-15)
+    machine = Slowed(devices=4 * pipeline, collectives=gathered | {"all_gather": 1e-9})
+    alone, beside = (estimate(degrees, machine, how) for how in (NOTHING_AT_ONCE, SUMS))
+    hidden_s = alone.backward_communication_s - beside.backward_communication_s
+    # of four gathers of a layer two are of the gradients of what was scattered
+    assert 0 <= hidden_s <= alone.backward_communication_s / 2
+    assert (hidden_s > 0.05 * alone.backward_communication_s) == (recompute == "none")
+
+
+def test_gradients_in_one_buffer_are_one_message() -> None:
+    degrees, latency_s = Degrees(data=8, microbatch=4), 1e-3
+    machine = Slowed(devices=8, latency_s=latency_s)
+    alone, one = (estimate(degrees, machine, Overlap(together=how)) for how in (False, True))
+    messages = sum(c.count for c in alone.collectives if c.phase == "step")
+    saved_s = alone.gradient_synchronisation_s - one.gradient_synchronisation_s
+    assert messages > SMALL.layers
+    assert saved_s == pytest.approx((messages - 1) * latency_s)
+    assert one.collectives == alone.collectives
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_each_stage_has_a_buffer_of_its_own(zero: int) -> None:
+    degrees = Degrees(data=4, pipeline=2, microbatch=4, zero=zero)
+    swift, slow = (Slowed(devices=8, latency_s=latency_s) for latency_s in (0.0, 1e-3))
+    one = Overlap(together=True)
+    assert estimate(degrees, swift, one).step_time_s == pytest.approx(
+        estimate(degrees, swift).step_time_s
+    )
+    assert estimate(degrees, slow, one).step_time_s < estimate(degrees, slow).step_time_s
+
+
 PIECES = Overlap(in_pieces=True)
 
 
