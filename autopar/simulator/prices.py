@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from operator import attrgetter
 from typing import Literal
 
 from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph, TensorSpec
 from autopar.ir.rule import Split
 from autopar.ir.sharding import Mesh, gradient, local_elements
-from autopar.ir.simulation import Estimate, PromisedCollective
+from autopar.ir.simulation import Estimate, Memory, PromisedCollective
 from autopar.ir.strategy import Storage, Strategy, Training
 from autopar.simulator import one_by_one
 from autopar.simulator.costs import (
@@ -36,6 +37,7 @@ from autopar.simulator.fragments import trapped_bytes
 from autopar.simulator.memory import local_bytes, peak_memory
 from autopar.simulator.overlap import (
     NOTHING_AT_ONCE,
+    OneByOne,
     Overlap,
     Streams,
     ahead,
@@ -78,116 +80,232 @@ def evaluate(
     costs = Costs(cost_model, strategy.mesh, {} if compute_cache is None else compute_cache)
     needed = _needed(seen, rules, strategy, again)
     promised = tuple(_priced(_promise(graph, seen, rules, strategy, needed), costs))
-    run_again = again.to_the_end() if overlap.to_the_end else again
-    forward_s, backward_s = _operators_s(seen, rules, strategy, costs, run_again)
-    moved_forward_s, moved_backward_s = _local_moves_s(needed, strategy, costs, rules, overlap)
-    times = strategy.microbatches
-    forward_s = (forward_s + moved_forward_s + costs.host.pass_s) * times
-    backward_s = (backward_s + moved_backward_s + costs.host.pass_s) * times
-    optimizer_s = sum(
-        optimizer_time_s(tensor.spec, storage, strategy.training, costs, overlap) * count
-        for tensor, storage, count in stored_alike(graph, strategy)
-        if tensor.differentiable
+    of = _Evaluation(graph, seen, rules, strategy, costs, overlap, again, needed)
+    spent = of.at_once(of.in_turn(promised))
+    memory, trapped = of.memory()
+    return Estimate(
+        step_time_s=max(spent.devices_s, of.host_s),
+        forward_compute_s=spent.forward_s,
+        backward_compute_s=spent.backward_s,
+        forward_communication_s=spent.moved_forward_s,
+        backward_communication_s=spent.moved_backward_s,
+        gradient_synchronisation_s=spent.once_s,
+        optimizer_s=spent.optimizer_s,
+        memory=reserved(
+            memory, cost_model, communicators(strategy.mesh, 1, strategy.mesh.size), trapped
+        ),
+        collectives=promised,
+        launches_s=max(0.0, of.host_s - spent.devices_s),
     )
-    spent = {
-        phase: sum(c.time_s * c.count for c in promised if c.phase == phase)
-        for phase in ("forward", "backward", "step")
-    }
-    if overlap.sums or overlap.in_pieces:
-        beside = BesideProducts(seen.graph, rules, strategy, costs, overlap, needed.operators)
-        forward_hidden_s, backward_hidden_s = beside.hidden_s(needed.activations, needed.again)
-        spent["forward"] -= times * forward_hidden_s
-        spent["backward"] -= times * backward_hidden_s
-    memory, trapped = peak_memory(graph, rules, strategy, seen), 0
-    if overlap.parameters:
-        trapped = trapped_bytes(graph, rules, strategy, seen)
-        held = held_bytes(graph, needed.parameters, strategy.mesh, memory.gradients_bytes)
-        memory = replace(memory, buffers_bytes=memory.buffers_bytes + held)
-        plain = ahead(needed.parameters, costs)
-        gathers = ahead(needed.parameters, costs, overlap)
-        spent["forward"] += times * (gathers.forward_s - plain.forward_s)
-        spent["backward"] += times * (gathers.backward_s - plain.backward_s)
-        spent["step"] += gathers.step_s - plain.step_s
-        copied_s, copied_back_s = copies_s(needed.parameters, costs, overlap)
-        forward_s += times * copied_s
-        backward_s += times * copied_back_s
+
+
+@dataclass(frozen=True, slots=True)
+class _Spent:
+    """Seconds of a step: compute, communication of all microbatches forward and backward, that of
+    once a step, and the update."""
+
+    forward_s: float
+    backward_s: float
+    moved_forward_s: float
+    moved_backward_s: float
+    once_s: float
+    optimizer_s: float
+
+    @property
+    def devices_s(self) -> float:
+        return (
+            self.forward_s
+            + self.backward_s
+            + self.optimizer_s
+            + (self.moved_forward_s + self.moved_backward_s + self.once_s)
+        )
+
+    def more(
+        self,
+        *,
+        forward_s: float = 0.0,
+        backward_s: float = 0.0,
+        moved_forward_s: float = 0.0,
+        moved_backward_s: float = 0.0,
+        once_s: float = 0.0,
+    ) -> _Spent:
+        return _Spent(
+            self.forward_s + forward_s,
+            self.backward_s + backward_s,
+            self.moved_forward_s + moved_forward_s,
+            self.moved_backward_s + moved_backward_s,
+            self.once_s + once_s,
+            self.optimizer_s,
+        )
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """Of a strategy of one stage: what is done one after the other, and what at once."""
+
+    graph: OperatorGraph
+    seen: Folded
+    rules: Rules
+    strategy: Strategy
+    costs: Costs
+    overlap: Overlap
+    again: Recomputation
+    needed: Needed
+
+    @property
+    def times(self) -> int:
+        return self.strategy.microbatches
+
+    @cached_property
+    def run_again(self) -> Recomputation:
+        return self.again.to_the_end() if self.overlap.to_the_end else self.again
+
+    @cached_property
+    def host_s(self) -> float:
+        """Of hosts that go ahead."""
+        seen, again = self.seen, self.run_again.again
+        of = seen.graph, self.rules, self.costs, seen.weight, self.strategy.splits, again
+        return self.times * launches_s(*of)
+
+    @cached_property
+    def streams(self) -> Streams:
+        return Streams(slowdown_of(self.costs.cost_model))
+
+    # ---- seconds -------------------------------------------------------------------------------
+
+    def in_turn(self, promised: Sequence[PromisedCollective]) -> _Spent:
+        """One thing after the other."""
+        rules, strategy, costs, times = self.rules, self.strategy, self.costs, self.times
+        forward_s, backward_s = _operators_s(self.seen, rules, strategy, costs, self.run_again)
+        there_s, back_s = _local_moves_s(self.needed, strategy, costs, rules, self.overlap)
+        moved = {
+            phase: sum(c.time_s * c.count for c in promised if c.phase == phase)
+            for phase in ("forward", "backward", "step")
+        }
+        return _Spent(
+            times * (forward_s + there_s + costs.host.pass_s),
+            times * (backward_s + back_s + costs.host.pass_s),
+            moved["forward"],
+            moved["backward"],
+            moved["step"],
+            sum(
+                optimizer_time_s(tensor.spec, storage, strategy.training, costs, self.overlap)
+                * count
+                for tensor, storage, count in stored_alike(self.graph, strategy)
+                if tensor.differentiable
+            ),
+        )
+
+    def at_once(self, spent: _Spent) -> _Spent:
+        """With what the program does beside something else."""
+        overlap = self.overlap
+        if overlap.sums or overlap.in_pieces:
+            spent = self._beside_products(spent)
+        if overlap.parameters:
+            spent = self._parameters_ahead(spent)
+        if overlap.one_by_one is not None:
+            spent = self._one_by_one(spent, overlap.one_by_one)
+        if overlap.together or overlap.replicas:
+            spent = self._once_a_step(spent)
+        return spent
+
+    def _beside_products(self, spent: _Spent) -> _Spent:
+        of = self.seen.graph, self.rules, self.strategy, self.costs, self.overlap
+        beside = BesideProducts(*of, self.needed.operators)
+        forward_s, backward_s = beside.hidden_s(self.needed.activations, self.needed.again)
+        return spent.more(
+            moved_forward_s=-self.times * forward_s, moved_backward_s=-self.times * backward_s
+        )
+
+    def _parameters_ahead(self, spent: _Spent) -> _Spent:
+        parameters, costs, times = self.needed.parameters, self.costs, self.times
+        plain, gathers = ahead(parameters, costs), ahead(parameters, costs, self.overlap)
+        copied_s, copied_back_s = copies_s(parameters, costs, self.overlap)
+        spent = spent.more(
+            forward_s=times * copied_s,
+            backward_s=times * copied_back_s,
+            moved_forward_s=times * (gathers.forward_s - plain.forward_s),
+            moved_backward_s=times * (gathers.backward_s - plain.backward_s),
+            once_s=gathers.step_s - plain.step_s,
+        )
         found = hidden(
             gathers,
-            Streams(slowdown_of(cost_model)),
-            (forward_s + spent["forward"]) / times - gathers.forward_s,
-            (backward_s + spent["backward"]) / times - gathers.backward_s,
+            self.streams,
+            (spent.forward_s + spent.moved_forward_s) / times - gathers.forward_s,
+            (spent.backward_s + spent.moved_backward_s) / times - gathers.backward_s,
             times,
         )
-        spent["forward"] -= found.forward_s
-        spent["backward"] -= found.backward_s
-        spent["step"] -= found.step_s
-    if overlap.one_by_one is not None:
-        held = one_by_one.held_bytes(needed.parameters, overlap.one_by_one)
-        memory = replace(memory, buffers_bytes=memory.buffers_bytes + held)
-        plain = ahead(needed.parameters, costs)
+        return spent.more(
+            moved_forward_s=-found.forward_s,
+            moved_backward_s=-found.backward_s,
+            once_s=-found.step_s,
+        )
+
+    def _one_by_one(self, spent: _Spent, program: OneByOne) -> _Spent:
+        seen, rules, strategy, costs = self.seen, self.rules, self.strategy, self.costs
+        plain = ahead(self.needed.parameters, costs)
         seconds = {
             operator.name: _operator_s(seen.graph, rules, strategy, costs, operator)
             for operator in seen.graph.operators
         }
         waiting = one_by_one.spent(
-            seen, needed.parameters, seconds, again, costs, overlap.one_by_one
+            seen, self.needed.parameters, seconds, self.again, costs, program
         )
-        compute_s = _operators_s(seen, rules, strategy, costs, again)
-        spent["forward"] += times * (waiting.forward_s - compute_s[0] - plain.forward_s)
-        spent["backward"] += times * (waiting.backward_s - compute_s[1] - plain.backward_s)
-        spent["step"] += waiting.step_s
-    reduced, refreshed = _once_a_step(graph, strategy, needed.parameters)
-    reduced_s, refreshed_s = (
-        moved_s(moved, costs, together=overlap.together) for moved in (reduced, refreshed)
-    )
-    if overlap.together:
-        spent["step"] += (
-            reduced_s + refreshed_s - moved_s([*reduced, *refreshed], costs, together=False)
+        forward_s, backward_s = _operators_s(seen, rules, strategy, costs, self.again)
+        return spent.more(
+            moved_forward_s=self.times * (waiting.forward_s - forward_s - plain.forward_s),
+            moved_backward_s=self.times * (waiting.backward_s - backward_s - plain.backward_s),
+            once_s=waiting.step_s,
         )
-    if overlap.replicas:
-        streams = Streams(slowdown_of(cost_model))
-        last_s = overlap.replicas * (backward_s + spent["backward"]) / times
-        first_s = overlap.replicas * (forward_s + spent["forward"]) / times
-        spent["step"] -= streams.hidden_s(last_s, reduced_s)
-        spent["step"] -= streams.hidden_s(first_s, refreshed_s)
-    devices_s = forward_s + backward_s + optimizer_s + sum(spent.values())
-    host_s = times * launches_s(
-        seen.graph, rules, costs, seen.weight, strategy.splits, run_again.again
-    )
-    return Estimate(
-        step_time_s=max(devices_s, host_s),
-        forward_compute_s=forward_s,
-        backward_compute_s=backward_s,
-        forward_communication_s=spent["forward"],
-        backward_communication_s=spent["backward"],
-        gradient_synchronisation_s=spent["step"],
-        optimizer_s=optimizer_s,
-        memory=reserved(
-            memory, cost_model, communicators(strategy.mesh, 1, strategy.mesh.size), trapped
-        ),
-        collectives=promised,
-        launches_s=max(0.0, host_s - devices_s),
-    )
 
+    def _once_a_step(self, spent: _Spent) -> _Spent:
+        """Gradients on their way to the optimizer's shards, and parameters on their way back."""
+        reduced, refreshed = self._moved_once()
+        together = self.overlap.together
+        reduced_s, refreshed_s = (
+            moved_s(moved, self.costs, together=together) for moved in (reduced, refreshed)
+        )
+        if together:
+            apart_s = moved_s([*reduced, *refreshed], self.costs, together=False)
+            spent = spent.more(once_s=reduced_s + refreshed_s - apart_s)
+        if not self.overlap.replicas:
+            return spent
+        share = self.overlap.replicas / self.times
+        last_s = share * (spent.backward_s + spent.moved_backward_s)
+        first_s = share * (spent.forward_s + spent.moved_forward_s)
+        hidden_s = self.streams.hidden_s(last_s, reduced_s)
+        hidden_s += self.streams.hidden_s(first_s, refreshed_s)
+        return spent.more(once_s=-hidden_s)
 
-def _once_a_step(
-    graph: OperatorGraph, strategy: Strategy, parameters: Iterable[tuple[ParameterEdge, int]]
-) -> tuple[list[tuple[Transfer, int]], list[tuple[Transfer, int]]]:
-    """Of gradients on their way to the optimizer's shards, and of parameters on their way back."""
-    mesh = strategy.mesh
-    reduced = [
-        (transfer, count)
-        for edge, count in parameters
-        if edge.per_step
-        for transfer in edge.backward_transfers(mesh)
-    ]
-    refreshed = [
-        (transfer, count)
-        for tensor, storage, count in stored_alike(graph, strategy)
-        if tensor.differentiable
-        for transfer in _refreshing(tensor.spec, storage, mesh)
-    ]
-    return reduced, refreshed
+    def _moved_once(self) -> tuple[list[tuple[Transfer, int]], list[tuple[Transfer, int]]]:
+        mesh = self.strategy.mesh
+        reduced = [
+            (transfer, count)
+            for edge, count in self.needed.parameters
+            if edge.per_step
+            for transfer in edge.backward_transfers(mesh)
+        ]
+        refreshed = [
+            (transfer, count)
+            for tensor, storage, count in stored_alike(self.graph, self.strategy)
+            if tensor.differentiable
+            for transfer in _refreshing(tensor.spec, storage, mesh)
+        ]
+        return reduced, refreshed
+
+    # ---- bytes ---------------------------------------------------------------------------------
+
+    def memory(self) -> tuple[Memory, int]:
+        """At the peak; and what the allocator cannot use then."""
+        graph, parameters, overlap = self.graph, self.needed.parameters, self.overlap
+        memory, trapped = peak_memory(graph, self.rules, self.strategy, self.seen), 0
+        held = 0
+        if overlap.parameters:
+            trapped = trapped_bytes(graph, self.rules, self.strategy, self.seen)
+            held = held_bytes(graph, parameters, self.strategy.mesh, memory.gradients_bytes)
+        if overlap.one_by_one is not None:
+            held = one_by_one.held_bytes(parameters, overlap.one_by_one)
+        return replace(memory, buffers_bytes=memory.buffers_bytes + held), trapped
 
 
 @dataclass(frozen=True, slots=True)
