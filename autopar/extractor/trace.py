@@ -208,7 +208,12 @@ def _names(model: nn.Module, inputs: Inputs) -> list[tuple[str, str]]:
 def _trace(step: _Step, inputs: Inputs) -> ExportedProgram:
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     given = [name for name, _ in _names(step.model, inputs)]
-    with _quiet(), _plain_masks(given), patch.object(fx.config, "do_not_emit_stack_traces", True):
+    with (
+        _quiet(),
+        _plain_masks(given),
+        _static_experts(),
+        patch.object(fx.config, "do_not_emit_stack_traces", True),
+    ):
         try:
             return torch.export.export(step, args, kwargs, strict=False)
         except AutoparError:
@@ -290,4 +295,31 @@ def _plain_masks(given: list[str]) -> Iterator[None]:
         patch.object(masks, "is_torchdynamo_exporting", lambda: False, create=True),
         patch.object(masks, "find_packed_sequence_indices", lambda _: None, create=True),
     ):
+        yield
+
+
+_EXPERTS = ("eager", "batched_mm", "grouped_mm", "deepgemm", "sonicmoe")
+"""Transformers' names of ways to do the same: rows times the matrices of their experts."""
+
+
+@contextmanager
+def _static_experts() -> Iterator[None]:
+    """Transformers' experts are seen as products of each row with the matrices that it asks for.
+
+    That says what they compute, whatever way was chosen: "eager" loops over the rows that each
+    expert happens to have, and the grouped ways sort the rows of the whole batch, which would tie
+    all samples together. The program then does its own rows in groups.
+    """
+    moe = sys.modules.get("transformers.integrations.moe")
+    if moe is None:
+        yield
+        return
+    chosen = moe.ExpertsInterface.get_interface
+
+    def get_interface(self: Any, implementation: str, default: Any) -> Any:
+        if implementation in _EXPERTS:
+            return moe.batched_mm_experts_forward
+        return chosen(self, implementation, default)
+
+    with patch.object(moe.ExpertsInterface, "get_interface", get_interface):
         yield
