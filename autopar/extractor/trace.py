@@ -50,13 +50,14 @@ def extract(
     inputs = _on_device(checked(inputs), _device(model))
     if precision == "mixed":
         model, inputs = in_bfloat16(model), _cast(inputs)
-    seen = _seen_where_it_is(model, inputs, loss)
-    if seen is None:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            model, inputs = _on_hollow_cpu(model), _on_device(inputs, torch.device("cpu"))
-            seen = _seen(model, inputs, loss)
-    program, problems = seen
-    return convert(program, model, _names(model, inputs), name, problems)
+    with _grouped_shapes():
+        seen = _seen_where_it_is(model, inputs, loss)
+        if seen is None:
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                model, inputs = _on_hollow_cpu(model), _on_device(inputs, torch.device("cpu"))
+                seen = _seen(model, inputs, loss)
+        program, problems = seen
+        return convert(program, model, _names(model, inputs), name, problems)
 
 
 _MET = "found at least two devices, meta"
@@ -322,4 +323,25 @@ def _static_experts() -> Iterator[None]:
         return chosen(self, implementation, default)
 
     with patch.object(moe.ExpertsInterface, "get_interface", get_interface):
+        yield
+
+
+@contextmanager
+def _grouped_shapes() -> Iterator[None]:
+    """Grouped products of any dtype: torch knows the shape of those of bfloat16 only, with rows
+    that begin at 16 bytes, and multiplies others too (2.13)."""
+    meta = torch._meta_registrations
+    known = meta._meta_grouped_mm_common
+
+    def common(a: Any, b: Any, scale_a: Any, scale_b: Any, *rest: Any, **named: Any) -> Any:
+        if scale_a is not None:
+            return known(a, b, scale_a, scale_b, *rest, **named)
+        offs, out_dtype = named.get("offs"), named.get("out_dtype")
+        torch._check(
+            a.dim() == b.dim() == 2 or a.size(-1) == b.size(-2),
+            lambda: "contraction dimension of mat_a and mat_b must match",
+        )
+        return meta._create_grouped_mm_output_tensor(a, b, offs, out_dtype)
+
+    with patch.object(meta, "_meta_grouped_mm_common", common):
         yield
