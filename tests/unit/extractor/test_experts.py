@@ -49,7 +49,7 @@ LATENT = {
     "topk_group": 1,
 }
 MODELS: dict[str, tuple[int, dict[str, Any]]] = {
-    "mixtral": (4, {"num_local_experts": EXPERTS, "output_router_logits": True}),
+    "mixtral": (4, {"num_local_experts": EXPERTS}),
     "gpt_oss": (4, {"num_local_experts": EXPERTS, "sliding_window": 4}),
     "deepseek_v3": (2, LATENT),
     "deepseek_v2": (2, {**LATENT, "topk_method": "group_limited_greedy"}),

@@ -14,6 +14,7 @@ from autopar.ir.rule import BoundRule, bind
 from autopar.ir.sharding import Mesh
 from autopar.ops import rule_for
 from autopar.ops.grouped import GATHER_BMM
+from autopar.runtime import grouped
 from autopar.runtime.grouped import GROUPED, grouped_rows
 from autopar.runtime.rule_check import Group, RankContext
 from autopar.simulator.costs import work
@@ -102,6 +103,43 @@ def test_rows_of_no_group_give_zeros_and_any_width_will_do() -> None:
     assert not found[5:].any()
 
 
+def by_kernel(*factors: Tensor) -> bool:
+    """What a GPU's kernel takes, which torch's of a processor takes, too."""
+    return all(
+        x.data_ptr() % 16 == 0
+        and 1 in x.stride()[-2:]
+        and all(s == 1 or s * x.element_size() % 16 == 0 for s in x.stride())
+        for x in factors
+    )
+
+
+@pytest.mark.parametrize("table", [0, 1])
+def test_one_kernel_for_all_groups_gives_what_one_for_each_gives(
+    table: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(table)
+    index = torch.randint(0, EXPERTS, (ROWS,))
+    a, b = (
+        leaves((ROWS, 1, WIDE), (EXPERTS, WIDE, NARROW))
+        if table
+        else leaves((EXPERTS, NARROW, WIDE), (ROWS, WIDE, 1))
+    )
+    whole = gather_bmm(a, b, index, table)
+    bound = bound_for(GATHER_BMM, [a, b, index], whole, table)
+    operator = Operator(GATHER_BMM, GATHER_BMM, ("a", "b", "index"), ("c",))
+    expected = with_gradients(whole, a, b)
+    monkeypatch.setattr(grouped, "_has_kernel", by_kernel)
+    assert_close(with_gradients(gather_bmm(a, b, index, table), a, b), expected)
+    mesh, half = Mesh((("experts", 2),)), EXPERTS // 2
+    group, parts = Group(mesh), []
+    for rank in range(2):
+        context = RankContext(bound, ("experts",), mesh, rank, group)
+        own = slice(rank * half, (rank + 1) * half)
+        given = (a, b[own], index, table) if table else (a[own], b, index, table)
+        parts.append(GROUPED[GATHER_BMM](context, operator, given, {}))
+    assert_close(with_gradients(parts[0] + parts[1], a, b), expected)
+
+
 # --- what they cost ------------------------------------------------------------------------------
 
 
@@ -117,13 +155,13 @@ def routed(experts: int) -> BoundRule:
     return bound_for(GATHER_BMM, [a, b, index], torch.empty(64, 1, NARROW), 1)
 
 
-def grouped(experts: int) -> BoundRule:
+def in_groups(experts: int) -> BoundRule:
     a, b = torch.empty(64, WIDE), torch.empty(experts, WIDE, NARROW)
     ends = torch.zeros(experts, dtype=torch.int32)
     return bound_for(GROUPED_MM, [a, b, ends], torch.empty(64, NARROW))
 
 
-@pytest.mark.parametrize("of", [routed, grouped])
+@pytest.mark.parametrize("of", [routed, in_groups])
 def test_a_row_costs_as_much_however_many_experts_there_are(of) -> None:  # type: ignore[no-untyped-def]
     once = 2.0 * 64 * WIDE * NARROW
     for experts in (1, 4, 16):
@@ -137,9 +175,9 @@ def test_half_of_the_rows_the_experts_or_a_matrix_is_half_of_the_work(factor: st
     assert flops(routed(4), factor, factor) == flops(routed(4)) / 4
     if factor != "rows":
         factor = {"experts": "groups"}.get(factor, factor)
-        assert flops(grouped(4), factor) == flops(grouped(4)) / 2
+        assert flops(in_groups(4), factor) == flops(in_groups(4)) / 2
 
 
 def test_rows_in_groups_are_not_divided_since_a_slice_begins_inside_of_one() -> None:
-    assert "rows" not in grouped(4).factors
-    assert {"groups", "in", "out"} <= set(grouped(4).factors)
+    assert "rows" not in in_groups(4).factors
+    assert {"groups", "in", "out"} <= set(in_groups(4).factors)
