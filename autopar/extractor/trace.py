@@ -330,14 +330,15 @@ def _static_experts() -> Iterator[None]:
 def _grouped_shapes() -> Iterator[None]:
     """Grouped products of any dtype: torch knows the shape of those of bfloat16 only, with rows
     that begin at 16 bytes, and multiplies others too (2.13)."""
-    meta = torch._meta_registrations
+    meta: Any = torch._meta_registrations
+    check: Any = torch._check
     known = meta._meta_grouped_mm_common
 
     def common(a: Any, b: Any, scale_a: Any, scale_b: Any, *rest: Any, **named: Any) -> Any:
         if scale_a is not None:
             return known(a, b, scale_a, scale_b, *rest, **named)
         offs, out_dtype = named.get("offs"), named.get("out_dtype")
-        torch._check(
+        check(
             a.dim() == b.dim() == 2 or a.size(-1) == b.size(-2),
             lambda: "contraction dimension of mat_a and mat_b must match",
         )

@@ -119,7 +119,8 @@ class _Sums(torch.autograd.Function):
         ctx.save_for_backward(left if of_right else None, right if of_left else None, index)
         ctx.arrange = arrange
         order, ends = arrange(index)
-        return grouped_sums(_ordered(left, order), _ordered(right, order), ends)
+        made: Tensor = grouped_sums(_ordered(left, order), _ordered(right, order), ends)
+        return made
 
     @staticmethod
     @once_differentiable
@@ -192,7 +193,7 @@ def _with_all_matrices(a: Tensor, b: Tensor, index: Tensor, table: int) -> Tenso
     return _gathered(a, b, index, table, 0, (b if table else a).shape[0])
 
 
-_LIBRARY = torch.library.Library("autopar", "FRAGMENT")
+_LIBRARY: Any = torch.library.Library("autopar", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("gather_bmm(Tensor a, Tensor b, Tensor index, int table) -> Tensor")
 _LIBRARY.impl("gather_bmm", _with_all_matrices, "CompositeImplicitAutograd")
 
