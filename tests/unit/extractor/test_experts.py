@@ -156,3 +156,26 @@ def test_experts_with_as_many_tokens_as_there_are_are_refused_and_told_what_to_w
     assert "module '0'" in message
     assert f"{__file__}:" in message
     assert "grouped_mm" in message and "weight[expert_of_row]" in message
+
+
+class Balanced(nn.Module):
+    """With a bias of the router that other rules than gradients move: a frozen parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(32, EXPERTS)
+        self.bias = nn.Parameter(torch.zeros(1, EXPERTS), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(EXPERTS, 32, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.gate(x).sigmoid()
+        picked = (scores + self.bias.squeeze()).argmax(-1)
+        made = torch.bmm(x.unsqueeze(1), self.weight[picked]).squeeze(1)
+        return made * scores.gather(1, picked.unsqueeze(1))
+
+
+def test_a_router_with_a_frozen_bias_keeps_its_promise() -> None:
+    graph = extract(Balanced(), (torch.empty(64, 32),), lambda y, _: y.sum())
+    plan = autopar.plan(graph, topology="1x4xh100-sxm", recipe="data_parallel")
+    report = autopar.verify(plan)
+    assert report.ok, report.differences
