@@ -23,7 +23,9 @@ _ADVICE = (
             "DynamicOutputShape",
         ),
         "The program depends on the values of tensors (an if, a loop or a size that needs them). "
-        "Rewrite it with torch.where or masking, or with fixed sizes.",
+        "Rewrite it with torch.where or masking, or with fixed sizes: tokens of experts, for "
+        "instance, with torch.bmm(rows.unsqueeze(1), weight[expert_of_row]), which is run in "
+        "groups, without copies of the weights, or with torch.nn.functional.grouped_mm.",
     ),
     (
         ("meta tensor", "on meta device", "device meta"),

@@ -29,6 +29,7 @@ from autopar.ir.graph import (
     TensorSpec,
 )
 from autopar.ops import RULES, complaint, rule_for
+from autopar.ops.grouped import GATHER_BMM
 
 PREFIX = "model."
 """Of the names in the exported program: the model is the child of a module that adds the loss."""
@@ -232,7 +233,7 @@ class _Converter:
             raise UnsupportedModelError(f"the model has what autopar cannot plan:\n{listed}{also}")
         loss, mutations = self._outputs()
         operators = list(_live(self.operators, {loss, *(value for _, value in mutations)}))
-        operators = _fuse_copies(operators, self.tensors)
+        operators = _fuse_gathers(_fuse_copies(operators, self.tensors), self.tensors)
         receives = _receiving(operators, loss, self.tensors)
         used = {loss, *(n for pair in mutations for n in pair)}
         used |= {n for o in operators for n in o.inputs + o.outputs}
@@ -681,6 +682,41 @@ def _fuse_copies(operators: list[Operator], tensors: dict[str, Tensor]) -> list[
             o = Operator(o.name, op, (source or o.inputs[0],), o.outputs, *_rest(o))
         fused.append(o)
     return fused
+
+
+def _fuse_gathers(operators: list[Operator], tensors: dict[str, Tensor]) -> list[Operator]:
+    """One op for ``bmm(rows, table[index])``, where each row has a matrix of its own and nothing
+    else reads ``table[index]``: that would be a copy of a matrix for every row."""
+    readers = Counter(name for o in operators for name in o.inputs)
+    picked = {
+        o.outputs[0]: o
+        for o in operators
+        if _picks_matrices(o, tensors) and readers[o.outputs[0]] == 1
+    }
+    fused: list[Operator] = []
+    used: set[str] = set()
+    for o in operators:
+        if o.op == "aten.bmm.default":
+            for table in (0, 1):
+                row = tensors[o.inputs[1 - table]].spec.shape[2 - table]
+                gather = picked.get(o.inputs[table])
+                if gather is not None and row == 1:
+                    given = list(o.inputs)
+                    given[table] = gather.inputs[0]
+                    inputs = (*given, gather.inputs[1])
+                    arguments = (Input(0), Input(1), Input(2), table)
+                    used.add(gather.name)
+                    o = Operator(o.name, GATHER_BMM, inputs, o.outputs, arguments, (), o.module)
+                    break
+        fused.append(o)
+    return [o for o in fused if o.name not in used]
+
+
+def _picks_matrices(o: Operator, tensors: dict[str, Tensor]) -> bool:
+    if o.op != "aten.index.Tensor" or o.arguments[1:] != ((Input(1),),):
+        return False
+    table, index = (tensors[name].spec for name in o.inputs)
+    return len(table.shape) == 3 and len(index.shape) == 1 and index.dtype != "bool"
 
 
 def _rest(o: Operator) -> tuple[tuple[Argument, ...], tuple[tuple[str, Argument], ...], str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from autopar.ir.graph import Argument, Dtype, Input, Operator, OperatorGraph, Role, TensorSpec
+from autopar.ops.grouped import GATHER_BMM
 
 
 def execute(
@@ -71,8 +72,18 @@ def overload(op: str) -> torch._ops.OpOverload:
     return found
 
 
+OWN: dict[str, Callable[..., torch.Tensor]] = {
+    GATHER_BMM: lambda a, b, index, table: (
+        torch.bmm(a, b[index]) if table else torch.bmm(a[index], b)
+    )
+}
+"""The ops that graphs have and torch has not, by what they mean."""
+
+
 def is_known(op: str) -> bool:
     """Whether such an op is registered here."""
+    if op in OWN:
+        return True
     try:
         overload(op)
     except AttributeError:
@@ -82,8 +93,10 @@ def is_known(op: str) -> bool:
 
 def call(o: Operator, inputs: list[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, ...]:
     """Run one operator; tensors that it makes from nothing are made on ``device``."""
-    target = overload("aten.reshape.default" if o.op == "aten.view.default" else o.op)
     arguments = [_value(a, inputs) for a in o.arguments]
+    if o.op in OWN:
+        return (OWN[o.op](*arguments),)
+    target = overload("aten.reshape.default" if o.op == "aten.view.default" else o.op)
     keywords = {key: _value(a, inputs) for key, a in o.keywords}
     if not inputs and any(a.name == "device" for a in target._schema.arguments):
         keywords["device"] = device

@@ -50,13 +50,14 @@ def extract(
     inputs = _on_device(checked(inputs), _device(model))
     if precision == "mixed":
         model, inputs = in_bfloat16(model), _cast(inputs)
-    seen = _seen_where_it_is(model, inputs, loss)
-    if seen is None:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            model, inputs = _on_hollow_cpu(model), _on_device(inputs, torch.device("cpu"))
-            seen = _seen(model, inputs, loss)
-    program, problems = seen
-    return convert(program, model, _names(model, inputs), name, problems)
+    with _grouped_shapes():
+        seen = _seen_where_it_is(model, inputs, loss)
+        if seen is None:
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                model, inputs = _on_hollow_cpu(model), _on_device(inputs, torch.device("cpu"))
+                seen = _seen(model, inputs, loss)
+        program, problems = seen
+        return convert(program, model, _names(model, inputs), name, problems)
 
 
 _MET = "found at least two devices, meta"
@@ -208,7 +209,12 @@ def _names(model: nn.Module, inputs: Inputs) -> list[tuple[str, str]]:
 def _trace(step: _Step, inputs: Inputs) -> ExportedProgram:
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     given = [name for name, _ in _names(step.model, inputs)]
-    with _quiet(), _plain_masks(given), patch.object(fx.config, "do_not_emit_stack_traces", True):
+    with (
+        _quiet(),
+        _plain_masks(given),
+        _static_experts(),
+        patch.object(fx.config, "do_not_emit_stack_traces", True),
+    ):
         try:
             return torch.export.export(step, args, kwargs, strict=False)
         except AutoparError:
@@ -290,4 +296,53 @@ def _plain_masks(given: list[str]) -> Iterator[None]:
         patch.object(masks, "is_torchdynamo_exporting", lambda: False, create=True),
         patch.object(masks, "find_packed_sequence_indices", lambda _: None, create=True),
     ):
+        yield
+
+
+_EXPERTS = ("eager", "batched_mm", "grouped_mm", "deepgemm", "sonicmoe")
+"""Transformers' names of ways to do the same: rows times the matrices of their experts."""
+
+
+@contextmanager
+def _static_experts() -> Iterator[None]:
+    """Transformers' experts are seen as products of each row with the matrices that it asks for.
+
+    That says what they compute, whatever way was chosen: "eager" loops over the rows that each
+    expert happens to have, and the grouped ways sort the rows of the whole batch, which would tie
+    all samples together. The program then does its own rows in groups.
+    """
+    moe = sys.modules.get("transformers.integrations.moe")
+    if moe is None:
+        yield
+        return
+    chosen = moe.ExpertsInterface.get_interface
+
+    def get_interface(self: Any, implementation: str, default: Any) -> Any:
+        if implementation in _EXPERTS:
+            return moe.batched_mm_experts_forward
+        return chosen(self, implementation, default)
+
+    with patch.object(moe.ExpertsInterface, "get_interface", get_interface):
+        yield
+
+
+@contextmanager
+def _grouped_shapes() -> Iterator[None]:
+    """Grouped products of any dtype: torch knows the shape of those of bfloat16 only, with rows
+    that begin at 16 bytes, and multiplies others too (2.13)."""
+    meta: Any = torch._meta_registrations
+    check: Any = torch._check
+    known = meta._meta_grouped_mm_common
+
+    def common(a: Any, b: Any, scale_a: Any, scale_b: Any, *rest: Any, **named: Any) -> Any:
+        if scale_a is not None:
+            return known(a, b, scale_a, scale_b, *rest, **named)
+        offs, out_dtype = named.get("offs"), named.get("out_dtype")
+        check(
+            a.dim() == b.dim() == 2 or a.size(-1) == b.size(-2),
+            lambda: "contraction dimension of mat_a and mat_b must match",
+        )
+        return meta._create_grouped_mm_output_tensor(a, b, offs, out_dtype)
+
+    with patch.object(meta, "_meta_grouped_mm_common", common):
         yield

@@ -160,6 +160,8 @@ class OpRule:
       implementation agrees on them (statistics of batch norm): replicated, and no factor's sum.
     - ``kind`` and ``products`` say what it costs: ``view`` nothing (no memory is touched),
       ``memory`` bytes read and written, the kinds of ``PRODUCTS`` the products.
+    - ``routed``: (rows, experts): each index of the one factor meets one of the other in the
+      products, and not all: they are shared out among those of all devices, evenly on the average.
     - ``of``: of what it is, if it is bound by memory, as in ``Work``.
     - ``forward`` and ``backward``: kernels, where these are not one that reads the inputs and
       writes the outputs, and one that reads what comes back and what was kept and writes gradients;
@@ -189,6 +191,7 @@ class OpRule:
     agreed: tuple[int, ...] = ()
     kind: Kind = "memory"
     products: tuple[Product, ...] = ()
+    routed: tuple[str, str] | None = None
     of: str = ""
     forward: Kernels | None = None
     backward: Kernels | None = None
@@ -207,7 +210,7 @@ class OpRule:
 
 
 NOT_DATA = frozenset(
-    {"localize", "joined", "forward", "backward", "fused", "added", "apart", "workspace"}
+    {"localize", "joined", "forward", "backward", "fused", "added", "apart", "routed", "workspace"}
 )
 """Fields of a rule that no proposed one has, and no plan."""
 

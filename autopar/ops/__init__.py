@@ -16,6 +16,7 @@ from autopar.ops import (
     elementwise,
     embedding,
     factories,
+    grouped,
     indexing,
     linear,
     losses,
@@ -29,6 +30,7 @@ from autopar.ops.signatures import NoRuleError
 
 RULES: dict[str, OpRule | RuleMaker] = {
     **linear.RULES,
+    **grouped.RULES,
     **attention.RULES,
     **convolution.RULES,
     **embedding.RULES,

@@ -188,9 +188,9 @@ class _Search:
 
     def _carries(self, operator: Operator, bound: BoundRule, factor: str) -> bool:
         rule = bound.rule
-        if factor not in bound.factors or rule.proposed or "*" in rule.special:
+        if factor not in bound.factors or rule.proposed:
             return False
-        if factor in rule.special:
+        if factor in rule.special or ("*" in rule.special and not rule.products):
             return False
         if operator.op in _CARRYING:
             return True

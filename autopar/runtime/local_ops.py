@@ -14,6 +14,7 @@ from autopar.ir.graph import Operator
 from autopar.ir.rule import BoundRule, Split
 from autopar.ir.sharding import Mesh
 from autopar.runtime.draws import DRAWS, keep_mask
+from autopar.runtime.grouped import GROUPED
 from autopar.simulator.workspace import attention_samples
 
 ReduceOp = Literal["sum", "max"]
@@ -629,6 +630,7 @@ LOCAL_OPS: dict[str, LocalOp] = {
     "aten.nll_loss_nd.default": _classified(normalises=False),
     "aten.nll_loss2d.default": _classified(normalises=False),
     **DRAWS,
+    **GROUPED,
     "aten.native_dropout.default": dropout,
     "aten.dropout.default": dropout,
     "aten.scaled_dot_product_attention.default": attention,

@@ -826,7 +826,8 @@ class _UseParameter(torch.autograd.Function):
         edge: ParameterEdge,
     ) -> None:
         types = execution.communicator.types
-        spmd_types.assert_type(parameter, types(edge.storage.parameter))
+        stored = canonical(edge.storage.parameter, edge.trainable)  # frozen: R and I are one
+        spmd_types.assert_type(parameter, types(stored))
         spmd_types.assert_type(moved, types(edge.target))
         spmd_types.assert_type(used, types(edge.target))
 

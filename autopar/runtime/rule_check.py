@@ -27,6 +27,7 @@ from autopar.ir.sharding import (
     sharded_dim,
 )
 from autopar.ops.draws import draws
+from autopar.runtime.grouped import BY_DEFINITION
 from autopar.runtime.local_ops import LOCAL_OPS, ReduceOp, aten, needs_local_op
 from autopar.runtime.pieces import held
 
@@ -601,7 +602,8 @@ _AS_RESHAPE = {
 def plain(operator: Operator, tensors: Sequence[Tensor]) -> Any:
     """The op itself on these tensors, with the operator's other arguments."""
     values, keywords = _arguments(operator, tensors)
-    return aten(_AS_RESHAPE.get(operator.op, operator.op))(*values, **keywords)
+    called = BY_DEFINITION.get(operator.op) or aten(_AS_RESHAPE.get(operator.op, operator.op))
+    return called(*values, **keywords)
 
 
 def _arguments(operator: Operator, tensors: Sequence[Tensor]) -> tuple[list[Any], dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from math import prod
+from math import ceil, prod
 from typing import Literal
 
 from autopar.ir.graph import ITEM_BYTES, TensorSpec
@@ -428,7 +428,7 @@ class _Local:
 
     def _work(self, kernel: Kernel) -> Work:
         if kernel.product is not None:
-            return _product("matmul", self.dtype, _shape(kernel.product, self.sizes))
+            return _product("matmul", self.dtype, _shape(self.bound, kernel.product, self.sizes))
         moved = [self._moved(what) for what in kernel.moves]
         each = prod(_factor_sizes(kernel.shares, self.sizes))
         elements = max((size // item for size, item in moved), default=0)
@@ -533,7 +533,7 @@ def _attention(
     bound: BoundRule, sizes: dict[str, int], dtype: str, moved: float, differentiable: bool
 ) -> tuple[list[Work], list[Work]]:
     """Fused attention: the backward has five products for the forward's two (one recomputed)."""
-    shapes = [_shape(p, sizes) for p in bound.rule.products]
+    shapes = [_shape(bound, p, sizes) for p in bound.rule.products]
     batch, query, key, dim = shapes[0]
     share = attended(key) if bound.rule.causal else 1.0
     flops = share * sum(2.0 * prod(shape) for shape in shapes)
@@ -568,7 +568,7 @@ def _products(
     forward, backward = [], []
     operands = [g for i, g in enumerate(differentiable) if i not in bound.rule.addends]
     for product in bound.rule.products:
-        batch, m, n, k = _shape(product, sizes)
+        batch, m, n, k = _shape(bound, product, sizes)
         forward.append(_product(kind, dtype, (batch, m, n, k)))
         gradients = [(batch, m, k, n), (batch, k, n, m)]
         if len(operands) == 2:
@@ -587,7 +587,7 @@ def _narrowed_gradient(bound: BoundRule, sizes: dict[str, int], dtype: str) -> W
     """What comes back is read wide, and written as the products of the backward take it: by rows
     for one, by columns for the other."""
     (product, *_), spec = bound.rule.products, bound.output_specs[0]
-    batch, m, n, _ = _shape(product, sizes)
+    batch, m, n, _ = _shape(bound, product, sizes)
     read = ITEM_BYTES[spec.dtype] * (1 + (dtype in SCALED_AS_A_WHOLE))
     item = read + NARROW[dtype] * ITEM_BYTES[dtype]
     return Work("memory", spec.dtype, 0.0, float(batch * m * n * item))
@@ -596,11 +596,15 @@ def _narrowed_gradient(bound: BoundRule, sizes: dict[str, int], dtype: str) -> W
 def _bias_sum(bound: BoundRule, sizes: dict[str, int]) -> Work:
     """The gradient of a bias: what comes back is read once more."""
     (product, *_), spec = bound.rule.products, bound.output_specs[0]
-    batch, m, n, _ = _shape(product, sizes)
+    batch, m, n, _ = _shape(bound, product, sizes)
     return Work("memory", spec.dtype, 0.0, float(batch * (m + 1) * n * ITEM_BYTES[spec.dtype]))
 
 
-def _shape(product: Product, sizes: dict[str, int]) -> tuple[int, int, int, int]:
+def _shape(bound: BoundRule, product: Product, sizes: dict[str, int]) -> tuple[int, int, int, int]:
+    """Where rows are routed, those of one expert."""
+    if bound.rule.routed is not None:
+        rows, experts = bound.rule.routed
+        sizes = {**sizes, rows: ceil(sizes[rows] / bound.sizes[experts])}
     batch, m, n, k = (
         prod(_factor_sizes(names, sizes))
         for names in (product.batch, product.m, product.n, product.k)

@@ -8,6 +8,7 @@ from math import prod
 
 from autopar.ir.graph import ITEM_BYTES, Operator
 from autopar.ir.rule import BoundRule, Dim
+from autopar.ops.grouped import GATHER_BMM
 
 PASSES_ON: dict[str, tuple[int, ...]] = {
     "aten.add.Tensor": (0, 1),
@@ -224,6 +225,30 @@ def _product_backward(local: _Local) -> tuple[int, int]:
     return 0, out if any(needed and size < out for size, needed in pairs) else 0
 
 
+def _gathered(local: _Local) -> tuple[int, int]:
+    """Rows and results in the order of their matrices, and that order; backward gradients so, and
+    rows or their gradients."""
+    table = int(local.operator.argument(3, "table"))
+    rows, out = local.read[1 - table], local.written[0]
+    order = local.sizes["rows"] * ITEM_BYTES["int64"]
+    return order + max(rows, out), order + rows + out
+
+
+def _grouped(local: _Local) -> tuple[int, int]:
+    """As ``_gathered``, where a rank has some of the groups; what has all of them in their order
+    already is multiplied as it is."""
+    if not local.splits("groups") or "rows" not in local.sizes:
+        return 0, 0
+    order = local.sizes["rows"] * ITEM_BYTES["int64"]
+    tensors = zip(
+        (*local.read, *local.written), local.bound.inputs + local.bound.outputs, strict=True
+    )
+    first, second = (size for size, dims in tensors if ("rows",) in dims)
+    summed = ("rows",) not in local.bound.outputs[0]
+    forward = first + second if summed else max(first, second)
+    return order + forward, order + first + second
+
+
 def _quotient_backward(local: _Local) -> tuple[int, int]:
     return 0, 3 * local.written[0] if local.differentiable[-1] else 0
 
@@ -243,6 +268,8 @@ def _batch_norm(local: _Local) -> tuple[int, int]:
 
 WORKSPACE: dict[str, Callable[[_Local], tuple[int, int]]] = {
     "aten._native_batch_norm_legit_functional.default": _batch_norm,
+    "aten._grouped_mm.default": _grouped,
+    GATHER_BMM: _gathered,
     "aten.abs.default": _formula(1),
     "aten.cos.default": _formula(1),
     "aten.bernoulli.default": _drawn(),

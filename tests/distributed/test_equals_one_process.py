@@ -38,6 +38,7 @@ MODELS = (
     "dlrm",
     "transformer_encoder",
     "codebook",
+    "mixtral",
 )
 TRAININGS = (
     Training("sgd"),

@@ -29,7 +29,7 @@ PRELOADED = (
     "tests.helpers.stage_check",
     *(
         f"transformers.models.{name}.modeling_{name}"
-        for name in ("gpt2", "llama", "qwen3", "phi3", "bert", "t5", "vit")
+        for name in ("gpt2", "llama", "qwen3", "mixtral", "phi3", "bert", "t5", "vit")
     ),
 )
 """What cases import, torch with it: in every process of every world that would take seconds."""

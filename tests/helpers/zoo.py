@@ -124,6 +124,26 @@ def qwen(dropout: float = 0.0) -> Built:
     return LossOf(Qwen3ForCausalLM(config)), _tokens(64)
 
 
+def mixtral(dropout: float = 0.0) -> Built:
+    """Its experts one by one, as torch has no grouped product of float64."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=16,
+        attention_dropout=dropout,
+        use_cache=False,
+    )
+    model = MixtralForCausalLM._from_config(config, experts_implementation="eager")
+    return LossOf(model), _tokens(64)
+
+
 def phi3(dropout: float = 0.0) -> Built:
     """Query, key and value in one projection, of unequal parts; so are gate and value."""
     from transformers import Phi3Config, Phi3ForCausalLM
@@ -502,6 +522,7 @@ ZOO: dict[str, Callable[..., Built]] = {
     "gpt2": gpt2,
     "llama": llama,
     "qwen": qwen,
+    "mixtral": mixtral,
     "phi3": phi3,
     "bert": bert,
     "t5": t5,

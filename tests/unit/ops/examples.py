@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from autopar.ir.graph import Argument, Dtype, Input, Operator, TensorSpec
+from autopar.runtime.grouped import BY_DEFINITION
 from autopar.runtime.local_ops import aten
 from autopar.runtime.rule_check import index_data, signed_data
 
@@ -23,6 +24,7 @@ class T:
     high: float | None = None
     below: int | None = None  # indices
     ignored: bool = False  # some indices are -100
+    ends_below: int | None = None  # where groups end, one of them empty
     differentiable: bool = True
 
     def draw(self, generator: torch.Generator) -> torch.Tensor | None:
@@ -31,6 +33,10 @@ class T:
             if self.ignored:
                 data.view(-1)[: data.numel() // 2 : 2] = -100
             return data
+        if self.ends_below is not None:
+            data = torch.randint(0, self.ends_below, self.shape, generator=generator).sort().values
+            data[1] = data[0]
+            return data.to(getattr(torch, self.dtype))
         if self.low is not None and self.high is not None:
             data = torch.rand(self.shape, generator=generator, dtype=torch.float64)
             return data * (self.high - self.low) + self.low
@@ -55,6 +61,10 @@ def b(*shape: int) -> T:
 
 def index(*shape: int, below: int, ignored: bool = False) -> T:
     return T(shape, "int64", below=below, ignored=ignored)
+
+
+def ends(groups: int, rows: int) -> T:
+    return T((groups,), "int32", ends_below=rows + 1)
 
 
 def positive(*shape: int) -> T:
@@ -131,7 +141,8 @@ class Example:
             return item
 
         keywords = {k: value(v) for k, v in self.keywords.items()}
-        made = aten(self.op)(*map(value, self.arguments), **keywords)
+        called = BY_DEFINITION.get(self.op) or aten(self.op)
+        made = called(*map(value, self.arguments), **keywords)
         outputs = made if isinstance(made, tuple | list) else (made,)
         return tuple(
             TensorSpec(tuple(o.shape), str(o.dtype).removeprefix("torch.")) for o in outputs
@@ -307,6 +318,18 @@ LOSSES = [
         for how in (0, 1, 2)
     ),
 ]  # fmt: skip
+
+PICKED = "autopar.gather_bmm.default"
+
+GROUPED = [
+    Example(PICKED, (f(12, 1, 6), f(4, 6, 2), index(12, below=4), 1)),
+    Example(PICKED, (f(4, 2, 6), f(12, 6, 1), index(12, below=4), 0)),
+    Example(PICKED, (f(6, 3, 4), f(2, 4, 1), index(2, below=6), 0)),  # most matrices have no row
+    e("_grouped_mm.default", f(12, 6), f(4, 6, 2), ends(4, 12)),
+    e("_grouped_mm.default", f(4, 6, 2), f(2, 12), offs=ends(4, 12)),
+    e("_grouped_mm.default", f(6, 12), f(12, 4), ends(4, 12)),
+    e("_grouped_mm.default", f(4, 6, 2), f(4, 2, 6)),
+]
 
 CONVOLUTIONS = [
     e("conv2d.default", f(4, 6, 4, 4), f(4, 6, 3, 3), f(4), [1, 1], [1, 1]),
@@ -647,6 +670,7 @@ DRAWS = [
 
 EXAMPLES = [
     *MATRIX_PRODUCTS,
+    *GROUPED,
     *ATTENTION,
     *EMBEDDINGS,
     *NORMALISATION,
