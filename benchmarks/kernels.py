@@ -191,6 +191,14 @@ def _moved(inputs: Shapes) -> OpRule:
     return OpRule(signature([x], [x]), linear=(0,))
 
 
+def _spread(inputs: Shapes) -> OpRule:
+    """Rows shared out anew among two dims, as many as come nearest: some are nobody's, and left
+    empty."""
+    batch, group, *_, width = labels(inputs[0].shape)
+    before, after = ([batch, group, *pair, width] for pair in (("a", "b"), ("c", "d")))
+    return OpRule(signature([before], [after]), whole=("a", "b", "c", "d"), linear=(0,))
+
+
 def _cast_twice(inputs: Shapes) -> OpRule:
     """As ``_cast``, but the largest number of the tensor is looked for first: to NVFP4, which has a
     scale for the tensor beside those of blocks. Rows and columns have half a byte each."""
@@ -331,6 +339,7 @@ RULES: dict[str, Callable[[Shapes], OpRule]] = {
     "fused.near_attention.default": _near_attention,
     "fused.grouped.default": _grouped,
     "fused.moved.default": _moved,
+    "fused.spread.default": _spread,
     "fused.cast.twice": _cast_twice,
     "fused.expert_bias.default": _expert_bias,
     "fused.causal_softmax.default": _causal_softmax,

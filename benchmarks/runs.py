@@ -508,9 +508,8 @@ def _experts(row: Row, degrees: Degrees, program: Program, narrow: bool) -> Expe
     if not _flag(row, "gated_mlp"):
         raise SkippedError("experts that are not gated: not among the blocks of a Transformer")
     groups = degrees.context * (degrees.tensor if degrees.between == "sequence" else 1)
-    tokens = _number(row, "seq_len") // groups * _number(row, "topk")
-    if tokens % count or _number(row, "seq_len") % groups:
-        raise SkippedError(f"{tokens} places of tokens cannot be shared evenly by {count} experts")
+    if _number(row, "seq_len") % groups:
+        raise SkippedError(f"a sequence of {row['seq_len']} cannot be {groups} equal parts")
     ffn = _number(row, "moe_ffn")
     apart = program.is_megatron and not (narrow and program.has("whole_experts"))
     free = apart and not _is_padded_to_capacity(row)

@@ -8,6 +8,7 @@ softmax with its scale and mask; rotary positions as one pass over queries and k
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 
 from autopar.ir.graph import Dtype, Input, Operator, OperatorGraph, Role, Tensor, TensorSpec
 
@@ -263,13 +264,13 @@ class _Builder:
         y = self._op(name, "expand", (y,), chosen, chosen)
         y = self._op(name, "clone", (y,), chosen)
         by_expert = (batch, groups, of.count, each, width)
-        y = self._op(name, "view", (y,), by_expert, by_expert)
+        y = self._shared_out(y, name, by_expert)
         sent = (of.count, batch, groups, each, width)
         y = self._op(name, "permute", (y,), sent, (2, 0, 1, 3, 4))
         applied = ()
         if self.of.fused:
             shape = (*by_expert[:-1], 1)
-            w = self._op(name, "view", (weights,), shape, shape)
+            w = self._shared_out(weights, name, shape)
             shape = (*sent[:-1], 1)
             applied = (self._op(name, "permute", (w,), shape, (2, 0, 1, 3, 4)),)
         arranged = of.sorted + of.padded
@@ -282,12 +283,18 @@ class _Builder:
         for _ in range(arranged):
             y = self._op(name, "fused.moved", (y,), sent)
         y = self._op(name, "permute", (y,), by_expert, (1, 2, 0, 3, 4))
-        y = self._op(name, "reshape", (y,), chosen, chosen)
+        y = self._shared_out(y, name, chosen, "reshape")
         if not applied:
             y = self._op(name, "mul.Tensor", (y, weights), chosen)
         y = self._op(name, "sum.dim_IntList", (y,), (*chosen[:3], width), (3,))
         whole = (batch, self.of.length, width)
         return self._op(name, "view", (y,), whole, whole)
+
+    def _shared_out(self, x: str, name: str, shape: tuple[int, ...], view: str = "view") -> str:
+        """Where experts do not share tokens evenly, all have room for one more."""
+        if prod(self.specs[x].shape) == prod(shape):
+            return self._op(name, view, (x,), shape, shape)
+        return self._op(name, "fused.spread", (x,), shape)
 
     def _routed(self, y: str, name: str, of: Experts, shape: tuple[int, ...]) -> str:
         """The weights of the chosen."""

@@ -89,6 +89,18 @@ def test_layers_before_experts_have_an_mlp_and_others_a_shared_one() -> None:
     assert shapes(graph, ".experts.up.weight") == [(4, 48, 64)] * 2
 
 
+def test_experts_that_share_tokens_unevenly_have_room_for_one_more() -> None:
+    """Six experts for 64 places: eleven each, and as much work as that."""
+    even, uneven = (replace(PLAIN, experts=Experts(count, 2, 48, apart=True)) for count in (4, 6))
+    (some,), _ = works(even, "grouped")
+    (more,), _ = works(uneven, "grouped")
+    assert (some.shape[:2], more.shape[:2]) == ((4, 16), (6, 11))
+    degrees = Degrees(data=2, experts=2)
+    assert evaluated(uneven, degrees).step_time_s > evaluated(even, degrees).step_time_s
+    kinds = {one.kind for one in evaluated(uneven, degrees).collectives}
+    assert kinds == {one.kind for one in evaluated(even, degrees).collectives}
+
+
 def test_parallel_blocks_have_one_norm() -> None:
     graphs = [replace(PLAIN, parallel=flag).graph(2) for flag in (False, True)]
     norms = [sum("rms_norm" in o.op for o in graph.operators) for graph in graphs]
@@ -323,7 +335,7 @@ def test_megatrons_own_fsdp_has_the_kernels_of_megatron() -> None:
 
 
 def test_activations_on_the_host_are_not_judged_by_what_a_device_has() -> None:
-    small = {"hidden": "4096", "layers": "48", "global_batch": "512", "micro_batch": "64"}
+    small = {"hidden": "4096", "layers": "4", "global_batch": "512", "micro_batch": "256"}
     small |= {"seq_len": "4096", "heads": "32", "kv_heads": "32", "ffn": "16384"}
     row = {**ROW, **small, "flash_attn": "True"}
     _, (kept,) = validate([{**row, "recompute": "none"}])

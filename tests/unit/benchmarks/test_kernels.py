@@ -122,7 +122,8 @@ def test_every_kernel_is_in_some_graph() -> None:
     narrow = replace(LLAMA, products="float8_e4m3fn")
     fp4 = replace(narrow, products="float4_e2m1fn_x2", near=16)
     apart = replace(EXPERTS, experts=Experts(4, 2, 96, biased=True, sorted=True, apart=True))
-    models = (LLAMA, GPT, EXPERTS, narrow, fp4, apart, replace(LLAMA, latent=Latent(16)))
+    uneven = replace(EXPERTS, experts=Experts(5, 2, 96))
+    models = (LLAMA, GPT, EXPERTS, narrow, fp4, apart, uneven, replace(LLAMA, latent=Latent(16)))
     fused = [replace(model, fused=True) for model in models]
     fused += [replace(LLAMA, divided_loss=True), replace(GPT, fused=True, metrics=2)]
     fused += [replace(m, one_pass=True) for m in fused]

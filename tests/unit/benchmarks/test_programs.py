@@ -35,8 +35,10 @@ def test_what_shards_parameters_has_none_of_megatrons() -> None:
 
 
 def test_deepspeed_of_2021_gathers_one_by_one_and_knows_less_and_less() -> None:
+    usual = {"precision": "fp16", "zero_fsdp": "3", "model_family": "GPT"}
+
     def on(day: str) -> Program:
-        row = {"source": day, "precision": "fp16", "zero_fsdp": "3"}
+        row = {**usual, "source": day}
         return program_of(row, shards=True, flash=False)
 
     march, april, may = (on(f"arXiv 210{month}.00001").one_by_one for month in (3, 4, 5))
@@ -44,7 +46,7 @@ def test_deepspeed_of_2021_gathers_one_by_one_and_knows_less_and_less() -> None:
     assert april == may == OneByOne(traced=False, norms=True)
     assert on("arXiv 2111.00001").one_by_one is None
     assert on("a table").one_by_one is None  # of no time that is told
-    fsdp = {"source": "arXiv 2104.00001", "precision": "fp16", "zero_fsdp": "FSDP (ZeRO-3)"}
+    fsdp = {**usual, "source": "arXiv 2104.00001", "zero_fsdp": "FSDP (ZeRO-3)"}
     assert program_of(fsdp, shards=True, flash=False).one_by_one is None
 
 

@@ -193,8 +193,8 @@ def test_a_row_is_predicted_as_its_model_is_planned() -> None:
         ({"n_experts": "8", "topk": "2"}, "experts that are not gated"),
         ({"n_experts": "8", "topk": "2", "gated_mlp": "True"}, "moe_ffn is not given"),
         (
-            {"n_experts": "7", "topk": "2", "gated_mlp": "True", "moe_ffn": "9"},
-            "shared evenly by 7",
+            {"n_experts": "7", "topk": "2", "gated_mlp": "True", "moe_ffn": "9", "seq_len": "127"},
+            "a sequence of 127 cannot be 2 equal parts",
         ),
         ({"precision": "fp8"}, "no peak for float8_e4m3fn"),
         ({"precision": "int3"}, "precision is 'int3': not known"),

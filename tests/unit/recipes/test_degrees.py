@@ -283,7 +283,7 @@ def test_the_same_model_is_divided_alike_on_every_machine() -> None:
     [
         ("resnet", "data=2", "need the whole batch"),
         ("gpt", "tensor=3", "nothing of gpt can be divided by tensor=3"),
-        ("gpt", "pipeline=4,tensor=2", "2 equal blocks, which cannot be 4 stages"),
+        ("gpt", "pipeline=8", "2 equal blocks, which cannot be 8 stages"),
         ("gpt", "data=2,recompute=most", "there are none, attention, selective, full"),
         ("gpt", "data=3,microbatch=2", "a batch of 6 would be"),
     ],
