@@ -197,7 +197,7 @@ def test_a_kernel_waits_for_its_launch_and_for_the_kernel_before(operator_s: flo
     costs = Costs(machine, strategy.mesh)
     host_s = device_s = 0.0
     for operator in found.graph.operators:
-        flows, made = found.graph.differentiable[operator.name]
+        flows, _ = found.graph.differentiable[operator.name]
         of = found.rules[operator.name], strategy.splits[operator.name], flows
         host_s += costs.host_s(*of)[0]
         device_s = max(device_s, host_s) + costs.device_s(*of)[0]
