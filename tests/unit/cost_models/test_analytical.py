@@ -132,6 +132,21 @@ def test_the_fastest_way_is_taken_at_every_size(name: str) -> None:
                 assert time_s == min(l_s + each_s * size for l_s, each_s in ways)
 
 
+MEASURED_US = {  # nccl-tests: microsoft/superbenchmark, test_cuda_nccl_bw_performance.py
+    "all_reduce": {2**10: 36.1, 2**24: 226.0, 2**26: 584.5, 2**28: 2112.2, 2**30: 8159.5},
+    "reduce_scatter": {2**10: 35.2, 2**24: 152.4, 2**26: 356.1, 2**28: 1108.7, 2**30: 4203.0},
+    "all_gather": {2**10: 35.4, 2**24: 167.7, 2**26: 379.7, 2**28: 1192.2, 2**30: 4413.4},
+}
+
+
+@pytest.mark.parametrize("kind", MEASURED_US)
+def test_collectives_of_eight_a100_take_about_what_was_measured(kind: CollectiveKind) -> None:
+    costs = Analytical(topology("1x8xa100-sxm-40gb"))
+    for size, measured_us in MEASURED_US[kind].items():
+        time_us = 1e6 * costs.collective_time_s(Collective(kind, size, 8, 1))
+        assert 0.75 * measured_us < time_us < 1.1 * measured_us
+
+
 def test_ways_that_are_never_the_fastest_are_left_out() -> None:
     assert useful([Way(3, 1), Way(1, 3), Way(2, 4), Way(4, 1), Way(1, 5)]) == (Way(1, 3), Way(3, 1))
 
@@ -141,8 +156,9 @@ def test_a_ring_over_many_hosts_takes_as_many_hops_as_ranks_and_a_tree_does_not(
     2104.04473, section 5.2)."""
 
     def start_s(kind: CollectiveKind, hosts: int) -> float:
-        costs = Analytical(topology(f"{hosts}x8xa100-sxm-80gb"))
-        return costs.collective_time_s(Collective(kind, 0, 8 * hosts, 1))
+        machine = topology(f"{hosts}x8xa100-sxm-80gb")
+        began_s = Analytical(machine).collective_time_s(Collective(kind, 0, 8 * hosts, 1))
+        return began_s - machine.collective_launch_s
 
     assert start_s("all_gather", 192) > 3.9 * start_s("all_gather", 48)
     assert start_s("all_reduce", 192) < 1.5 * start_s("all_reduce", 48)
