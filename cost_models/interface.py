@@ -67,8 +67,8 @@ class HostTime:
     ``operator_s`` is the least from one kernel of an operator to the next, however short it is;
     ``part_s`` for an operator of which gradients of parameters are asked for by themselves, in a
     backward in two parts; ``step_s`` for a redistribution's step that is no collective;
-    ``message_s`` for a message that is sent, or received, beside what goes on without the
-    device."""
+    ``message_s`` for a message that is sent, or received, and ``message_byte_s`` for each byte of
+    it, beside what goes on without the device."""
 
     view_s: float = 0.0
     pass_s: float = 0.0
@@ -76,6 +76,7 @@ class HostTime:
     part_s: float = 0.0
     step_s: float = 0.0
     message_s: float = 0.0
+    message_byte_s: float = 0.0
 
     def times(self, factor: float) -> HostTime:
         return HostTime(*(factor * getattr(self, f.name) for f in fields(self)))

@@ -178,13 +178,15 @@ Answer = Product | Pass | Exchange | float
 
 @dataclass(frozen=True)
 class Question:
-    """A call to be timed, and what its seconds mean. ``together``: it is a collective. ``spends``:
+    """A call to be timed, and what its seconds mean. ``together``: it is a collective. ``cold``:
+    other work comes before each call, and has the caches of a processor then. ``spends``:
     what it takes of the processor is asked, not how long it waits."""
 
     call: Callable[[], Any]
     answer: Callable[[float], Answer]
     together: bool = False
     spends: bool = False
+    cold: bool = False
 
 
 @dataclass(frozen=True)
@@ -370,13 +372,18 @@ class Bench:
         calls: list[Callable[[], Any]] = [lambda: torch.mul(small, small)]
         calls += [microbatch(graph, communicator, device) for graph in graphs]
         calls += [microbatch(graphs[1], communicator, device, parted=True)]
-        found = [Question(call, _seconds) for call in calls]
+        found = [
+            Question(calls[0], _seconds),
+            *(Question(c, _seconds, cold=True) for c in calls[1:]),
+        ]
         if self.devices > 1:
             everybody, axis = self._over(self.devices, 1)
             group = everybody.groups[everybody.mesh.names[axis]]
             held = small.clone().requires_grad_()
             found.append(Question(partial(everybody.move, held, Step(axis, "I", "R")), _seconds))
-            found.append(Question(partial(_pass_on, small, group), _half, True, self.by_processor))
+            for message in (small, self._random(MESSAGE_BYTES // 4)):
+                call = partial(_pass_on, message, group)
+                found.append(Question(call, _half, True, self.by_processor, cold=True))
         return found
 
     def _matmuls(self) -> list[Question]:
@@ -642,32 +649,49 @@ class Bench:
         (once_s,) = self._mean([self._repeated_s(question, 1)])
         calls = min(MOST_CALLS, max(2, int(budget_s / once_s)))
         looks = min(calls, LOOKS)
-        return median([self._repeated_s(question, calls // looks) for _ in range(looks)])
+        each = 1 if question.cold else calls // looks
+        return median([self._repeated_s(question, each) for _ in range(looks)])
 
     def _repeated_s(self, question: Question, calls: int) -> float:
-        self.device.synchronize()
-        start, spent_s = time.perf_counter(), time.process_time()
-        for _ in range(calls):
-            question.call()
-        self.device.synchronize()
         if question.spends:
-            return (time.process_time() - spent_s) * self.usual_stretch / calls
-        return (time.perf_counter() - start) / calls
+            return self._taken_s(question, calls, time.process_time) * self.usual_stretch / calls
+        return self._taken_s(question, calls, time.perf_counter) / calls
 
     def _steady_s(self, question: Question, budget_s: float, at_work: int = 0) -> float:
         """While the other ranks do the same: for as long, however often. On a CPU the seconds that
         it computes, times what devices wait for each other. ``at_work``: devices, if not all."""
         clock = time.process_time if self.by_processor else time.perf_counter
-        began_s, calls, taken_s = time.perf_counter(), 1, list[float]()
-        while time.perf_counter() - began_s < budget_s or not taken_s:
-            start_s = clock()
-            for _ in range(calls):
-                question.call()
-            self.device.synchronize()
-            taken_s.append((clock() - start_s) / calls)
-            calls = max(1, round(budget_s / LOOKS / max(taken_s[-1], LEAST_S)))
         in_turns = max(1.0, min(at_work or self.per_host, self.per_host) / cores())
-        return median(taken_s) * (in_turns if self.by_processor else 1.0)
+        in_turns = in_turns if self.by_processor else 1.0
+        began_s, calls, taken_s = clock(), 1, list[float]()
+        # a turn may be longer than the budget, and who waits for it would look once
+        while clock() - began_s < budget_s / in_turns or not taken_s:
+            taken_s.append(self._taken_s(question, calls, clock) / calls)
+            calls = max(1, int(budget_s / in_turns / LOOKS / max(taken_s[-1], LEAST_S)))
+            calls = 1 if question.cold else calls
+        return median(taken_s) * in_turns
+
+    def _taken_s(self, question: Question, calls: int, clock: Callable[[], float]) -> float:
+        """By so many calls."""
+        if question.cold and self.by_processor:
+            return sum(self._after_other_work_s(question.call, clock) for _ in range(calls))
+        self.device.synchronize()
+        began_s = clock()
+        for _ in range(calls):
+            question.call()
+        self.device.synchronize()
+        return clock() - began_s
+
+    def _after_other_work_s(self, call: Callable[[], Any], clock: Callable[[], float]) -> float:
+        torch.sum(self._other_work)
+        began_s = clock()
+        call()
+        return clock() - began_s
+
+    @cached_property
+    def _other_work(self) -> torch.Tensor:
+        (all_of_it,) = self._different(torch.float32, RING_BYTES // 4)
+        return all_of_it[: OTHER_BYTES // 4]
 
     def _mean(self, seconds: Iterable[float]) -> list[float]:
         total = torch.tensor([*seconds], dtype=torch.float64, device=self.device.torch_device)
@@ -682,6 +706,12 @@ as long out of 32 and of 128 (2026-11-27)."""
 
 UPDATED_BYTES = RING_BYTES // 4
 """Of parameters in a step: with gradients and states as much as caches do not hold."""
+
+OTHER_BYTES = 2**24
+"""What other work reads: more than the cache of a core."""
+
+MESSAGE_BYTES = 2**20
+"""Of the large one of two."""
 
 MOST_COPIES = 1024
 LOOKS = 8
@@ -703,7 +733,9 @@ def profile_of(bench: Bench, rounds: Rounds, machine: str) -> Profile | None:
         for question, seconds in zip(part.questions, rounds.seconds(part.name), strict=True)
     ]
     call_s, *of_programs = (a for a in answers if isinstance(a, float))
-    programs, (step_s, message_s) = Programs(*of_programs[:4]), of_programs[4:] or (0.0, 0.0)
+    programs = Programs(*of_programs[:4])
+    step_s, small_s, large_s = of_programs[4:] or (0.0, 0.0, 0.0)
+    per_byte_s = max(0.0, large_s - small_s) / MESSAGE_BYTES
     left_out = [part.name for part in bench.parts if part.name not in names]
     left_out += ["devices with and without the others"] * (rounds.speeds is None)
     left_out += ["collectives beside products"] * (rounds.overlaps is None)
@@ -724,7 +756,9 @@ def profile_of(bench: Bench, rounds: Rounds, machine: str) -> Profile | None:
         pass_s=max(programs.pass_s, LEAST_S),
         part_s=max(programs.part_s, LEAST_S),
         step_s=step_s,
-        message_s=message_s if bench.by_processor else 0.0,  # GPUs go on while their host sends
+        # GPUs go on while their host sends
+        message_s=small_s if bench.by_processor else 0.0,
+        message_byte_s=per_byte_s if bench.by_processor else 0.0,
         speeds=rounds.speeds or (),
         hosts=bench.hosts,
         overlaps=rounds.overlaps or (),
