@@ -54,7 +54,7 @@ PROFILE_S, ROUND_S, SPEEDS_S = 10.0, 5.0, 0.3
 """How long the machine is measured: for the search, in a round, and each time that some devices are
 measured with and without the others."""
 
-SEARCH_S = 30.0
+SEARCH_S = 60.0
 MODELS = {
     "gpt": "examples/gpt/model.py",
     "llama": "benchmarks/models/llama.py",
