@@ -69,10 +69,12 @@ class MeasuredDevice:
         return [size * (MORE_BYTES_ON_GPU if self.on_gpu else 1) for size in on_cpu]
 
 
-TRIM_THRESHOLD, MMAP_MAX = -1, -4
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's ``mallopt`` (malloc.h)."""
 
-NEVER = -1
+NEVER, LARGEST_KEPT_BYTES = -1, 2**25
+"""As much as glibc lets it be. What is larger is the system's again when it is free: a hole that is
+a little too small for the next such tensor would be memory lost."""
 
 
 def keep_freed_memory() -> None:
@@ -82,7 +84,7 @@ def keep_freed_memory() -> None:
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if set_option is not None:  # glibc has it
         set_option(TRIM_THRESHOLD, NEVER)
-        set_option(MMAP_MAX, 0)
+        set_option(MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
 
 
 def optimizer_options(kinds: Collection[str]) -> dict[str, Any]:

@@ -11,22 +11,23 @@ import torch
 from autopar.runtime.bench import RING_BYTES, Bench
 from autopar.runtime.devices import MeasuredDevice, keep_freed_memory
 
-FLOATS = 2**24
-"""64 MB, which glibc by itself gives back as soon as nobody has them."""
+TENSORS, FLOATS = 8, 2**21
+"""64 MB in all, of which glibc by itself keeps a fourth."""
 
 
 def faults_of_new_memory() -> int:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(FLOATS)
+    made = [torch.ones(FLOATS) for _ in range(TENSORS)]
+    del made
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other systems keep memory otherwise")
-def test_memory_that_a_tensor_leaves_is_there_for_the_next() -> None:
+def test_memory_that_tensors_leave_is_there_for_the_next() -> None:
     keep_freed_memory()
-    faults_of_new_memory()
-    pages = 4 * FLOATS // resource.getpagesize()
-    assert faults_of_new_memory() < pages / 10
+    several = [faults_of_new_memory() for _ in range(8)]
+    pages = TENSORS * FLOATS * 4 // resource.getpagesize()
+    assert min(several) < pages / 10
 
 
 def test_results_of_a_question_stay_until_caches_have_seen_as_much() -> None:
