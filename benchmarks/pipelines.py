@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from itertools import combinations
@@ -45,14 +46,15 @@ from autopar.simulator.staged import block_starts, even_cuts, runs, staged
 from cost_models.profiled import Profile, Profiled, corrected, read_profile
 
 DEVICES = 4
-ROUNDS, STEPS = 8, 3
-"""In each round each plan takes so many steps, after one that warms up."""
+ROUNDS, STEPS, STEPS_S = 8, 3, 1.5
+"""In each round each plan takes so many steps, and for at least so long, after one that warms
+up."""
 
 PROFILE_S, ROUND_S, SPEEDS_S = 10.0, 5.0, 0.3
 """How long the machine is measured: for the search, in a round, and each time that some devices are
 measured with and without the others."""
 
-SEARCH_S = 30.0
+SEARCH_S = 60.0
 MODELS = {
     "gpt": "examples/gpt/model.py",
     "llama": "benchmarks/models/llama.py",
@@ -264,7 +266,8 @@ def alone(graph: OperatorGraph) -> Strategy:
 def measure(model: str, folder: Path, rounds: int, patience_s: float, real_time: bool) -> None:
     """All plans of a model, written with what the machine does now, and what it and they took."""
     say(f"{model}: measuring the machine, to search with")
-    machine = Profiled(profile(DEVICES, PROFILE_S))
+    with first(real_time):
+        machine = Profiled(profile(DEVICES, PROFILE_S))
     cases = cases_of(model)
     for number, case in enumerate(cases):
         say(f"{model}: {case.text}")
@@ -379,7 +382,9 @@ def work(folder: Path, rounds: int, patience: Patience, real_time: bool) -> None
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     share_groups()
-    machine = Bench(DEVICES, 1, MeasuredDevice("cpu"), dtypes=("float32",))
+    device = MeasuredDevice("cpu")
+    device.use()
+    machine = Bench(DEVICES, 1, device, dtypes=("float32",))
     known = Rounds()
     paths = sorted(folder.glob("[0-9]*.json"), key=lambda path: int(path.stem))
     plans = [load_plan(path) for path in paths]
@@ -403,6 +408,18 @@ def work(folder: Path, rounds: int, patience: Patience, real_time: bool) -> None
     peaks = [int(largest([float(one.peak_bytes())])[0]) for one in ready]
     if dist.get_rank() == 0:
         leave(folder, paths, known, machine, moments, peaks)
+
+
+@contextmanager
+def first(real_time: bool) -> Iterator[None]:
+    """What is started meanwhile goes ``before_all_others``, if that is asked."""
+    if real_time:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+    try:
+        yield
+    finally:
+        if real_time:
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def before_all_others() -> None:
@@ -453,12 +470,13 @@ processors is taken for a pause."""
 
 
 def moment(machine: Bench, one: Ready, patience: Patience) -> Moment:
-    one.take_step()  # after other plans, caches are cold
+    (cold_s,) = largest([one.take_step()[1]])  # after other plans, caches are
+    steps = max(STEPS, math.ceil(STEPS_S / cold_s))
     patience.wait()
     before, stretched = machine.spent(), [machine.stretch()]
     began_s = time.process_time()
-    steps_s = largest([one.take_step()[1] for _ in range(STEPS)])
-    processor_s = torch.tensor((time.process_time() - began_s) / STEPS)
+    steps_s = largest([one.take_step()[1] for _ in range(steps)])
+    processor_s = torch.tensor((time.process_time() - began_s) / steps)
     dist.all_reduce(processor_s)
     stretched.append(machine.stretch())
     stretch = statistics.fmean(stretched) / machine.usual_stretch

@@ -66,7 +66,8 @@ class HostTime:
     microbatch, beside its operators; ``operator_s`` for each kernel of an operator, however short;
     ``part_s`` for an operator of which gradients of parameters are asked for by themselves, in a
     backward in two parts; ``step_s`` for a redistribution's step that is no collective;
-    ``message_s`` for a message that is sent, or received, beside what goes on without the device.
+    ``message_s`` for a message that is sent, or received, and ``message_byte_s`` for each byte of
+    it, beside what goes on without the device.
 
     A device waits for all of it, where host and device do one thing after the other (on a
     processor, whose ``operator_s`` is in its times of work). A host that goes ``ahead`` launches
@@ -80,6 +81,7 @@ class HostTime:
     part_s: float = 0.0
     step_s: float = 0.0
     message_s: float = 0.0
+    message_byte_s: float = 0.0
     ahead: bool = False
 
     def times(self, factor: float) -> HostTime:

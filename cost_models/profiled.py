@@ -17,10 +17,11 @@ from cost_models.collectives import members_in_unit
 from cost_models.interface import Collective, CollectiveKind, HostTime, Work
 
 FORMAT = "autopar-profile"
-VERSION = 5
+VERSION = 6
 """Up to 2, there were no convolutions, and collectives without what the runtime adds to them; up to
 3, operands were in the caches, and updates were passes over memory like others; up to 4, what a
-loss took was told for a third of it, with the bytes of its logits."""
+loss took was told for a third of it, with the bytes of its logits; up to 5, messages took the same
+of the processor whatever their size."""
 
 Where = Literal["inside", "across", "all"]
 """Where the ranks of a measured group are: on one host, each on another, or all devices."""
@@ -112,11 +113,11 @@ class Profile:
     ``devices`` are on ``hosts`` of equally many, those of a host one after the other. All work at
     once during each measurement. ``operator_s``: what any operator takes, however small (Python,
     dispatch, autograd), averaged over forward and backward. ``call_s``: the part of it that every
-    measured ``Product`` and ``Pass`` contains. ``view_s``, ``pass_s``, ``part_s``, ``step_s`` and
-    ``message_s`` as in ``HostTime``. ``speeds``: (so many devices, how many times as fast each is
-    when the others idle), fewest first: processes on fewer cores, cores that share a memory.
-    ``others``: the share of the processors that other programs used meanwhile. ``left_out``: what
-    was still to be measured when somebody ended it.
+    measured ``Product`` and ``Pass`` contains. ``view_s``, ``pass_s``, ``part_s``, ``step_s``,
+    ``message_s`` and ``message_byte_s`` as in ``HostTime``. ``speeds``: (so many devices, how many
+    times as fast each is when the others idle), fewest first: processes on fewer cores, cores that
+    share a memory. ``others``: the share of the processors that other programs used meanwhile.
+    ``left_out``: what was still to be measured when somebody ended it.
     """
 
     machine: str
@@ -135,6 +136,7 @@ class Profile:
     part_s: float = 0.0
     step_s: float = 0.0
     message_s: float = 0.0
+    message_byte_s: float = 0.0
     speeds: tuple[tuple[int, float], ...] = ()
     hosts: int = 1
     overlaps: tuple[Overlap, ...] = ()
@@ -157,13 +159,14 @@ def profile_from_json(data: Any) -> Profile:
     """Raises ``ProfileError`` when this is not a profile of this version."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ProfileError("this is not a profile; `autopar profile` makes one")
-    if data.get("version") not in (4, VERSION):
+    if data.get("version") not in (4, 5, VERSION):
         raise ProfileError(
             f"the profile has version {data.get('version')!r}, this autopar reads {VERSION}; "
             "measure again with `autopar profile` on the machine that it is of"
         )
     try:
-        values = {f.name: data[f.name] for f in fields(Profile)}
+        before = {"message_byte_s": 0.0} if data["version"] < VERSION else {}
+        values = {f.name: {**data, **before}[f.name] for f in fields(Profile)}
         profile = Profile(
             **{
                 **values,
@@ -173,7 +176,7 @@ def profile_from_json(data: Any) -> Profile:
                     for p in values["products"]
                 ),
                 "passes": tuple(
-                    Pass(**(p if data["version"] == VERSION else _of_version_4(p)))
+                    Pass(**(_of_version_4(p) if data["version"] == 4 else p))
                     for p in values["passes"]
                 ),
                 "exchanges": tuple(Exchange(**e) for e in values["exchanges"]),
@@ -211,7 +214,8 @@ def _check(profile: Profile) -> None:
     seconds += [profile.operator_s, profile.call_s, profile.devices, profile.memory_bytes]
     seconds += [f for c in profile.corrections for _, f in c.factors]
     seconds += [speed for _, speed in profile.speeds]
-    beside = [profile.view_s, profile.pass_s, profile.part_s, profile.step_s, profile.message_s]
+    beside = [profile.view_s, profile.pass_s, profile.part_s, profile.step_s]
+    beside += [profile.message_s, profile.message_byte_s]
     if not all(isinstance(s, int | float) and 0 < s < math.inf for s in seconds) or not all(
         isinstance(s, int | float) and 0 <= s < math.inf for s in beside
     ):
@@ -249,6 +253,7 @@ def corrected(profile: Profile, factors: Mapping[str, float]) -> Profile:
         part_s=overhead * profile.part_s,
         step_s=overhead * profile.step_s,
         message_s=overhead * profile.message_s,
+        message_byte_s=communication * profile.message_byte_s,
         products=tuple(replace(p, seconds=worked(p.seconds)) for p in profile.products),
         passes=tuple(replace(p, seconds=worked(p.seconds)) for p in profile.passes),
         exchanges=tuple(replace(e, seconds=communication * e.seconds) for e in profile.exchanges),
@@ -327,9 +332,9 @@ class Profiled:
     @property
     def host_time(self) -> HostTime:
         of = self.profile
-        beside = {name: getattr(of, name) for name in ("part_s", "step_s", "message_s")}
         operator_s = of.operator_s if self.prepares_ahead else 0.0
-        return HostTime(of.view_s, of.pass_s, operator_s, **beside, ahead=self.prepares_ahead)
+        beside = of.part_s, of.step_s, of.message_s, of.message_byte_s
+        return HostTime(of.view_s, of.pass_s, operator_s, *beside, ahead=self.prepares_ahead)
 
     def compute_time_s(self, work: Work) -> float:
         known = self._computed.get(work)

@@ -818,6 +818,7 @@ def profile(saved: dict[str, Any]) -> str:
         f"  others used {data['others']:.0%} of the processors meanwhile",
         *([f"  ended early, without {', '.join(data['left_out'])}"] * bool(data["left_out"])),
         f"  an operator takes {time_text(data['operator_s'])} beside its work",
+        *_messages(data["message_s"], data["message_byte_s"]),
         *(
             f"  {count} at work: {speed:.3g} times as fast as all"
             for count, speed in data.get("speeds", ())
@@ -832,6 +833,13 @@ def profile(saved: dict[str, Any]) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def _messages(message_s: float, message_byte_s: float) -> list[str]:
+    if not message_s:
+        return []
+    by_size = f" and {time_text(1e6 * message_byte_s)} for each MB" if message_byte_s else ""
+    return [f"  a message takes {time_text(message_s)} of its sender and of its receiver{by_size}"]
 
 
 _PRODUCTS = {"matmul": "products", "convolution": "convolutions", "attention": "attention"}

@@ -131,16 +131,16 @@ LOSSES = ((64, 512), (256, 2048), (512, 4096))
 """(rows, classes)."""
 
 UPDATES: tuple[tuple[type[torch.optim.Optimizer], dict[str, Any]], ...] = (
-    (torch.optim.SGD, {"lr": 1e-3}),
-    (torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9}),
-    (torch.optim.AdamW, {"lr": 1e-3}),
+    (torch.optim.SGD, {"lr": 0.0}),
+    (torch.optim.SGD, {"lr": 0.0, "momentum": 0.9}),
+    (torch.optim.AdamW, {"lr": 0.0}),
 )
-"""An optimizer of each number of states."""
+"""An optimizer of each number of states. What it does not learn stays the same, however often."""
 
 UPDATE_BYTES = (2**10, 2**18, 2**22)
 """Of a parameter."""
 
-MOST_UPDATED = 16
+MOST_UPDATED = 64
 """Parameters in a step."""
 
 PASS_BYTES = (2**12, 2**15, 2**18, 2**21, 2**23, 2**25)
@@ -178,13 +178,15 @@ Answer = Product | Pass | Exchange | float
 
 @dataclass(frozen=True)
 class Question:
-    """A call to be timed, and what its seconds mean. ``together``: it is a collective. ``spends``:
+    """A call to be timed, and what its seconds mean. ``together``: it is a collective. ``cold``:
+    other work comes before each call, and has the caches of a processor then. ``spends``:
     what it takes of the processor is asked, not how long it waits."""
 
     call: Callable[[], Any]
     answer: Callable[[float], Answer]
     together: bool = False
     spends: bool = False
+    cold: bool = False
 
 
 @dataclass(frozen=True)
@@ -370,13 +372,18 @@ class Bench:
         calls: list[Callable[[], Any]] = [lambda: torch.mul(small, small)]
         calls += [microbatch(graph, communicator, device) for graph in graphs]
         calls += [microbatch(graphs[1], communicator, device, parted=True)]
-        found = [Question(call, _seconds) for call in calls]
+        found = [
+            Question(calls[0], _seconds),
+            *(Question(c, _seconds, cold=True) for c in calls[1:]),
+        ]
         if self.devices > 1:
             everybody, axis = self._over(self.devices, 1)
             group = everybody.groups[everybody.mesh.names[axis]]
             held = small.clone().requires_grad_()
             found.append(Question(partial(everybody.move, held, Step(axis, "I", "R")), _seconds))
-            found.append(Question(partial(_pass_on, small, group), _half, True, self.by_processor))
+            for message in (small, self._random(MESSAGE_BYTES // 4)):
+                call = partial(_pass_on, message, group)
+                found.append(Question(call, _half, True, self.by_processor, cold=True))
         return found
 
     def _matmuls(self) -> list[Question]:
@@ -394,37 +401,54 @@ class Bench:
         """As a layer has them forward, for the gradient of its input and for that of its weights:
         of the two operands one, none, or the other lies transposed."""
         batch, m, n, k = shape
+        keep = self._keeping(dtype, batch * m * n)
         some = () if batch == 1 else (batch,)
         rows, rows_t = (self._in_turn(dtype, *some, *of) for of in ((m, k), (k, m)))
         columns, columns_t = (self._in_turn(dtype, *some, *of) for of in ((k, n), (n, k)))
 
         def three() -> None:
-            torch.matmul(rows(), columns_t().mT)
-            torch.matmul(rows(), columns())
-            torch.matmul(rows_t().mT, columns())
+            keep(torch.matmul(rows(), columns_t().mT))
+            keep(torch.matmul(rows(), columns()))
+            keep(torch.matmul(rows_t().mT, columns()))
 
         return three
 
     def _in_turn(self, dtype: torch.dtype, *shape: int) -> Callable[[], torch.Tensor]:
         """Operands one after the other from more memory than caches hold, as in a program, where
         what is read was written some time ago."""
+        return cycle(self._different(dtype, *shape)).__next__
+
+    def _different(self, dtype: torch.dtype, *shape: int) -> list[torch.Tensor]:
+        """As many as there is room for."""
         count = math.prod(shape)
         memory = self._memories.get(dtype)
         if memory is None or memory.numel() < count:
             least = self.device.byte_sizes((RING_BYTES,))[0] // dtype.itemsize
             memory = self._memories[dtype] = self._random(max(count, least), dtype=dtype)
         copies = min(MOST_COPIES, memory.numel() // count)
-        return cycle([memory[i * count :][:count].view(shape) for i in range(copies)]).__next__
+        return [memory[i * count :][:count].view(shape) for i in range(copies)]
 
     @cached_property
     def _memories(self) -> dict[torch.dtype, torch.Tensor]:
         return {}
 
-    def _kept(self, dtype: torch.dtype, count: int) -> deque[torch.Tensor]:
-        """For results of so many elements, which stay as long: as in a program, where what is
-        written is new memory."""
+    def _keeping(self, dtype: torch.dtype, count: int) -> Callable[[torch.Tensor], None]:
+        """For results of so many elements, which stay until as many bytes were made after them: as
+        in a program, where what is written was not looked at for some time."""
         least = self.device.byte_sizes((RING_BYTES,))[0] // dtype.itemsize
-        return deque(maxlen=max(1, min(MOST_COPIES, least // count)))
+        most, kept = max(1, min(MOST_COPIES, least // count)), self._results
+
+        def keep(result: torch.Tensor) -> None:
+            kept.append(result)
+            while len(kept) > most:
+                kept.popleft()
+
+        return keep
+
+    @cached_property
+    def _results(self) -> deque[torch.Tensor]:
+        """The last ones, of whatever question."""
+        return deque()
 
     def _random(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.randn(*shape, device=self.device.torch_device).to(dtype)
@@ -449,14 +473,16 @@ class Bench:
         weight = self._in_turn(dtype, of.out, of.channels // of.groups, of.window, of.window)
         shared = ([of.stride] * 2, [margin] * 2, [1, 1])
         made = torch.ops.aten.conv2d(x(), weight(), None, *shared, of.groups)
-        given, kept = self._in_turn(dtype, *made.shape), self._kept(dtype, made.numel())
+        given, keep = self._in_turn(dtype, *made.shape), self._keeping(dtype, made.numel())
+        keep_gradient = self._keeping(dtype, x().numel())
 
         def forward() -> None:
-            kept.append(torch.ops.aten.conv2d(x(), weight(), None, *shared, of.groups))
+            keep(torch.ops.aten.conv2d(x(), weight(), None, *shared, of.groups))
 
         def backward(*wanted: bool) -> None:
             of_windows = (None, *shared, False, [0, 0], of.groups, [*wanted, False])
-            torch.ops.aten.convolution_backward(given(), x(), weight(), *of_windows)
+            found = torch.ops.aten.convolution_backward(given(), x(), weight(), *of_windows)
+            keep_gradient(found[0] if wanted[0] else found[1])
 
         return [forward, partial(backward, True, False), partial(backward, False, True)]
 
@@ -499,9 +525,9 @@ class Bench:
             kind = getattr(torch, dtype)
             for size in self.device.byte_sizes(PASS_BYTES):
                 shape = (size // 2 // kind.itemsize // PASS_WIDTH, PASS_WIDTH)
-                rows, kept = self._in_turn(kind, *shape), self._kept(kind, math.prod(shape))
+                rows, keep = self._in_turn(kind, *shape), self._keeping(kind, math.prod(shape))
                 some = OVER_ELEMENTS if self.device.on_gpu else PASSES
-                call = partial(_passes_of, some, rows, kept)
+                call = partial(_passes_of, some, rows, keep)
                 found.append(Question(call, partial(_pass_of_several, len(some), dtype, size)))
         return [*found, *self._losses(), *self._updates()]
 
@@ -513,17 +539,20 @@ class Bench:
             rows *= self.device.byte_sizes((1,))[0]
             logits = self._in_turn(torch.float32, rows, classes)
             labels = torch.arange(rows, device=self.device.torch_device) % classes
+            keep = self._keeping(torch.float32, rows * classes)
             yield Question(
-                partial(_loss, logits, labels), partial(_half_of_loss, 4 * rows * classes)
+                partial(_loss, logits, labels, keep), partial(_half_of_loss, 4 * rows * classes)
             )
 
     def _updates(self) -> Iterator[Question]:
         for states, (maker, options) in enumerate(UPDATES):
             for size in self.device.byte_sizes(UPDATE_BYTES):
-                count = max(1, min(MOST_UPDATED, RING_BYTES // size))
-                parameters = [self._random(size // 4) for _ in range(count)]
-                for parameter in parameters:  # not zeros, with which CPUs are slow
-                    parameter.grad = torch.randn_like(parameter)
+                several = self._different(torch.float32, size // 4)[: 2 * MOST_UPDATED]
+                most = self.device.byte_sizes((UPDATED_BYTES,))[0] // size
+                count = max(1, min(len(several) // 2, most))
+                parameters = several[:count]
+                for parameter, gradient in zip(parameters, reversed(several), strict=False):
+                    parameter.grad = gradient
                 how = optimizer_options([self.device.kind])
                 step = maker([{"params": parameters}], **options, **how).step
                 moved = size * (3 + 2 * states)
@@ -618,32 +647,51 @@ class Bench:
     def _often_s(self, question: Question, budget_s: float) -> float:
         """All ranks call a collective equally often."""
         (once_s,) = self._mean([self._repeated_s(question, 1)])
-        return self._repeated_s(question, min(MOST_CALLS, max(2, int(budget_s / once_s))))
+        calls = min(MOST_CALLS, max(2, int(budget_s / once_s)))
+        looks = min(calls, LOOKS)
+        each = 1 if question.cold else calls // looks
+        return median([self._repeated_s(question, each) for _ in range(looks)])
 
     def _repeated_s(self, question: Question, calls: int) -> float:
-        self.device.synchronize()
-        start, spent_s = time.perf_counter(), time.process_time()
-        for _ in range(calls):
-            question.call()
-        self.device.synchronize()
         if question.spends:
-            return (time.process_time() - spent_s) * self.usual_stretch / calls
-        return (time.perf_counter() - start) / calls
+            return self._taken_s(question, calls, time.process_time) * self.usual_stretch / calls
+        return self._taken_s(question, calls, time.perf_counter) / calls
 
     def _steady_s(self, question: Question, budget_s: float, at_work: int = 0) -> float:
         """While the other ranks do the same: for as long, however often. On a CPU the seconds that
         it computes, times what devices wait for each other. ``at_work``: devices, if not all."""
-        start, spent_s, calls = time.perf_counter(), time.process_time(), 0
-        while (elapsed := time.perf_counter() - start) < budget_s or calls == 0:
-            batch = max(1, calls // 4)
-            for _ in range(batch):
-                question.call()
-            calls += batch
-            self.device.synchronize()
-        if self.by_processor:
-            in_turns = max(1.0, min(at_work or self.per_host, self.per_host) / cores())
-            return (time.process_time() - spent_s) * in_turns / calls
-        return elapsed / calls
+        clock = time.process_time if self.by_processor else time.perf_counter
+        in_turns = max(1.0, min(at_work or self.per_host, self.per_host) / cores())
+        in_turns = in_turns if self.by_processor else 1.0
+        began_s, calls, taken_s = clock(), 1, list[float]()
+        # a turn may be longer than the budget, and who waits for it would look once
+        while clock() - began_s < budget_s / in_turns or not taken_s:
+            taken_s.append(self._taken_s(question, calls, clock) / calls)
+            calls = max(1, int(budget_s / in_turns / LOOKS / max(taken_s[-1], LEAST_S)))
+            calls = 1 if question.cold else calls
+        return median(taken_s) * in_turns
+
+    def _taken_s(self, question: Question, calls: int, clock: Callable[[], float]) -> float:
+        """By so many calls."""
+        if question.cold and self.by_processor:
+            return sum(self._after_other_work_s(question.call, clock) for _ in range(calls))
+        self.device.synchronize()
+        began_s = clock()
+        for _ in range(calls):
+            question.call()
+        self.device.synchronize()
+        return clock() - began_s
+
+    def _after_other_work_s(self, call: Callable[[], Any], clock: Callable[[], float]) -> float:
+        torch.sum(self._other_work)
+        began_s = clock()
+        call()
+        return clock() - began_s
+
+    @cached_property
+    def _other_work(self) -> torch.Tensor:
+        (all_of_it,) = self._different(torch.float32, RING_BYTES // 4)
+        return all_of_it[: OTHER_BYTES // 4]
 
     def _mean(self, seconds: Iterable[float]) -> list[float]:
         total = torch.tensor([*seconds], dtype=torch.float64, device=self.device.torch_device)
@@ -651,10 +699,24 @@ class Bench:
         return [float(value) for value in total / self.devices]
 
 
-RING_BYTES = 2**24
-"""More than the cache of a core, and its share of one that all have."""
+RING_BYTES = 2**26
+"""More than the cache of a core, and its share of one that all have. On a virtual machine with two
+cores of a Sapphire Rapids a pass of 4 MB takes as long out of 2 MB as out of 16, and nearly twice
+as long out of 32 and of 128 (2026-11-27)."""
 
-MOST_COPIES = 64
+UPDATED_BYTES = RING_BYTES // 4
+"""Of parameters in a step: with gradients and states as much as caches do not hold."""
+
+OTHER_BYTES = 2**24
+"""What other work reads: more than the cache of a core."""
+
+MESSAGE_BYTES = 2**20
+"""Of the large one of two."""
+
+MOST_COPIES = 1024
+LOOKS = 8
+"""So many parts of the time for a question are measured, of which the one in the middle counts."""
+
 MOST_CALLS = 1000
 OVERLAP_ROUNDS = 3
 
@@ -671,7 +733,9 @@ def profile_of(bench: Bench, rounds: Rounds, machine: str) -> Profile | None:
         for question, seconds in zip(part.questions, rounds.seconds(part.name), strict=True)
     ]
     call_s, *of_programs = (a for a in answers if isinstance(a, float))
-    programs, (step_s, message_s) = Programs(*of_programs[:4]), of_programs[4:] or (0.0, 0.0)
+    programs = Programs(*of_programs[:4])
+    step_s, small_s, large_s = of_programs[4:] or (0.0, 0.0, 0.0)
+    per_byte_s = max(0.0, large_s - small_s) / MESSAGE_BYTES
     left_out = [part.name for part in bench.parts if part.name not in names]
     left_out += ["devices with and without the others"] * (rounds.speeds is None)
     left_out += ["collectives beside products"] * (rounds.overlaps is None)
@@ -692,7 +756,9 @@ def profile_of(bench: Bench, rounds: Rounds, machine: str) -> Profile | None:
         pass_s=max(programs.pass_s, LEAST_S),
         part_s=max(programs.part_s, LEAST_S),
         step_s=step_s,
-        message_s=message_s if bench.by_processor else 0.0,  # GPUs go on while their host sends
+        # GPUs go on while their host sends
+        message_s=small_s if bench.by_processor else 0.0,
+        message_byte_s=per_byte_s if bench.by_processor else 0.0,
         speeds=rounds.speeds or (),
         hosts=bench.hosts,
         overlaps=rounds.overlaps or (),
@@ -720,15 +786,18 @@ PASSES = (*OVER_ELEMENTS, lambda rows: F.layer_norm(rows, (PASS_WIDTH,)))
 def _passes_of(
     some: Sequence[Callable[[torch.Tensor], torch.Tensor]],
     rows: Callable[[], torch.Tensor],
-    kept: deque[torch.Tensor],
+    keep: Callable[[torch.Tensor], None],
 ) -> None:
     for one in some:
-        kept.append(one(rows()))
+        keep(one(rows()))
 
 
-def _loss(logits: Callable[[], torch.Tensor], labels: torch.Tensor) -> None:
+def _loss(
+    logits: Callable[[], torch.Tensor], labels: torch.Tensor, keep: Callable[[torch.Tensor], None]
+) -> None:
     scores = logits().detach().requires_grad_()
-    F.cross_entropy(scores, labels).backward()  # type: ignore[no-untyped-call]
+    (gradient,) = torch.autograd.grad(F.cross_entropy(scores, labels), scores)
+    keep(gradient)
 
 
 def _product_of_three(dtype: str, shape: tuple[int, ...], seconds: float) -> Product:

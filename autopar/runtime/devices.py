@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from collections.abc import Collection
@@ -53,6 +54,8 @@ class MeasuredDevice:
         """For what this process makes from now on."""
         if self.on_gpu:
             torch.cuda.set_device(self.torch_device)
+        else:
+            keep_freed_memory()
 
     def synchronize(self) -> None:
         """Wait until all that was begun is done."""
@@ -64,6 +67,24 @@ class MeasuredDevice:
 
     def byte_sizes(self, on_cpu: tuple[int, ...]) -> list[int]:
         return [size * (MORE_BYTES_ON_GPU if self.on_gpu else 1) for size in on_cpu]
+
+
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's ``mallopt`` (malloc.h)."""
+
+NEVER, LARGEST_KEPT_BYTES = -1, 2**25
+"""As much as glibc lets it be. What is larger is the system's again when it is free: a hole that is
+a little too small for the next such tensor would be memory lost."""
+
+
+def keep_freed_memory() -> None:
+    """What tensors on the CPU leave stays this process's, for those of the next microbatch, as on a
+    GPU. By itself glibc gives large tensors and the end of the heap back, and each page of those
+    that follow is then a fault of the system, 1 to 2 µs (``docs/decisions/0043``)."""
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if set_option is not None:  # glibc has it
+        set_option(TRIM_THRESHOLD, NEVER)
+        set_option(MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
 
 
 def optimizer_options(kinds: Collection[str]) -> dict[str, Any]:
@@ -126,6 +147,7 @@ __all__ = [
     "MeasuredDevice",
     "cores",
     "device_type",
+    "keep_freed_memory",
     "memory_bytes",
     "optimizer_options",
     "processor",

@@ -24,6 +24,7 @@ from autopar.ops import Proposals
 from autopar.runtime import profiler
 from autopar.runtime.batches import Batches
 from autopar.runtime.collectives import Communicator, connect, device_mesh
+from autopar.runtime.devices import MeasuredDevice
 from autopar.runtime.lowering import lower_microbatch, lower_stage
 from autopar.runtime.peers import TIMEOUT_S, Doing, Peers, Tell, tell_nobody
 from autopar.runtime.pipeline import PipelineStep
@@ -168,8 +169,7 @@ def _meet(timeout_s: float | None, tell: Tell) -> Peers:
     """Meet the other processes. A process group that is there already keeps its own limit unless
     ``timeout_s`` is given."""
     device = local_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    MeasuredDevice(device.type, device.index or 0).use()
     # NCCL waits on the device: a limit here would have this process wait with it
     peers = Peers(timeout_s if device.type == "cpu" else None, tell)
     if dist.is_initialized():

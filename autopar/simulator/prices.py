@@ -415,7 +415,10 @@ def operator_parts(
     """Of that, what does not depend on storages and recomputation: operators once, what is between
     them, and messages. ``listed``: with the list of collectives, not only their seconds."""
     graph, rules, found = part.graph, part.division.rules, _Sums(costs, listed)
-    messages_s, answers_s = (n * costs.host.message_s for n in _messages(part, handed_on))
+    messages_s, answers_s = (
+        sum(costs.host.message_s + costs.host.message_byte_s * size for size in sizes)
+        for sizes in _messages(part, handed_on)
+    )
     pass_s = costs.host.pass_s
     forward_s, input_s, weight_s = pass_s + messages_s, pass_s + answers_s, 0.0
     launched_s = 2 * costs.host_ahead.pass_s
@@ -556,12 +559,24 @@ def _parameter_price(edge: ParameterEdge, costs: Costs) -> ParameterPrice:
     return found
 
 
-def _messages(part: StagePart, handed_on: frozenset[str]) -> tuple[int, int]:
-    """How many the forward of a microbatch takes and sends, and how many its backward."""
-    taken = [name for name in part.given if name not in handed_on]
-    sent = [part.returns.get(name, 1) for name in part.ends if name != part.graph.loss]
-    given_back = sum(part.graph.by_name[name].differentiable for name in taken)
-    return len(taken) + sum(sent), given_back + sum(part.returns.values())
+def _messages(part: StagePart, handed_on: frozenset[str]) -> tuple[list[int], list[int]]:
+    """Bytes of each that the forward of a microbatch takes and sends, and of each of its backward:
+    what a device has of it on this side."""
+    by_name, mesh = part.graph.by_name, part.mesh
+    taken = {
+        name: local_bytes(by_name[name].spec, sharding, mesh)
+        for name, sharding in part.given.items()
+        if name not in handed_on
+    }
+    sent = {
+        name: local_bytes(by_name[name].spec, sharding, mesh)
+        for name, sharding in part.ends.items()
+        if name != part.graph.loss
+    }
+    there = [size for name, size in sent.items() for _ in range(part.returns.get(name, 1))]
+    back = [size for name, size in sent.items() for _ in range(part.returns.get(name, 0))]
+    given_back = [size for name, size in taken.items() if by_name[name].differentiable]
+    return [*taken.values(), *there], [*given_back, *back]
 
 
 def later_parts(part: StagePart, costs: Costs) -> StageParts:

@@ -210,6 +210,7 @@ def test_all_that_is_measured_is_kept_and_told() -> None:
         part_s=2e-5,
         step_s=3e-5,
         message_s=4e-5,
+        message_byte_s=5e-10,
         speeds=((1, 2.0), (2, 1.5)),
         hosts=2,
         overlaps=(Overlap("all_reduce", 2**20, 1.0, 1.1, 1.4),),
@@ -218,7 +219,7 @@ def test_all_that_is_measured_is_kept_and_told() -> None:
     )
     assert profile_from_json(json.loads(json.dumps(profile_to_json(made)))) == made
     assert host_time_of(Profiled(made)) == HostTime(
-        1e-6, 1e-5, part_s=2e-5, step_s=3e-5, message_s=4e-5
+        1e-6, 1e-5, part_s=2e-5, step_s=3e-5, message_s=4e-5, message_byte_s=5e-10
     )
     assert Profiled(made).speeds == ((1, 2.0), (2, 1.5))
     assert Profiled(made).scale_up_devices == 4
@@ -245,6 +246,13 @@ def test_what_the_same_call_launches_is_not_launched_twice() -> None:
     model = Profiled(ideal())
     beside_s = model.compute_time_s(first) - model.compute_time_s(replace(first, follows=True))
     assert beside_s == pytest.approx(OPERATOR_S)
+
+
+def test_messages_of_version_5_take_the_same_whatever_their_size() -> None:
+    made = ideal(message_s=4e-5, message_byte_s=5e-10)
+    old = {**profile_to_json(made), "version": 5}
+    del old["message_byte_s"]
+    assert profile_from_json(old) == replace(made, message_byte_s=0.0)
 
 
 def test_a_loss_of_version_4_is_told_for_half_of_its_six_passes() -> None:

@@ -106,6 +106,23 @@ def test_messages_take_time_at_both_ends_and_backwards_in_two_parts_that_of_thei
                 assert more_s == pytest.approx(beside_s), (kind, number)
 
 
+def test_messages_take_time_by_their_bytes_at_both_ends() -> None:
+    """What each stage holds of what it takes and sends, which is what boundaries carry."""
+    plan = pipelined(divided(blocks(), 8), chain(4, "1f1b"))
+    host = HostTime(message_byte_s=1.0)
+    plain, found = (
+        PricedPipeline(plan, StagePrices(prices)).stages
+        for prices in (FakePrices(devices=4), WithHost(devices=4, host_time=host))
+    )
+    for number, (before, after) in enumerate(zip(plain, found, strict=True)):
+        beside_s = sum(
+            plan.bytes(b, backward=False) for b in plan.boundaries if number in (b.source, b.target)
+        )
+        for kind in ("forward_compute_s", "input_compute_s"):
+            more_s = getattr(after.parts, kind) - getattr(before.parts, kind)
+            assert more_s == pytest.approx(beside_s) and more_s > 0, (kind, number)
+
+
 def test_steps_that_move_nothing_are_calls() -> None:
     """What is whole and is used for different work from now on; sums are collectives, which are
     measured with their call; a slice is a call and a copy."""
