@@ -37,6 +37,8 @@ SINCE = {
     "once_in_racks": date(2025, 11, 18),
     # 6815c0fefe and f007db77b9: experts in one kernel, places of tokens found on the device
     "whole_experts": date(2026, 5, 22),
+    # 77efcccb93, --timing-log-level: before, the host waits for its device to time each pass
+    "passes_untimed": date(2022, 8, 10),
     # 116ffddc58, Transformer Engine's user buffers: gathers and scatters in pieces of a product
     "in_pieces": date(2023, 10, 23),
 }

@@ -783,6 +783,7 @@ def overlap_of(run: Run) -> Overlap:
             update_bytes=UPDATE_BYTES[run.model.dtype] if program.is_megatron else 0,
         )
     passes = degrees.pipeline if degrees.chunks > 1 else 1
+    waits = degrees.chunks == 1 or not program.has("messages_beside")
     return Overlap(
         sums=program.has("sums"),
         in_pieces=program.has("in_pieces") and run.model.engine,
@@ -790,7 +791,8 @@ def overlap_of(run: Run) -> Overlap:
         together=True,
         added_in_products=program.has("added_in_products"),
         update_bytes=UPDATE_BYTES[run.model.dtype],
-        waits=degrees.chunks == 1 or not program.has("messages_beside"),
+        waits=waits,
+        host_waits=not program.has("passes_untimed") or (degrees.pipeline > 1 and waits),
     )
 
 

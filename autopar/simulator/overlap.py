@@ -64,7 +64,9 @@ class Overlap:
     ``flat``: parameters of a group are parts of one tensor (FSDP's first version): backward puts
     their gradients together, and they are cast and divided before they are reduced. ``to_the_end``:
     what is recomputed is run to its end, even if nothing is missing any more.
-    ``waits``: a device computes nothing while messages of a pipeline are on their way; what all
+    ``host_waits``: for its device, after each pass: it goes ahead within a pass only (Megatron-LM
+    synchronises after each ``batch_isend_irecv``, and timed each pass until 2022). ``waits``: a
+    device computes nothing while messages of a pipeline are on their way; what all
     devices of an axis have whole each sends a part of, and it is gathered on the other side (arXiv
     2104.04473, section 4.1). ``one_by_one``: parameters are gathered one by one, and the device
     waits for its host meanwhile.
@@ -83,6 +85,7 @@ class Overlap:
     flat: bool = False
     to_the_end: bool = False
     waits: bool = False
+    host_waits: bool = False
     one_by_one: OneByOne | None = None
 
 

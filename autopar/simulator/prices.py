@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from operator import attrgetter
+from itertools import groupby
+from operator import attrgetter, itemgetter
 from typing import Literal
 
 from autopar.ir.graph import ITEM_BYTES, Operator, OperatorGraph, TensorSpec
@@ -162,7 +163,9 @@ class _Evaluation:
 
     @cached_property
     def host_s(self) -> float:
-        """Of hosts that go ahead."""
+        """Of hosts that go ahead of more than a pass."""
+        if self.overlap.host_waits:
+            return 0.0
         seen, again = self.seen, self.run_again.again
         of = seen.graph, self.rules, self.costs, seen.weight, self.strategy.splits, again
         return self.times * launches_s(*of)
@@ -207,7 +210,7 @@ class _Evaluation:
             spent = self._one_by_one(spent, overlap.one_by_one)
         if overlap.together or overlap.replicas:
             spent = self._once_a_step(spent)
-        return spent
+        return self._host_waits(spent) if overlap.host_waits else spent
 
     def _beside_products(self, spent: _Spent) -> _Spent:
         of = self.seen.graph, self.rules, self.strategy, self.costs, self.overlap
@@ -276,6 +279,15 @@ class _Evaluation:
         hidden_s = self.streams.hidden_s(last_s, reduced_s)
         hidden_s += self.streams.hidden_s(first_s, refreshed_s)
         return spent.more(once_s=-hidden_s)
+
+    def _host_waits(self, spent: _Spent) -> _Spent:
+        seen, times = self.seen, self.times
+        of = seen.graph, self.rules, self.strategy, self.costs, seen.weight, self.run_again
+        forward_s, backward_s = launched_passes_s(*of)
+        return spent.more(
+            forward_s=max(0.0, times * forward_s - spent.forward_s - spent.moved_forward_s),
+            backward_s=max(0.0, times * backward_s - spent.backward_s - spent.moved_backward_s),
+        )
 
     def _moved_once(self) -> tuple[list[tuple[Transfer, int]], list[tuple[Transfer, int]]]:
         mesh = self.strategy.mesh
@@ -374,7 +386,7 @@ def stage_parts(
         found = _beside_products(part, found, again, costs, overlap)
     if overlap.replicas:
         found = _beside_passes(found, costs, overlap.replicas)
-    return found
+    return _host_waiting(part, found, again, costs) if overlap.host_waits else found
 
 
 def _beside_products(
@@ -402,6 +414,23 @@ def _beside_passes(found: StageParts, costs: Costs, passes: int) -> StageParts:
         found,
         reduction_s=streams.exposed_s(backward_s, found.reduction_s),
         refresh_s=streams.exposed_s(forward_s, found.refresh_s),
+    )
+
+
+def _host_waiting(
+    part: StagePart, found: StageParts, again: Recomputation, costs: Costs
+) -> StageParts:
+    """Of a host that is ahead within a pass only."""
+    graph, once = part.graph, {operator.name: 1 for operator in part.graph.operators}
+    of = graph, part.division.rules, part.strategy, costs, once, again
+    forward_s, backward_s = launched_passes_s(*of)
+    busy_s = found.forward_compute_s + found.forward_communication_s
+    busy_back_s = found.backward_compute_s + found.backward_communication_s
+    return replace(
+        found,
+        forward_compute_s=found.forward_compute_s + max(0.0, forward_s - busy_s),
+        input_compute_s=found.input_compute_s + max(0.0, backward_s - busy_back_s),
+        launches_s=0.0,
     )
 
 
@@ -739,6 +768,51 @@ def launches_s(
         forward_s, backward_s = costs.launches_s(rules[name], _wanted(graph, operator), split)
         total_s += weight[name] * (forward_s * (1 + (name in again)) + backward_s)
     return total_s
+
+
+def launched_passes_s(
+    graph: OperatorGraph,
+    rules: Rules,
+    strategy: Strategy,
+    costs: Costs,
+    weight: Mapping[str, int],
+    again: Recomputation,
+) -> tuple[float, float]:
+    """How long a microbatch's forward and backward take as far as a host decides it that waits for
+    its device after each: what it takes for all kernels, and how far the device is behind it then.
+    A kernel does not begin before it is launched, so that a long one at the end (a head, its loss)
+    is not done beside those before."""
+    forward_s = backward_s = costs.host_ahead.pass_s
+    more: list[tuple[bool, float]] = []
+    more_back: list[tuple[bool, float]] = []
+    for operator in graph.operators:
+        name, count = operator.name, weight[operator.name]
+        split = strategy.splits[name]
+        there_s, back_s = costs.launches_s(rules[name], _wanted(graph, operator), split)
+        busy_s, busy_back_s = _operator_s(graph, rules, strategy, costs, operator)
+        if name in again.again:
+            back_s += there_s
+            busy_back_s += busy_s
+        forward_s += there_s * count
+        backward_s += back_s * count
+        more.append((count > 1, (busy_s - there_s) * count))
+        more_back.append((count > 1, (busy_back_s - back_s) * count))
+    return forward_s + _lag_s(more), backward_s + _lag_s(reversed(more_back))
+
+
+def _lag_s(parts: Iterable[tuple[bool, float]]) -> float:
+    """How far behind its host a device is after ``parts``, which each keep it so much longer than
+    the host; those that are said to be of folded blocks count together.
+
+    >>> _lag_s([(False, 3.0), (False, -5.0), (False, 2.0)]), _lag_s([(True, 9.0), (True, -4.0)])
+    (2.0, 5.0)
+    """
+    found = 0.0
+    for folded, group in groupby(parts, key=itemgetter(0)):
+        each = [more_s for _, more_s in group]
+        for more_s in [sum(each)] if folded else each:
+            found = max(0.0, found + more_s)
+    return found
 
 
 @dataclass(frozen=True)
