@@ -43,7 +43,8 @@ from cost_models.profiled import (
 )
 
 MEASURE_S = 20.0
-"""Default of the measurements together; starting the processes takes some seconds more."""
+"""Default of the measurements together. To start processes, to make what is asked with, and to see
+how stretched time is takes about as long again; others on the machine make it longer."""
 
 BUSY = 0.5
 """A load average of more than this for each core is told to the user."""
@@ -69,7 +70,7 @@ def local_cost_model(
             return Profiled(kept)
     say = report or _to_stderr
     kind = device_type(devices)
-    say(f"measuring this machine with {devices} {_processes(kind)}, about {seconds + 10:.0f} s")
+    say(f"measuring this machine with {devices} {_processes(kind)}, about {2 * seconds + 10:.0f} s")
     if os.getloadavg()[0] > BUSY * cores():
         say("other programs are busy here and make it look slower; measure again when they end")
     profile_ = profile(devices, seconds, report=say)
