@@ -10,11 +10,12 @@ from math import prod
 import pytest
 
 from autopar.ir.graph import OperatorGraph
+from autopar.ir.rule import BoundRule
 from autopar.ir.sharding import Mesh
 from autopar.ir.simulation import Estimate
 from autopar.ir.strategy import Training
 from autopar.recipes import Degrees, by_degrees
-from autopar.simulator.costs import work
+from autopar.simulator.costs import Costs, work
 from autopar.simulator.microbatches import division
 from autopar.simulator.prices import evaluate
 from benchmarks import families
@@ -148,11 +149,20 @@ def test_of_latent_attention_heads_are_divided_and_narrow_vectors_are_not() -> N
 
 def works(model: Transformer, kernel: str) -> tuple[list[Work], list[Work]]:
     """Of the first such operator, forward and backward, of one sample."""
+    bound, wanted = first(model, kernel)
+    return work(bound, ("nothing",), ALONE, wanted)
+
+
+def first(model: Transformer, kernel: str) -> tuple[BoundRule, tuple[bool, ...]]:
+    """Such an operator, and which of its inputs need a gradient."""
     graph = model.graph(1)
     divided = division(graph, 1, proposals(graph))
     operator = next(o for o in divided.graph.operators if kernel in o.op)
     wanted = tuple(graph.by_name[name].differentiable for name in operator.inputs)
-    return work(divided.rules[operator.name], ("nothing",), Mesh((("data", 1),)), wanted)
+    return divided.rules[operator.name], wanted
+
+
+ALONE = Mesh((("data", 1),))
 
 
 def flops(of: Iterable[Work]) -> float:
@@ -179,13 +189,20 @@ GROUPED = replace(PLAIN, experts=Experts(4, 2, 48, apart=True))
 
 
 def test_the_host_calls_experts_one_by_one_and_the_device_does_them_at_once() -> None:
-    one_by_one, at_once = (
-        works(GROUPED, "grouped"),
-        works(replace(GROUPED, experts=Experts(4, 2, 48)), "einsum"),
+    together = replace(GROUPED, experts=Experts(4, 2, 48))
+    assert works(GROUPED, "grouped") == works(together, "einsum")
+    costs = Costs(cost_model("h100-sxm"), ALONE)
+    one_by_one, at_once, least = (
+        costs.launches_s(*first(model, kernel), split)
+        for model, kernel, split in (
+            (GROUPED, "grouped", ("nothing",)),
+            (together, "einsum", ("nothing",)),
+            (GROUPED, "grouped", None),
+        )
     )
     for some, others in zip(one_by_one, at_once, strict=True):
-        assert [replace(one, calls=1) for one in some] == others
-        assert [one.calls for one in some] == [4, *[1] * (len(some) - 1)]
+        assert some == pytest.approx(others + 3 * costs.host_ahead.operator_s)
+    assert least == at_once
 
 
 def test_biases_of_experts_are_added_in_float32() -> None:

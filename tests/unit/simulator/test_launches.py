@@ -16,11 +16,12 @@ from autopar.ops import bound_rules
 from autopar.recipes import Degrees, by_degrees
 from autopar.searchers import exhaustive, ilp
 from autopar.searchers.over_degrees import DegreePrices
-from autopar.simulator.costs import work
+from autopar.simulator.costs import Costs, work
 from autopar.simulator.listing import Structure
 from autopar.simulator.meshes import mesh
 from autopar.simulator.microbatches import Division, division
-from autopar.simulator.pipelines import evaluate_stages
+from autopar.simulator.overlap import Overlap
+from autopar.simulator.pipelines import StagePrices, evaluate_stages
 from autopar.simulator.prices import evaluate
 from autopar.simulator.recomputation import recomputation
 from benchmarks.transformer import Transformer
@@ -111,6 +112,48 @@ def test_passes_and_views_of_such_a_host_are_counted_with_its_launches() -> None
     found = planned(degrees, hosts(0.0, view_s=100.0))[2]
     assert views
     assert found.step_time_s == pytest.approx(100.0 * (len(views) + back) * strategy.microbatches)
+
+
+WAITS = Overlap(host_waits=True)
+
+
+@pytest.mark.parametrize("kernel_s", [1e-6, 3e-5, 1e-4, 3e-4, 1e-2])
+def test_within_a_pass_a_kernel_waits_for_its_launch_and_for_the_kernel_before(
+    kernel_s: float,
+) -> None:
+    """Of a host that waits after each pass, and a head that takes as long as many layers: beside
+    kernels that are launched and done one by one."""
+    machine = replace(hosts(kernel_s), devices=1)
+    wide = replace(SMALL, vocabulary=2**16)
+    found = division(wide.graph(32), 1)
+    strategy = by_degrees(found, Degrees(microbatch=32), machine, MIXED)
+    costs = Costs(machine, strategy.mesh)
+    host_s = device_s = 0.0
+    for operator in found.graph.operators:
+        flows, _ = found.graph.differentiable[operator.name]
+        bound, split = found.rules[operator.name], strategy.splits[operator.name]
+        host_s += costs.launches_s(bound, flows, split)[0]
+        device_s = max(device_s, host_s) + costs.operator_s(bound, split, flows)[0]
+    ahead = evaluate(found.graph, found.rules, machine, strategy, overlap=WAITS)
+    assert device_s - 2 * kernel_s <= ahead.forward_compute_s <= device_s * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("degrees", STRATEGIES)
+@pytest.mark.parametrize("kernel_s", [SHORT_S, 3e-5, LONG_S])
+def test_a_host_that_waits_after_each_pass_is_never_faster(
+    degrees: Degrees, kernel_s: float
+) -> None:
+    machine = hosts(kernel_s)
+    of, strategy, ahead = planned(degrees, machine)
+    if len(strategy.stages) > 1:
+        prices = StagePrices(machine, overlap=WAITS)
+        waiting = evaluate_stages(of, machine, strategy, prices)
+    else:
+        waiting = evaluate(of.graph, of.rules, machine, strategy, overlap=WAITS)
+    assert waiting.launches_s == 0.0
+    assert waiting.step_time_s >= ahead.step_time_s * (1 - 1e-9)
+    if kernel_s == SHORT_S:
+        assert waiting.step_time_s == pytest.approx(ahead.step_time_s, rel=1e-3)
 
 
 def test_a_folded_graph_launches_as_much() -> None:
