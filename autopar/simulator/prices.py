@@ -374,10 +374,11 @@ def stage_parts(
     hidden."""
     of = part.graph, part.division.rules, part.strategy
     again = recomputation(*of)
+    run_again = again.to_the_end() if overlap.to_the_end else again
     used = tuple(parameter_edges(*of, again.again))
     found = (
         operator_parts(part, costs, handed_on)
-        + again_parts(part, again, costs)
+        + again_parts(part, run_again, costs)
         + parameter_parts(part, used, costs, overlap)
     )
     if parted:
@@ -386,7 +387,7 @@ def stage_parts(
         found = _beside_products(part, found, again, costs, overlap)
     if overlap.replicas:
         found = _beside_passes(found, costs, overlap.replicas)
-    return _host_waiting(part, found, again, costs) if overlap.host_waits else found
+    return _host_waiting(part, found, run_again, costs) if overlap.host_waits else found
 
 
 def _beside_products(
