@@ -20,7 +20,7 @@ from autopar.runtime.devices import optimizer_options
 from autopar.runtime.lowering import Execution, LoweredProgram, divisors
 from autopar.runtime.peers import Peers
 from autopar.runtime.storage import State, gather
-from autopar.simulator.prices import clip_axes
+from autopar.simulator.promise import clip_axes
 from autopar.simulator.redistribution import steps
 from autopar.simulator.workspace import update_groups
 

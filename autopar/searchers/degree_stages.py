@@ -53,19 +53,19 @@ from autopar.simulator.folding import KEPT
 from autopar.simulator.listing import Structure
 from autopar.simulator.memory import local_bytes, optimizer_bytes_per_element, saved_bytes
 from autopar.simulator.microbatches import Division, division
-from autopar.simulator.prices import (
+from autopar.simulator.recomputation import Recomputation, recomputation
+from autopar.simulator.stage_memory import stage_bytes
+from autopar.simulator.stage_parts import (
     StageParts,
     again_parts,
     later_parts,
     operator_parts,
     parameter_parts,
-    sum_time_s,
     twice_parts,
 )
-from autopar.simulator.recomputation import Recomputation, recomputation
-from autopar.simulator.stage_memory import stage_bytes
 from autopar.simulator.staged import runs, staged
 from autopar.simulator.stages import Pipelined, StagePart, pipelined
+from autopar.simulator.updates import sum_time_s
 from cost_models.interface import CostModel
 
 T = TypeVar("T")

@@ -23,6 +23,7 @@ from autopar.simulator.edges import Rules, canonical, carries_gradient, saves_in
 from autopar.simulator.folding import Folded, fold, whole
 from autopar.simulator.memory import optimizer_bytes_per_element
 from autopar.simulator.microbatches import batch_factors
+from autopar.simulator.operator_times import launches_s
 from autopar.simulator.parameter_prices import (
     LEVELS,
     Offers,
@@ -31,7 +32,6 @@ from autopar.simulator.parameter_prices import (
     parts_by_dim,
 )
 from autopar.simulator.price_list import Flow, Instead, Kept, Menu, Node, PriceList, Selection
-from autopar.simulator.prices import launches_s
 from autopar.simulator.redistribution_table import (
     Codes,
     RedistributionTable,

@@ -24,7 +24,6 @@ from autopar.ir.sharding import (
 )
 from autopar.ir.strategy import Storage, Training
 from autopar.simulator.memory import optimizer_bytes_per_element
-from autopar.simulator.prices import sum_time_s, update_time_s
 from autopar.simulator.redistribution_table import (
     Codes,
     RedistributionTable,
@@ -34,6 +33,7 @@ from autopar.simulator.redistribution_table import (
     placement_code,
     sharding,
 )
+from autopar.simulator.updates import sum_time_s, update_time_s
 
 Seconds = NDArray[np.float64]
 Bytes = NDArray[np.float64]

@@ -34,13 +34,13 @@ from autopar.simulator.messages import Flow
 from autopar.simulator.microbatches import Division
 from autopar.simulator.overlap import NOTHING_AT_ONCE, Overlap
 from autopar.simulator.pipeline import Instant, Pipeline, StageCost, StageMemory, Synchronisation
-from autopar.simulator.prices import StageParts, stage_parts
 from autopar.simulator.reserved import communicators, reserved
 from autopar.simulator.row_memory import FeedBytes, RowStates, row_memory, row_states
 from autopar.simulator.shared_gradients import SharedGradient, exchange_bytes
 from autopar.simulator.sharing import alone
 from autopar.simulator.sharing import shared as shared_timeline
 from autopar.simulator.stage_memory import StageBytes, stage_bytes
+from autopar.simulator.stage_parts import StageParts, stage_parts
 from autopar.simulator.stages import Boundary, Pipelined, StagePart, pipelined
 from autopar.simulator.timeline import Timeline, play
 from cost_models.interface import Collective, CostModel, members_in_units, units_of

@@ -24,7 +24,7 @@ from autopar.runtime.lowering import lower_microbatch
 from autopar.runtime.step import TrainingStep
 from autopar.runtime.storage import from_module
 from autopar.simulator.microbatches import division
-from autopar.simulator.prices import promise
+from autopar.simulator.promise import promise
 from tests.helpers.cases import (
     Case,
     call,

@@ -22,7 +22,7 @@ from autopar.runtime.recorder import Executed
 from autopar.runtime.step import OPTIMIZERS, TrainingStep
 from autopar.runtime.storage import from_module
 from autopar.simulator.microbatches import Division, division
-from autopar.simulator.prices import promise
+from autopar.simulator.promise import promise
 from tests.helpers.zoo import Inputs, zoo
 
 STEPS = 3
