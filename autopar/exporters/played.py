@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from autopar.errors import AutoparError
 from autopar.exporters.explanation import ranges_text
 from autopar.ir.plan import Plan
@@ -10,16 +12,25 @@ from autopar.simulator.microbatches import division
 from autopar.simulator.pipeline import Instant, Pipeline, StageCost
 from autopar.simulator.pipelines import PricedPipeline, StagePrices
 from autopar.simulator.stages import pipelined
-from autopar.simulator.timeline import Timeline, simulate
+from autopar.simulator.timeline import Clock, Timeline, simulate
 from cost_models.saved import cost_model_from_json
 
 
 def timeline(plan: Plan) -> Timeline:
-    """Of one stage: its microbatches one after the other, as long as the estimate says.
+    """Of one stage: its microbatches one after the other, as long as the estimate says. Where
+    hosts are slower than their devices, all takes longer by the same factor.
 
     Raises:
         AutoparError: the plan's machine is of a cost model that is not saved with it.
     """
+    found, step_s = _on_devices(plan), plan.estimate.step_time_s
+    devices_s = float(found.step_time_s)
+    if not plan.estimate.launches_s or not devices_s:
+        return found
+    return found.by(Clock(np.array([0.0, devices_s]), np.array([0.0, step_s])))
+
+
+def _on_devices(plan: Plan) -> Timeline:
     if len(plan.strategy.stages) > 1:
         try:
             cost_model = cost_model_from_json(plan.topology)

@@ -826,7 +826,8 @@ class _UseParameter(torch.autograd.Function):
         edge: ParameterEdge,
     ) -> None:
         types = execution.communicator.types
-        stored = canonical(edge.storage.parameter, edge.trainable)  # frozen: R and I are one
+        # of a frozen one R and I are the same
+        stored = canonical(edge.storage.parameter, parameter.requires_grad)
         spmd_types.assert_type(parameter, types(stored))
         spmd_types.assert_type(moved, types(edge.target))
         spmd_types.assert_type(used, types(edge.target))

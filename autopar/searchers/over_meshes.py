@@ -396,10 +396,12 @@ class MeshSearch:
             if set(self.problem.dimensions) >= set("SAP") and best.mesh in self.problem.meshes:
                 self._offer(best)
 
-    def _rank(self, trial: Trial) -> tuple[bool, float]:
-        assert trial.estimate is not None
-        over = trial.estimate.peak_memory_bytes > self.problem.memory_limit_bytes
-        return over, trial.estimate.step_time_s
+    def _rank(self, trial: Trial) -> tuple[bool, float, float]:
+        """Of those that wait for their hosts, the one whose devices take least."""
+        estimate = trial.estimate
+        assert estimate is not None
+        over = estimate.peak_memory_bytes > self.problem.memory_limit_bytes
+        return over, estimate.step_time_s, estimate.step_time_s - estimate.launches_s
 
     # ---- what came of it -----------------------------------------------------------------------
 

@@ -9,12 +9,11 @@ slows down alike, so the order of events stays, and this is the timeline of devi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.simulator.pipeline import Time
 from autopar.simulator.timeline import Clock, Timeline
 from cost_models.interface import Collective, CostModel, HostTime, Work, host_time_of, units_of
 from cost_models.overheads import Overheads, overheads_of
@@ -88,11 +87,7 @@ def shared(timeline: Timeline, sizes: Sequence[int], cost_model: CostModel) -> T
         return timeline
     times, busy = _busy(timeline, sizes)
     passed = np.cumsum(np.diff(times) * cost_model.slower(busy))
-    clock = Clock(times, np.concatenate([[0.0], passed]))
-    starts, ends = clock.of(timeline.starts), clock.of(timeline.ends)
-    actions = timeline.arrangement.actions
-    lengths: list[Time] = [b - a for a, b in zip(starts[:actions], ends[:actions], strict=True)]
-    return replace(timeline, lengths=lengths, starts=starts, ends=ends, stretched=(timeline, clock))
+    return timeline.by(Clock(times, np.concatenate([[0.0], passed])))
 
 
 def _busy(

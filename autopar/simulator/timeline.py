@@ -17,7 +17,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import chain
 from typing import Literal, NamedTuple
@@ -295,6 +295,13 @@ class Timeline:
         """Until the last forward or backward: the step without updates and what they wait for."""
         numbers = (self._row_actions(row) for row in range(len(self.rows)))
         return max((self.ends[i] for row in numbers for i in row), default=0)
+
+    def by(self, clock: Clock) -> Timeline:
+        """The same at the times of a clock."""
+        starts, ends = clock.of(self.starts), clock.of(self.ends)
+        count = self.arrangement.actions
+        lengths: list[Time] = [b - a for a, b in zip(starts[:count], ends[:count], strict=True)]
+        return replace(self, lengths=lengths, starts=starts, ends=ends, stretched=(self, clock))
 
     def busy_s(self, row: int) -> Time:
         """What the forwards and backwards of a row take together."""

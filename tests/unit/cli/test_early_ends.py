@@ -27,6 +27,9 @@ IMPATIENT = (
     "import sys\n"
     "from autopar import cli\n"
     "from autopar.searchers import _solver\n"
+    "from cost_models.analytical import Analytical\n"
+    "from cost_models.interface import HostTime\n"
+    "Analytical.host_time = HostTime()\n"  # of slow hosts all plans take as long: no solver
     f"_solver.COMMAND[:] = [sys.executable, '-c', {LONG_SOLVER!r}]\n"
     "cli.main(sys.argv[1:])\n"
 )
@@ -46,7 +49,6 @@ def plan_until_ctrl_c(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-# an accelerator that is slower than its host: else all plans take as long, which needs no solver
 HERE = (GPT, "--topology", "1x4xl4", "--microbatches", "1", "--searcher", "ilp")
 
 
