@@ -172,6 +172,7 @@ class Depth:
             return
         limit = problem.limit_bytes[layout.kind]
         rows = self.rows_of_stage[number]
+        self.incumbent.check_time()  # there may be many mixes, which takes long at first
         front = self.shape.world.mixes.of(kinds, layout)
         free = [(limit - node.kept_bytes[row], self.in_flight[row][number]) for row in rows]
         for place in front.fitting(free, self.shape.split):
