@@ -41,7 +41,7 @@ def seconds_by_kind(
     found["optimizer"] = estimate.optimizer_s
     if estimate.pipeline is not None:
         found["transfers"] = estimate.pipeline.transfer_s
-        found["idle"] = min(row.idle_s for row in estimate.pipeline.rows)
+        found["idle"] = min(row.idle_s for row in estimate.pipeline.rows) - estimate.launches_s
     return {kind: time_s for kind, time_s in found.items() if time_s > 0}
 
 
