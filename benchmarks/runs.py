@@ -755,7 +755,7 @@ def step_s(run: Run, machine: CostModel) -> float:
         played = PricedPipeline(
             pipelined(found, strategy), StagePrices(machine, overlap=overlap_of(run))
         ).timeline
-        return max(played.step_time_s, played.launches_s)  # type: ignore[return-value]
+        return played.with_hosts_s  # type: ignore[return-value]
     return evaluate(
         found.graph,
         found.rules,

@@ -7,18 +7,10 @@ from dataclasses import dataclass
 
 from autopar.ir.graph import OperatorGraph
 from autopar.ir.strategy import Strategy
-from autopar.simulator.costs import (
-    Costs,
-)
-from autopar.simulator.edges import (
-    Edge,
-    Rules,
-)
+from autopar.simulator.costs import Costs
+from autopar.simulator.edges import Edge, Rules
 from autopar.simulator.operator_times import are_inputs, are_parameters
-from autopar.simulator.overlap import (
-    Overlap,
-    Streams,
-)
+from autopar.simulator.overlap import Overlap, Streams
 from autopar.simulator.redistribution import Transfer
 from cost_models.interface import slowdown_of
 

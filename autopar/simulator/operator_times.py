@@ -9,13 +9,8 @@ from operator import itemgetter
 from autopar.ir.graph import Operator, OperatorGraph
 from autopar.ir.rule import Split
 from autopar.ir.strategy import Strategy
-from autopar.simulator.costs import (
-    Costs,
-)
-from autopar.simulator.edges import (
-    Rules,
-    carries_gradient,
-)
+from autopar.simulator.costs import Costs
+from autopar.simulator.edges import Rules, carries_gradient
 from autopar.simulator.folding import Folded
 from autopar.simulator.recomputation import Recomputation
 
@@ -59,6 +54,8 @@ def launches_s(
 ) -> float:
     """What hosts that go ahead take for a microbatch; without ``splits``, what they take at least.
     ``weight``: of each operator, how many there are; ``again``: those that are run twice."""
+    if not costs.host_ahead.ahead:
+        return 0.0
     total_s = 2 * costs.host_ahead.pass_s
     for operator in graph.operators:
         name = operator.name

@@ -56,7 +56,9 @@ class Overlap:
     so many of the last backwards of a stage goes on what is reduced once a step, and beside as many
     of the first forwards updated parameters are gathered (several, where a device goes on with
     other stages).
-    ``added_in_products``: gradients of microbatches are added up by the products that give them.
+    ``together``: what is reduced once a step is one message for each group, and so is what is
+    gathered after the update. ``added_in_products``: gradients of microbatches are added up by the
+    products that give them.
     ``update_bytes``: read and written for each element beside its update (casts, scales, norms).
     ``gathered_bytes``, ``reduced_bytes``: of an element of a parameter that is gathered, and of its
     gradient that is reduced, with ``parameters``; 0: as the graph has it. ``copies``: parameters

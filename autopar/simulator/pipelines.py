@@ -261,7 +261,7 @@ class PricedPipeline:
 
     @property
     def step_time_s(self) -> float:
-        return float(max(self.timeline.step_time_s, self.timeline.launches_s))
+        return float(self.timeline.with_hosts_s)
 
     def _with_messages(self, stage: int, cost: StageCost) -> StageCost:
         """With what its passes send, which arrives as they end."""

@@ -11,14 +11,8 @@ from autopar.ir.simulation import Estimate, Memory, PromisedCollective
 from autopar.ir.strategy import Strategy
 from autopar.simulator import one_by_one
 from autopar.simulator.beside_products import BesideProducts
-from autopar.simulator.costs import (
-    ComputeCache,
-    Costs,
-)
-from autopar.simulator.edges import (
-    Rules,
-    stored_alike,
-)
+from autopar.simulator.costs import ComputeCache, Costs
+from autopar.simulator.edges import Rules, stored_alike
 from autopar.simulator.folding import Folded, whole
 from autopar.simulator.fragments import trapped_bytes
 from autopar.simulator.memory import peak_memory
@@ -39,13 +33,7 @@ from autopar.simulator.overlap import (
     hidden,
     moved_s,
 )
-from autopar.simulator.promise import (
-    Needed,
-    priced,
-    promise_of,
-    redistributions,
-    refreshing,
-)
+from autopar.simulator.promise import Needed, priced, promise_of, redistributions, refreshing
 from autopar.simulator.recomputation import Recomputation, check_recompute, recomputation
 from autopar.simulator.redistribution import Transfer
 from autopar.simulator.reserved import communicators, reserved
@@ -123,23 +111,8 @@ class _Spent:
             + (self.moved_forward_s + self.moved_backward_s + self.once_s)
         )
 
-    def more(
-        self,
-        *,
-        forward_s: float = 0.0,
-        backward_s: float = 0.0,
-        moved_forward_s: float = 0.0,
-        moved_backward_s: float = 0.0,
-        once_s: float = 0.0,
-    ) -> _Spent:
-        return _Spent(
-            self.forward_s + forward_s,
-            self.backward_s + backward_s,
-            self.moved_forward_s + moved_forward_s,
-            self.moved_backward_s + moved_backward_s,
-            self.once_s + once_s,
-            self.optimizer_s,
-        )
+    def more(self, **seconds: float) -> _Spent:
+        return replace(self, **{name: getattr(self, name) + s for name, s in seconds.items()})
 
 
 @dataclass(frozen=True)

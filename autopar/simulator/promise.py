@@ -9,10 +9,7 @@ from autopar.ir.graph import ITEM_BYTES, OperatorGraph, TensorSpec
 from autopar.ir.sharding import Mesh
 from autopar.ir.simulation import PromisedCollective
 from autopar.ir.strategy import Storage, Strategy
-from autopar.simulator.costs import (
-    Costs,
-    inner_transfers,
-)
+from autopar.simulator.costs import Costs, inner_transfers
 from autopar.simulator.edges import (
     Edge,
     ParameterEdge,

@@ -10,13 +10,7 @@ from typing import Literal
 from autopar.ir.graph import Operator
 from autopar.ir.simulation import PromisedCollective
 from autopar.simulator.beside_products import BesideProducts
-from autopar.simulator.costs import (
-    Costs,
-    EdgePrice,
-    OperatorPrice,
-    ParameterPrice,
-    inner_transfers,
-)
+from autopar.simulator.costs import Costs, EdgePrice, OperatorPrice, ParameterPrice, inner_transfers
 from autopar.simulator.edges import (
     Edge,
     ParameterEdge,
@@ -34,12 +28,7 @@ from autopar.simulator.operator_times import (
     launched_passes_s,
     wants_gradients,
 )
-from autopar.simulator.overlap import (
-    NOTHING_AT_ONCE,
-    Overlap,
-    Streams,
-    moved_s,
-)
+from autopar.simulator.overlap import NOTHING_AT_ONCE, Overlap, Streams, moved_s
 from autopar.simulator.recomputation import Recomputation, recomputation
 from autopar.simulator.redistribution import Transfer, transfers
 from autopar.simulator.stages import StagePart

@@ -291,6 +291,11 @@ class Timeline:
         )
 
     @property
+    def with_hosts_s(self) -> Time:
+        """What devices take, or their busiest host, whichever is longer."""
+        return max(self.step_time_s, self.launches_s)
+
+    @property
     def passes_s(self) -> Time:
         """Until the last forward or backward: the step without updates and what they wait for."""
         numbers = (self._row_actions(row) for row in range(len(self.rows)))

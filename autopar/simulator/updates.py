@@ -5,18 +5,10 @@ from __future__ import annotations
 from autopar.ir.graph import ITEM_BYTES, TensorSpec
 from autopar.ir.sharding import gradient, local_elements
 from autopar.ir.strategy import Storage, Training
-from autopar.simulator.costs import (
-    Costs,
-)
-from autopar.simulator.edges import (
-    ParameterEdge,
-    Rules,
-)
+from autopar.simulator.costs import Costs
+from autopar.simulator.edges import ParameterEdge, Rules
 from autopar.simulator.memory import local_bytes
-from autopar.simulator.overlap import (
-    NOTHING_AT_ONCE,
-    Overlap,
-)
+from autopar.simulator.overlap import NOTHING_AT_ONCE, Overlap
 
 
 def parameter_moves_s(edge: ParameterEdge, costs: Costs) -> tuple[float, float]:

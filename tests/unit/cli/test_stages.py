@@ -18,11 +18,9 @@ from autopar.ir.plan import bound_by, diff, load_plan, plan_from_json, plan_to_j
 from autopar.simulator.microbatches import division
 from autopar.simulator.pipelines import evaluate_stages
 from cost_models import Analytical, topology
-from cost_models.calibration import read_calibration
+from tests.helpers.fake_prices import QUICK_HOSTS
 from tests.helpers.staged_plans import blocks, chain, large_plan, plan_of, tied_plan
 from tests.helpers.strategies import kept
-
-QUICK_HOSTS = replace(read_calibration(), operator_s=1e-9)
 
 
 @pytest.fixture

@@ -24,12 +24,12 @@ from autopar.simulator.overlap import Overlap
 from autopar.simulator.pipelines import StagePrices, evaluate_stages
 from autopar.simulator.prices import evaluate
 from autopar.simulator.recomputation import recomputation
-from benchmarks.transformer import Transformer
 from cost_models.interface import HostTime
 from tests.helpers.fake_prices import FakePrices
 from tests.helpers.random_graphs import HashPrices, random_graph
+from tests.unit.simulator.test_overlap import SMALL
+from tests.unit.simulator.test_overlap import STRATEGIES as ONE_CHUNK
 
-SMALL = Transformer(layers=4, width=512, heads=8, kv_heads=8, ffn=2048, vocabulary=4096, length=256)
 MIXED = Training("adam", "mixed")
 IN_NO_TIME = HostTime()
 SHORT_S, LONG_S = 1e-9, 1.0
@@ -77,11 +77,7 @@ def calls(of: Division, strategy: Strategy) -> Counter[int]:
 
 
 STRATEGIES = (
-    Degrees(data=8, microbatch=2),
-    Degrees(tensor=8, microbatch=4),
-    Degrees(tensor=4, data=2, between="sequence", recompute="full", zero=1),
-    Degrees(tensor=2, pipeline=2, data=2, microbatch=4),
-    Degrees(pipeline=4, data=2, microbatch=2, recompute="attention"),
+    *ONE_CHUNK,
     Degrees(pipeline=2, chunks=2, data=4, microbatch=1, schedule="interleaved_1f1b"),
 )
 

@@ -17,8 +17,8 @@ from autopar.simulator.pipelines import StagePrices, evaluate_stages
 from autopar.simulator.prices import evaluate
 from autopar.simulator.staged import even_cuts, runs, staged
 from cost_models import Analytical, topology, topology_names
-from cost_models.calibration import read_calibration
 from cost_models.topology import Topology
+from tests.helpers.fake_prices import QUICK_HOSTS
 from tests.helpers.random_graphs import Builder, random_graph
 from tests.helpers.staged_plans import blocks
 from tests.helpers.strategies import random_strategy
@@ -26,8 +26,6 @@ from tests.unit.cost_models.test_laws import NEAR, with_device, with_links
 
 HOSTS_BY_DEVICES = mesh((2, 2))
 DEVICE = ("peak", "memory", "launch")
-QUICK_HOSTS = replace(read_calibration(), operator_s=1e-9)
-"""So that devices are the slower ones, small as these graphs are."""
 
 
 def test_a_product_has_one_more_for_each_operand_that_needs_a_gradient() -> None:

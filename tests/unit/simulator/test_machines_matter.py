@@ -16,8 +16,8 @@ from autopar.ops import bound_rules
 from autopar.simulator.meshes import mesh
 from autopar.simulator.prices import evaluate
 from cost_models.analytical import Analytical
-from cost_models.calibration import read_calibration
 from cost_models.topology import Topology, topology
+from tests.helpers.fake_prices import QUICK_HOSTS
 from tests.helpers.random_graphs import random_graph
 from tests.helpers.strategies import random_strategy
 
@@ -25,8 +25,6 @@ MACHINES = ("2x2xh100-sxm", "2x2xa100-sxm-80gb", "2x2xmi300x")
 HOSTS_BY_DEVICES = mesh((2, 2))
 TIER_OF = {"a": 1, "b": 0}
 """The mesh's first axis lies across the two hosts, its second within each."""
-QUICK_HOSTS = replace(read_calibration(), operator_s=1e-9)
-"""So that devices are the slower ones, small as these graphs are."""
 RATES = ("bytes_per_s", "pair_bytes_per_s", "ring_bytes_per_s", "reduction_bytes_per_s")
 
 
