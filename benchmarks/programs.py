@@ -137,8 +137,9 @@ class Program:
 
     @property
     def stops_early(self) -> bool:
-        """Of recomputation, of torch and what is written with it."""
-        return self.is_megatron or self.written is None or self.written >= STOPS_EARLY
+        """Of recomputation: torch's does, and Megatron-LM's own runs all again that it was given
+        (``CheckpointFunction`` of megatron/core/tensor_parallel/random.py, and of mpu before)."""
+        return not self.is_megatron and (self.written is None or self.written >= STOPS_EARLY)
 
 
 NEW = Program()

@@ -771,7 +771,7 @@ def overlap_of(run: Run) -> Overlap:
     now; what it did before, and what Megatron-LM does, depends on when they were written."""
     program, degrees = run.program, run.degrees
     if program.one_by_one is not None:
-        return Overlap(one_by_one=program.one_by_one)
+        return Overlap(one_by_one=program.one_by_one, to_the_end=not program.stops_early)
     if program.shards:
         return Overlap(
             parameters=True,
@@ -787,6 +787,7 @@ def overlap_of(run: Run) -> Overlap:
     return Overlap(
         sums=program.has("sums"),
         in_pieces=program.has("in_pieces") and run.model.engine,
+        to_the_end=not program.stops_early,
         replicas=passes if program.has("replicas") and degrees.zero else 0,
         together=True,
         added_in_products=program.has("added_in_products"),
