@@ -29,6 +29,8 @@ def draw(
         return data
     if op == "gather" and i == 1:
         return index_data(specs[i], specs[0].shape[operator.argument(1, "dim")], generator)
+    if op == "gather_bmm" and i == 2:
+        return index_data(specs[i], specs[0].shape[0], generator)
     if op in ("index", "index_select") and i > 0:
         return index_data(specs[i], min(specs[0].shape), generator)
     if "batch_norm" in op and i == 4:
