@@ -3,14 +3,14 @@
 A norm that keeps its input and a number for each row, and one whose backward is a single pass,
 perhaps with a cast after it; SwiGLU that keeps its two factors (and, of experts, the weights of
 tokens); casts to what products take, and rotary positions, element by element, also of a part of
-each head; keys and values of latent attention, and attention of these or of a window; products of
+each head; keys and values of latent attention, and attention of these, of a window, or with keys
+and values that go round a ring; keys that are repeated for the queries of a group; products of
 experts, their biases, and their rows put elsewhere; dropout whose mask is drawn where it is used,
-perhaps with the residual sum; softmax of scores that reads nothing above
-the diagonal; cross-entropy that keeps the logits and makes the gradient from them. Such are those
-of Megatron-LM, Apex, Transformer Engine, flash-attn and Liger, and what a compiler makes of the
-operators. ATen's own keep more: an rms_norm
-below float32 two float32 copies of its input, SwiGLU in parts a third tensor, cross-entropy
-log-probabilities beside two gradients.
+perhaps with the residual sum; softmax of scores that reads nothing above the diagonal;
+cross-entropy that keeps the logits and makes the gradient from them. Such are those of Megatron-LM,
+Apex, Transformer Engine, flash-attn and Liger, and what a compiler makes of the operators. ATen's
+own keep more: an rms_norm below float32 two float32 copies of its input, SwiGLU in parts a third
+tensor, cross-entropy log-probabilities beside two gradients.
 
 They are rules as those for ops that somebody's model has and autopar does not know: proposed ones.
 """
@@ -141,6 +141,62 @@ def _causal_attention(inputs: Shapes) -> OpRule:
             Saved("output 0"),
             Saved(f"{each} q".strip(), dtype="float32"),
         ),
+    )
+
+
+def _repeated(inputs: Shapes) -> OpRule:
+    """Keys or values of each head, for all the queries that share them."""
+    batch, _, position, width = labels(inputs[0].shape)
+    return OpRule(
+        signature([[batch, "heads", position, width]], [[batch, "(heads group)", position, width]]),
+        whole=("group",),
+        linear=(0,),
+    )
+
+
+def _ring_attention(inputs: Shapes) -> OpRule:
+    """Of torch's ``context_parallel`` (torch 2.6, torch/distributed/tensor/experimental/
+    _attention.py): the queries of a device attend to the keys and values of one device after the
+    other, to as many pairs each time; in all to as many keys as the last input is long. These are
+    gathered before, forward and backward. Their gradients, in float32, go on by one device with
+    each step, until they are home.
+
+    Of a compiled program nothing of that goes on beside attention: where functional collectives are
+    traced, each is waited for at once (torch/distributed/_functional_collectives.py,
+    ``_maybe_wrap_tensor``), and Inductor leaves it there (``reorder_for_compute_comm_overlap``).
+
+    Around attention keys and values are put together, and what each step gives is merged, in
+    float32, into what there is: the result, and the gradients of queries, keys and values.
+    """
+    batch, heads, *_ = labels(inputs[0].shape)
+    grouped = inputs[0].shape[1] != inputs[1].shape[1]
+    q_rows = [batch, "(heads group)" if grouped else heads]
+    k_rows = [batch, "heads" if grouped else heads]
+    each, of_keys = points(q_rows), points(k_rows)
+    queries, keys = points([each, "k", "d"]), points([of_keys, "k", "d"])
+    merged, added = (Kernel((f"{of}/float32", of, f"{of}/float32")) for of in (queries, keys))
+    together = Kernel(("input 1", "input 1", "input 2", "input 2"))
+    gathered = (f"{keys}/{inputs[1].dtype}",) * 2
+    sums = [f"{points([of, 'q', 'd'])}/float32" for of in (each, *(of_keys,) * 4)]
+    q, k = [*q_rows, "q", "d"], [*k_rows, "q", "d"]
+    return OpRule(
+        signature([q, k, k, ["k"]], [q]),
+        whole=("k", "d", *(["group"] if grouped else [])),
+        kind="attention",
+        products=(Product(each, "q", "k", "d"), Product(each, "q", "d", "k")),
+        causal=True,
+        around=((together, merged), (together, merged, added, added)),
+        inner=(
+            Inner("q", "all_gather", "forward", keys, times=2),
+            Inner("q", "all_gather", "backward", keys, times=2),
+            Inner("q", "send", "backward", keys, times=2, dtype="float32"),
+        ),
+        saves=(
+            *(Saved(f"input {i}") for i in range(3)),
+            Saved("output 0"),
+            Saved(points([each, "q"]), dtype="float32"),
+        ),
+        workspace=((), (*gathered, *sums)),  # of a backward; what a forward gathers is less
     )
 
 
@@ -336,6 +392,8 @@ RULES: dict[str, Callable[[Shapes], OpRule]] = {
     "fused.rotary.part": _rotary_part,
     "fused.latent_keys.default": _latent_keys,
     "fused.causal_attention.default": _causal_attention,
+    "fused.repeated.default": _repeated,
+    "fused.ring_attention.default": _ring_attention,
     "fused.near_attention.default": _near_attention,
     "fused.grouped.default": _grouped,
     "fused.moved.default": _moved,

@@ -63,6 +63,7 @@ of arXiv 2104.04473, section 4.2. With fused attention it is assumed to be a new
 MONTHS = (
     re.compile(r"arXiv[: ]+(\d\d)(\d\d)\.\d{4,5}"),
     re.compile(r"NeMo (\d\d)\.(\d\d)"),
+    re.compile(r"_20(\d\d)-?(\d\d)_"),
 )
 """How a source tells the year and the month."""
 
@@ -80,6 +81,10 @@ STOPS_EARLY = date(2023, 10, 4)
 nothing is missing any more (``set_checkpoint_early_stop``; that it came then is from memory): a
 block's last product is not repeated.
 """
+
+REPEATED_UNTIL = date(2026, 1, 27)
+"""pytorch/torchtitan ff0829c10, "GQA without kv repeats": before, ``repeat_kv`` makes keys and
+values for each head of queries."""
 
 GATHERED = {"fp8 allgather": 1}
 """Bytes of an element of a parameter that FSDP gathers, by what ``precision`` says."""
@@ -108,7 +113,10 @@ class Program:
     ``per_parameter``: FSDP2, which copies each parameter out of the gathered buffer
     (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py) and came with torch 2.4, whose own
     fused attention is FlashAttention-2. Its programs are torchtitan's, whose rotary positions are
-    complex numbers (``apply_rotary_emb``). ``is_deepspeed``: DeepSpeed of a time that is told.
+    complex numbers (``apply_rotary_emb``), and contexts torch's ring. In a pipeline they gather
+    parameters once a step, and reduce gradients after its last microbatch (torchtitan's
+    ``reshard_after_forward``; torch/distributed/pipelining/stage.py,
+    ``backward_maybe_with_nosync``). ``is_deepspeed``: DeepSpeed of a time that is told.
     """
 
     is_megatron: bool = True
@@ -134,6 +142,11 @@ class Program:
 
     def _is_since(self, day: date) -> bool:
         return self.written is None or self.written >= day
+
+    @property
+    def repeats_keys(self) -> bool:
+        """For all queries that share them (torchtitan)."""
+        return self.per_parameter and self.written is not None and self.written < REPEATED_UNTIL
 
     @property
     def stops_early(self) -> bool:
@@ -179,6 +192,8 @@ def written(source: str) -> date | None:
 
     >>> written("arXiv 2205.05198 Table 5"), written("NeMo docs performance_summary (NeMo 24.07)")
     (datetime.date(2022, 5, 28), datetime.date(2024, 7, 28))
+    >>> written("torchtitan benchmarks/llama3_h100_202412_torchtitan.md T2")
+    datetime.date(2024, 12, 28)
     >>> written("a README")
     """
     for pattern in MONTHS:

@@ -288,6 +288,9 @@ def run_of(row: Row) -> Run:
         assumed.append("gradients are scattered once a step")
     layers = _number(row, "layers") / (pipeline * chunks)
     flash = _flag(row, "flash_attn")
+    program = program_of(row, shards=zero == 3, flash=flash)
+    if program.per_parameter and pipeline > 1:
+        zero = 1  # gathered once a step, and gradients are reduced once (``per_parameter``)
     recompute, part = _recompute(row["recompute"], layers, flash, assumed)
     degrees = Degrees(
         tensor=tensor,
@@ -304,7 +307,6 @@ def run_of(row: Row) -> Run:
         recomputed=part,
     )
     memory = row["metric"].startswith("peak_mem")
-    program = program_of(row, shards=zero == 3, flash=flash)
     ran_out = any(row[name].lower() in OUT_OF_MEMORY for name in ("value", "iter_time_s"))
     model, machine = _model(row, degrees, program, assumed), _machine(row, degrees)
     narrow = "PURE" in row["precision"] or model.dtype == "float32"
@@ -627,6 +629,8 @@ def _model(row: Row, degrees: Degrees, program: Program, assumed: list[str]) -> 
         near=_near(row) if flash else 0,
         parallel=_is_parallel(row),
         cast_norms=program.has("own_scales"),
+        repeated=program.repeats_keys and flash,
+        ring=program.per_parameter and flash and degrees.context > 1,
     )
 
 

@@ -75,6 +75,8 @@ class Transformer:
     ``latent``: in place of plain heads. ``near``: of keys that a query sees in the mean of all
     layers, where some see a window only (0: all before it). ``parallel``: attention and MLP of a
     block read the same. ``cast_norms``: norms write wide, and what products take is cast from it.
+    ``repeated``: keys and values are made for each head of queries before attention. ``ring``: they
+    go round the devices that have parts of the sequence.
     """
 
     layers: int
@@ -104,6 +106,8 @@ class Transformer:
     near: int = 0
     parallel: bool = False
     cast_norms: bool = False
+    repeated: bool = False
+    ring: bool = False
 
     def graph(self, batch: int) -> OperatorGraph:
         """Of one global batch."""
@@ -201,11 +205,11 @@ class _Builder:
         shape = (self.of.length, self.head_width if latent is None else latent.rotary)
         return (self._given("rotary", shape, self.of.dtype, Role.BUFFER),)
 
-    def _near(self) -> str:
-        """As long as the keys that a query sees."""
-        if "near" in self.specs:
-            return "near"
-        return self._given("near", (self.of.near,), self.of.dtype, Role.BUFFER)
+    def _once(self, name: str, length: int) -> str:
+        """What is as long as the keys that queries see."""
+        if name in self.specs:
+            return name
+        return self._given(name, (length,), self.of.dtype, Role.BUFFER)
 
     def _block(
         self, x: str, name: str, tables: tuple[str, ...], experts: Experts | None = None
@@ -332,10 +336,17 @@ class _Builder:
         for table in tables:
             q, k = (self._rotated(t, table, name) for t in (q, k))
         shape = (self.batch, of.heads, of.length, d)
-        if of.near:
-            z = self._op(name, "fused.near_attention", (q, k, v, self._near()), shape)
+        if of.repeated and of.kv_heads != of.heads:
+            k, v = (self._op(name, "fused.repeated", (t,), shape) for t in (k, v))
+        if of.ring:
+            every = self._once("sequence", of.length)
+            z = self._op(name, "fused.ring_attention", (q, k, v, every), shape)
+        elif of.near:
+            z = self._op(
+                name, "fused.near_attention", (q, k, v, self._once("near", of.near)), shape
+            )
         elif of.flash:
-            grouped = (("enable_gqa", True),) if of.kv_heads != of.heads else ()
+            grouped = (("enable_gqa", True),) if self.specs[k].shape != shape else ()
             z = self._op(
                 name,
                 "scaled_dot_product_attention",

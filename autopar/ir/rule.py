@@ -115,7 +115,7 @@ class Inner:
     """
 
     factor: str
-    kind: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+    kind: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
     phase: Literal["forward", "backward"]
     points: str = ""
     times: int = 1
@@ -166,6 +166,7 @@ class OpRule:
     - ``forward`` and ``backward``: kernels, where these are not one that reads the inputs and
       writes the outputs, and one that reads what comes back and what was kept and writes gradients;
       of attention, those that do it by its definition where ``fused`` does not hold.
+    - ``around``: of fused attention, kernels beside the one that it is, forward and backward.
     - ``added``: inputs that operators before this one read as well, whose gradients are added to
       those that these give. Found in the graph.
     - ``apart``: a factor for each index of which the host makes a call of its own, forward and
@@ -196,6 +197,7 @@ class OpRule:
     forward: Kernels | None = None
     backward: Kernels | None = None
     fused: bool = True
+    around: tuple[Kernels, Kernels] = ((), ())
     added: tuple[int, ...] = ()
     apart: str = ""
     causal: bool = False
@@ -210,7 +212,10 @@ class OpRule:
 
 
 NOT_DATA = frozenset(
-    {"localize", "joined", "forward", "backward", "fused", "added", "apart", "routed", "workspace"}
+    {
+        *("localize", "joined", "forward", "backward", "fused", "around", "added", "apart"),
+        *("routed", "workspace"),
+    }
 )
 """Fields of a rule that no proposed one has, and no plan."""
 

@@ -178,12 +178,14 @@ def recomputed_copies(copies: int, degrees: Degrees) -> list[int]:
 
 def _offsets(of: BlockChoices, degrees: Degrees) -> Sequence[int]:
     """What of a copy is not kept. Where what is between lies divided, or the sequence does, nor is
-    what was gathered (of a ring of keys and values, each device keeps its own)."""
+    what was gathered (of a ring of keys and values, each device keeps its own), and if it is all of
+    a copy, what communicates inside of an operator."""
     if degrees.between == "whole" and degrees.context == 1:
         return RECIPE_KINDS[degrees.recompute](of)
     if degrees.between == "width" and degrees.recompute == "full":
         return of.summands
-    return sorted({*RECIPE_KINDS[degrees.recompute](of), *of.gathered})
+    inside = of.communicating if degrees.recompute == "full" else ()
+    return sorted({*RECIPE_KINDS[degrees.recompute](of), *of.gathered, *inside})
 
 
 __all__ = ["by_degrees", "recomputed_copies"]

@@ -389,9 +389,10 @@ class _Local:
     def kernels(self) -> tuple[list[Work], list[Work]]:
         """As the rule says; where it does not, as ``passes``."""
         rule = self.bound.rule
-        if rule.kind == "attention" and self._attends_fused():
-            return self.passes()
         forward, backward = self.passes()
+        if rule.kind == "attention" and self._attends_fused():
+            around, back = map(self._works, rule.around)
+            return forward + around, (backward + back if backward else [])
         if rule.forward is not None:
             forward = self._works(rule.forward)
         if rule.backward is not None:

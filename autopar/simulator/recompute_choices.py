@@ -60,11 +60,20 @@ class BlockChoices:
     def full(self) -> tuple[int, ...]:
         """All operators but those that make what is read outside of the copy, which is what the
         next one is run again from, and those that need the other ranks for their result."""
+        communicating = set(self.communicating)
+        return tuple(offset for offset in self._read_inside if offset not in communicating)
+
+    @cached_property
+    def communicating(self) -> tuple[int, ...]:
+        """What of a copy needs the other ranks for its result: run again with its collectives."""
+        return tuple(filter(self._communicates_inside, self._read_inside))
+
+    @cached_property
+    def _read_inside(self) -> tuple[int, ...]:
         return tuple(
             offset
             for offset in range(self.block.period)
             if not any(self._is_read_outside(offset, copy) for copy in range(self.block.copies))
-            and not self._communicates_inside(offset)
         )
 
     @cached_property

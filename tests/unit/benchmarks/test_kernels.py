@@ -24,6 +24,7 @@ LLAMA = Transformer(LAYERS, WIDTH, HEADS, KV_HEADS, FFN, 128, LENGTH, gated=True
 LLAMA = replace(LLAMA, tied=False, fused_loss=True)
 GPT = Transformer(2, WIDTH, HEADS, HEADS, FFN, 128, LENGTH, flash=False, dropout=True)
 EXPERTS = replace(LLAMA, experts=Experts(4, 2, 96))
+RING = replace(LLAMA, fused=True, repeated=True, ring=True)
 MIXED = Training("adam", "mixed")
 
 
@@ -123,7 +124,8 @@ def test_every_kernel_is_in_some_graph() -> None:
     fp4 = replace(narrow, products="float4_e2m1fn_x2", near=16)
     apart = replace(EXPERTS, experts=Experts(4, 2, 96, biased=True, sorted=True, apart=True))
     uneven = replace(EXPERTS, experts=Experts(5, 2, 96))
-    models = (LLAMA, GPT, EXPERTS, narrow, fp4, apart, uneven, replace(LLAMA, latent=Latent(16)))
+    models = (LLAMA, GPT, EXPERTS, RING, narrow, fp4, apart, uneven)
+    models += (replace(LLAMA, latent=Latent(16)),)
     fused = [replace(model, fused=True) for model in models]
     fused += [replace(LLAMA, divided_loss=True), replace(GPT, fused=True, metrics=2)]
     fused += [replace(m, one_pass=True) for m in fused]
@@ -167,6 +169,59 @@ def moved_bytes(model: Transformer, kernel: str) -> tuple[list[float], list[floa
     mesh = Mesh((("data", 1),))
     there, back = work(divided.rules[operator.name], ("nothing",), mesh, wanted)
     return [one.bytes for one in there], [one.bytes for one in back]
+
+
+def round_the_ring(model: Transformer, recompute: str) -> dict[tuple[str, str], int]:
+    """Bytes of each kind and phase that attention sends, of two samples on each of four devices."""
+    estimate = evaluated(model, Degrees(data=2, context=4, microbatch=2, recompute=recompute))
+    found: Counter[tuple[str, str]] = Counter()
+    for one in estimate.collectives:
+        if "ring_attention" in one.reason and one.axis == "context":
+            found[one.kind, one.phase] += one.bytes * one.count
+    return found
+
+
+@pytest.mark.parametrize("repeated", [True, False])
+def test_keys_and_values_go_round_and_their_gradients_go_back(repeated: bool) -> None:
+    """Those of all heads, or of as many as there are, of two microbatches."""
+    heads = HEADS if repeated else KV_HEADS
+    every = LAYERS * 2 * 2 * LENGTH * (WIDTH // HEADS * heads) * 2  # of keys and of values
+    found = {("all_gather", "forward"): 2 * every, ("all_gather", "backward"): 2 * every}
+    found |= {("send", "backward"): 4 * every}
+    ring = replace(RING, repeated=repeated)
+    assert round_the_ring(ring, "none") == found
+    found["all_gather", "backward"] *= 2  # once more where the forward is run again
+    assert round_the_ring(ring, "full") == found
+
+
+def test_devices_of_a_ring_attend_to_as_many_pairs_each() -> None:
+    graph = RING.graph(1)
+    (rule,) = {r for _, r in proposals(graph) if r.kind == "attention"}
+    attention = next(o for o in graph.operators if "ring_attention" in o.op)
+    bound = division(graph, 1, proposals(graph)).rules[attention.name]
+    wanted = (True, True, True, False)
+
+    def flops(devices: int) -> list[float]:
+        there, back = work(bound, ("q",), Mesh((("context", devices),)), wanted)
+        return [one.flops for one in (*there, *back)]
+
+    assert rule.causal
+    assert flops(4) == [n / 4 for n in flops(1)]
+
+
+def test_what_a_ring_gives_is_merged_in_float32() -> None:
+    """Around attention: keys and values are put together, and each step's result is added to what
+    there is; so are the gradients of queries, keys and values."""
+    each = LENGTH * WIDTH
+    together, added = 4 * each * 2, each * (4 + 2 + 4)
+    (_, *there), (_, *back) = moved_bytes(RING, "ring_attention")
+    assert there == [together, added]
+    assert back == [together, added, added, added]
+
+
+def test_keys_are_repeated_for_the_queries_that_share_them() -> None:
+    (there,), (back,) = moved_bytes(RING, "repeated")
+    assert there == back == 2 * LENGTH * WIDTH * (1 + KV_HEADS / HEADS)
 
 
 FUSED = replace(GPT, fused=True)

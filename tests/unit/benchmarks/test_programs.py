@@ -87,6 +87,9 @@ def test_composer_measures_what_it_trains() -> None:
         ("arXiv: 2104.04473v5", date(2021, 4, 28)),
         ("NVIDIA NeMo docs performance_summary (NeMo 24.07)", date(2024, 7, 28)),
         ("docs performance-summary(-archive) NeMo 26.04.01", date(2026, 4, 28)),
+        ("torchtitan benchmarks/llama3_h100_202412_torchtitan.md T2", date(2024, 12, 28)),
+        ("benchmarks/asyncTP_llama3_h100_2025-06_torchtitan.md", date(2025, 6, 28)),
+        ("llama_209999_", None),
         ("arXiv 2299.05198", None),
         ("Megatron-LM README", None),
         ("", None),
@@ -94,6 +97,17 @@ def test_composer_measures_what_it_trains() -> None:
 )
 def test_papers_and_releases_are_dated(source: str, day: date | None) -> None:
     assert written(source) == day
+
+
+def test_torchtitan_repeated_keys_until_its_attention_took_fewer() -> None:
+    def repeats(source: str) -> bool:
+        cells = row(source=source, zero_fsdp="FSDP2")
+        return program_of(cells, shards=True, flash=True).repeats_keys
+
+    found = list(map(repeats, ("llama3_h100_202412_a.md", "llama3_h100_202602_a.md", "a table")))
+    assert found == [True, False, False]
+    plain = program_of(row(source="llama3_h100_202412_a.md"), shards=True, flash=True)
+    assert not plain.repeats_keys
 
 
 def test_without_a_date_fused_attention_tells_a_new_program() -> None:

@@ -554,6 +554,29 @@ def test_torchtitan_keeps_attention_and_every_other_product() -> None:
     assert any("norm" in name for name in again)
 
 
+def test_torchtitan_gathers_the_parameters_of_a_stage_once() -> None:
+    """In however many microbatches."""
+    titan = {**ROW, "zero_fsdp": "FSDP2", "precision": "bf16", "flash_attn": "True", "TP": "1"}
+
+    def gathers(batch: int) -> int:
+        found = estimate(run_of({**titan, "DP": "4", "global_batch": str(batch)}))
+        assert found.pipeline is not None
+        every = [one for row in found.pipeline.rows for one in row.collectives]
+        return sum(one.count for one in every if one.kind == "all_gather")
+
+    assert gathers(16) == gathers(32) > 0
+
+
+def test_torchtitan_goes_round_a_ring_and_repeats_what_goes() -> None:
+    titan = {**ROW, "zero_fsdp": "FSDP2", "precision": "bf16", "flash_attn": "True", "PP": "1"}
+    titan |= {"TP": "1", "kv_heads": "2", "gated_mlp": "True", "source": "a_202412_b.md"}
+    found = [
+        run_of({**titan, "CP": str(context), "DP": str(8 // context), "zero_fsdp": zero}).model
+        for context, zero in ((2, "FSDP2"), (1, "FSDP2"), (2, "FSDP"))
+    ]
+    assert [(of.ring, of.repeated) for of in found] == [(True, True), (False, True), (False, False)]
+
+
 def test_what_devices_do_not_divide_is_padded() -> None:
     """Each has a 56th of every parameter, or one number more; a 64th, if there are 64, is less."""
 
