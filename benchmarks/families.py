@@ -1,7 +1,8 @@
 """Sizes that tables of published runs leave out and the models' own publications give.
 
 A row names its family. Columns that are called as in the models' ``config.json`` go before these
-(``expert_bias``: 1 if experts have biases, which no ``config.json`` says). Of so many layers as
+(``expert_bias``: 1 if experts have biases, which no ``config.json`` says; ``rope_factor``: the
+``factor`` in ``rope_scaling`` of YaRN). Of so many layers as
 ``sliding_window_pattern`` says one sees all tokens before it.
 """
 
@@ -14,6 +15,7 @@ COLUMNS = (
     *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
     *("n_shared_experts", "first_k_dense_replace", "expert_bias", "n_group", "topk_group"),
     *("sliding_window", "sliding_window_pattern", "use_parallel_residual"),
+    *("swiglu_limit", "rope_factor", "use_qk_norm"),
 )
 
 _HEADS = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
@@ -38,8 +40,11 @@ FAMILIES: tuple[tuple[str, Mapping[str, int]], ...] = (
     # attention and MLP read the same: arXiv 2204.02311, section 2; 2204.06745, section 2.1;
     # 2311.16867, section 3.3
     (r"palm|gpt.?neox|gpt.?j\b|pythia|falcon", {"use_parallel_residual": 1}),
-    # arXiv 2508.10925, section 2: every other layer sees 128 tokens; experts have biases
-    (r"gpt.?oss", {**_WINDOWS, "expert_bias": 1}),
+    # arXiv 2505.09388, section 2: queries and keys are normalised
+    (r"qwen.?3", {"use_qk_norm": 1}),
+    # arXiv 2508.10925, section 2: every other layer sees 128 tokens, SwiGLU is clamped, YaRN scales
+    # positions 32 times; experts have biases
+    (r"gpt.?oss", {**_WINDOWS, "expert_bias": 1, "swiglu_limit": 7, "rope_factor": 32}),
 )
 """By what ``model_family`` is called, in small letters; the first that is found."""
 

@@ -97,6 +97,45 @@ def _rotary(inputs: Shapes) -> OpRule:
     return OpRule(signature([x, table], [x]), linear=(0,), saves=(Saved("input 1", needs=(0,)),))
 
 
+def _rotary_in_steps(inputs: Shapes) -> OpRule:
+    """The same where positions are scaled, which the one kernel does not do: half of each head is
+    negated (here as if it were all) and put before the other half, both are multiplied and added
+    up, and joined with what has no position, if it be nothing; back also zeros for that, and their
+    sum (Megatron-LM's ``megatron/core/models/common/embeddings/rope_utils.py``)."""
+    moved, times = Kernel(("input 0", "input 0")), Kernel(("input 0", "input 0"), indexed=1)
+    added = Kernel(("input 0",) * 3)
+    return replace(
+        _rotary(inputs),
+        forward=(times, moved, times, times, added, moved),
+        backward=(times, times, times, moved, added, Kernel(("input 0",)), added),
+    )
+
+
+def _clamped(inputs: Shapes, bounds: int) -> OpRule:
+    """One of two halves that a product made together, held within ``bounds`` and joined with the
+    other; back what was within is compared, and its gradient taken, and both joined (Megatron-LM's
+    ``weighted_bias_quick_geglu_impl`` and torch's ``clamp``)."""
+    x = labels(inputs[0].shape)
+    within, joined = f"{points(x)}/bool", Kernel(("input 0", "input 0"))
+    compared = Kernel(("input 0", within), indexed=1)
+    both = (Kernel((within, within, within)),) * (bounds - 1)
+    taken = Kernel((within, "input 0", "input 0"), indexed=1)
+    return OpRule(
+        signature([x], [x]),
+        saves=(Saved("input 0"),),
+        forward=(Kernel(("input 0", "output 0"), indexed=1), joined),
+        backward=(*(compared,) * bounds, *both, taken, joined),
+    )
+
+
+def _clamped_above(inputs: Shapes) -> OpRule:
+    return _clamped(inputs, bounds=1)
+
+
+def _clamped_on_both_sides(inputs: Shapes) -> OpRule:
+    return _clamped(inputs, bounds=2)
+
+
 def _rotary_part(inputs: Shapes) -> OpRule:
     """Of as many of the last numbers of each head as the table is wide, in place."""
     *rows, position, width = labels(inputs[0].shape)
@@ -247,6 +286,18 @@ def _moved(inputs: Shapes) -> OpRule:
     return OpRule(signature([x], [x]), linear=(0,))
 
 
+def _strided(inputs: Shapes) -> OpRule:
+    """The same, by a copy of what does not lie in its order (torch's ``contiguous``): of each
+    number the kernel works out where it lies."""
+    copied = (Kernel(("input 0", "output 0"), indexed=1),)
+    return replace(_moved(inputs), forward=copied, backward=copied)
+
+
+def _awaited(inputs: Shapes) -> OpRule:
+    """The same, of numbers that the host needs: it waits for them."""
+    return replace(_moved(inputs), awaited=True)
+
+
 def _spread(inputs: Shapes) -> OpRule:
     """Rows shared out anew among two dims, as many as come nearest: some are nobody's, and left
     empty."""
@@ -264,10 +315,11 @@ def _cast_twice(inputs: Shapes) -> OpRule:
 
 
 def _expert_bias(inputs: Shapes) -> OpRule:
-    """Added to the rows of each expert, which each has a weight, in float32 and expert by expert:
-    the product, the sum, all joined, the cast; back a cast for the rows, products and sums for the
-    bias and for the weights, and what the parts make together (Megatron-LM's ``_apply_bias`` in
-    ``megatron/core/transformer/moe/experts.py``)."""
+    """Added to the rows of each expert, which each has a weight, in float32 and expert by expert,
+    each a parameter by itself: the product, the sum, all joined, the cast; back a cast for the
+    rows, products and sums for the bias and for the weights, and what the parts make together
+    (Megatron-LM's ``_apply_bias`` in ``megatron/core/transformer/moe/experts.py``). Products and
+    sums of a row, a column and what is narrow are kernels that work out where elements lie."""
     expert, *rows, width = labels(inputs[0].shape)
     wide = f"{points([expert, *rows, width])}/float32"
     return OpRule(
@@ -276,16 +328,17 @@ def _expert_bias(inputs: Shapes) -> OpRule:
             [[expert, *rows, width]],
         ),
         saves=(Saved("input 1"), Saved("input 2")),
+        apart="" if expert == "1" else expert,
         forward=(
-            Kernel((wide,)),
-            Kernel(("input 0", wide, wide)),
+            Kernel((wide,), indexed=1),
+            Kernel(("input 0", wide, wide), indexed=1),
             Kernel((wide, wide)),
             Kernel((wide, "output 0")),
         ),
         backward=(
             Kernel(("output 0", wide)),
             Kernel((wide, "input 0")),
-            *(Kernel((wide, wide)), Kernel((wide,))) * 2,
+            *(Kernel((wide, wide), indexed=1), Kernel((wide,))) * 2,
             Kernel(("input 0", "input 0")),
         ),
     )
@@ -389,7 +442,10 @@ RULES: dict[str, Callable[[Shapes], OpRule]] = {
     "fused.layer_norm.one_pass": _in_one_pass(_layer_norm),
     "fused.cast.default": _cast,
     "fused.rotary.default": _rotary,
+    "fused.rotary.in_steps": _rotary_in_steps,
     "fused.rotary.part": _rotary_part,
+    "fused.clamped.above": _clamped_above,
+    "fused.clamped.on_both_sides": _clamped_on_both_sides,
     "fused.latent_keys.default": _latent_keys,
     "fused.causal_attention.default": _causal_attention,
     "fused.repeated.default": _repeated,
@@ -397,6 +453,8 @@ RULES: dict[str, Callable[[Shapes], OpRule]] = {
     "fused.near_attention.default": _near_attention,
     "fused.grouped.default": _grouped,
     "fused.moved.default": _moved,
+    "fused.moved.awaited": _awaited,
+    "fused.moved.strided": _strided,
     "fused.spread.default": _spread,
     "fused.cast.twice": _cast_twice,
     "fused.expert_bias.default": _expert_bias,

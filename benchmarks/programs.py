@@ -33,6 +33,10 @@ SINCE = {
     "own_scales": date(2025, 3, 22),
     # 0d389f5e99, DeepEP: tokens go once to each host, for models that limit these
     "once_to_hosts": date(2025, 2, 25),
+    # the same on chips after H100: NVIDIA-NeMo/Megatron-Bridge 1fd34b18c and 7c06ec0c0
+    "once_to_newer_hosts": date(2026, 1, 9),
+    # ae1c88296f, --overlap-moe-expert-parallel-comm: forward and backward of two microbatches
+    "experts_beside": date(2025, 8, 1),
     # 3df200905e, HybridEP: once to each device, where a rack has one switch
     "once_in_racks": date(2025, 11, 18),
     # 6815c0fefe and f007db77b9: experts in one kernel, places of tokens found on the device

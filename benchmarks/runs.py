@@ -140,7 +140,7 @@ class Run:
     """What a row says. ``step_s``, ``memory_bytes``: what was measured, if it was (of memory: what
     the allocator reserved); ``ran_out``: of memory; else, if something was measured, it fitted.
     ``assumed``: what it does not say. ``hosts``: at most so many have experts of a token, if that
-    is limited."""
+    is limited: as many of the ``groups`` of experts."""
 
     name: str
     source: str
@@ -155,6 +155,7 @@ class Run:
     assumed: tuple[str, ...] = ()
     program: Program = NEW
     hosts: int = 0
+    groups: int = 0
 
     @property
     def other_recomputation(self) -> tuple[Degrees, Degrees] | None:
@@ -174,12 +175,23 @@ class Run:
         if self.model.engine and not experts.apart:
             launch_s = self.topology.device.launch_s
             found = replace(found, calibration=replace(found.calibration, operator_s=launch_s))
-        is_rack = self.topology.tiers[0].size > self.topology.host_size
-        if self.hosts and self.program.has("once_to_hosts"):
-            return replace(found, dispatch=Dispatch(experts.chosen, self.hosts))
-        if is_rack and self.program.has("once_in_racks"):
-            return replace(found, dispatch=Dispatch(experts.chosen))
+        if experts.full or not self.program.has(self._sends_once):
+            return found  # with the plain dispatcher only: Megatron-Bridge's moe_token_drop.py
+        if self.hosts or self.is_in_racks:
+            return replace(found, dispatch=Dispatch(experts.chosen, self.hosts, self.groups))
         return found
+
+    @property
+    def is_in_racks(self) -> bool:
+        """Whether switches join the devices of several hosts."""
+        return self.topology.tiers[0].size > self.topology.host_size
+
+    @property
+    def _sends_once(self) -> str:
+        """Since when a token goes to each place once."""
+        if self.is_in_racks:
+            return "once_in_racks"
+        return "once_to_newer_hosts" if _is_newer(self.topology) else "once_to_hosts"
 
     @property
     def topology(self) -> Topology:
@@ -196,6 +208,11 @@ def _has_engine(machine: Topology) -> bool:
     """Whether Megatron-LM's blocks are those of Transformer Engine, as on chips since H100."""
     newer = "float8_e4m3fn" in dict(machine.device.peak_flops_per_s)
     return newer and machine.device.vendor == "nvidia"
+
+
+def _is_newer(machine: Topology) -> bool:
+    """Than H100."""
+    return "float4_e2m1fn_x2" in dict(machine.device.peak_flops_per_s)
 
 
 def _with_engine(machine: Topology) -> Topology:
@@ -291,7 +308,7 @@ def run_of(row: Row) -> Run:
     program = program_of(row, shards=zero == 3, flash=flash)
     if program.per_parameter and pipeline > 1:
         zero = 1  # gathered once a step, and gradients are reduced once (``per_parameter``)
-    recompute, part = _recompute(row["recompute"], layers, flash, assumed)
+    recompute, part = _recompute(_recomputed(row), layers, flash, assumed)
     degrees = Degrees(
         tensor=tensor,
         pipeline=pipeline,
@@ -324,6 +341,7 @@ def run_of(row: Row) -> Run:
         assumed=tuple(assumed),
         program=program,
         hosts=_size(row, "topk_group") if _size(row, "n_group") else 0,
+        groups=_size(row, "n_group"),
     )
 
 
@@ -482,6 +500,15 @@ def _recompute(text: str, layers: float, flash: bool, assumed: list[str]) -> tup
     raise SkippedError(f"recomputes in a way that has no name here: {text}")
 
 
+def _recomputed(row: Row) -> str:
+    """What its cell says, unless that is of other machines: ``(recipe H100/B200)``."""
+    said = row["recompute"]
+    if found := re.search(r"\(recipe ([\w/]+)\)", said):
+        names = found[1].lower().split("/")
+        return said if any(name in row["gpu_type"].lower() for name in names) else "none"
+    return said
+
+
 def _part(said: str, layers: float) -> float:
     """Of the layers; or so much that as many flops are done for those of the model, of which all
     would be a third more.
@@ -513,8 +540,10 @@ def _experts(row: Row, degrees: Degrees, program: Program, narrow: bool) -> Expe
     if _number(row, "seq_len") % groups:
         raise SkippedError(f"a sequence of {row['seq_len']} cannot be {groups} equal parts")
     ffn = _number(row, "moe_ffn")
-    apart = program.is_megatron and not (narrow and program.has("whole_experts"))
-    free = apart and not _is_padded_to_capacity(row)
+    whole = narrow and program.has("whole_experts") and _is_joined(topology(_machine(row, degrees)))
+    apart = program.is_megatron and not whole
+    dropping = _is_padded_to_capacity(row)
+    free = apart and not dropping
     return Experts(
         count,
         _number(row, "topk"),
@@ -523,16 +552,29 @@ def _experts(row: Row, degrees: Degrees, program: Program, narrow: bool) -> Expe
         shared=_size(row, "n_shared_experts") * ffn,
         after=_size(row, "first_k_dense_replace"),
         biased=bool(_size(row, "expert_bias")) and apart,
+        clamped=bool(_size(row, "swiglu_limit")) and apart,
         sorted=apart and count > degrees.experts > 1,
         padded=free and narrow,
         steps=ROUTING_STEPS * free,
-        apart=free,
+        apart=apart and not (dropping and degrees.pipeline == 1),
+        full=dropping,
     )
+
+
+def _is_joined(machine: Topology) -> bool:
+    """Whether switches join several hosts, or all that the run has. Iterations are captured as a
+    whole there: of the recipes of 2026-06 (NVIDIA-NeMo/Megatron-Bridge v0.5.0,
+    ``scripts/performance/configs``, ``cutedsl_fused_grouped_mlp``) those of GB200 and GB300, and
+    Qwen3 30B on eight B300; not DeepSeek, gpt-oss and Qwen3 235B on B300, nor H100."""
+    domain = machine.tiers[0].size
+    return _is_newer(machine) and (domain > machine.host_size or machine.devices <= domain)
 
 
 def _is_padded_to_capacity(row: Row) -> bool:
     """Experts take as many tokens whatever the router says, and drop others: all sizes are known
-    ahead, and layers are captured as graphs of the device."""
+    ahead, and nobody waits for them. Where a device has one stage, layers are captured as graphs of
+    the device: of the runs of 2025-09 (NVIDIA-NeMo/Megatron-Bridge at r0.1.0,
+    ``scripts/performance/configs``, ``cuda_graphs``) those without a pipeline, and no other."""
     return re.search(r"(token|drop).?(drop|pad)", f"{row['config_id']} {row['notes']}") is not None
 
 
@@ -631,6 +673,8 @@ def _model(row: Row, degrees: Degrees, program: Program, assumed: list[str]) -> 
         cast_norms=program.has("own_scales"),
         repeated=program.repeats_keys and flash,
         ring=program.per_parameter and flash and degrees.context > 1,
+        normed_heads=bool(_size(row, "use_qk_norm")),
+        scaled=program.is_megatron and _size(row, "rope_factor") > 1,
     )
 
 
@@ -797,8 +841,28 @@ def overlap_of(run: Run) -> Overlap:
         added_in_products=program.has("added_in_products"),
         update_bytes=UPDATE_BYTES[run.model.dtype],
         waits=waits,
+        experts=EXPERTS_BESIDE if _sends_beside(run) else 0.0,
         host_waits=not program.has("passes_untimed") or (degrees.pipeline > 1 and waits),
     )
+
+
+EXPERTS_BESIDE = 0.3655
+"""Of the time of what goes all to all, hidden by products and attention: Qwen3 30B on 16 H100, all
+else alike, by its trace; steps were 15% shorter (NVIDIA-NeMo/Megatron-Bridge@067f987d,
+``skills/nemo-mbridge-perf-moe-comm-overlap``, run of 2026-07-25)."""
+
+
+def _sends_beside(run: Run) -> bool:
+    """Recipes do so from 2025-09 on, of interleaved pipelines on hosts that no switch joins to
+    racks, where no token is dropped (NVIDIA-NeMo/Megatron-Bridge, r0.1.0 to v0.5.0,
+    ``scripts/performance``: ``A2A_1F1B``, then ``moe_a2a_overlap``; gpt-oss on GB200 in 2026-04 is
+    the one exception)."""
+    experts, interleaved = run.model.experts, run.degrees.chunks > 1
+    if experts is None or experts.full or not run.model.engine:
+        return False
+    if not experts.apart:  # captured as a whole
+        return True
+    return interleaved and not run.is_in_racks and run.program.has("experts_beside")
 
 
 def _planned(run: Run, machine: CostModel) -> tuple[Division, Structure, Strategy]:

@@ -23,12 +23,14 @@ class Experts:
     A token's places among the experts follow from its position, so that all experts have as many
     tokens: benchmarks are run with balance forced. The router gives their weights. ``shared``: the
     width of an MLP that works on all tokens beside them; ``after``: so many layers with an MLP come
-    first. ``biased``: what an expert gives has a bias.
+    first. ``biased``: what an expert gives has a bias. ``clamped``: what goes into the product of
+    its two factors is held within bounds.
 
     What programs do beside: ``sorted``: what arrives from other devices is put in the order of
     experts, and back; ``padded``: to as many rows as narrow products take. ``steps``: kernels of a
-    few numbers each that find out where tokens go. ``apart``: weights of experts are parameters of
-    their own to the host.
+    few numbers each that find out where tokens go, for which the host waits. ``apart``: weights of
+    experts are parameters of their own to the host. ``full``: each takes as many tokens whatever
+    the router says.
     """
 
     count: int
@@ -38,10 +40,12 @@ class Experts:
     shared: int = 0
     after: int = 0
     biased: bool = False
+    clamped: bool = False
     sorted: bool = False
     padded: bool = False
     steps: int = 0
     apart: bool = False
+    full: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +77,11 @@ class Transformer:
     ``divided_loss``: cross-entropy in steps, with divided classes. ``metrics``: cross-entropies
     that are measured beside the loss.
     ``latent``: in place of plain heads. ``near``: of keys that a query sees in the mean of all
-    layers, where some see a window only (0: all before it). ``parallel``: attention and MLP of a
-    block read the same. ``cast_norms``: norms write wide, and what products take is cast from it.
-    ``repeated``: keys and values are made for each head of queries before attention. ``ring``: they
-    go round the devices that have parts of the sequence.
+    layers, where some see a window only (0: all before it). ``scaled``: rotary positions are.
+    ``normed_heads``: queries and keys are normalised, head by head. ``parallel``: attention and MLP
+    of a block read the same. ``cast_norms``: norms write wide, and what products take is cast from
+    it. ``repeated``: keys and values are made for each head of queries before attention. ``ring``:
+    they go round the devices that have parts of the sequence.
     """
 
     layers: int
@@ -106,6 +111,8 @@ class Transformer:
     near: int = 0
     parallel: bool = False
     cast_norms: bool = False
+    scaled: bool = False
+    normed_heads: bool = False
     repeated: bool = False
     ring: bool = False
 
@@ -277,15 +284,16 @@ class _Builder:
             w = self._shared_out(weights, name, shape)
             shape = (*sent[:-1], 1)
             applied = (self._op(name, "permute", (w,), shape, (2, 0, 1, 3, 4)),)
-        arranged = of.sorted + of.padded
-        for _ in range(arranged):
-            y = self._op(name, "fused.moved", (y,), sent)
+        ordered = ["fused.moved.strided" if of.full else "fused.moved"] * of.sorted
+        arranged = (*ordered, *["fused.moved"] * of.padded)
+        for kernel in arranged:
+            y = self._op(name, kernel, (y,), sent)
         y = self._one_expert(y, name, of, applied)
         if of.biased and applied:
             bias = self._parameter(f"{name}.experts.bias", (of.count, width))
             y = self._op(name, "fused.expert_bias", (y, bias, *applied), sent)
-        for _ in range(arranged):
-            y = self._op(name, "fused.moved", (y,), sent)
+        for kernel in reversed(arranged):
+            y = self._op(name, kernel, (y,), sent)
         y = self._op(name, "permute", (y,), by_expert, (1, 2, 0, 3, 4))
         y = self._shared_out(y, name, chosen, "reshape")
         if not applied:
@@ -309,13 +317,17 @@ class _Builder:
         made = (*scores[:2], of.chosen)
         kinds = [(made, self.of.dtype), (made, "int64")]
         best, places = self._outputs(name, "topk", (scored,), kinds, of.chosen)
-        for _ in range(of.steps):
-            places = self._op(name, "fused.moved", (places,), made)
+        for left in reversed(range(of.steps)):
+            kernel = "fused.moved" if left else "fused.moved.awaited"
+            places = self._op(name, kernel, (places,), made)
         return self._op(name, "view", (best,), shape, shape)
 
     def _one_expert(self, y: str, name: str, of: Experts, weights: tuple[str, ...]) -> str:
         up = self._by_experts(y, f"{name}.experts.up", of.ffn, apart=of.apart)
         gate = self._by_experts(y, f"{name}.experts.gate", of.ffn)  # one product with the other
+        if of.clamped:
+            gate = self._op(name, "fused.clamped.above", (gate,), self.specs[gate].shape)
+            up = self._op(name, "fused.clamped.on_both_sides", (up,), self.specs[up].shape)
         up = self._swiglu(gate, up, name, *weights)
         return self._by_experts(up, f"{name}.experts.down", self.of.width, apart=of.apart)
 
@@ -333,6 +345,8 @@ class _Builder:
     def _attention(self, y: str, name: str, tables: tuple[str, ...]) -> str:
         of, d = self.of, self.head_width
         q, k, v = self._projected(y, name)
+        if of.normed_heads:
+            q, k = self._norm(q, f"{name}.q_norm"), self._norm(k, f"{name}.k_norm")
         for table in tables:
             q, k = (self._rotated(t, table, name) for t in (q, k))
         shape = (self.batch, of.heads, of.length, d)
@@ -397,7 +411,8 @@ class _Builder:
 
     def _rotated(self, x: str, table: str, name: str) -> str:
         if not self.of.wide_rotary:
-            kernel = "fused.rotary" if self.of.fused else "mul.Tensor"
+            kernel = "fused.rotary.in_steps" if self.of.scaled else "fused.rotary"
+            kernel = kernel if self.of.fused else "mul.Tensor"
             return self._op(name, kernel, (x, table), self.specs[x].shape)
         x = self._cast(x, "float32", name)
         x = self._op(name, "mul.Tensor", (x, table), self.specs[x].shape)

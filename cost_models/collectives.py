@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from math import ceil, gcd, log2
+from math import ceil, comb, gcd, log2
 from typing import NamedTuple
 
 from cost_models.topology import Tier, Topology
@@ -274,10 +274,12 @@ class Dispatch(NamedTuple):
     """How tokens go to experts. Of each there are ``copies``, for experts drawn evenly, on at most
     ``hosts`` of them if that is not 0; devices and hosts that have several of these experts get it
     once, and what comes back is summed where it was (DeepEP and HybridEP, as in Megatron-LM's
-    ``megatron/core/transformer/moe/fused_a2a.py``)."""
+    ``megatron/core/transformer/moe/fused_a2a.py``). ``groups``: of experts, of which a token is in
+    ``hosts``, each as a whole on one host; 0: as many as there are."""
 
     copies: int
     hosts: int = 0
+    groups: int = 0
 
 
 def dispatch(
@@ -289,10 +291,22 @@ def dispatch(
         places = ceil(group_size / span.members)
         reached = places * (1 - (1 - 1 / places) ** of.copies)
         if of.hosts and not span.inside:
-            reached = min(reached, of.hosts)
+            reached = min(reached, of.hosts, _hosts_of_groups(of, places))
         away = (group_size - span.members) / group_size
         s_per_byte = max(s_per_byte, reached / of.copies * away / _bytes_per_s(span))
     yield Way(launch_s + _winding_s(hops), s_per_byte)
+
+
+def _hosts_of_groups(of: Dispatch, places: int) -> float:
+    """Where the groups of a token lie, if each of the places has as many of all.
+
+    >>> _hosts_of_groups(Dispatch(8, 4, 8), 8), round(_hosts_of_groups(Dispatch(8, 4, 8), 4), 2)
+    (4.0, 3.14)
+    """
+    if not of.groups or of.groups % places:
+        return float(of.hosts)
+    others = of.groups - of.groups // places
+    return places * (1 - comb(others, of.hosts) / comb(of.groups, of.hosts))
 
 
 def _send(hops: tuple[Span, ...], _group_size: int, launch_s: float) -> Iterator[Way]:

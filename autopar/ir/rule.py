@@ -171,6 +171,8 @@ class OpRule:
       those that these give. Found in the graph.
     - ``apart``: a factor for each index of which the host makes a call of its own, forward and
       backward, though the kernels go on at once: parameters of experts, kept one by one.
+    - ``awaited``: the host reads its result before it launches anything else (how many rows go to
+      each expert): until then it goes ahead, and not beyond.
     - ``causal``: a fused kernel that leaves out what the mask hides, a block of keys at a time; one
       that is bound by memory does not read it.
     - ``saves``: what is kept for the backward. ``workspace``: of a kernel that is not torch's own,
@@ -200,6 +202,7 @@ class OpRule:
     around: tuple[Kernels, Kernels] = ((), ())
     added: tuple[int, ...] = ()
     apart: str = ""
+    awaited: bool = False
     causal: bool = False
     saves: tuple[Saved, ...] = ()
     workspace: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
@@ -214,7 +217,7 @@ class OpRule:
 NOT_DATA = frozenset(
     {
         *("localize", "joined", "forward", "backward", "fused", "around", "added", "apart"),
-        *("routed", "workspace"),
+        *("awaited", "routed", "workspace"),
     }
 )
 """Fields of a rule that no proposed one has, and no plan."""

@@ -185,6 +185,7 @@ class _Axis:
             for factor in dim
         }
         batches = {f for product in bound.rule.products for f in product.batch.split()}
+        batches.add(bound.rule.apart)
         return [f for f in bound.factors if f in held & batches]
 
     def _is_constant(self, name: str) -> bool:

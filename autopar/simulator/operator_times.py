@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
 from itertools import groupby
-from operator import itemgetter
+from operator import attrgetter
+from typing import NamedTuple
 
 from autopar.ir.graph import Operator, OperatorGraph
 from autopar.ir.rule import Split
@@ -74,14 +75,18 @@ def launched_passes_s(
     costs: Costs,
     weight: Mapping[str, int],
     again: Recomputation,
+    moved_s: float = 0.0,
 ) -> tuple[float, float]:
     """How long a microbatch's forward and backward take as far as a host decides it that waits for
-    its device after each: what it takes for all kernels, and how far the device is behind it then.
-    A kernel does not begin before it is launched, so that a long one at the end (a head, its loss)
-    is not done beside those before."""
+    its device after each, and in a forward where it has to read what was computed: what it takes
+    for all kernels, and how far the device is behind it where it waits. A kernel does not begin
+    before it is launched, so that a long one at the end (a head, its loss) is not done beside those
+    before. ``moved_s``: communication of the forward, if the host waits in it: it is done behind
+    what is read (where tokens go), and the device is busy with it."""
     forward_s = backward_s = costs.host_ahead.pass_s
-    more: list[tuple[bool, float]] = []
-    more_back: list[tuple[bool, float]] = []
+    more: list[Ahead] = []
+    more_back: list[Ahead] = []
+    waits = sum(weight[name] for name in awaited(graph, rules))
     for operator in graph.operators:
         name, count = operator.name, weight[operator.name]
         split = strategy.splits[name]
@@ -92,24 +97,62 @@ def launched_passes_s(
             busy_back_s += busy_s
         forward_s += there_s * count
         backward_s += back_s * count
-        more.append((count > 1, (busy_s - there_s) * count))
-        more_back.append((count > 1, (busy_back_s - back_s) * count))
-    return forward_s + _lag_s(more), backward_s + _lag_s(reversed(more_back))
+        more.append(Ahead(busy_s - there_s, count))
+        if rules[name].rule.awaited:
+            more += [Ahead(0.0, count, awaited=True), Ahead(moved_s / waits, count)]
+        more_back.append(Ahead(busy_back_s - back_s, count))
+    return forward_s + lag_s(more), backward_s + lag_s(more_back[::-1])
 
 
-def _lag_s(parts: Iterable[tuple[bool, float]]) -> float:
-    """How far behind its host a device is after ``parts``, which each keep it so much longer than
-    the host; those that are said to be of folded blocks count together.
+def awaited(graph: OperatorGraph, rules: Rules) -> list[str]:
+    """Operators whose result the host reads before it goes on."""
+    return [operator.name for operator in graph.operators if rules[operator.name].rule.awaited]
 
-    >>> _lag_s([(False, 3.0), (False, -5.0), (False, 2.0)]), _lag_s([(True, 9.0), (True, -4.0)])
+
+class Ahead(NamedTuple):
+    """What keeps a device longer than the host that launches it, so many ``times`` in equal blocks;
+    ``awaited``: until that is done, the host waits."""
+
+    more_s: float
+    times: int = 1
+    awaited: bool = False
+
+
+def lag_s(parts: Iterable[Ahead]) -> float:
+    """How long a host waits for its device, last at the end; those of folded blocks, of
+    which there are several, count together, and where their host waits, once for each, from there
+    to the same place in the next one.
+
+    >>> lag_s([Ahead(3.0), Ahead(-5.0), Ahead(2.0)]), lag_s([Ahead(4.5, 2), Ahead(-2.0, 2)])
     (2.0, 5.0)
+    >>> lag_s([Ahead(3.0), Ahead(0.0, awaited=True), Ahead(-5.0), Ahead(2.0)])
+    5.0
+    >>> lag_s([Ahead(2.0, 3), Ahead(0.0, 3, awaited=True), Ahead(-5.0, 3)])
+    6.0
     """
-    found = 0.0
-    for folded, group in groupby(parts, key=itemgetter(0)):
-        each = [more_s for _, more_s in group]
-        for more_s in [sum(each)] if folded else each:
-            found = max(0.0, found + more_s)
-    return found
+    behind_s = waited_s = 0.0
+    for times, group in groupby(parts, key=attrgetter("times")):
+        each = list(group)
+        ends = [place for place, part in enumerate(each) if part.awaited]
+        if times > 1 and not ends:
+            each = [Ahead(times * sum(part.more_s for part in each))]
+        elif times > 1:
+            last = ends[-1] + 1
+            between_s, _ = _waited_s([*each[last:], *each[:last]], 0.0)
+            waited_s += (times - 1) * between_s
+        more_s, behind_s = _waited_s(each, behind_s)
+        waited_s += more_s
+    return waited_s + behind_s
+
+
+def _waited_s(parts: Iterable[Ahead], behind_s: float) -> tuple[float, float]:
+    """How long the host waits on the way, and how far behind it the device is in the end."""
+    waited_s = 0.0
+    for part in parts:
+        behind_s = max(0.0, behind_s + part.more_s)
+        if part.awaited:
+            waited_s, behind_s = waited_s + behind_s, 0.0
+    return waited_s, behind_s
 
 
 def are_inputs(graph: OperatorGraph, operator: Operator) -> tuple[bool, ...]:

@@ -14,6 +14,7 @@ from operator import itemgetter
 
 from autopar.ir.graph import ITEM_BYTES, OperatorGraph
 from autopar.ir.sharding import Mesh
+from autopar.ir.simulation import PromisedCollective
 from autopar.simulator.blocks import blocks
 from autopar.simulator.costs import Costs
 from autopar.simulator.edges import ParameterEdge
@@ -66,6 +67,8 @@ class Overlap:
     ``flat``: parameters of a group are parts of one tensor (FSDP's first version): backward puts
     their gradients together, and they are cast and divided before they are reduced. ``to_the_end``:
     what is recomputed is run to its end, even if nothing is missing any more.
+    ``experts``: the share of what goes all to all that does not show, since another
+    microbatch is computed meanwhile.
     ``host_waits``: for its device, after each pass: it goes ahead within a pass only (Megatron-LM
     synchronises after each ``batch_isend_irecv``, and timed each pass until 2022). ``waits``: a
     device computes nothing while messages of a pipeline are on their way; what all
@@ -87,11 +90,17 @@ class Overlap:
     flat: bool = False
     to_the_end: bool = False
     waits: bool = False
+    experts: float = 0.0
     host_waits: bool = False
     one_by_one: OneByOne | None = None
 
 
 NOTHING_AT_ONCE = Overlap()
+
+
+def is_sent(collective: PromisedCollective, phase: str) -> bool:
+    """To experts, or back."""
+    return collective.kind == "all_to_all" and collective.phase == phase
 
 
 @dataclass(frozen=True, slots=True)

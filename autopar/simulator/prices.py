@@ -17,6 +17,7 @@ from autopar.simulator.folding import Folded, whole
 from autopar.simulator.fragments import trapped_bytes
 from autopar.simulator.memory import peak_memory
 from autopar.simulator.operator_times import (
+    awaited,
     launched_passes_s,
     launches_s,
     operator_time_s,
@@ -31,6 +32,7 @@ from autopar.simulator.overlap import (
     copies_s,
     held_bytes,
     hidden,
+    is_sent,
     moved_s,
 )
 from autopar.simulator.promise import Needed, priced, promise_of, redistributions, refreshing
@@ -72,7 +74,7 @@ def evaluate(
     needed = redistributions(seen, rules, strategy, again)
     promised = tuple(priced(promise_of(graph, seen, rules, strategy, needed), costs))
     of = _Evaluation(graph, seen, rules, strategy, costs, overlap, again, needed)
-    spent = of.at_once(of.in_turn(promised))
+    spent = of.at_once(of.in_turn(promised), promised)
     memory, trapped = of.memory()
     return Estimate(
         step_time_s=max(spent.devices_s, of.host_s),
@@ -137,9 +139,16 @@ class _Evaluation:
         return self.again.to_the_end() if self.overlap.to_the_end else self.again
 
     @cached_property
+    def host_waits(self) -> bool:
+        """After each pass, or within each forward."""
+        return self.overlap.host_waits or (
+            self.costs.host_ahead.ahead and bool(awaited(self.seen.graph, self.rules))
+        )
+
+    @cached_property
     def host_s(self) -> float:
         """Of hosts that go ahead of more than a pass."""
-        if self.overlap.host_waits:
+        if self.host_waits:
             return 0.0
         seen, again = self.seen, self.run_again.again
         of = seen.graph, self.rules, self.costs, seen.weight, self.strategy.splits, again
@@ -174,7 +183,7 @@ class _Evaluation:
             ),
         )
 
-    def at_once(self, spent: _Spent) -> _Spent:
+    def at_once(self, spent: _Spent, promised: Sequence[PromisedCollective]) -> _Spent:
         """With what the program does beside something else."""
         overlap = self.overlap
         if overlap.sums or overlap.in_pieces:
@@ -183,9 +192,11 @@ class _Evaluation:
             spent = self._parameters_ahead(spent)
         if overlap.one_by_one is not None:
             spent = self._one_by_one(spent, overlap.one_by_one)
+        if overlap.experts:
+            spent = self._beside_other_microbatches(spent, promised)
         if overlap.together or overlap.replicas:
             spent = self._once_a_step(spent)
-        return self._host_waits(spent) if overlap.host_waits else spent
+        return self._waiting(spent) if self.host_waits else spent
 
     def _beside_products(self, spent: _Spent) -> _Spent:
         of = self.seen.graph, self.rules, self.strategy, self.costs, self.overlap
@@ -194,6 +205,15 @@ class _Evaluation:
         return spent.more(
             moved_forward_s=-self.times * forward_s, moved_backward_s=-self.times * backward_s
         )
+
+    def _beside_other_microbatches(
+        self, spent: _Spent, promised: Sequence[PromisedCollective]
+    ) -> _Spent:
+        forward_s, backward_s = (
+            self.overlap.experts * sum(c.time_s * c.count for c in promised if is_sent(c, phase))
+            for phase in ("forward", "backward")
+        )
+        return spent.more(moved_forward_s=-forward_s, moved_backward_s=-backward_s)
 
     def _parameters_ahead(self, spent: _Spent) -> _Spent:
         parameters, costs, times = self.needed.parameters, self.costs, self.times
@@ -255,10 +275,11 @@ class _Evaluation:
         hidden_s += self.streams.hidden_s(first_s, refreshed_s)
         return spent.more(once_s=-hidden_s)
 
-    def _host_waits(self, spent: _Spent) -> _Spent:
+    def _waiting(self, spent: _Spent) -> _Spent:
+        """Of a host that is ahead within a pass only."""
         seen, times = self.seen, self.times
         of = seen.graph, self.rules, self.strategy, self.costs, seen.weight, self.run_again
-        forward_s, backward_s = launched_passes_s(*of)
+        forward_s, backward_s = launched_passes_s(*of, spent.moved_forward_s / times)
         return spent.more(
             forward_s=max(0.0, times * forward_s - spent.forward_s - spent.moved_forward_s),
             backward_s=max(0.0, times * backward_s - spent.backward_s - spent.moved_backward_s),

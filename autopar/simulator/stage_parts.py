@@ -24,11 +24,12 @@ from autopar.simulator.memory import local_bytes
 from autopar.simulator.operator_times import (
     are_inputs,
     are_parameters,
+    awaited,
     has_both_gradients,
     launched_passes_s,
     wants_gradients,
 )
-from autopar.simulator.overlap import NOTHING_AT_ONCE, Overlap, Streams, moved_s
+from autopar.simulator.overlap import NOTHING_AT_ONCE, Overlap, Streams, is_sent, moved_s
 from autopar.simulator.recomputation import Recomputation, recomputation
 from autopar.simulator.redistribution import Transfer, transfers
 from autopar.simulator.stages import StagePart
@@ -108,9 +109,13 @@ def stage_parts(
         found += later_parts(part, costs) + twice_parts(part, used, costs)
     if (overlap.sums or overlap.in_pieces) and not parted:
         found = _beside_products(part, found, again, costs, overlap)
+    if overlap.experts and not parted:
+        found = _beside_other_microbatches(found, overlap.experts)
     if overlap.replicas:
         found = _beside_passes(found, costs, overlap.replicas)
-    return _host_waiting(part, found, run_again, costs) if overlap.host_waits else found
+    reads = costs.host_ahead.ahead and bool(awaited(part.graph, part.division.rules))
+    waits = overlap.host_waits or reads
+    return _host_waiting(part, found, run_again, costs) if waits else found
 
 
 def _beside_products(
@@ -126,6 +131,18 @@ def _beside_products(
         found,
         forward_communication_s=found.forward_communication_s - forward_s,
         input_communication_s=found.input_communication_s - backward_s,
+    )
+
+
+def _beside_other_microbatches(found: StageParts, share: float) -> StageParts:
+    sent_s = {
+        phase: share * sum(c.time_s * c.count for c in found.collectives if is_sent(c, phase))
+        for phase in ("forward", "backward")
+    }
+    return replace(
+        found,
+        forward_communication_s=found.forward_communication_s - sent_s["forward"],
+        input_communication_s=found.input_communication_s - sent_s["backward"],
     )
 
 
@@ -147,7 +164,7 @@ def _host_waiting(
     """Of a host that is ahead within a pass only."""
     graph, once = part.graph, {operator.name: 1 for operator in part.graph.operators}
     of = graph, part.division.rules, part.strategy, costs, once, again
-    forward_s, backward_s = launched_passes_s(*of)
+    forward_s, backward_s = launched_passes_s(*of, found.forward_communication_s)
     busy_s = found.forward_compute_s + found.forward_communication_s
     busy_back_s = found.backward_compute_s + found.backward_communication_s
     return replace(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import prod
 
@@ -17,10 +17,11 @@ from autopar.ir.strategy import Training
 from autopar.recipes import Degrees, by_degrees
 from autopar.simulator.costs import Costs, work
 from autopar.simulator.microbatches import division
+from autopar.simulator.overlap import NOTHING_AT_ONCE, Overlap
 from autopar.simulator.prices import evaluate
 from benchmarks import families
 from benchmarks.kernels import proposals
-from benchmarks.runs import SkippedError, predicted, run_of, validate
+from benchmarks.runs import SkippedError, overlap_of, predicted, run_of, validate
 from benchmarks.transformer import Experts, Latent, Transformer
 from cost_models import Analytical, cost_model, topology
 from cost_models.collectives import Dispatch
@@ -34,12 +35,14 @@ NARROW = replace(PLAIN, latent=LATENT, experts=Experts(4, 2, 48, shared=48, afte
 MIXED = Training("adam", "mixed")
 
 
-def evaluated(model: Transformer, degrees: Degrees, batch: int = 8) -> Estimate:
+def evaluated(
+    model: Transformer, degrees: Degrees, batch: int = 8, overlap: Overlap = NOTHING_AT_ONCE
+) -> Estimate:
     graph = model.graph(batch)
     divided = division(graph, degrees.microbatches(batch), proposals(graph))
     machine = cost_model("1x8xh100-sxm")
     strategy = by_degrees(divided, degrees, machine, MIXED)
-    return evaluate(divided.graph, divided.rules, machine, strategy)
+    return evaluate(divided.graph, divided.rules, machine, strategy, overlap=overlap)
 
 
 def shapes(graph: OperatorGraph, ends: str) -> list[tuple[int, ...]]:
@@ -205,6 +208,37 @@ def test_the_host_calls_experts_one_by_one_and_the_device_does_them_at_once() ->
     assert least == at_once
 
 
+def test_a_host_that_reads_where_tokens_go_waits_for_that() -> None:
+    """With hosts that take next to nothing it changes nothing; else a step takes no less than if
+    it went on, and no more than all that it launches and all that devices do."""
+    model = replace(PLAIN, experts=Experts(8, 2, 48, steps=1))
+    graph = model.graph(8)
+    divided = division(graph, 1, proposals(graph))
+    machine = Analytical(topology("1x8xh100-sxm"))
+    strategy = by_degrees(divided, Degrees(data=8, experts=8), machine, MIXED)
+    goes_on = {
+        name: replace(bound, rule=replace(bound.rule, awaited=False))
+        for name, bound in divided.rules.items()
+    }
+
+    def step_s(rules: Mapping[str, BoundRule], operator_s: float) -> tuple[float, float]:
+        calibration = replace(machine.calibration, operator_s=operator_s)
+        of = replace(machine, calibration=calibration)
+        found = evaluate(divided.graph, rules, of, strategy)
+        return found.step_time_s, found.launches_s
+
+    devices_s, _ = step_s(goes_on, 1e-12)
+    assert step_s(divided.rules, 1e-12)[0] == pytest.approx(devices_s)
+    for operator_s in (1e-6, 3e-6, 1e-5, 1e-4):
+        ahead_s, launches_s = step_s(goes_on, operator_s)
+        host_s = ahead_s if launches_s else 0.0
+        reads_s, _ = step_s(divided.rules, operator_s)
+        assert reads_s >= ahead_s * (1 - 1e-9)
+        if host_s:
+            assert reads_s <= host_s + devices_s
+    assert reads_s > ahead_s  # and some of what devices do is waited for
+
+
 def test_biases_of_experts_are_added_in_float32() -> None:
     biased = replace(PLAIN, experts=Experts(4, 2, 48, biased=True))
     there, back = works(biased, "expert_bias")
@@ -213,6 +247,32 @@ def test_biases_of_experts_are_added_in_float32() -> None:
     *own, weights = back  # whose gradients come from here and from SwiGLU, and are added
     assert sum(one.bytes for one in own) == ((2 + 4) + (4 + 2) + 2 * (8 + 4) + 4) * elements
     assert weights.bytes == 3 * 2 * PLAIN.length * 2
+
+
+def test_biases_are_of_the_experts_that_have_them() -> None:
+    """Divided among devices with their experts, each a call of the host."""
+    model = replace(PLAIN, experts=Experts(8, 2, 48, biased=True, apart=True))
+    graph = model.graph(8)
+    divided = division(graph, 1, proposals(graph))
+    machine = cost_model("1x8xh100-sxm")
+    strategy = by_degrees(divided, Degrees(data=8, experts=8), machine, MIXED)
+    named = {o.op: o.name for o in divided.graph.operators if o.name.startswith("blocks.0.")}
+    bias, product = named["fused.expert_bias.default"], named["fused.grouped.default"]
+    (expert,) = strategy.splits[bias]
+    assert divided.rules[bias].sizes[expert] == 8
+    assert strategy.splits[bias] == strategy.splits[product]
+
+
+def test_clamps_compare_what_they_were_given() -> None:
+    """Each half of the product's result, copied, and joined with the other; back a byte for each
+    comparison, one for whether both hold, and what is left of the gradient."""
+    clamped = replace(PLAIN, experts=Experts(4, 2, 48, clamped=True))
+    elements = PLAIN.length * 2 * 48
+    for kernel, back_bytes in (("above", 3 + 5 + 4), ("on_both", 3 + 3 + 3 + 5 + 4)):
+        there, back = works(clamped, f"clamped.{kernel}")
+        assert sum(one.bytes for one in there) == (4 + 4) * elements
+        assert sum(one.bytes for one in back) == back_bytes * elements
+        assert there[0].instructions > there[1].instructions == 0
 
 
 def test_a_norm_that_is_cast_reads_what_it_wrote() -> None:
@@ -250,6 +310,14 @@ def test_a_token_for_all_hosts_comes_to_each_once() -> None:
     assert sent_s(Dispatch(8, 4)) == pytest.approx(sent_s(None) / 2, rel=0.01)
 
 
+def test_groups_of_experts_lie_on_fewer_hosts_than_there_are_groups() -> None:
+    """Four of eight groups: on four of eight hosts, and of four hosts with two groups each on 3.14,
+    where eight experts drawn evenly were on 3.6."""
+    assert sent_s(Dispatch(8, 4, 8)) == sent_s(Dispatch(8, 4))
+    some, evenly = sent_s(Dispatch(8, 4, 8), 32), sent_s(Dispatch(8, 4), 32)
+    assert some / evenly == pytest.approx(3.14 / 3.6, rel=0.01)
+
+
 # ---- rows ----------------------------------------------------------------------------------------
 
 MOE = {
@@ -283,7 +351,7 @@ def test_a_row_of_a_known_family_has_its_published_sizes() -> None:
     assert run.model.latent == Latent(512, 1536, 128, 64, 128)
     assert run.model.experts is not None
     assert (run.model.experts.shared, run.model.experts.after) == (256, 3)
-    assert run.machine_model.dispatch == Dispatch(4, 4)
+    assert run.machine_model.dispatch == Dispatch(4, 4, 8)
     other = run_of({**MOE, "kv_lora_rank": "256", "first_k_dense_replace": "1"})
     assert other.model.latent == Latent(256, 1536, 128, 64, 128)
     ((_, one),) = predicted([run])
@@ -298,20 +366,103 @@ def test_latent_attention_of_no_known_sizes_says_which_columns_would_do() -> Non
 
 
 def test_experts_are_run_as_the_program_of_the_release_does() -> None:
-    """One by one, sorted and padded; narrow ones in one kernel since 2026, and those that are
-    padded to their capacity without the host's help."""
-    release = "Megatron-Bridge, NeMo 26.08"
-    rows = [{}, {"precision": "bf16"}, {"source": release}, {"config_id": "a-tokendrop"}]
+    """One by one, sorted and padded; narrow ones in one kernel since 2026 where one switch joins
+    all, and those that are padded to their capacity without waiting for counts, and without the
+    host where there is no pipeline."""
+    release = {"source": "Megatron-Bridge, NeMo 26.08"}
+    rows: list[dict[str, str]] = [
+        {},
+        {"precision": "bf16"},
+        release,
+        {**release, "gpu_type": "B200-180GB"},
+        {**release, "gpu_type": "B200-180GB", "n_gpus": "16", "DP": "16"},
+        {"config_id": "a-tokendrop"},
+        {"config_id": "a-tokendrop", "PP": "2", "n_gpus": "16"},
+    ]
     found = [run_of({**MOE, **changes}) for changes in rows]
     told = [run.model.experts for run in found]
     assert [one and (one.sorted, one.padded, one.apart, one.steps > 0) for one in told] == [
         (True, True, True, True),
         (True, False, True, True),
+        (True, True, True, True),
         (False, False, False, False),
+        (True, True, True, True),
         (True, False, False, False),
+        (True, False, True, False),
     ]
     hosts = [run.machine_model.host_time.operator_s for run in found]
-    assert hosts[0] == hosts[1] > hosts[2] == hosts[3]
+    eager, captured = hosts[0], hosts[3]
+    assert eager > captured
+    assert hosts == [eager, eager, eager, captured, eager, captured, eager]
+
+
+def test_tokens_go_once_to_a_host_since_programs_for_its_chips_do_so() -> None:
+    def sent(**changes: str) -> Dispatch | None:
+        return run_of({**MOE, **changes}).machine_model.dispatch
+
+    newer = {"gpu_type": "B200-180GB"}
+    assert sent() == sent(**newer, source="NeMo 26.02") == Dispatch(4, 4, 8)
+    assert sent(**newer) is None
+    assert sent(config_id="a-tokendrop") is None
+    racks = {"model_family": "Qwen3", "gpu_type": "GB200-NVL72", "gpus_per_node": "72"}
+    assert sent(**racks, source="NeMo 25.11") == Dispatch(4)
+    assert sent(**racks, source="NeMo 25.09") is None
+
+
+def test_what_goes_all_to_all_is_beside_another_microbatch_as_in_recipes() -> None:
+    """Of interleaved pipelines on hosts that nothing but a network joins."""
+    interleaved = {"PP": "2", "virtual_pp": "2", "layers": "8", "n_gpus": "16", "DP": "8"}
+
+    def share(**changes: str) -> float:
+        return overlap_of(run_of({**MOE, **changes})).experts
+
+    assert 0 < share(**interleaved) < 1
+    assert share() == share(**interleaved, config_id="a-tokendrop") == 0
+    assert share(**interleaved, source="NeMo 24.07") == 0
+    racks = {"gpu_type": "GB200-NVL72", "gpus_per_node": "72"}
+    assert share(**interleaved, **racks) == 0
+    assert share(**interleaved, **racks, source="NeMo 26.08") > 0  # captured as a whole
+
+
+def test_what_is_hidden_is_a_share_of_what_goes_all_to_all() -> None:
+    model, degrees = replace(PLAIN, experts=Experts(8, 2, 48)), Degrees(data=8, experts=8)
+    plain, half = (evaluated(model, degrees, overlap=Overlap(experts=of)) for of in (0.0, 0.5))
+    sent = [c for c in plain.collectives if c.kind == "all_to_all"]
+    for phase, shorter_s in (
+        ("forward", plain.forward_communication_s - half.forward_communication_s),
+        ("backward", plain.backward_communication_s - half.backward_communication_s),
+    ):
+        whole_s = sum(c.time_s * c.count for c in sent if c.phase == phase)
+        assert whole_s > 0
+        assert shorter_s == pytest.approx(whole_s / 2)
+
+
+def test_a_recipe_of_other_machines_recomputes_nothing_here() -> None:
+    said = {"recompute": "selective layernorm+moe_act (recipe H100/B200)"}
+    assert run_of({**MOE, **said}).degrees.recompute == "elementwise"
+    other = run_of({**MOE, **said, "gpu_type": "B300-288GB"})
+    assert other.degrees.recompute == "none"
+
+
+def test_sizes_of_a_family_decide_its_kernels() -> None:
+    """Clamped factors and scaled positions of gpt-oss, normalised heads of Qwen3."""
+
+    def ops(**changes: str) -> set[str]:
+        run = run_of({**MOE, "model_family": "GPT-OSS", **changes})
+        return {
+            f"{o.op} of {o.name.split('.')[2]}"
+            for o in run.model.graph(1).operators[:60]
+            if o.name.startswith("blocks.0.")
+        }
+
+    oss, qwen = ops(), ops(model_family="Qwen3")
+    assert any(op.startswith("fused.clamped.above") for op in oss)
+    assert any(op.startswith("fused.rotary.in_steps") for op in oss)
+    assert not any("clamped" in op or "in_steps" in op for op in qwen)
+    assert {op.split(" of ")[1] for op in qwen} >= {"q_norm", "k_norm"}
+    assert not {"q_norm", "k_norm"} & {op.split(" of ")[1] for op in oss}
+    plain = ops(swiglu_limit="", rope_factor="1", model_family="Llama3")
+    assert not any("clamped" in op or "in_steps" in op for op in plain)
 
 
 def test_families_are_found_by_what_they_are_called() -> None:
@@ -321,10 +472,11 @@ def test_families_are_found_by_what_they_are_called() -> None:
         "Kimi-K2",
         "DeepSeek V2 Lite",
         "GPT-OSS",
+        "Qwen3-MoE",
         "Falcon",
     ):
         assert families.published(family), family
-    for family in ("Llama3", "GPT", "GPT-2", "MPT (GPT, ALiBi/learned pos)", "Qwen3-MoE", ""):
+    for family in ("Llama3", "GPT", "GPT-2", "MPT (GPT, ALiBi/learned pos)", "Qwen2", ""):
         assert not families.published(family), family
     assert all(re.compile(name) for name, _ in families.FAMILIES)
     assert {size for _, sizes in families.FAMILIES for size in sizes} <= set(families.COLUMNS)

@@ -122,7 +122,8 @@ def test_a_batch_may_be_of_one_sample(model: Transformer) -> None:
 def test_every_kernel_is_in_some_graph() -> None:
     narrow = replace(LLAMA, products="float8_e4m3fn")
     fp4 = replace(narrow, products="float4_e2m1fn_x2", near=16)
-    apart = replace(EXPERTS, experts=Experts(4, 2, 96, biased=True, sorted=True, apart=True))
+    told = Experts(4, 2, 96, biased=True, clamped=True, sorted=True, steps=2, apart=True, full=True)
+    apart = replace(EXPERTS, experts=told, scaled=True)
     uneven = replace(EXPERTS, experts=Experts(5, 2, 96))
     models = (LLAMA, GPT, EXPERTS, RING, narrow, fp4, apart, uneven)
     models += (replace(LLAMA, latent=Latent(16)),)

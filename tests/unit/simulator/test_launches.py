@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from random import Random
 
 import pytest
 
@@ -20,6 +22,7 @@ from autopar.simulator.costs import Costs, work
 from autopar.simulator.listing import Structure
 from autopar.simulator.meshes import mesh
 from autopar.simulator.microbatches import Division, division
+from autopar.simulator.operator_times import Ahead, lag_s
 from autopar.simulator.overlap import Overlap
 from autopar.simulator.pipelines import StagePrices, evaluate_stages
 from autopar.simulator.prices import evaluate
@@ -199,3 +202,36 @@ def test_a_search_finds_and_proves_what_trying_everything_finds(kernel_s: float)
         assert again.step_time_s == best_s
         without = evaluate(graph, rules, HashPrices(seed), found.best.strategy)
         assert replace(again, step_time_s=0.0, launches_s=0.0) == replace(without, step_time_s=0.0)
+
+
+# ---- a host that reads what was computed ---------------------------------------------------------
+
+
+LAUNCH_S = 2.0
+
+
+def waited_s(parts: Sequence[Ahead]) -> float:
+    """Of a host, by its clock and that of its device: what it does not take to launch."""
+    host_s = device_s = launched_s = 0.0
+    for more_s, _, is_awaited in parts:
+        if is_awaited:
+            host_s = max(host_s, device_s)
+            continue
+        device_s = max(device_s, host_s) + LAUNCH_S + more_s
+        host_s += LAUNCH_S
+        launched_s += LAUNCH_S
+    return max(host_s, device_s) - launched_s
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_blocks_in_which_the_host_waits_count_as_if_they_were_written_out(seed: int) -> None:
+    random = Random(seed)
+
+    def some(count: int) -> list[Ahead]:
+        return [Ahead(random.uniform(-1, 1), count) for _ in range(random.randint(1, 5))]
+
+    copies = random.randint(2, 6)
+    block = [*some(copies), Ahead(0.0, copies, awaited=True), *some(copies)]
+    first, last = some(1), some(1)
+    written_out = [*first, *[part._replace(times=1) for part in block] * copies, *last]
+    assert lag_s([*first, *block, *last]) == pytest.approx(waited_s(written_out))
