@@ -63,6 +63,7 @@ of arXiv 2104.04473, section 4.2. With fused attention it is assumed to be a new
 MONTHS = (
     re.compile(r"arXiv[: ]+(\d\d)(\d\d)\.\d{4,5}"),
     re.compile(r"NeMo (\d\d)\.(\d\d)"),
+    re.compile(r"(?<!\d)20(\d\d)-?([01]\d)(?!\d)"),
 )
 """How a source tells the year and the month."""
 
@@ -88,6 +89,14 @@ REDUCED = {"FSDP2": 4, "MP DEFAULT": 4}
 """Of its gradient, by what ``zero_fsdp`` or ``precision`` says: torchtitan's
 ``mixed_precision_reduce`` is float32, and so is Composer's ``DEFAULT``, which gathers what products
 take (mosaicml/composer@v0.16.4, ``composer/trainer/mosaic_fsdp_utils.py``)."""
+
+FORK = re.compile(r"deepspeed|bigscience|mt-?nlg", re.IGNORECASE)
+"""How a row tells that DeepSpeed trained a model of Megatron-LM's. Its Megatron-LM is a fork (Smith
+et al. 2022, arXiv 2201.11990; BigScience's is one of that)."""
+
+FORKED = date(2021, 5, 15)
+"""Last commit of NVIDIA's in the history of bigscience-workshop/Megatron-DeepSpeed (42c1cf4279);
+at its last commit, in 2023, it has nothing of ``SINCE``."""
 
 METRICS = {"MPT": 2}
 """Cross-entropies of each microbatch that are only measured, by how ``model_family`` begins:
@@ -148,6 +157,8 @@ NEW = Program()
 def program_of(row: Mapping[str, str], *, shards: bool, flash: bool) -> Program:
     """``shards``: parameters; ``flash``: whether attention is one kernel."""
     told = written(row["source"])
+    if not shards and FORK.search(row["source"] + row["zero_fsdp"]):
+        told = min(told or FORKED, FORKED)
     return Program(
         not shards or bool(MEGATRON.search(row["source"])),
         told or _said(row["precision"], MEASURED, None) or (None if flash else FIRST),
@@ -178,6 +189,8 @@ def written(source: str) -> date | None:
 
     >>> written("arXiv 2205.05198 Table 5"), written("NeMo docs performance_summary (NeMo 24.07)")
     (datetime.date(2022, 5, 28), datetime.date(2024, 7, 28))
+    >>> written("benchmarks/llama3_h100_202412.md"), written("notes (2022-02)")
+    (datetime.date(2024, 12, 28), datetime.date(2022, 2, 28))
     >>> written("a README")
     """
     for pattern in MONTHS:
