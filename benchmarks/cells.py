@@ -12,15 +12,26 @@ from math import isfinite
 
 Row = dict[str, str]
 
-NOT_SAID = ("", "none", "nan", "null", "n/a", "na", "-", "?", "unknown", "unspecified")
+NOT_SAID = ("", "none", "nan", "null", "n/a", "na", "-", "?", "unknown")
 OUT_OF_MEMORY = ("oom", "out of memory", "out_of_memory")
 
 LARGEST = {
     # no model or machine that anybody ran has more; beyond them numbers are typing errors
-    **{"layers": 4096, "hidden": 10**6, "ffn": 10**7, "moe_ffn": 10**7, "vocab": 10**8},
-    **{"seq_len": 10**8, "heads": 10**5, "kv_heads": 10**5, "head_dim": 10**5},
-    **{"n_gpus": 10**6, "gpus_per_node": 10**6, "global_batch": 10**7, "micro_batch": 10**6},
-    **{"n_experts": 10**4, "topk": 10**4},
+    "layers": 4096,
+    "hidden": 10**6,
+    "ffn": 10**7,
+    "moe_ffn": 10**7,
+    "vocab": 10**8,
+    "seq_len": 10**8,
+    "heads": 10**5,
+    "kv_heads": 10**5,
+    "head_dim": 10**5,
+    "n_gpus": 10**6,
+    "gpus_per_node": 10**6,
+    "global_batch": 10**7,
+    "micro_batch": 10**6,
+    "n_experts": 10**4,
+    "topk": 10**4,
 }
 """Of a column."""
 
@@ -109,7 +120,10 @@ WORDS: dict[str, tuple[tuple[str, bool], ...]] = {
     "gated_mlp": ((r"glu|gated", True), (r"gelu|relu|plain", False)),
     "flash_attn": (
         (r"unfused|eager|naive|math|without|\bno\b", False),
-        (r"flash|\bfa-?[234]|^[234](\.0)?$|cudnn|sdpa|splash|fused|xformers|efficient|triton", True),
+        (
+            r"flash|\bfa-?[234]|^[234](\.0)?$|cudnn|sdpa|splash|fused|xformers|efficient|triton",
+            True,
+        ),
     ),
     "sequence_parallel": ((r"\bsp\b|sequence", True),),
 }

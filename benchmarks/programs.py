@@ -56,6 +56,10 @@ DEEPSPEED = {
 }
 """The same of ZeRO-3 in microsoft/DeepSpeed."""
 
+COMPILED_LOSS = date(2025, 4, 2)
+"""bbb1b616e of pytorch/torchtitan (``build_cross_entropy_loss``): where a run is compiled, so is
+its loss, which then makes nothing wide of logits. Before, that met errors of CUDA (e23bb707d)."""
+
 FIRST = date(2021, 4, 9)
 """Assumed of a program without fused attention that does not say when it was written: the kernels
 of arXiv 2104.04473, section 4.2. With fused attention it is assumed to be a new one."""
@@ -118,6 +122,9 @@ class Program:
     (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py) and came with torch 2.4, whose own
     fused attention is FlashAttention-2. Its programs are torchtitan's, whose rotary positions are
     complex numbers (``apply_rotary_emb``). ``is_deepspeed``: DeepSpeed of a time that is told.
+    ``compiled_loss``: cross-entropy is what a compiler makes of it. ``in_pieces``: gathers and
+    scatters between tensor-parallel products go on piece by piece beside them (torch's symmetric
+    memory, ``_micro_pipeline_tp``), where its name or notes say async TP.
     """
 
     is_megatron: bool = True
@@ -129,6 +136,8 @@ class Program:
     metrics: int = 0
     is_deepspeed: bool = False
     shards: bool = False
+    compiled_loss: bool = False
+    in_pieces: bool = False
 
     def has(self, feature: str) -> bool:
         return self.is_megatron and self._is_since(SINCE[feature])
@@ -169,6 +178,10 @@ def program_of(row: Mapping[str, str], *, shards: bool, flash: bool) -> Program:
         _said(row["model_family"], METRICS, 0),
         shards and told is not None and "SDP" not in row["zero_fsdp"].upper(),
         shards,
+        "FSDP2" in row["zero_fsdp"]
+        and "compile" in row["notes"].lower()
+        and (told is None or told >= COMPILED_LOSS),
+        re.search(r"async.?tp", f"{row['config_id']} {row['notes']}".lower()) is not None,
     )
 
 

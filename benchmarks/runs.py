@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations, groupby
-from math import isfinite
 from statistics import fmean
 
 from autopar.errors import AutoparError
@@ -45,6 +44,7 @@ from cost_models import Analytical, Topology, topology
 from cost_models.analytical import MATMUL_EFFICIENCY
 from cost_models.collectives import Dispatch
 from cost_models.interface import CostModel
+from cost_models.overheads import NCCL_CHANNELS
 
 COLUMNS = (
     *("config_id", "source", "model_family", "layers", "hidden", "heads", "ffn", "vocab"),
@@ -157,7 +157,7 @@ class Run:
     def machine_model(self) -> Analytical:
         """Its machine, and how its program sends tokens to experts. Where it is known ahead how
         many go to each, kernels are captured once and follow each other without the host."""
-        experts, found = self.model.experts, Analytical(self.topology)
+        experts, found = self.model.experts, Analytical(self.topology, channels=self._channels)
         if experts is None:
             return found
         if self.model.engine and not experts.apart:
@@ -169,6 +169,15 @@ class Run:
         if is_rack and self.program.has("once_in_racks"):
             return replace(found, dispatch=Dispatch(experts.chosen))
         return found
+
+    @property
+    def _channels(self) -> int:
+        """Rings between hosts have as many as there are cards to feed (NCCL src/graph/search.cc):
+        fewer on a slower network."""
+        if self.network_bytes_per_s is None:
+            return NCCL_CHANNELS
+        usual = topology(self.machine).tiers[-1].bytes_per_s
+        return max(1, round(NCCL_CHANNELS * min(1.0, self.network_bytes_per_s / usual)))
 
     @property
     def topology(self) -> Topology:
@@ -400,18 +409,25 @@ def _step_s(
     row: Row, model: Transformer, machine: str, degrees: Degrees, assumed: list[str]
 ) -> float | None:
     """Where only a rate is given, from that."""
-    found, given = positive(row, "iter_time_s"), positive(row, "value")
-    if found is not None or given is None:
+    found, given, metric = positive(row, "iter_time_s"), positive(row, "value"), row["metric"]
+    if found is not None:
         return found
-    device, metric = topology(machine).device, row["metric"]
+    if given is None:
+        assumed.append(NOTHING_MEASURED)
+        return None
+    device = topology(machine).device
     peaks = dict(device.peak_flops_per_s)
     peak = peaks.get(model.products or model.dtype, peaks.get(model.dtype, 0.0))
     repeated = REPEATED.get(degrees.recompute, 0.0) * degrees.recomputed
     step = Step(model, number(row, "global_batch"), number(row, "n_gpus"), peak, repeated)
     if re.search(r"tflop|mfu|hfu", metric.lower()):
         assumed.append("flops are those of weights and of attention without its mask")
-    return seconds(metric, given, step)
+    found = seconds(metric, given, step)
+    assumed += [NOTHING_MEASURED] * (found is None)
+    return found
 
+
+NOTHING_MEASURED = "nothing is compared: no iter_time_s, and value or metric tell no time"
 
 REPEATED = {"full": 1.0, "alternate": 0.5}
 """Of the flops of a forward."""
@@ -536,7 +552,10 @@ def _experts(row: Row, degrees: Degrees, program: Program, narrow: bool) -> Expe
         )
     groups = degrees.context * (degrees.tensor if degrees.between == "sequence" else 1)
     if number(row, "seq_len") % groups:
-        raise SkippedError(f"a sequence of {row['seq_len']} cannot be {groups} equal parts")
+        raise SkippedError(
+            f"seq_len is {row['seq_len']}: a sequence of {row['seq_len']} cannot be {groups} equal "
+            "parts (CP, and TP with sequence_parallel)"
+        )
     ffn = number(row, "moe_ffn")
     apart = program.is_megatron and not (narrow and program.has("whole_experts"))
     free = apart and not _is_padded_to_capacity(row)
@@ -610,7 +629,10 @@ def _ffn(row: Row, assumed: list[str]) -> int:
 
 
 def _has_fused_loss(row: Row) -> bool:
-    return re.search(r"(fused|chunked|liger)[^;.]*(cross.?entropy|loss)", row["notes"].lower()) is not None
+    return (
+        re.search(r"(fused|chunked|liger)[^;.]*(cross.?entropy|loss)", row["notes"].lower())
+        is not None
+    )
 
 
 def _is_parallel(row: Row) -> bool:
@@ -624,8 +646,10 @@ def _model(
     found = cells.dtypes(row["precision"])
     assert found is not None  # the row is settled
     dtype, products = found
+    _check_peaks(row, machine, products or dtype)
     gated, flash = _is(row, "gated_mlp"), _is(row, "flash_attn")
     engine = program.is_megatron and _has_engine(topology(machine))
+    compiled = program.compiled_loss and degrees.tensor == 1
     family, heads = row["model_family"], number(row, "heads")
     layers = number(row, "layers")
     _check_heads(row)
@@ -642,7 +666,7 @@ def _model(
         flash=flash,
         dropout=not flash,
         tied=not gated,
-        fused_loss=family.startswith("MPT") or engine or _has_fused_loss(row),
+        fused_loss=family.startswith("MPT") or engine or _has_fused_loss(row) or compiled,
         dtype=dtype,
         head_width=number(row, "head_dim", 0) or None,
         products=products,
@@ -658,6 +682,16 @@ def _model(
         parallel=_is_parallel(row),
         cast_norms=program.has("own_scales"),
     )
+
+
+def _check_peaks(row: Row, machine: str, dtype: str) -> None:
+    device = topology(machine).device
+    peaks = dict(device.peak_flops_per_s)
+    if dtype not in peaks:
+        raise SkippedError(
+            f"precision is {row['precision']!r}, and gpu_type {row['gpu_type']!r}: {device.name} "
+            f"has no peak for {dtype} (it has {', '.join(peaks)})"
+        )
 
 
 def _check_heads(row: Row) -> None:
@@ -692,8 +726,11 @@ def _machine(row: Row) -> str:
     found = (name for pattern, name in OTHER_NAMES if re.search(pattern, said))
     name = MACHINES.get(row["gpu_type"]) or next(found, None)
     if name is None:
-        known = ", ".join(dict.fromkeys(name for _, name in OTHER_NAMES))
-        raise SkippedError(f"no topology for {row['gpu_type']} (gpu_type); names like {known}")
+        raise SkippedError(
+            f"gpu_type is {row['gpu_type']!r}: no topology for {row['gpu_type']}; what has A100, "
+            "H100, H200, B200, GB200, V100, L40S, MI300X or TPU v5p in it is read, and what else "
+            "`autopar list topologies` names"
+        )
     devices, host = number(row, "n_gpus"), number(row, "gpus_per_node", 8)
     if devices <= host:
         return _sized(row, f"1x{devices}x{name}")
@@ -781,7 +818,10 @@ def _first_that_fits(
         if found[1].memory.device_bytes <= machine.memory_bytes:
             break
         other = replace(run, degrees=degrees)
-        found = other, *_estimate(other, machine, StagePrices(machine, overlap=overlap_of(other)), {})
+        found = (
+            other,
+            *_estimate(other, machine, StagePrices(machine, overlap=overlap_of(other)), {}),
+        )
     return found
 
 
@@ -874,6 +914,7 @@ def overlap_of(run: Run) -> Overlap:
             copies=program.per_parameter,
             flat=program.flat,
             to_the_end=not program.stops_early,
+            in_pieces=program.in_pieces,
             update_bytes=UPDATE_BYTES[run.model.dtype] if program.is_megatron else 0,
         )
     passes = degrees.pipeline if degrees.chunks > 1 else 1

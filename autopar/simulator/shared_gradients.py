@@ -149,9 +149,7 @@ def shared_gradient(
     return SharedGradient(name, shape, item_bytes, kinds)
 
 
-def _padded(
-    shape: tuple[int, ...], holders: Iterable[tuple[Sharding, Mesh]]
-) -> tuple[int, ...]:
+def _padded(shape: tuple[int, ...], holders: Iterable[tuple[Sharding, Mesh]]) -> tuple[int, ...]:
     """Each dim a multiple of all numbers of pieces into which it is cut."""
     into = [1] * len(shape)
     for sharding, mesh in set(holders):
