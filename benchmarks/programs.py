@@ -180,7 +180,8 @@ def program_of(row: Mapping[str, str], *, shards: bool, flash: bool) -> Program:
         shards,
         "FSDP2" in row["zero_fsdp"]
         and "compile" in row["notes"].lower()
-        and (told is None or told >= COMPILED_LOSS),
+        and told is not None
+        and told >= COMPILED_LOSS,
         re.search(r"async.?tp", f"{row['config_id']} {row['notes']}".lower()) is not None,
     )
 

@@ -336,7 +336,7 @@ def _degrees(row: Row, assumed: list[str]) -> Degrees:
         replicas=replicas,
         chunks=chunks,
         schedule=schedule if schedule not in ("", "1f1b", "interleaved") else None,
-        microbatch=_microbatch(row, pipeline, assumed),
+        microbatch=_microbatch(row, zero == 3 and pipeline == 1, assumed),
         between="sequence" if _is(row, "sequence_parallel") and tensor > 1 else "whole",
         zero=zero,
         recompute=recompute,
@@ -452,11 +452,12 @@ def _chunks(row: Row, interleaved: bool, assumed: list[str]) -> int:
     return max(1, found)
 
 
-def _microbatch(row: Row, pipeline: int, assumed: list[str]) -> int | None:
+def _microbatch(row: Row, gathers: bool, assumed: list[str]) -> int | None:
+    """Programs that gather parameters for each microbatch have few."""
     if is_said(row, "micro_batch"):
         return number(row, "micro_batch")
-    assumed.append("micro_batch is 1" if pipeline > 1 else LARGEST)
-    return 1 if pipeline > 1 else None
+    assumed.append(LARGEST if gathers else "micro_batch is 1")
+    return None if gathers else 1
 
 
 RECOMPUTE: tuple[tuple[str, str, str], ...] = (
