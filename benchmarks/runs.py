@@ -157,7 +157,7 @@ class Run:
     def machine_model(self) -> Analytical:
         """Its machine, and how its program sends tokens to experts. Where it is known ahead how
         many go to each, kernels are captured once and follow each other without the host."""
-        experts, found = self.model.experts, Analytical(self.topology, channels=self._channels)
+        experts, found = self.model.experts, Analytical(self.topology, channels=self.channels)
         if experts is None:
             return found
         if self.model.engine and not experts.apart:
@@ -171,7 +171,7 @@ class Run:
         return found
 
     @property
-    def _channels(self) -> int:
+    def channels(self) -> int:
         """Rings between hosts have as many as there are cards to feed (NCCL src/graph/search.cc):
         fewer on a slower network."""
         if self.network_bytes_per_s is None:
