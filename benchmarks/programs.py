@@ -165,30 +165,34 @@ NEW = Program()
 
 def program_of(row: Mapping[str, str], *, shards: bool, flash: bool) -> Program:
     """``shards``: parameters; ``flash``: whether attention is one kernel."""
-    told = written(row["source"])
-    if not shards and FORK.search(row["source"] + row["zero_fsdp"]):
+    told, sharding = written(row["source"]), row["zero_fsdp"].upper()
+    if not shards and FORK.search(row["source"] + sharding):
         told = min(told or FORKED, FORKED)
+    is_second = shards and "FSDP2" in sharding
+    called = f"{row['config_id']} {row['notes']}".lower()
+    is_compiled = "compile" in called and told is not None and told >= COMPILED_LOSS
     return Program(
-        not shards or bool(MEGATRON.search(row["source"])),
-        told or _said(row["precision"], MEASURED, None) or (None if flash else FIRST),
-        _said(row["precision"], GATHERED, 0) * shards,
-        _said(row["zero_fsdp"] + row["precision"], REDUCED, 0) * shards,
-        shards and _is_torchs(row) and "FSDP2" not in row["zero_fsdp"],
-        shards and "FSDP2" in row["zero_fsdp"],
-        _said(row["model_family"], METRICS, 0),
-        shards and told is not None and "SDP" not in row["zero_fsdp"].upper(),
-        shards,
-        "FSDP2" in row["zero_fsdp"]
-        and "compile" in row["notes"].lower()
-        and told is not None
-        and told >= COMPILED_LOSS,
-        re.search(r"async.?tp", f"{row['config_id']} {row['notes']}".lower()) is not None,
+        is_megatron=not shards or bool(MEGATRON.search(row["source"])),
+        written=told or _said(row["precision"], MEASURED, None) or (None if flash else FIRST),
+        gathered_bytes=_said(row["precision"], GATHERED, 0) * shards,
+        reduced_bytes=_said(sharding + row["precision"], REDUCED, 0) * shards,
+        flat=shards and not is_second and _is_torchs(row["source"], sharding),
+        per_parameter=is_second,
+        metrics=_said(row["model_family"], METRICS, 0),
+        is_deepspeed=shards and told is not None and FSDP.search(sharding) is None,
+        shards=shards,
+        compiled_loss=is_second and is_compiled,
+        in_pieces=re.search(r"async.?tp", called) is not None,
     )
 
 
-def _is_torchs(row: Mapping[str, str]) -> bool:
-    """FSDP, and not DeepSpeed's ZeRO or the one that NeMo has of its own."""
-    return "SDP" in row["zero_fsdp"] and "NeMo" not in row["source"]
+def _is_torchs(source: str, sharding: str) -> bool:
+    """And not the one that NeMo has of its own."""
+    return FSDP.search(sharding) is not None and "NeMo" not in source
+
+
+FSDP = re.compile(r"SDP|FULL_SHARD|FULLY.?SHARDED")
+"""How a row tells that PyTorch shards, and not DeepSpeed, in capitals."""
 
 
 _T = TypeVar("_T")

@@ -209,3 +209,9 @@ def test_the_fork_of_deepspeed_has_the_kernels_of_its_time() -> None:
     row = {**ROW, "source": "a log (2023-06)"}
     fork = run_of({**row, "zero_fsdp": "ZeRO-1 (DeepSpeed)"}).program
     assert run_of(row).program.has("added_in_products") and not fork.has("added_in_products")
+
+
+def test_gradients_that_stages_share_are_padded_where_devices_do_not_divide_them() -> None:
+    row = {**ROW, "n_gpus": "12", "DP": "3", "global_batch": "12"}  # a table of 1024 x 256, tied
+    (found, _), (one,) = validate([row])
+    assert not found.failed and one.step_s > 0
