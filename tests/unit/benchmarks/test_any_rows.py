@@ -212,6 +212,12 @@ def test_the_fork_of_deepspeed_has_the_kernels_of_its_time() -> None:
 
 
 def test_gradients_that_stages_share_are_padded_where_devices_do_not_divide_them() -> None:
-    row = {**ROW, "n_gpus": "12", "DP": "3", "global_batch": "12"}  # a table of 1024 x 256, tied
+    row = {
+        **ROW,
+        "n_gpus": "12",
+        "DP": "3",
+        "global_batch": "12",
+        "gpus_per_node": "4",
+    }  # a table of 1024 x 256, tied
     (found, _), (one,) = validate([row])
     assert not found.failed and one.step_s > 0
