@@ -67,7 +67,7 @@ of arXiv 2104.04473, section 4.2. With fused attention it is assumed to be a new
 MONTHS = (
     re.compile(r"arXiv[: ]+(\d\d)(\d\d)\.\d{4,5}"),
     re.compile(r"NeMo (\d\d)\.(\d\d)"),
-    re.compile(r"(?<!\d)20(\d\d)-?([01]\d)(?!\d)"),
+    re.compile(r"(?<!\d)20([12]\d)-?([01]\d)(?!\d)"),
 )
 """How a source tells the year and the month."""
 

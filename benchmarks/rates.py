@@ -57,7 +57,7 @@ def seconds(metric: str, value: float, step: Step) -> float | None:
     if re.search(r"tok|samples|sequences|seqs", said) and "per" in said:
         count = step.tokens if "tok" in said else step.samples
         return count / devices / value
-    if re.search(r"iter|step|batch|latency|^sec|^s_per|time", said):
+    if re.search(r"iter|step|batch|latency|^sec|^s_per|time|^m?s_?$", said):
         return value * (1e-3 if re.search(r"(^|_)(ms|millisec\w*)(_|$)", said) else 1.0)
     return None
 

@@ -112,6 +112,7 @@ def test_what_does_not_go_together_is_told_by_its_columns(
         ({"gpu_type": "8xA100 SXM4 80GB"}, {}),
         ({"zero_fsdp": "ZeRO-1 (DeepSpeed)", "source": "arXiv 2104.04473"}, {}),
         ({"iter_time_s": "", "metric": "ms/iter", "value": "~500"}, {}),
+        ({"iter_time_s": "", "metric": "ms", "value": "500"}, {}),
         ({"iter_time_s": "", "metric": "samples per GPU per second", "value": "4"}, {}),
         ({"schedule": "1F1B-I", "virtual_pp": "2"}, {"virtual_pp": "2"}),
         ({"inter": "8x200Gb/s HDR IB/node"}, {}),
