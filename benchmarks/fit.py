@@ -94,13 +94,15 @@ class Priced:
 
 def priced(runs: Iterable[Run], calibration: Calibration) -> Iterator[Priced]:
     """Those that can be predicted."""
-    models: dict[Topology, Derived] = {}
+    models: dict[tuple[Topology, int], Derived] = {}
     for run in runs:
         assert run.step_s is not None
         try:
-            machine = run.topology
+            machine = run.topology, run.channels
             if machine not in models:
-                models[machine] = Derived(Analytical(machine, calibration), NAMES)
+                topology, channels = machine
+                base = Analytical(topology, calibration, channels=channels)
+                models[machine] = Derived(base, NAMES)
             time_s = step_s(run, models[machine])
         except (AutoparError, ValueError):
             continue

@@ -60,6 +60,10 @@ DEEPSPEED = {
 }
 """The same of ZeRO-3 in microsoft/DeepSpeed."""
 
+COMPILED_LOSS = date(2025, 4, 2)
+"""bbb1b616e of pytorch/torchtitan (``build_cross_entropy_loss``): where a run is compiled, so is
+its loss, which then makes nothing wide of logits. Before, that met errors of CUDA (e23bb707d)."""
+
 FIRST = date(2021, 4, 9)
 """Assumed of a program without fused attention that does not say when it was written: the kernels
 of arXiv 2104.04473, section 4.2. With fused attention it is assumed to be a new one."""
@@ -67,7 +71,7 @@ of arXiv 2104.04473, section 4.2. With fused attention it is assumed to be a new
 MONTHS = (
     re.compile(r"arXiv[: ]+(\d\d)(\d\d)\.\d{4,5}"),
     re.compile(r"NeMo (\d\d)\.(\d\d)"),
-    re.compile(r"_20(\d\d)-?(\d\d)_"),
+    re.compile(r"(?<!\d)20([12]\d)-?([01]\d)(?!\d)"),
 )
 """How a source tells the year and the month."""
 
@@ -98,6 +102,14 @@ REDUCED = {"FSDP2": 4, "MP DEFAULT": 4}
 ``mixed_precision_reduce`` is float32, and so is Composer's ``DEFAULT``, which gathers what products
 take (mosaicml/composer@v0.16.4, ``composer/trainer/mosaic_fsdp_utils.py``)."""
 
+FORK = re.compile(r"deepspeed|bigscience|mt-?nlg", re.IGNORECASE)
+"""How a row tells that DeepSpeed trained a model of Megatron-LM's. Its Megatron-LM is a fork (Smith
+et al. 2022, arXiv 2201.11990; BigScience's is one of that)."""
+
+FORKED = date(2021, 5, 15)
+"""Last commit of NVIDIA's in the history of bigscience-workshop/Megatron-DeepSpeed (42c1cf4279);
+at its last commit, in 2023, it has nothing of ``SINCE``."""
+
 METRICS = {"MPT": 2}
 """Cross-entropies of each microbatch that are only measured, by how ``model_family`` begins:
 Composer updates ``LanguageCrossEntropy`` and ``LanguagePerplexity`` after the backward, under
@@ -121,6 +133,9 @@ class Program:
     parameters once a step, and reduce gradients after its last microbatch (torchtitan's
     ``reshard_after_forward``; torch/distributed/pipelining/stage.py,
     ``backward_maybe_with_nosync``). ``is_deepspeed``: DeepSpeed of a time that is told.
+    ``compiled_loss``: cross-entropy is what a compiler makes of it. ``in_pieces``: gathers and
+    scatters between tensor-parallel products go on piece by piece beside them (torch's symmetric
+    memory, ``_micro_pipeline_tp``), where its name or notes say async TP.
     """
 
     is_megatron: bool = True
@@ -132,6 +147,8 @@ class Program:
     metrics: int = 0
     is_deepspeed: bool = False
     shards: bool = False
+    compiled_loss: bool = False
+    in_pieces: bool = False
 
     def has(self, feature: str) -> bool:
         return self.is_megatron and self._is_since(SINCE[feature])
@@ -165,23 +182,34 @@ NEW = Program()
 
 def program_of(row: Mapping[str, str], *, shards: bool, flash: bool) -> Program:
     """``shards``: parameters; ``flash``: whether attention is one kernel."""
-    told = written(row["source"])
+    told, sharding = written(row["source"]), row["zero_fsdp"].upper()
+    if not shards and FORK.search(row["source"] + sharding):
+        told = min(told or FORKED, FORKED)
+    is_second = shards and "FSDP2" in sharding
+    called = f"{row['config_id']} {row['notes']}".lower()
+    is_compiled = "compile" in called and told is not None and told >= COMPILED_LOSS
     return Program(
-        not shards or bool(MEGATRON.search(row["source"])),
-        told or _said(row["precision"], MEASURED, None) or (None if flash else FIRST),
-        _said(row["precision"], GATHERED, 0) * shards,
-        _said(row["zero_fsdp"] + row["precision"], REDUCED, 0) * shards,
-        shards and _is_torchs(row) and "FSDP2" not in row["zero_fsdp"],
-        shards and "FSDP2" in row["zero_fsdp"],
-        _said(row["model_family"], METRICS, 0),
-        shards and told is not None and "SDP" not in row["zero_fsdp"].upper(),
-        shards,
+        is_megatron=not shards or bool(MEGATRON.search(row["source"])),
+        written=told or _said(row["precision"], MEASURED, None) or (None if flash else FIRST),
+        gathered_bytes=_said(row["precision"], GATHERED, 0) * shards,
+        reduced_bytes=_said(sharding + row["precision"], REDUCED, 0) * shards,
+        flat=shards and not is_second and _is_torchs(row["source"], sharding),
+        per_parameter=is_second,
+        metrics=_said(row["model_family"], METRICS, 0),
+        is_deepspeed=shards and told is not None and FSDP.search(sharding) is None,
+        shards=shards,
+        compiled_loss=is_second and is_compiled,
+        in_pieces=re.search(r"async.?tp", called) is not None,
     )
 
 
-def _is_torchs(row: Mapping[str, str]) -> bool:
-    """FSDP, and not DeepSpeed's ZeRO or the one that NeMo has of its own."""
-    return "SDP" in row["zero_fsdp"] and "NeMo" not in row["source"]
+def _is_torchs(source: str, sharding: str) -> bool:
+    """And not the one that NeMo has of its own."""
+    return FSDP.search(sharding) is not None and "NeMo" not in source
+
+
+FSDP = re.compile(r"SDP|FULL_SHARD|FULLY.?SHARDED")
+"""How a row tells that PyTorch shards, and not DeepSpeed, in capitals."""
 
 
 _T = TypeVar("_T")
@@ -196,8 +224,8 @@ def written(source: str) -> date | None:
 
     >>> written("arXiv 2205.05198 Table 5"), written("NeMo docs performance_summary (NeMo 24.07)")
     (datetime.date(2022, 5, 28), datetime.date(2024, 7, 28))
-    >>> written("torchtitan benchmarks/llama3_h100_202412_torchtitan.md T2")
-    datetime.date(2024, 12, 28)
+    >>> written("benchmarks/llama3_h100_202412.md"), written("notes (2022-02)")
+    (datetime.date(2024, 12, 28), datetime.date(2022, 2, 28))
     >>> written("a README")
     """
     for pattern in MONTHS:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.transformer import Transformer
@@ -11,12 +10,14 @@ from benchmarks.transformer import Transformer
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a step does. ``peak_flops_per_s``: of a device, in the dtype of most products."""
+    """What a step does. ``peak_flops_per_s``: of a device, in the dtype of most products;
+    ``repeated``: the part of a forward that is recomputed."""
 
     model: Transformer
     samples: int
     devices: int
     peak_flops_per_s: float
+    repeated: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -26,32 +27,39 @@ class Step:
     def flops(self) -> float:
         """Six for each weight that a token meets and twelve for each pair of a query and a key, as
         if no mask left any out: what most reports count (arXiv 2204.02311, appendix B)."""
+        return self.tokens * (6.0 * self.model.weights_of_a_token + self._pairs)
+
+    @property
+    def hardware_flops(self) -> float:
+        """With what is recomputed, of blocks and not of the head: what Megatron-LM reported until
+        2022 (arXiv 2104.04473, appendix)."""
+        blocks = self.model.weights_of_a_token - self.model.width * self.model.vocabulary
+        return self.flops + self.repeated * self.tokens * (2.0 * blocks + self._pairs / 3)
+
+    @property
+    def _pairs(self) -> float:
         of = self.model
-        pairs = 12.0 * of.layers * of.length * of.heads * of.value_width
-        return self.tokens * (6.0 * of.weights_of_a_token + pairs)
-
-
-RATES: tuple[tuple[str, Callable[[Step, float], float]], ...] = (
-    # how the column ``metric`` begins, seconds of a step from what is done and the value
-    (r"(iter|step).*_ms", lambda step, value: value / 1e3),
-    (r"(iter|step).*(_s|seconds)?$", lambda step, value: value),
-    (r"tok\w*_(per_s\w*_per_(gpu|device|chip))", lambda s, v: s.tokens / s.devices / v),
-    (r"tok\w*_per_s", lambda step, value: step.tokens / value),
-    (r"samples\w*_per_s\w*_per_(gpu|device|chip)", lambda s, v: s.samples / s.devices / v),
-    (r"samples\w*_per_s", lambda step, value: step.samples / value),
-    (r"(model_)?tflops?(_per_(gpu|device|chip)|$)", lambda s, v: s.flops / s.devices / v / 1e12),
-    (r"mfu", lambda s, v: s.flops / s.devices / s.peak_flops_per_s / (v if v <= 1 else v / 100)),
-)
+        return 12.0 * of.layers * of.length * of.heads * of.value_width
 
 
 def seconds(metric: str, value: float, step: Step) -> float | None:
-    """``None`` for what does not tell the time of a step."""
-    said = re.sub(r"[^a-z0-9]+", "_", metric.lower().replace("/", " per ")).strip("_")
-    said = re.sub(r"per_sec(ond)?s?(?=_|$)", "per_s", said)
-    for pattern, of in RATES:
-        if re.match(pattern, said):
-            return of(step, value)
+    """By the words of ``metric``, in any order: what is counted, and of how many devices. ``None``
+    for what is no time, as a loss."""
+    said = re.sub(r"[^a-z0-9]+", "_", metric.lower().replace("/", " per "))
+    devices = step.devices if re.search(r"gpu|device|chip|accelerator", said) else 1
+    is_hardware = re.search(r"hardware|hw|hfu", said) is not None
+    flops = step.hardware_flops if is_hardware else step.flops
+    if re.search(r"mfu|hfu|utili[sz]ation", said):
+        share = value if value <= 1 else value / 100
+        return flops / step.devices / step.peak_flops_per_s / share
+    if re.search(r"(?<![a-z])[tp]?flop", said):  # always of a device
+        return flops / step.devices / value / (1e15 if "pflop" in said else 1e12)
+    if re.search(r"tok|samples|sequences|seqs", said) and "per" in said:
+        count = step.tokens if "tok" in said else step.samples
+        return count / devices / value
+    if re.search(r"iter|step|batch|latency|^sec|^s_per|time|^m?s_?$", said):
+        return value * (1e-3 if re.search(r"(^|_)(ms|millisec\w*)(_|$)", said) else 1.0)
     return None
 
 
-__all__ = ["RATES", "Step", "seconds"]
+__all__ = ["Step", "seconds"]

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations, groupby
-from math import isfinite
 from statistics import fmean
 
 from autopar.errors import AutoparError
@@ -34,7 +33,9 @@ from autopar.simulator.parameter_prices import at_level
 from autopar.simulator.pipelines import PricedPipeline, StagePrices, evaluate_stages
 from autopar.simulator.prices import evaluate
 from autopar.simulator.stages import pipelined
-from benchmarks import families
+from benchmarks import cells, families
+from benchmarks.assumed import AS_FITS, LARGEST, choices, settled
+from benchmarks.cells import NOT_SAID, OUT_OF_MEMORY, Row, SkippedError, is_said, number, positive
 from benchmarks.kernels import proposals
 from benchmarks.programs import NEW, Program, program_of
 from benchmarks.rates import Step, seconds
@@ -43,8 +44,7 @@ from cost_models import Analytical, Topology, topology
 from cost_models.analytical import MATMUL_EFFICIENCY
 from cost_models.collectives import Dispatch
 from cost_models.interface import CostModel
-
-Row = dict[str, str]
+from cost_models.overheads import NCCL_CHANNELS
 
 COLUMNS = (
     *("config_id", "source", "model_family", "layers", "hidden", "heads", "ffn", "vocab"),
@@ -56,7 +56,7 @@ COLUMNS = (
 OPTIONAL = (
     *("kv_heads", "head_dim", "gated_mlp", "micro_batch", "gpus_per_node", "TP", "PP", "DP"),
     *("virtual_pp", "CP", "EP", "n_experts", "topk", "moe_ffn", "zero_fsdp"),
-    *("sequence_parallel", "recompute", "flash_attn", "schedule"),
+    *("sequence_parallel", "recompute", "flash_attn", "schedule", "inter"),
     *("notes", *families.COLUMNS),
 )
 """That are read, too; where one is missing, all its cells are empty."""
@@ -85,7 +85,7 @@ OTHER_NAMES: tuple[tuple[str, str], ...] = (
     (r"\bh100.*96", "h100-sxm-96gb"),
     (r"\bh100", "h100-sxm"),
     (r"\ba100.*pcie", "a100-pcie-80gb"),
-    (r"\ba100.*40", "a100-sxm-40gb"),
+    (r"\ba100.*(?<!\d)(40|320)", "a100-sxm-40gb"),
     (r"\ba100", "a100-sxm-80gb"),
     (r"\bv100.*pcie", "v100-pcie"),
     (r"\bv100.*(dgx-?2|sxm3)", "v100-sxm3-32gb"),
@@ -93,18 +93,10 @@ OTHER_NAMES: tuple[tuple[str, str], ...] = (
     (r"\bv100", "v100-sxm2-32gb"),
     *((rf"\b{name}\b", name) for name in ("mi300x", "mi325x", "mi355x", "l40s", "l4")),
     (r"\b4090\b", "rtx-4090"),
-    *((rf"\btpu.?{name}\b", f"tpu-{name}") for name in ("v3", "v4", "v5e", "v5p", "v6e")),
+    *((rf"\b(tpu.?)?{name}\b", f"tpu-{name}") for name in ("v3", "v4", "v5e", "v5p", "v6e")),
+    (r"\btrillium\b", "tpu-v6e"),
 )
 """Where it is none of these, by what is found in it, in small letters; the first."""
-
-DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp8": "bfloat16", "mxfp8": "bfloat16"}
-DTYPES |= {"nvfp4": "bfloat16", "float16": "float16", "half": "float16", "bfloat16": "bfloat16"}
-DTYPES |= {"float8": "bfloat16", "fp32": "float32", "float32": "float32"}
-"""Of what is no product, by how a column ``precision`` begins."""
-
-PRODUCTS = {"fp8": "float8_e4m3fn", "mxfp8": "float8_e4m3fn", "nvfp4": "float4_e2m1fn_x2"}
-PRODUCTS["float8"] = "float8_e4m3fn"
-"""Of products with the weights of blocks; attention, embedding and head are in the other."""
 
 ENGINE_ATTENTION = 539 / 794.5
 """cuDNN's causal attention beside the largest product on H100, heads of 128 (Shah et al. 2024,
@@ -122,13 +114,7 @@ element: the norm of wide gradients (4) and their scaling to it (8), in fp16 div
 of the loss, too (8); in bf16 gradients are wide already and are not cast (6 less)
 (``megatron/optimizer/optimizer.py``, ``Float16OptimizerWithFloat16Params.step``)."""
 
-OUT_OF_MEMORY = ("oom", "out of memory", "out_of_memory")
-MOST_LAYERS = 4096
 GIB = 2**30
-
-
-class SkippedError(Exception):
-    """Why a row is not predicted."""
 
 
 class DefectError(Exception):
@@ -140,7 +126,9 @@ class Run:
     """What a row says. ``step_s``, ``memory_bytes``: what was measured, if it was (of memory: what
     the allocator reserved); ``ran_out``: of memory; else, if something was measured, it fitted.
     ``assumed``: what it does not say. ``hosts``: at most so many have experts of a token, if that
-    is limited: as many of the ``groups`` of experts."""
+    is limited: as many of the ``groups`` of experts. ``network_bytes_per_s``: between hosts, of a
+    device, if it is not as usual. ``choices``: other degrees that the row leaves open; the first
+    that fits is taken."""
 
     name: str
     source: str
@@ -156,6 +144,8 @@ class Run:
     program: Program = NEW
     hosts: int = 0
     groups: int = 0
+    network_bytes_per_s: float | None = None
+    choices: tuple[Degrees, ...] = ()
 
     @property
     def other_recomputation(self) -> tuple[Degrees, Degrees] | None:
@@ -169,7 +159,7 @@ class Run:
     def machine_model(self) -> Analytical:
         """Its machine, and how its program sends tokens to experts. Where it is known ahead how
         many go to each, kernels are captured once and follow each other without the host."""
-        experts, found = self.model.experts, Analytical(self.topology)
+        experts, found = self.model.experts, Analytical(self.topology, channels=self.channels)
         if experts is None:
             return found
         if self.model.engine and not experts.apart:
@@ -194,14 +184,38 @@ class Run:
         return "once_to_newer_hosts" if _is_newer(self.topology) else "once_to_hosts"
 
     @property
+    def channels(self) -> int:
+        """Rings between hosts have as many as there are cards to feed (NCCL src/graph/search.cc):
+        fewer on a slower network."""
+        if self.network_bytes_per_s is None:
+            return NCCL_CHANNELS
+        usual = topology(self.machine).tiers[-1].bytes_per_s
+        return max(1, round(NCCL_CHANNELS * min(1.0, self.network_bytes_per_s / usual)))
+
+    @property
     def topology(self) -> Topology:
-        """Its machine, with the kernels that its software has."""
+        """Its machine, with the kernels that its software has and the network that it says."""
         found = topology(self.machine)
+        if self.network_bytes_per_s is not None:
+            found = _with_network(found, self.network_bytes_per_s)
         if not self.model.flash:
             return found
         if self.program.is_megatron and _has_engine(found):
             return _with_engine(found)
         return _with_flash(found, as_products=self.program.per_parameter)
+
+
+def _with_network(machine: Topology, bytes_per_s: float) -> Topology:
+    """Measured bandwidths are taken to be as much slower or faster."""
+    tier = machine.tiers[-1]
+    by = bytes_per_s / tier.bytes_per_s
+    measured = {
+        name: getattr(tier, name) * by
+        for name in ("pair_bytes_per_s", "ring_bytes_per_s", "reduction_bytes_per_s")
+        if getattr(tier, name) is not None
+    }
+    tier = replace(tier, bytes_per_s=bytes_per_s, **measured)
+    return replace(machine, tiers=(*machine.tiers[:-1], tier))
 
 
 def _has_engine(machine: Topology) -> bool:
@@ -294,55 +308,116 @@ def run_of(row: Row) -> Run:
     Raises:
         SkippedError: it has something that no strategy of ours says, or leaves something open.
     """
-    row = cleaned(row)
     assumed: list[str] = []
-    tensor, pipeline = _number(row, "TP", 1), _number(row, "PP", 1)
-    context, chunks = _number(row, "CP", 1), _chunks(row, assumed)
-    others = _number(row, "n_gpus") // (tensor * pipeline * context)
-    sharded, replicas, zero = _zero(row["zero_fsdp"], _number(row, "DP", max(1, others)))
-    if zero == 2 and pipeline > 1:
-        zero = 1  # of all microbatches in flight, gradients would be scattered one by one
-        assumed.append("gradients are scattered once a step")
-    layers = _number(row, "layers") / (pipeline * chunks)
-    flash = _flag(row, "flash_attn")
-    program = program_of(row, shards=zero == 3, flash=flash)
-    if program.per_parameter and pipeline > 1:
-        zero = 1  # gathered once a step, and gradients are reduced once (``per_parameter``)
-    recompute, part = _recompute(_recomputed(row), layers, flash, assumed)
-    degrees = Degrees(
-        tensor=tensor,
-        pipeline=pipeline,
-        data=sharded,
-        replicas=replicas,
-        chunks=chunks,
-        microbatch=_microbatch(row, assumed),
-        between="sequence" if _flag(row, "sequence_parallel") and tensor > 1 else "whole",
-        zero=zero,
-        recompute=recompute,
-        context=context,
-        experts=_number(row, "EP", 1),
-        recomputed=part,
-    )
+    row = settled(cleaned(row), assumed)
+    machine, network = _machine(row), _network(row, assumed)
+    degrees, flash = _degrees(row, assumed), _is(row, "flash_attn")
     memory = row["metric"].startswith("peak_mem")
+    program = program_of(row, shards=degrees.zero == 3, flash=flash)
+    if program.per_parameter and degrees.pipeline > 1:
+        degrees = replace(degrees, zero=1)  # gathered and reduced once (``per_parameter``)
     ran_out = any(row[name].lower() in OUT_OF_MEMORY for name in ("value", "iter_time_s"))
-    model, machine = _model(row, degrees, program, assumed), _machine(row, degrees)
+    model, batch = _model(row, degrees, program, machine, assumed), number(row, "global_batch")
     narrow = "PURE" in row["precision"] or model.dtype == "float32"
+    first, *others = choices(degrees, batch, assumed, flash=flash)
     return Run(
         name=row["config_id"],
         source=row["source"],
         model=model,
         machine=machine,
-        degrees=degrees,
+        degrees=first,
         training=Training("adam", "full" if narrow else "mixed"),
-        batch=_number(row, "global_batch"),
-        step_s=None if memory or ran_out else _step_s(row, model, machine, assumed),
-        memory_bytes=_gib(_positive(row, "value")) if memory and not ran_out else None,
+        batch=batch,
+        step_s=None if memory or ran_out else _step_s(row, model, machine, degrees, assumed),
+        memory_bytes=_gib(positive(row, "value")) if memory and not ran_out else None,
         ran_out=ran_out,
         assumed=tuple(assumed),
         program=program,
         hosts=_size(row, "topk_group") if _size(row, "n_group") else 0,
         groups=_size(row, "n_group"),
+        network_bytes_per_s=network,
+        choices=tuple(others),
     )
+
+
+def _degrees(row: Row, assumed: list[str]) -> Degrees:
+    tensor, pipeline = number(row, "TP", 1), number(row, "PP", 1)
+    context, schedule = number(row, "CP", 1), _schedule(row, assumed)
+    chunks = _chunks(row, schedule == "interleaved", assumed)
+    sharded, replicas, zero = _sharded(row, tensor * pipeline * context)
+    if zero == 2 and pipeline > 1:
+        zero = 1  # of all microbatches in flight, gradients would be scattered one by one
+        assumed.append("gradients are scattered once a step")
+    layers = number(row, "layers") / (pipeline * chunks)
+    recompute, part = _recompute(_recomputed(row), layers, _is(row, "flash_attn"), assumed)
+    found = Degrees(
+        tensor=tensor,
+        pipeline=pipeline,
+        data=sharded,
+        replicas=replicas,
+        chunks=chunks,
+        schedule=schedule if schedule not in ("", "1f1b", "interleaved") else None,
+        microbatch=_microbatch(row, zero == 3 and pipeline == 1, assumed),
+        between="sequence" if _is(row, "sequence_parallel") and tensor > 1 else "whole",
+        zero=zero,
+        recompute=recompute,
+        context=context,
+        experts=number(row, "EP", 1),
+        recomputed=part,
+    )
+    _check_degrees(row, found)
+    return found
+
+
+def _check_degrees(row: Row, of: Degrees) -> None:
+    """What can be said of them in the words of the row."""
+    devices, layers = number(row, "n_gpus"), number(row, "layers")
+    if of.devices != devices:
+        raise SkippedError(
+            f"TP {of.tensor} x PP {of.pipeline} x CP {of.context} x DP {of.data * of.replicas}: "
+            f"degrees make {of.devices} devices, and n_gpus is {devices}; an empty DP is what is "
+            "left"
+        )
+    if of.stages > layers + 2:
+        raise SkippedError(
+            f"PP {of.pipeline} x virtual_pp {of.chunks} are more stages than the {layers} layers, "
+            "and what is before and after them; fewer are read"
+        )
+    batch, shared = number(row, "global_batch"), of.data * of.replicas
+    one = of.microbatch or 1
+    if batch % (shared * one):
+        raise SkippedError(
+            f"global_batch is {batch}: a batch of {batch} samples is not a whole number of "
+            f"microbatches of {one} (micro_batch) in {shared} replicas (DP); a multiple of "
+            f"{shared * one} is read"
+        )
+    if batch // (shared * one) > MOST_MICROBATCHES:
+        raise SkippedError(
+            f"global_batch is {batch}: more than {MOST_MICROBATCHES} microbatches of {one} "
+            f"(micro_batch) in {shared} replicas (DP), which are not played here"
+        )
+
+
+MOST_MICROBATCHES = 16384
+
+
+def _sharded(row: Row, others: int) -> tuple[int, int, int]:
+    devices = number(row, "n_gpus")
+    found = cells.sharded(row["zero_fsdp"], number(row, "DP", max(1, devices // others)))
+    assert found is not None  # the row is settled
+    return found
+
+
+def _is(row: Row, column: str) -> bool:
+    return bool(cells.flag(row, column))
+
+
+def _schedule(row: Row, assumed: list[str]) -> str:
+    name, what = cells.order(row["schedule"])
+    if number(row, "PP", 1) == 1:
+        return ""
+    assumed += [what] * bool(what)
+    return name
 
 
 def cleaned(row: Mapping[str, str | None]) -> Row:
@@ -351,107 +426,60 @@ def cleaned(row: Mapping[str, str | None]) -> Row:
     return {name: cell.strip() if cell else "" for name, cell in found}
 
 
-def _number(row: Row, column: str, default: int | None = None) -> int:
-    """``default``: what an empty cell, or one that says none, means."""
-    text = row[column]
-    if text.lower() in NOT_SAID:
-        if default is None:
-            raise SkippedError(f"{column} is not given")
-        return default
-    try:
-        found = float(text)
-    except ValueError:
-        raise SkippedError(f"{column} is {text!r}, no number") from None
-    if not isfinite(found) or found != int(found):
-        raise SkippedError(f"{column} is {text!r}, no whole number")
-    if found < 1:
-        raise SkippedError(f"{column} is {text}, and must be at least 1")
-    return int(found)
-
-
-def _step_s(row: Row, model: Transformer, machine: str, assumed: list[str]) -> float | None:
+def _step_s(
+    row: Row, model: Transformer, machine: str, degrees: Degrees, assumed: list[str]
+) -> float | None:
     """Where only a rate is given, from that."""
-    found, value = _positive(row, "iter_time_s"), row["value"]
-    if found is not None or value.lower() in NOT_SAID:
+    found, given, metric = positive(row, "iter_time_s"), positive(row, "value"), row["metric"]
+    if found is not None:
         return found
+    if given is None:
+        assumed.append(NOTHING_MEASURED)
+        return None
     device = topology(machine).device
     peaks = dict(device.peak_flops_per_s)
     peak = peaks.get(model.products or model.dtype, peaks.get(model.dtype, 0.0))
-    step = Step(model, _number(row, "global_batch"), _number(row, "n_gpus"), peak)
-    given = _positive(row, "value")
-    assert given is not None
-    metric = row["metric"]
-    if re.search(r"tflop|mfu", metric.lower()):
+    repeated = REPEATED.get(degrees.recompute, 0.0) * degrees.recomputed
+    step = Step(model, number(row, "global_batch"), number(row, "n_gpus"), peak, repeated)
+    if re.search(r"tflop|mfu|hfu", metric.lower()):
         assumed.append("flops are those of weights and of attention without its mask")
-    return seconds(metric, given, step)
-
-
-NOT_SAID = ("", "none", "nan", "null", "n/a", "na", "-", "?", "unknown")
-
-
-def _positive(row: Row, column: str) -> float | None:
-    text = row[column]
-    if text.lower() in (*NOT_SAID, *OUT_OF_MEMORY):
-        return None
-    try:
-        found = float(text)
-    except ValueError:
-        raise SkippedError(f"{column} is {text!r}, no number") from None
-    if not (isfinite(found) and found > 0):
-        raise SkippedError(f"{column} is {text}, and must be more than 0")
+    found = seconds(metric, given, step)
+    assumed += [NOTHING_MEASURED] * (found is None)
     return found
+
+
+NOTHING_MEASURED = "nothing is compared: no iter_time_s, and value or metric tell no time"
+
+REPEATED = {"full": 1.0, "alternate": 0.5}
+"""Of the flops of a forward."""
 
 
 def _gib(number: float | None) -> float | None:
     return None if number is None else number * GIB
 
 
-def _flag(row: Row, column: str) -> bool:
-    known = FLAGS.get(row[column].lower())
-    if known is None:
-        raise SkippedError(f"{column} is {row[column]!r}, neither True nor False")
-    return known
-
-
-FLAGS = {**dict.fromkeys(("true", "yes", "y", "t", "1", "1.0", "on"), True)}
-FLAGS |= dict.fromkeys(("false", "no", "n", "f", "0", "0.0", "off", *NOT_SAID), False)
-
-
-def _chunks(row: Row, assumed: list[str]) -> int:
+def _chunks(row: Row, interleaved: bool, assumed: list[str]) -> int:
     """Interleaved without a number: two layers for each stage, or one, as MegaScale has it (arXiv
-    2402.15627, section 6.1, from memory: six chunks of 12 layers, three of three)."""
-    if row["virtual_pp"].lower() not in NOT_SAID or "interleaved" not in row["schedule"].lower():
-        return _number(row, "virtual_pp", 1)
-    each, left = divmod(_number(row, "layers"), _number(row, "PP", 1))
+    2402.15627, section 6.1, from memory: six chunks of 12 layers, three of three). Where only with
+    them stages come out even, what is before the layers and after them counts as one each."""
+    if is_said(row, "virtual_pp") or not interleaved:
+        return number(row, "virtual_pp", 1)
+    layers, pipeline = number(row, "layers"), number(row, "PP", 1)
+    if layers % pipeline and (layers + 2) % pipeline == 0:
+        layers += 2
+    each, left = divmod(layers, pipeline)
     found = 1 if left else each // 2 if each % 2 == 0 else each
     assumed.append(f"virtual_pp is {max(1, found)}")
     return max(1, found)
 
 
-def _microbatch(row: Row, assumed: list[str]) -> int:
-    if row["micro_batch"].lower() in NOT_SAID:
-        assumed.append("micro_batch is 1")
-    return _number(row, "micro_batch", 1)
+def _microbatch(row: Row, gathers: bool, assumed: list[str]) -> int | None:
+    """Programs that gather parameters for each microbatch have few."""
+    if is_said(row, "micro_batch"):
+        return number(row, "micro_batch")
+    assumed.append(LARGEST if gathers else "micro_batch is 1")
+    return None if gathers else 1
 
-
-def _zero(text: str, data: int) -> tuple[int, int, int]:
-    """Devices that shard, replicas of these, level; of HSDP those of a host shard."""
-    said = text.lower()
-    if said.startswith("hsdp"):
-        return (8, data // 8, 3) if data % 8 == 0 and data > 8 else (data, 1, 3)
-    if "fsdp" in said:
-        return data, 1, 3
-    if said in WHOLE:
-        return data, 1, 0
-    found = re.fullmatch(r"(?:.*zero|stage)?[ _-]*([0-3])(?:\.0)?", said)
-    if found:
-        return data, 1, int(found[1])
-    if re.fullmatch(r"dist\w*[ _-]*opt\w*", said):
-        return data, 1, 1
-    raise SkippedError(f"zero_fsdp is {text!r}: not known")
-
-
-WHOLE = ("false", "no", "ddp", "off")
 
 RECOMPUTE: tuple[tuple[str, str, str], ...] = (
     # how a cell begins, what is recomputed, what is assumed thereby
@@ -470,6 +498,15 @@ RECOMPUTE: tuple[tuple[str, str, str], ...] = (
     ("full", "full", ""),
     ("selective(layer", "full", ""),
     ("selective (hfu/mfu", "full", ""),
+    ("selective", "attention", "attention is recomputed"),
+    ("attention", "attention", ""),
+    ("core attention", "attention", ""),
+    ("activation", "full", ""),  # checkpointing
+    ("checkpoint", "full", ""),
+    ("gradient checkpoint", "full", ""),
+    ("remat", "full", ""),
+    ("yes", "full", ""),
+    ("minimal", "elementwise", "what is no product is recomputed"),
 )
 
 
@@ -484,10 +521,12 @@ def _recompute(text: str, layers: float, flash: bool, assumed: list[str]) -> tup
     ``flash`` attention leaves nothing that would be worth it."""
     said = text.lower()
     if said in NOT_SAID:
+        if not said:
+            assumed.append(AS_FITS)
         return "none", 1.0
     if said == "selective":
         return "attention", 1.0  # as arXiv 2205.05198 has it
-    if "activation offload" in said:
+    if "offload" in said and "activation" in said:
         assumed.append(ON_HOST)
         return "none", 1.0
     for begins, kind, what in RECOMPUTE:
@@ -497,7 +536,10 @@ def _recompute(text: str, layers: float, flash: bool, assumed: list[str]) -> tup
                 what = "nothing is recomputed"
             assumed += [what] * bool(what)
             return kind, _part(said, layers)
-    raise SkippedError(f"recomputes in a way that has no name here: {text}")
+    raise SkippedError(
+        f"recompute is {text!r}: recomputes in a way that has no name here: {text}; none, full, "
+        "selective, selective(op), selective layernorm, full block N layers are read"
+    )
 
 
 def _recomputed(row: Row) -> str:
@@ -527,26 +569,34 @@ def _part(said: str, layers: float) -> float:
     return 1.0
 
 
-def _experts(row: Row, degrees: Degrees, program: Program, narrow: bool) -> Experts | None:
+def _experts(
+    row: Row, degrees: Degrees, program: Program, machine: str, *, narrow: bool
+) -> Experts | None:
     """A group for each part of the sequence that a device has."""
-    count = _number(row, "n_experts", 1)
+    count = number(row, "n_experts", 1)
     if count == 1:
         if degrees.experts > 1:
             raise SkippedError("EP is given, and n_experts is not")
         return None
-    if not _flag(row, "gated_mlp"):
-        raise SkippedError("experts that are not gated: not among the blocks of a Transformer")
+    if not _is(row, "gated_mlp"):
+        raise SkippedError(
+            f"gated_mlp is {row['gated_mlp']!r} and n_experts {count}: experts that are not gated "
+            "are not among the blocks of a Transformer here"
+        )
     groups = degrees.context * (degrees.tensor if degrees.between == "sequence" else 1)
-    if _number(row, "seq_len") % groups:
-        raise SkippedError(f"a sequence of {row['seq_len']} cannot be {groups} equal parts")
-    ffn = _number(row, "moe_ffn")
-    whole = narrow and program.has("whole_experts") and _is_joined(topology(_machine(row, degrees)))
+    if number(row, "seq_len") % groups:
+        raise SkippedError(
+            f"seq_len is {row['seq_len']}: a sequence of {row['seq_len']} cannot be {groups} equal "
+            "parts (CP, and TP with sequence_parallel)"
+        )
+    ffn = number(row, "moe_ffn")
+    whole = narrow and program.has("whole_experts") and _is_joined(topology(machine))
     apart = program.is_megatron and not whole
     dropping = _is_padded_to_capacity(row)
     free = apart and not dropping
     return Experts(
         count,
-        _number(row, "topk"),
+        number(row, "topk"),
         ffn,
         groups,
         shared=_size(row, "n_shared_experts") * ffn,
@@ -587,7 +637,7 @@ for the host, which experts come where; scores again for the loss of balance and
 
 def _near(row: Row) -> int:
     """Keys that a query sees in the mean, where layers with a window and without take turns."""
-    window, length = _size(row, "sliding_window"), _number(row, "seq_len")
+    window, length = _size(row, "sliding_window"), number(row, "seq_len")
     if not window or window >= length:
         return 0
     turns = max(1, _size(row, "sliding_window_pattern"))
@@ -597,7 +647,7 @@ def _near(row: Row) -> int:
 
 def _size(row: Row, column: str) -> int:
     """Of what the family's publication says where the row does not; 0: it has no such thing."""
-    return _number(row, column, families.published(row["model_family"]).get(column, 0))
+    return number(row, column, families.published(row["model_family"]).get(column, 0))
 
 
 def _latent(row: Row) -> Latent | None:
@@ -618,12 +668,19 @@ def _latent(row: Row) -> Latent | None:
 
 def _ffn(row: Row, assumed: list[str]) -> int:
     """Not given: that of experts, if all layers have them, or as wide as plain ones are."""
-    if row["ffn"].lower() not in NOT_SAID or _flag(row, "gated_mlp"):
-        if row["ffn"].lower() in NOT_SAID and _number(row, "n_experts", 1) > 1:
-            return _number(row, "moe_ffn")
-        return _number(row, "ffn")
+    if is_said(row, "ffn") or _is(row, "gated_mlp"):
+        if not is_said(row, "ffn") and number(row, "n_experts", 1) > 1:
+            return number(row, "moe_ffn")
+        return number(row, "ffn")
     assumed.append("ffn is four times hidden")
-    return 4 * _number(row, "hidden")
+    return 4 * number(row, "hidden")
+
+
+def _has_fused_loss(row: Row) -> bool:
+    return (
+        re.search(r"(fused|chunked|liger)[^;.]*(cross.?entropy|loss)", row["notes"].lower())
+        is not None
+    )
 
 
 def _is_parallel(row: Row) -> bool:
@@ -631,36 +688,37 @@ def _is_parallel(row: Row) -> bool:
     return bool(_size(row, "use_parallel_residual")) or "parallel block" in row["notes"].lower()
 
 
-def _model(row: Row, degrees: Degrees, program: Program, assumed: list[str]) -> Transformer:
-    precision = row["precision"].lower().replace("amp_", "").replace("fp8-mx", "mxfp8")
-    dtype = next((name for key, name in DTYPES.items() if precision.startswith(key)), None)
-    if dtype is None:
-        raise SkippedError(f"precision is {row['precision']!r}: not known")
-    products = next((name for key, name in PRODUCTS.items() if precision.startswith(key)), None)
-    gated, flash = _flag(row, "gated_mlp"), _flag(row, "flash_attn")
-    engine = program.is_megatron and _has_engine(topology(_machine(row, degrees)))
-    family, heads = row["model_family"], _number(row, "heads")
-    layers = _number(row, "layers")
-    if layers > MOST_LAYERS:
-        raise SkippedError(f"layers is {layers}, more than the {MOST_LAYERS} that are built here")
+def _model(
+    row: Row, degrees: Degrees, program: Program, machine: str, assumed: list[str]
+) -> Transformer:
+    found = cells.dtypes(row["precision"])
+    assert found is not None  # the row is settled
+    dtype, products = found
+    _check_peaks(row, machine, products or dtype)
+    gated, flash = _is(row, "gated_mlp"), _is(row, "flash_attn")
+    engine = program.is_megatron and _has_engine(topology(machine))
+    compiled = program.compiled_loss and degrees.tensor == 1
+    family, heads = row["model_family"], number(row, "heads")
+    layers = number(row, "layers")
+    _check_heads(row)
     return Transformer(
         layers=layers,
-        width=_number(row, "hidden"),
+        width=number(row, "hidden"),
         heads=heads,
-        kv_heads=_number(row, "kv_heads", heads),
+        kv_heads=number(row, "kv_heads", heads),
         ffn=_ffn(row, assumed),
-        vocabulary=padded(_number(row, "vocab"), degrees.tensor, always=program.is_megatron),
-        length=_number(row, "seq_len"),
+        vocabulary=padded(number(row, "vocab"), degrees.tensor, always=program.is_megatron),
+        length=number(row, "seq_len"),
         gated=gated,
         biased=not gated,
         flash=flash,
         dropout=not flash,
         tied=not gated,
-        fused_loss=family.startswith("MPT") or engine,
+        fused_loss=family.startswith("MPT") or engine or _has_fused_loss(row) or compiled,
         dtype=dtype,
-        head_width=_number(row, "head_dim", 0) or None,
+        head_width=number(row, "head_dim", 0) or None,
         products=products,
-        experts=_experts(row, degrees, program, products is not None),
+        experts=_experts(row, degrees, program, machine, narrow=products is not None),
         engine=engine,
         fused=True,
         one_pass=engine or program.has("norms_in_one_pass"),
@@ -678,6 +736,31 @@ def _model(row: Row, degrees: Degrees, program: Program, assumed: list[str]) -> 
     )
 
 
+def _check_peaks(row: Row, machine: str, dtype: str) -> None:
+    device = topology(machine).device
+    peaks = dict(device.peak_flops_per_s)
+    if dtype not in peaks:
+        raise SkippedError(
+            f"precision is {row['precision']!r}, and gpu_type {row['gpu_type']!r}: {device.name} "
+            f"has no peak for {dtype} (it has {', '.join(peaks)})"
+        )
+
+
+def _check_heads(row: Row) -> None:
+    heads, hidden = number(row, "heads"), number(row, "hidden")
+    shared = number(row, "kv_heads", heads)
+    if heads % shared:
+        raise SkippedError(
+            f"kv_heads is {shared}, which does not divide the {heads} heads; as many heads have "
+            "each key: a divisor of heads is read"
+        )
+    if not is_said(row, "head_dim") and hidden % heads:
+        raise SkippedError(
+            f"hidden is {hidden}, not a whole number for each of {heads} heads, and head_dim is "
+            "not given; give head_dim"
+        )
+
+
 def padded(vocabulary: int, tensor: int, *, always: bool = False) -> int:
     """As Megatron-LM does, to a multiple of 128 for each tensor-parallel device; other programs
     only where it is divided.
@@ -690,21 +773,49 @@ def padded(vocabulary: int, tensor: int, *, always: bool = False) -> int:
     return -(-vocabulary // (128 * tensor)) * 128 * tensor
 
 
-def _machine(row: Row, degrees: Degrees) -> str:
-    said = row["gpu_type"].lower()
+def _machine(row: Row) -> str:
+    said = re.sub(r"(?<![a-z\d])\d+ ?x ?(?=[a-z])", " ", row["gpu_type"].lower())  # 8xH100
     found = (name for pattern, name in OTHER_NAMES if re.search(pattern, said))
     name = MACHINES.get(row["gpu_type"]) or next(found, None)
     if name is None:
-        raise SkippedError(f"no topology for {row['gpu_type']}")
-    devices, host = _number(row, "n_gpus"), _number(row, "gpus_per_node", 8)
-    if degrees.devices != devices:
-        raise SkippedError(f"degrees make {degrees.devices} devices, and n_gpus is {devices}")
+        raise SkippedError(
+            f"gpu_type is {row['gpu_type']!r}: no topology for {row['gpu_type']}; what has A100, "
+            "H100, H200, B200, GB200, V100, L40S, MI300X or TPU v5p in it is read, and what else "
+            "`autopar list topologies` names"
+        )
+    devices, host = number(row, "n_gpus"), number(row, "gpus_per_node", 8)
     if devices <= host:
-        return f"1x{devices}x{name}"
+        return _sized(row, f"1x{devices}x{name}")
     used = next((n for n in range(host, 0, -1) if devices % n == 0 and (n == host or n >= 8)), 0)
     if not used:  # of a rack of 72, 64 make 128, 256, ... devices
-        raise SkippedError(f"{devices} devices are not whole hosts of {host}")
-    return f"{devices // used}x{used}x{name}"
+        raise SkippedError(
+            f"n_gpus is {devices}: {devices} devices are not whole hosts of {host} (gpus_per_node)"
+        )
+    return _sized(row, f"{devices // used}x{used}x{name}")
+
+
+def _sized(row: Row, name: str) -> str:
+    try:
+        topology(name)
+    except ValueError as error:
+        raise SkippedError(
+            f"n_gpus is {row['n_gpus']!r}, gpus_per_node {row['gpus_per_node']!r}: {error}"
+        ) from None
+    return name
+
+
+def _network(row: Row, assumed: list[str]) -> float | None:
+    """Of a device, if the row tells it and there is a network."""
+    machine = topology(_machine(row))
+    if len(machine.tiers) == 1:
+        return None
+    usual = machine.tiers[-1].bytes_per_s
+    found = cells.network_bytes_per_s(row["inter"], number(row, "gpus_per_node", 8), usual)
+    if found is None:
+        return None
+    bytes_per_s, what = found
+    assumed += [what] * bool(what)
+    return None if bytes_per_s == usual else bytes_per_s
 
 
 # ---- from runs to predictions --------------------------------------------------------------------
@@ -728,11 +839,11 @@ def predicted(runs: Iterable[Run]) -> Iterator[tuple[Run, Compared | Exception]]
         cache: ComputeCache = {}
         for run in together:
             try:
-                estimate, strategy, found = _estimate(run, machine, prices, cache)
+                run, estimate, strategy, found = _first_that_fits(run, machine, prices, cache)
                 of = found.graph, found.rules, machine, strategy
                 estimate = banded(*of, estimate)
             except (AutoparError, ValueError) as error:
-                yield run, error
+                yield run, SkippedError(f"{_said(run)}: {error}")
                 continue
             except Exception as error:  # a defect of ours: told by name, and the others go on
                 yield run, DefectError(f"{type(error).__name__}: {error}")
@@ -750,10 +861,37 @@ def predicted(runs: Iterable[Run]) -> Iterator[tuple[Run, Compared | Exception]]
             yield run, replace(compared, judged=_is_judged(compared, machine))
 
 
+def _first_that_fits(
+    run: Run, machine: CostModel, prices: StagePrices, cache: ComputeCache
+) -> tuple[Run, Estimate, Strategy, Division]:
+    """Of what the row leaves open; if nothing fits, the last."""
+    found = run, *_estimate(run, machine, prices, cache)
+    for degrees in run.choices:
+        if found[1].memory.device_bytes <= machine.memory_bytes:
+            break
+        other = replace(run, degrees=degrees)
+        found = (
+            other,
+            *_estimate(other, machine, StagePrices(machine, overlap=overlap_of(other)), {}),
+        )
+    return found
+
+
+def _said(run: Run) -> str:
+    """What a recipe was made from, in the words of the row."""
+    of, model = run.degrees, run.model
+    said = {"TP": of.tensor, "PP": of.pipeline, "virtual_pp": of.chunks, "CP": of.context}
+    said |= {"DP": of.data * of.replicas, "EP": of.experts, "micro_batch": of.microbatch or 0}
+    said |= {"global_batch": run.batch, "seq_len": model.length, "heads": model.heads}
+    said |= {"kv_heads": model.kv_heads, "layers": model.layers}
+    degrees = ("TP", "PP", "virtual_pp", "CP", "DP", "EP")
+    return ", ".join(f"{k} {v}" for k, v in said.items() if v > 1 or k not in degrees)
+
+
 def _is_judged(compared: Compared, machine: CostModel) -> bool:
     """Whether what is assumed to be recomputed does not decide if it fits."""
     run = compared.run
-    if ON_HOST in run.assumed:
+    if ON_HOST in run.assumed or (run.choices and compared.fits):
         return False
     if run.other_recomputation is None:
         return True
@@ -828,6 +966,7 @@ def overlap_of(run: Run) -> Overlap:
             copies=program.per_parameter,
             flat=program.flat,
             to_the_end=not program.stops_early,
+            in_pieces=program.in_pieces,
             update_bytes=UPDATE_BYTES[run.model.dtype] if program.is_megatron else 0,
         )
     passes = degrees.pipeline if degrees.chunks > 1 else 1

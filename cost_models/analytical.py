@@ -55,11 +55,12 @@ technical specifications; CDNA holds as many of 32 waves of 64)."""
 @dataclass(frozen=True)
 class Analytical:
     """A ``CostModel`` of a machine that need not be at hand. ``dispatch``: all that goes all to all
-    are tokens for experts, sent so."""
+    are tokens for experts, sent so. ``channels``: of the communication library."""
 
     topology: Topology
     calibration: Calibration = field(default_factory=read_calibration)
     dispatch: Dispatch | None = None
+    channels: int = NCCL_CHANNELS
     _computed: dict[Work, float] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -83,11 +84,16 @@ class Analytical:
     @property
     def slowdown(self) -> float:
         """Each channel of the communication library has a core of its own while it goes on, which
-        compute does not have. Of a torus nothing is known."""
-        cores = self.topology.device.cores
-        if cores <= NCCL_CHANNELS or any(t.wiring == "torus" for t in self.topology.tiers):
-            return 2.0
-        return min(2.0, cores / (cores - NCCL_CHANNELS))
+        compute does not have. On a torus engines for copies move what goes from chip to chip,
+        beside the matrix units (jax-ml/scaling-book@0819a7d: tpus.md, and roofline.md, which counts
+        the longer of the two); what arrives is written to memory, which compute has not meanwhile.
+        """
+        device, inner = self.topology.device, self.topology.tiers[0]
+        if inner.wiring == "torus":
+            taken = inner.bytes_per_s / device.memory_bytes_per_s
+        else:
+            taken = self.channels / device.cores
+        return 2.0 if taken >= 0.5 else 1 / (1 - taken)
 
     @property
     def scale_up_devices(self) -> int:

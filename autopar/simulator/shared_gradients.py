@@ -9,14 +9,14 @@ the order of the kinds, so that what they hold stays equal.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
+from math import lcm, prod
 from typing import NamedTuple
 
 from autopar.ir.graph import ITEM_BYTES
-from autopar.ir.sharding import Mesh, Sharding, local_ranges, local_shape
+from autopar.ir.sharding import Mesh, Sharding, local_ranges, local_shape, shards_of
 from autopar.ir.strategy import Training
 from autopar.simulator.messages import Message, lies_scattered, messages
 from autopar.simulator.strides import contiguous
@@ -136,7 +136,9 @@ def shared_gradient(
     holders: Mapping[tuple[int, int], tuple[Sharding, Mesh]],
     training: Training,
 ) -> SharedGradient:
-    """``holders``: for each (stage, row) how the optimizer keeps its piece of the parameter."""
+    """``holders``: for each (stage, row) how the optimizer keeps its piece of the parameter. What
+    they do not divide is padded (``local_elements``)."""
+    shape = _padded(shape, holders.values())
     same = {(sharding, mesh.sizes) for sharding, mesh in holders.values()}
     alike: dict[object, list[tuple[int, int]]] = {}
     for holder, (sharding, mesh) in holders.items():
@@ -145,6 +147,14 @@ def shared_gradient(
     item_bytes = 4 if training.precision == "mixed" else ITEM_BYTES[dtype]
     kinds = tuple(Alike(*holders[of[0]], tuple(of)) for of in alike.values())
     return SharedGradient(name, shape, item_bytes, kinds)
+
+
+def _padded(shape: tuple[int, ...], holders: Iterable[tuple[Sharding, Mesh]]) -> tuple[int, ...]:
+    """Each dim a multiple of all numbers of pieces into which it is cut."""
+    into = [1] * len(shape)
+    for sharding, mesh in set(holders):
+        into = [lcm(n, shards_of(sharding, dim, mesh)) for dim, n in enumerate(into)]
+    return tuple(-(-size // n) * n for size, n in zip(shape, into, strict=True))
 
 
 def _pieces(shape: tuple[int, ...], sharding: Sharding, mesh: Mesh) -> object:

@@ -12,7 +12,7 @@ from benchmarks.programs import FIRST, SINCE, Program, program_of, written
 
 def row(**cells: str) -> dict[str, str]:
     plain = {"source": "a table", "precision": "bf16", "zero_fsdp": "FSDP", "model_family": "GPT"}
-    return plain | cells
+    return {"config_id": "a", "notes": "", **plain, **cells}
 
 
 @pytest.mark.parametrize("feature", SINCE)
@@ -35,11 +35,10 @@ def test_what_shards_parameters_has_none_of_megatrons() -> None:
 
 
 def test_deepspeed_of_2021_gathers_one_by_one_and_knows_less_and_less() -> None:
-    usual = {"precision": "fp16", "zero_fsdp": "3", "model_family": "GPT"}
+    usual = row(precision="fp16", zero_fsdp="3")
 
     def on(day: str) -> Program:
-        row = {**usual, "source": day}
-        return program_of(row, shards=True, flash=False)
+        return program_of({**usual, "source": day}, shards=True, flash=False)
 
     march, april, may = (on(f"arXiv 210{month}.00001").one_by_one for month in (3, 4, 5))
     assert march == OneByOne(traced=True, norms=False)
@@ -115,3 +114,15 @@ def test_without_a_date_fused_attention_tells_a_new_program() -> None:
     assert old.written == FIRST
     assert not any(map(old.has, SINCE))
     assert all(map(new.has, SINCE))
+
+
+def test_losses_of_torchtitan_are_compiled_since_they_can_be() -> None:
+    usual = row(zero_fsdp="fsdp2", notes="torch.compile, async TP")
+
+    def read(source: str, **cells: str) -> Program:
+        return program_of({**usual, "source": source, **cells}, shards=True, flash=True)
+
+    assert read("a table (2025-06)").compiled_loss and read("a table (2025-06)").in_pieces
+    assert not read("a table (2024-12)").compiled_loss
+    assert not read("a table").compiled_loss  # of no time that is told
+    assert not read("a table (2025-06)", notes="eager").compiled_loss
