@@ -71,10 +71,11 @@ GUESSES = {
     "operator_s": Guess(4e-5, 0.5, 1e-6, 5e-4, "tens of microseconds in traces of eager PyTorch"),
     "flop_pj": Guess(
         1.44,
-        0.2,
+        0.1,
         0.1,
         3.0,
-        "products for seconds on one H100 (2026-11-27): 0.84 of the largest measured at 680 W",
+        "products for seconds on one H100 (2026-11-27): 0.84 of the largest measured at 680 W; 3% of "
+        "that clock is 10% of the energy",
     ),
 }
 NAMES = tuple(GUESSES)
