@@ -74,8 +74,8 @@ GUESSES = {
         0.1,
         0.1,
         3.0,
-        "products for seconds on one H100 (2026-11-27): 0.84 of the largest measured at 680 W; 3% of "
-        "that clock is 10% of the energy",
+        "products for seconds on one H100 (2026-11-27): 0.84 of the largest measured at 680 W; 3% "
+        "of that clock is 10% of the energy",
     ),
 }
 NAMES = tuple(GUESSES)
