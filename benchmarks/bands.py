@@ -28,7 +28,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar import __version__
-from benchmarks.runs import Compared, Row, validate
+from benchmarks.cells import Row
+from benchmarks.quality import validate
+from benchmarks.runs import Compared
 from benchmarks.validate import read
 from cost_models.bands import (
     CORRECTED,

@@ -22,8 +22,11 @@ from statistics import fmean
 import numpy as np
 
 from autopar.errors import AutoparError
+from benchmarks.cells import SkippedError
 from benchmarks.derived import Derived, Seconds, Vector, scaled
-from benchmarks.runs import Run, SkippedError, kendall_tau, run_of, step_s
+from benchmarks.quality import kendall_tau
+from benchmarks.rows import run_of
+from benchmarks.runs import Run, step_s
 from benchmarks.validate import read
 from cost_models import Analytical, Topology
 from cost_models.calibration import FILE, FORMAT, VERSION, Calibration

@@ -9,7 +9,9 @@ from html import escape
 from statistics import fmean
 
 from autopar.recipes import degrees_text
-from benchmarks.runs import GIB, Compared, Quality, share
+from benchmarks.quality import Quality, share
+from benchmarks.rows import GIB
+from benchmarks.runs import Compared
 
 SIZE, EDGE = 560, 50
 """Of the picture and its margin, in pixels."""

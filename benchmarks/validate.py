@@ -17,8 +17,10 @@ from pathlib import Path
 from time import process_time
 
 from autopar.api import no_garbage
+from benchmarks.cells import Row
+from benchmarks.quality import Quality, share, validate
 from benchmarks.report import page
-from benchmarks.runs import COLUMNS, Quality, Row, share, validate
+from benchmarks.rows import COLUMNS
 
 
 def read(paths: Iterable[Path]) -> Iterator[Row]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.runs import Row
+from benchmarks.cells import Row
 
 ROW: Row = {
     **dict.fromkeys(("head_dim", "n_experts"), ""),

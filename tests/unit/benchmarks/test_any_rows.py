@@ -9,7 +9,9 @@ from random import Random
 
 import pytest
 
-from benchmarks.runs import COLUMNS, OPTIONAL, Row, run_of, validate
+from benchmarks.cells import Row
+from benchmarks.quality import validate
+from benchmarks.rows import COLUMNS, OPTIONAL, run_of
 from benchmarks.transformer import Transformer
 from cost_models.topology import topology
 from tests.helpers.rows import ROW

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import bands
 from benchmarks.bands import COVERAGE, Residual, Table, own_width, quantile, variances, widths
-from benchmarks.runs import validate
+from benchmarks.quality import validate
 from benchmarks.validate import read
 from cost_models.bands import CORRECTED, DATASHEET, KINDS, PROFILED, read_bands
 from tests.unit.benchmarks.test_validation import ROW

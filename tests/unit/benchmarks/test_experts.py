@@ -20,8 +20,11 @@ from autopar.simulator.microbatches import division
 from autopar.simulator.overlap import NOTHING_AT_ONCE, Overlap
 from autopar.simulator.prices import evaluate
 from benchmarks import families
+from benchmarks.cells import SkippedError
 from benchmarks.kernels import proposals
-from benchmarks.runs import SkippedError, overlap_of, predicted, run_of, validate
+from benchmarks.quality import validate
+from benchmarks.rows import run_of
+from benchmarks.runs import overlap_of, predicted
 from benchmarks.transformer import Experts, Latent, Transformer
 from cost_models import Analytical, cost_model, topology
 from cost_models.collectives import Dispatch
@@ -375,7 +378,7 @@ def test_experts_are_run_as_the_program_of_the_release_does() -> None:
         {"precision": "bf16"},
         release,
         {**release, "gpu_type": "B200-180GB"},
-        {**release, "gpu_type": "B200-180GB", "n_gpus": "16", "DP": "16"},
+        {**release, "gpu_type": "B200-180GB", "n_gpus": "16", "DP": "16", "global_batch": "32"},
         {"config_id": "a-tokendrop"},
         {"config_id": "a-tokendrop", "PP": "2", "n_gpus": "16"},
     ]

@@ -23,17 +23,10 @@ from autopar.simulator.pipelines import StagePrices, evaluate_stages
 from autopar.simulator.prices import evaluate
 from benchmarks import runs
 from benchmarks.kernels import proposals
+from benchmarks.quality import kendall_tau, share, validate
 from benchmarks.report import page
-from benchmarks.runs import (
-    Compared,
-    Run,
-    estimate,
-    kendall_tau,
-    overlap_of,
-    run_of,
-    share,
-    validate,
-)
+from benchmarks.rows import run_of
+from benchmarks.runs import Compared, Run, estimate, overlap_of
 from benchmarks.runs import predicted as predictions
 from benchmarks.transformer import DROPOUT, Transformer
 from benchmarks.validate import main, text
