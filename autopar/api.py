@@ -113,6 +113,17 @@ class Wanted(TypedDict, total=False):
     objective: Objective
 
 
+@contextmanager
+def _refusing_the_unpriced() -> Iterator[None]:
+    """What a machine has no figure for is the user's to change; other ``ValueError`` are ours."""
+    from cost_models import UnpricedError
+
+    try:
+        yield
+    except UnpricedError as error:
+        raise AutoparError(str(error)) from error
+
+
 def extract(
     model: str | Path | nn.Module | OperatorGraph,
     inputs: Any = None,
@@ -224,6 +235,7 @@ STAGES = "stages"
 """The searcher of profiled graphs."""
 
 
+@_refusing_the_unpriced()
 def plan_profiled(
     graph: OperatorGraph,
     name: str = "",
@@ -487,6 +499,7 @@ USUAL = Budget(time_s=300.0, gap=1e-3, proof_s=2.0)
 to halve the last percent takes longer than to find the plan."""
 
 
+@_refusing_the_unpriced()
 def run_search(
     problem: Problem,
     searcher: str | Searcher = SEARCHER,
@@ -695,6 +708,7 @@ def _of_degrees(problem: Problem, degrees: Degrees, microbatches: int | None) ->
     return by_degrees(divided, degrees, problem.cost_model, problem.training)
 
 
+@_refusing_the_unpriced()
 def _priced(divided: Division, cost_model: CostModel, strategy: Strategy) -> Estimate:
     from autopar.simulator.bands import banded
     from autopar.simulator.pipelines import evaluate_stages
@@ -764,7 +778,8 @@ def simulate(
     cost_model = _machine_of(plan, topology, devices)
     if cost_model.devices != plan.world_size:
         raise PlanMismatchError(
-            f"the plan is for {plan.world_size} devices, {topology} has {cost_model.devices}; "
+            f"the plan is for {plan.world_size} devices, {_named(topology)} has "
+            f"{cost_model.devices}; "
             "simulate it on as many, or plan again"
         )
     return _priced(division_of(plan), cost_model, plan.strategy)
@@ -799,6 +814,10 @@ def timeline_of_plan(
     return timeline
 
 
+def _named(topology: str | Path | CostModel | None) -> str:
+    return str(topology) if isinstance(topology, str | Path) else "the machine"
+
+
 def _machine_of(
     plan: Plan, topology: str | Path | CostModel | None, devices: int | None
 ) -> CostModel:
@@ -811,6 +830,7 @@ def _machine_of(
         return cost_model_from_json(plan.topology)
 
 
+@_refusing_the_unpriced()
 def _estimate_profiled(
     plan: Plan, topology: str | Path | CostModel | None, devices: int | None
 ) -> Estimate:
@@ -1225,6 +1245,12 @@ def _differences(profile: Profile, device: str, software: Iterable[tuple[str, st
 
 
 def _check_same_machine(record: RunRecord, profile: Profile) -> None:
+    if record.machine.get("devices") != profile.devices:
+        raise AutoparError(
+            f"the run of {record.plan} was on {record.machine.get('devices')} devices, and the "
+            f"profile of {profile.date} has {profile.devices}; give the profile of as many with "
+            "--profile, or run a plan for it"
+        )
     differences = _differences(profile, record.device, record.software)
     if differences:
         raise AutoparError(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cost_models.analytical import Analytical
-from cost_models.interface import Collective, CollectiveKind, CostModel, Work
+from cost_models.interface import Collective, CollectiveKind, CostModel, UnpricedError, Work
 from cost_models.profiled import Profiled, ProfileError, read_profile
 from cost_models.topology import (
     Topology,
@@ -59,6 +59,7 @@ __all__ = [
     "Profiled",
     "Topology",
     "TopologyError",
+    "UnpricedError",
     "Work",
     "cost_model",
     "topology",

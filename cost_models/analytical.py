@@ -8,7 +8,7 @@ from math import ceil
 
 from cost_models.calibration import Calibration, read_calibration
 from cost_models.collectives import COLLECTIVES, Dispatch, Way, dispatch, spans, useful
-from cost_models.interface import Collective, CollectiveKind, HostTime, Work
+from cost_models.interface import Collective, CollectiveKind, HostTime, UnpricedError, Work
 from cost_models.overheads import BY_VENDOR, NCCL_CHANNELS, NOTHING, Overheads
 from cost_models.topology import Topology
 
@@ -206,7 +206,7 @@ class Analytical:
             work = replace(work, dtype="tensorfloat32")
         peaks = dict(device.peak_flops_per_s)
         if work.dtype not in peaks:
-            raise ValueError(
+            raise UnpricedError(
                 f"{device.name} has no peak for {work.dtype} (it has {', '.join(peaks)}); "
                 "plan the model in one of these, or write a topology file that gives the peak"
             )

@@ -89,9 +89,15 @@ class HostTime:
         return HostTime(**{**seconds, "ahead": self.ahead})
 
 
+class UnpricedError(ValueError):
+    """A machine without the figure that a price needs: a dtype that it has no speed of, a
+    collective that nobody measured on it."""
+
+
 class CostModel(Protocol):
-    """Seconds for work and for collectives. Unknown questions raise ``KeyError`` or ``ValueError``;
-    nothing is free by default.
+    """Seconds for work and for collectives. What a machine has no figure for raises
+    ``UnpricedError``, other unknown questions ``KeyError`` or ``ValueError``; nothing is free by
+    default.
 
     A machine of more than two tiers has ``units``, too: see ``units_of``. One whose devices wait
     for their hosts has a ``host_time``; one whose programs are compiled says ``compiled``; one that

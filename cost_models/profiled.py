@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cost_models.collectives import members_in_unit
-from cost_models.interface import Collective, CollectiveKind, HostTime, Work
+from cost_models.interface import Collective, CollectiveKind, HostTime, UnpricedError, Work
 
 FORMAT = "autopar-profile"
 VERSION = 6
@@ -22,6 +22,8 @@ VERSION = 6
 3, operands were in the caches, and updates were passes over memory like others; up to 4, what a
 loss took was told for a third of it, with the bytes of its logits; up to 5, messages took the same
 of the processor whatever their size."""
+
+READS = f"4 to {VERSION}"
 
 Where = Literal["inside", "across", "all"]
 """Where the ranks of a measured group are: on one host, each on another, or all devices."""
@@ -159,9 +161,12 @@ def profile_from_json(data: Any) -> Profile:
     """Raises ``ProfileError`` when this is not a profile of this version."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ProfileError("this is not a profile; `autopar profile` makes one")
-    if data.get("version") not in (4, 5, VERSION):
+    version = data.get("version")
+    if version not in (4, 5, VERSION):
+        later = isinstance(version, int) and version > VERSION
         raise ProfileError(
-            f"the profile has version {data.get('version')!r}, this autopar reads {VERSION}; "
+            f"the profile has version {version!r}, this autopar reads {READS}; "
+            f"{'read it with a later autopar, or ' if later else ''}"
             "measure again with `autopar profile` on the machine that it is of"
         )
     try:
@@ -265,6 +270,10 @@ def read_profile(path: Path) -> Profile:
         return profile_from_json(json.loads(path.read_text()))
     except OSError as error:
         raise ProfileError(f"cannot read the profile {path}: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ProfileError(
+            f"{path} is damaged, or no profile ({error}); `autopar profile -o {path}` makes one"
+        ) from error
     except ValueError as error:
         raise ProfileError(f"{path}: {error}") from error
 
@@ -430,7 +439,7 @@ class Profiled:
         if kind != "matmul" and self._rates.keys() & {("matmul", dtype), ("matmul", other)}:
             return self._points("matmul", dtype)
         measured = ", ".join(sorted({d for k, d in self._rates if k in (kind, "matmul")}))
-        raise ValueError(
+        raise UnpricedError(
             f"no {kind} of {dtype} was measured on this machine ({measured} were); "
             "plan the model in one of these"
         )
@@ -492,10 +501,11 @@ class Profiled:
         for other, times in ((kind, 1.0), *STAND_IN[kind]):
             if fits := self._fits.get((other, where)):
                 return fits, times
-        raise ValueError(
-            "no collective "
-            f"{'from host to host' if where == 'across' else 'in a host'} was measured on this "
-            "machine; measure again"
+        raise UnpricedError(
+            "the profile has no collective "
+            f"{'from host to host' if where == 'across' else 'in a host'}"
+            f"{' (it was ended early)' if self.profile.left_out else ''}; measure the machine "
+            "again with `autopar profile`, or plan for one device"
         )
 
     @cached_property

@@ -13,13 +13,17 @@ from autopar.exporters.explanation import (
     stages_of,
 )
 from autopar.exporters.text import (
+    ALLOCATED_COLUMNS,
+    RESERVED_COLUMNS,
     ROW_COLUMNS,
+    allocated_cells,
     change_text,
     divided_text,
     kinds_of_memory,
     kinds_of_reserve,
     parts,
     passed_on_text,
+    reserved_cells,
     row_cells,
     stages_text,
     summary,
@@ -90,6 +94,10 @@ def _blocks(plan: Plan, rules: Rules) -> Iterator[str]:
         return
     yield "<h2>Rows</h2>"
     yield _table(ROW_COLUMNS, row_cells(plan.estimate))
+    yield "<h2>Memory of each row</h2>"
+    yield _table(ALLOCATED_COLUMNS, allocated_cells(plan.estimate))
+    of_bytes = plan.topology.get("memory_bytes")
+    yield _table(RESERVED_COLUMNS, reserved_cells(plan.estimate, of_bytes))
     for passed in passed_on(plan):
         yield f"<p>{escape(passed_on_text(passed))}</p>"
     for stages in stages_of(plan):

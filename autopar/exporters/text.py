@@ -325,7 +325,6 @@ ROW_COLUMNS = (
     "in flight",
     "peak memory",
     "of the device",
-    "reached at",
 )
 
 
@@ -343,7 +342,6 @@ def row_cells(found: Estimate) -> list[list[str]]:
             str(row.most_in_flight),
             bytes_text(row.memory.total_bytes),
             bytes_text(row.memory.device_bytes),
-            row.memory.at,
         ]
         for number, row in enumerate(found.pipeline.rows)
     ]
@@ -356,7 +354,7 @@ def rows(found: Estimate) -> list[str]:
     sent = sum(one.bytes for one in found.pipeline.traffic)
     return [
         "each row, on each of its devices:",
-        table(list(ROW_COLUMNS), row_cells(found), right=(3, 4, 5, 6, 7, 8, 9)),
+        table(list(ROW_COLUMNS), row_cells(found), right=range(3, 10)),
         f"  sent from row to row in a step: {bytes_text(sent)} in all",
         "",
     ]
@@ -374,14 +372,68 @@ def memory(found: Estimate, of_bytes: int | None = None) -> list[str]:
 
 
 def _reserve(found: Estimate, of_bytes: int | None) -> list[str]:
+    """From what is allocated to what the process has of the device."""
     beside = [(kind, n) for kind, n in kinds_of_reserve(found.memory) if n]
     if not beside:
         return []
+    fragments, workspace, *others = kinds_of_reserve(found.memory)
+    shown = [
+        ("allocated, in all", found.peak_memory_bytes),
+        *(fragments, workspace),
+        ("reserved by the allocator, in all", found.reserved_memory_bytes),
+        *others,
+        ("of the device, in all", found.device_memory_bytes),
+    ]
     if of_bytes is not None and of_bytes > found.device_memory_bytes:
-        beside.append((f"free of {bytes_text(of_bytes)}", of_bytes - found.device_memory_bytes))
+        free = of_bytes - found.device_memory_bytes
+        shown.append((f"headroom: free of {bytes_text(of_bytes)}", free))
+    return [f"  {bytes_text(n):>8}        {kind}" for kind, n in shown if n]
+
+
+ALLOCATED_COLUMNS = (
+    *("row", "parameters", "gradients", "optimizer", "activations", "temporaries", "buffers"),
+    "reached at",
+)
+RESERVED_COLUMNS = (
+    *("row", "allocated", "fragments", "workspace", "reserved", "communication", "context"),
+    *("of the device", "headroom"),
+)
+
+
+def allocated_cells(found: Estimate) -> list[list[str]]:
+    """Of each row of a pipeline, what is allocated at its peak."""
+    assert found.pipeline is not None
     return [
-        f"beside it, for {bytes_text(found.device_memory_bytes)} of the device in all:",
-        *(f"  {bytes_text(n):>8}        {kind}" for kind, n in beside),
+        [str(i), *(bytes_text(n) for _, n in kinds_of_memory(row.memory)), row.memory.at]
+        for i, row in enumerate(found.pipeline.rows)
+    ]
+
+
+def reserved_cells(found: Estimate, of_bytes: int | None) -> list[list[str]]:
+    """Of each row of a pipeline, from what is allocated to what is left of the device."""
+    assert found.pipeline is not None
+    cells = []
+    for i, row in enumerate(found.pipeline.rows):
+        of = row.memory
+        numbers = (
+            *(of.total_bytes, of.fragmentation_bytes, of.workspace_bytes, of.reserved_bytes),
+            *(of.communicators_bytes, of.context_bytes, of.device_bytes),
+        )
+        free = "-" if of_bytes is None else bytes_text(max(0, of_bytes - of.device_bytes))
+        cells.append([str(i), *map(bytes_text, numbers), free])
+    return cells
+
+
+def memory_of_rows(found: Estimate, of_bytes: int | None) -> list[str]:
+    """What each group of devices has at its peak, by kind."""
+    if found.pipeline is None:
+        return []
+    return [
+        "memory of each row, at its peak:",
+        table(list(ALLOCATED_COLUMNS), allocated_cells(found), right=range(1, 7)),
+        "",
+        table(list(RESERVED_COLUMNS), reserved_cells(found, of_bytes), right=range(1, 9)),
+        "",
     ]
 
 
@@ -488,6 +540,7 @@ def _explain_stages(plan: Plan, views: bool) -> str:
         lines += [stages_text(stages), ""]
         for block in stages.what.blocks:
             lines += _block(block, stages.mesh, views)
+    lines += memory_of_rows(plan.estimate, plan.topology.get("memory_bytes"))
     lines += memory(plan.estimate, plan.topology.get("memory_bytes"))
     return "\n".join(lines) + "\n"
 

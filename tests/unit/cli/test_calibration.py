@@ -59,6 +59,16 @@ def refused(*arguments: object) -> str:
     return str(result.exception)
 
 
+def test_a_profile_of_more_devices_is_not_corrected_by_a_run_of_fewer(tmp_path: Path) -> None:
+    profile = of_this_machine()
+    run, other = ran(tmp_path, planned(tmp_path, profile)), tmp_path / "other.json"
+    other.write_text(json.dumps(profile_to_json(replace(profile, devices=16))))
+    said = refused("--from-run", run, "--profile", other, "-o", tmp_path / "out.json")
+    assert "was on 8 devices" in said
+    assert "has 16" in said
+    assert len(said) < 400
+
+
 def test_a_corrected_profile_predicts_the_run_and_says_where_it_is_from(tmp_path: Path) -> None:
     profile = of_this_machine()
     plan = planned(tmp_path, profile)

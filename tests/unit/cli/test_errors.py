@@ -17,7 +17,9 @@ from autopar.errors import (
 )
 from autopar.ir.plan import plan_to_text, save_plan
 from autopar.ir.sharding import Mesh
+from cost_models.profiled import profile_to_json
 from tests.helpers import fake_plans
+from tests.helpers.profiles import ideal
 
 
 def run(*arguments: str) -> int:
@@ -177,3 +179,35 @@ def test_another_model_is_not_run(
     have(monkeypatch, gpus=8)
     assert run("run", str(tmp_path / "plan.json"), str(path)) == 2
     assert "not the model of this plan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("searcher", ["hybrid", "ilp"])
+def test_a_dtype_that_a_machine_has_no_speed_of_is_the_users_to_change(
+    searcher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "wide.py"
+    path.write_text(
+        "import torch\n"
+        "def model(): return torch.nn.Linear(8, 8).double()\n"
+        "def inputs(): return (torch.zeros(4, 8, dtype=torch.float64),)\n"
+        "def loss(outputs, inputs): return outputs.sum()\n"
+    )
+    code = run("plan", str(path), "--topology", "1x2xrtx-4090", "--searcher", searcher)
+    said = capsys.readouterr().err
+    assert code == 2
+    assert "rtx-4090 has no peak for float64" in said
+    assert "internal error" not in said
+
+
+def test_a_profile_without_collectives_says_so_for_several_devices(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ideal(devices=2, exchanges=(), left_out=("collectives",))
+    path = tmp_path / "short.json"
+    path.write_text(json.dumps(profile_to_json(short)))
+    root = Path(__file__).parents[3]
+    for model in (root / "examples" / "two_towers.json", root / "examples" / "gpt" / "model.py"):
+        assert run("plan", str(model), "--topology", str(path)) == 2
+        said = capsys.readouterr().err
+        assert "no collective in a host (it was ended early); measure" in said
+        assert "internal error" not in said

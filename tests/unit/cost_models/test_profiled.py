@@ -13,7 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cost_models import Collective, CollectiveKind, Profiled, ProfileError, Work, cost_model
+from cost_models import (
+    Collective,
+    CollectiveKind,
+    Profiled,
+    ProfileError,
+    UnpricedError,
+    Work,
+    cost_model,
+)
 from cost_models.interface import HostTime, host_time_of
 from cost_models.profiled import (
     COLLECTIVE_KINDS,
@@ -149,7 +157,9 @@ def test_questions_without_an_answer_are_refused() -> None:
         costs.compute_time_s(Work("magic", "float32", 1.0, 1.0))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="shape of four"):
         costs.compute_time_s(Work("matmul", "float32", 1.0, 1.0))
-    with pytest.raises(ValueError, match="no collective in a host was measured"):
+    with pytest.raises(UnpricedError, match="no matmul of int8 was measured"):
+        costs.compute_time_s(Work("matmul", "int8", 1.0, 1.0, (1, 8, 8, 8)))
+    with pytest.raises(UnpricedError, match="no collective in a host; measure the machine again"):
         Profiled(ideal(exchanges=())).collective_time_s(Collective("send", 1, 2, 1))
 
 
@@ -230,6 +240,12 @@ def test_all_that_is_measured_is_kept_and_told() -> None:
 def test_an_old_profile_is_refused_with_what_to_do(version: int) -> None:
     data = {**profile_to_json(ideal()), "version": version}
     with pytest.raises(ProfileError, match=rf"version {version}.*autopar profile.*on the machine"):
+        profile_from_json(data)
+
+
+def test_a_profile_of_a_later_autopar_is_not_called_old() -> None:
+    data = {**profile_to_json(ideal()), "version": 99}
+    with pytest.raises(ProfileError, match=r"version 99.*reads 4 to .*with a later autopar"):
         profile_from_json(data)
 
 
@@ -363,7 +379,7 @@ def test_a_file_that_is_no_profile_is_named(tmp_path: Path) -> None:
     with pytest.raises(ProfileError, match="cannot read the profile"):
         read_profile(path)
     path.write_text("{")
-    with pytest.raises(ProfileError, match=r"profile\.json"):
+    with pytest.raises(ProfileError, match=r"profile\.json is damaged.*`autopar profile -o"):
         read_profile(path)
     path.write_text("[]")
     with pytest.raises(ProfileError, match="not a profile"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 
@@ -12,9 +12,11 @@ import pytest
 
 from autopar.api import rules_of
 from autopar.exporters import EXPORTERS, text
+from autopar.exporters import json as json_exporter
 from autopar.exporters.explanation import REST, explanation
 from autopar.ir.plan import Plan
 from autopar.ir.sharding import Mesh
+from autopar.ir.simulation import Memory, PipelineEstimate, RowEstimate
 from autopar.ir.strategy import Training
 from autopar.ops import bound_rules
 from autopar.simulator.microbatches import division
@@ -201,3 +203,21 @@ def test_a_search_that_ended_before_anything_was_bounded_claims_nothing(bound_s:
     said = text.summary(replace(plan, search=ended))
     assert "without a lower bound" in said
     assert "from optimal" not in said
+
+
+def test_what_is_allocated_reserved_and_left_adds_up_in_text_and_json() -> None:
+    of = Memory(1, 2, 3, 4, 5, 6, "here", 70, 80, 900, 1000)
+    row = RowEstimate((0,), (0,), 1.0, 1.0, 0.0, 0.0, 0.0, 1, of, ())
+    pipeline = PipelineEstimate(rows=(row,), traffic=(), transfer_s=0.0)
+    found = replace(fake_plans.priced(2).estimate, memory=of, pipeline=pipeline)
+    (cells,) = text.reserved_cells(found, 5000)
+    assert cells == ["0", "21 B", "80 B", "70 B", "171 B", "1.00 kB", "900 B", "2.07 kB", "2.93 kB"]
+    assert json_exporter.totals(asdict(of), 5000) == {
+        "peak_memory_bytes": of.total_bytes,
+        "reserved_memory_bytes": of.reserved_bytes,
+        "device_memory_bytes": of.device_bytes,
+        "free_memory_bytes": 5000 - of.device_bytes,
+    }
+    lines = "\n".join(text.memory(found, 5000))
+    for line in ("21 B        allocated", "171 B        reserved", "2.93 kB        headroom"):
+        assert line in lines
