@@ -9,6 +9,7 @@ from typing import Any
 from autopar.exporters.doubts import largest_doubt
 from autopar.exporters.explanation import explanation, passed_on, stages_of
 from autopar.ir.plan import Plan, plan_to_json
+from autopar.ir.simulation import Memory
 from autopar.simulator.edges import Rules
 
 
@@ -19,17 +20,13 @@ def export(plan: Plan, rules: Rules) -> str:
 def summary(plan: Plan) -> dict[str, Any]:
     """The plan file without its graph, splits and storage: what the summary is made of."""
     data = plan_to_json(plan)
-    device_bytes, of_bytes = plan.estimate.device_memory_bytes, plan.topology.get("memory_bytes")
     return {
         **{key: data[key] for key in ("autopar", "format", "created", "model", "fingerprint")},
         "topology": data["topology"],
         **_where(plan),
         "world_size": plan.world_size,
-        "peak_memory_bytes": plan.estimate.peak_memory_bytes,
-        "reserved_memory_bytes": plan.estimate.reserved_memory_bytes,
-        "device_memory_bytes": device_bytes,
-        "free_memory_bytes": None if of_bytes is None else of_bytes - device_bytes,
-        "estimate": _without_collectives(data["estimate"], of_bytes),
+        **_memory(plan.estimate.memory, plan.topology.get("memory_bytes")),
+        "estimate": _estimate(plan, data["estimate"]),
         "training": data["strategy"]["training"],
         "search": data["search"],
         "proposed": data["proposed"],
@@ -55,31 +52,27 @@ def _where(plan: Plan) -> dict[str, Any]:
     }
 
 
-ALLOCATED = ("parameters", "gradients", "optimizer", "activations", "temporaries", "buffers")
-
-
-def totals(memory: dict[str, Any], of_bytes: int | None) -> dict[str, Any]:
-    """What the lines of a row's memory come to; ``free`` of a device is its headroom."""
-    allocated = sum(memory[f"{kind}_bytes"] for kind in ALLOCATED)
-    reserved = allocated + memory.get("workspace_bytes", 0) + memory.get("fragmentation_bytes", 0)
-    device = reserved + memory.get("context_bytes", 0) + memory.get("communicators_bytes", 0)
+def _memory(memory: Memory, of_bytes: int | None) -> dict[str, Any]:
+    """What its lines come to; ``free`` of a device is its headroom."""
     return {
-        "peak_memory_bytes": allocated,
-        "reserved_memory_bytes": reserved,
-        "device_memory_bytes": device,
-        "free_memory_bytes": None if of_bytes is None else of_bytes - device,
+        "peak_memory_bytes": memory.total_bytes,
+        "reserved_memory_bytes": memory.reserved_bytes,
+        "device_memory_bytes": memory.device_bytes,
+        "free_memory_bytes": None if of_bytes is None else of_bytes - memory.device_bytes,
     }
 
 
-def _without_collectives(estimate: dict[str, Any], of_bytes: int | None) -> dict[str, Any]:
-    found = {k: v for k, v in estimate.items() if k != "collectives"}
-    if "pipeline" in found:
-        rows = [
-            {k: v for k, v in row.items() if k != "collectives"} | totals(row["memory"], of_bytes)
-            for row in found["pipeline"]["rows"]
-        ]
-        found["pipeline"] = {**found["pipeline"], "rows": rows}
-    return found
+def _estimate(plan: Plan, data: dict[str, Any]) -> dict[str, Any]:
+    """Without collectives."""
+    found = {k: v for k, v in data.items() if k != "collectives"}
+    if plan.estimate.pipeline is None:
+        return found
+    of_bytes = plan.topology.get("memory_bytes")
+    rows = [
+        {k: v for k, v in row.items() if k != "collectives"} | _memory(of.memory, of_bytes)
+        for row, of in zip(found["pipeline"]["rows"], plan.estimate.pipeline.rows, strict=True)
+    ]
+    return {**found, "pipeline": {**found["pipeline"], "rows": rows}}
 
 
 def explained(plan: Plan, rules: Rules) -> dict[str, Any]:

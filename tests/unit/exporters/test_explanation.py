@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -212,12 +212,13 @@ def test_what_is_allocated_reserved_and_left_adds_up_in_text_and_json() -> None:
     found = replace(fake_plans.priced(2).estimate, memory=of, pipeline=pipeline)
     (cells,) = text.reserved_cells(found, 5000)
     assert cells == ["0", "21 B", "80 B", "70 B", "171 B", "1.00 kB", "900 B", "2.07 kB", "2.93 kB"]
-    assert json_exporter.totals(asdict(of), 5000) == {
-        "peak_memory_bytes": of.total_bytes,
-        "reserved_memory_bytes": of.reserved_bytes,
-        "device_memory_bytes": of.device_bytes,
-        "free_memory_bytes": 5000 - of.device_bytes,
-    }
+    plan = replace(fake_plans.priced(2), estimate=found, topology={"memory_bytes": 5000})
+    (told,) = json_exporter.summary(plan)["estimate"]["pipeline"]["rows"]
+    lines = {name: n for name, n in told["memory"].items() if name.endswith("_bytes")}
+    assert told["device_memory_bytes"] == sum(lines.values()) == 5000 - told["free_memory_bytes"]
+    beside = lines["context_bytes"] + lines["communicators_bytes"]
+    assert told["reserved_memory_bytes"] == told["device_memory_bytes"] - beside
+    assert told["peak_memory_bytes"] == of.total_bytes == 21
     lines = "\n".join(text.memory(found, 5000))
     for line in ("21 B        allocated", "171 B        reserved", "2.93 kB        headroom"):
         assert line in lines
