@@ -25,12 +25,19 @@ from benchmarks.rows import COLUMNS
 
 def read(paths: Iterable[Path]) -> Iterator[Row]:
     for path in paths:
-        with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        try:
+            file = path.open(newline="", encoding="utf-8-sig", errors="replace")
+        except OSError as error:
+            raise SystemExit(f"{path} cannot be read: {error.strerror}") from error
+        with file:
             rows = csv.DictReader(file)
             missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
             if missing:
                 raise SystemExit(f"{path} has no columns {', '.join(missing)}")
-            yield from (row for row in rows if any(row.values()))
+            found = [row for row in rows if any(row.values())]
+        if not found:
+            raise SystemExit(f"{path} has columns and no rows")
+        yield from found
 
 
 def text(found: Quality) -> str:

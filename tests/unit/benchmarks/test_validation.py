@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -25,7 +26,7 @@ from benchmarks import runs
 from benchmarks.kernels import proposals
 from benchmarks.quality import kendall_tau, share, validate
 from benchmarks.report import page
-from benchmarks.rows import run_of
+from benchmarks.rows import COLUMNS, run_of
 from benchmarks.runs import Compared, Run, estimate, overlap_of
 from benchmarks.runs import predicted as predictions
 from benchmarks.transformer import DROPOUT, Transformer
@@ -507,13 +508,23 @@ def test_any_cells_are_read_without_a_traceback() -> None:
     page(*validate(rows))
 
 
-def test_a_file_without_the_columns_is_refused(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("a,b\n1,2\n", "has no columns config_id"),
+        (",".join(COLUMNS) + "\n", "has columns and no rows"),
+        (None, "cannot be read: No such file"),
+    ],
+    ids=["other columns", "no rows", "no file"],
+)
+def test_a_file_that_has_no_rows_of_ours_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str | None, said: str
 ) -> None:
     path = tmp_path / "rows.csv"
-    path.write_text("a,b\n1,2\n")
+    if words is not None:
+        path.write_text(words)
     monkeypatch.setattr("sys.argv", ["validate", str(path)])
-    with pytest.raises(SystemExit, match="has no columns config_id"):
+    with pytest.raises(SystemExit, match=said):
         main()
 
 
