@@ -83,8 +83,12 @@ def main() -> int:
                 f"\t{one.memory_bytes / 1e9:.1f} GB {memory}\t{fits}{wrong}"
             )
     if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(page(found, compared))
+        try:
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(page(found, compared))
+        except OSError as error:
+            raise SystemExit(f"{arguments.output} cannot be written: {error.strerror}") from error
+        print(f"written to {arguments.output}", file=sys.stderr)
     rate = found[-1].rows / elapsed_s * 60
     print(f"{found[-1].rows} rows in {elapsed_s:.1f} CPU s, {rate:.0f} a minute", file=sys.stderr)
     return int(bool(found[-1].failed))

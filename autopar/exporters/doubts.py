@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 from autopar.exporters.units import share_text, time_text
 from autopar.ir.plan import Plan
-from cost_models.bands import KINDS
+from cost_models.bands import CORRECTED, KINDS, PROFILED, known_bands
 
 
 @dataclass(frozen=True, slots=True)
 class LargestDoubt:
     """``share``: of the width of the band (of its square, which adds up). ``time_s``: of the step.
     ``off_s``: by so much its price alone may make the step longer. ``told``: some run said so.
-    ``remedy``: what would measure it. ``elsewhere``: as of the band."""
+    ``remedy``: what would measure it. ``width``: by how much the logarithm of its price may be off,
+    and ``width_then`` where that was done. ``elsewhere``: as of the band."""
 
     kind: str
     what: str
@@ -22,6 +23,8 @@ class LargestDoubt:
     off_s: float
     told: bool
     remedy: str
+    width: float
+    width_then: float
     elsewhere: str
 
 
@@ -29,6 +32,7 @@ THE_HOST = "`autopar profile -o FILE` on this machine, for --topology FILE"
 ONE_HOST = "`autopar profile` on one of its hosts"
 ALL_HOSTS = "`torchrun ... -m autopar profile -o FILE` on all its hosts, for --topology FILE"
 A_STEP = "a step: `autopar run PLAN --json > RUN`, then `autopar calibrate --from-run RUN -o FILE`"
+OTHER_STEPS = A_STEP.replace("a step", "steps of other plans, which tell its parts apart")
 
 BEYOND_A_HOST = ("between", "transfers", "idle")
 """Kinds that no host by itself can tell of."""
@@ -48,6 +52,8 @@ def largest_doubt(plan: Plan) -> LargestDoubt | None:
         off_s=most.relative * plan.estimate.step_time_s,
         told=most.told,
         remedy=_remedy(plan, most.kind),
+        width=most.relative * plan.estimate.step_time_s / most.time_s,
+        width_then=_width_then(plan, most.kind),
         elsewhere=band.elsewhere,
     )
 
@@ -55,10 +61,17 @@ def largest_doubt(plan: Plan) -> LargestDoubt | None:
 def _remedy(plan: Plan, kind: str) -> str:
     """A machine that was measured is known better by a step only."""
     if "profiled" in plan.topology:
-        return A_STEP
+        return OTHER_STEPS if plan.topology["profiled"].get("corrections") else A_STEP
     if len(plan.topology.get("analytical", {}).get("tiers", ())) == 1:
         return THE_HOST
     return ALL_HOSTS if kind in BEYOND_A_HOST else ONE_HOST
+
+
+def _width_then(plan: Plan, kind: str) -> float:
+    machines = known_bands().machines
+    if "profiled" in plan.topology and CORRECTED in machines:
+        return machines[CORRECTED].of(kind)
+    return machines[PROFILED].of(kind)
 
 
 def doubt_text(found: LargestDoubt) -> list[str]:
@@ -73,4 +86,11 @@ def doubt_text(found: LargestDoubt) -> list[str]:
             * bool(found.elsewhere)
         ),
         f"  what would tell: {found.remedy}",
+        *(
+            [
+                "    where that was done, such prices were off by as much as "
+                f"{share_text(found.width_then, 1)}; by {share_text(found.width, 1)}, before"
+            ]
+            * (found.width_then >= found.width)
+        ),
     ]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from autopar import api
-from autopar.exporters import EXPORTERS, stages, text
+from autopar.exporters import EXPORTERS, doubts, stages, text
 from autopar.exporters.doubts import BEYOND_A_HOST, largest_doubt
 from autopar.exporters.units import peak_text, step_text
 from autopar.ir.measurement import Measurement
@@ -31,6 +31,10 @@ def plan(**shares: float) -> Plan:
     step_s = found.estimate.step_time_s
     spent = {kind: share * step_s for kind, share in shares.items()}
     return replace(found, estimate=with_band(found.estimate, spent, HOSTS, BANDS))
+
+
+def products_to(width: float) -> Widths:
+    return replace(WIDTHS, kinds={"products": width})
 
 
 def tied() -> Plan:
@@ -112,6 +116,26 @@ def test_of_a_machine_that_was_measured_only_a_step_tells_more() -> None:
     found = plan(products=1.0)
     doubt = largest_doubt(replace(found, topology={**found.topology, "profiled": {}}))
     assert doubt is not None and "`autopar calibrate --from-run RUN -o FILE`" in doubt.remedy
+
+
+def test_what_was_corrected_by_a_step_asks_for_others() -> None:
+    found = plan(products=1.0)
+    topology = {**found.topology, "profiled": {"corrections": [{"of": "a"}]}}
+    doubt = largest_doubt(replace(found, topology=topology))
+    assert doubt is not None and doubt.remedy.startswith("steps of other plans")
+
+
+def test_a_measurement_that_left_as_much_doubt_elsewhere_is_no_promise() -> None:
+    """Prices of products are known to a tenth, and to half of that once measured; or the other way
+    round."""
+    for then, promised in ((0.05, True), (0.2, False)):
+        known = Bands(0.8, "2026-11-26", "", {DATASHEET: WIDTHS, PROFILED: products_to(then)})
+        found = plan(products=1.0)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(doubts, "known_bands", lambda known=known: known)
+            said = text.explain(found, bound_rules(found.graph))
+        line = "where that was done, such prices were off by as much as 20%; by 10%, before"
+        assert (line in said) != promised
 
 
 def test_a_device_that_no_run_was_on_is_named() -> None:
