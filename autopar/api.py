@@ -114,13 +114,15 @@ class Wanted(TypedDict, total=False):
 
 
 @contextmanager
-def _refusing_the_unpriced() -> Iterator[None]:
-    """What a machine has no figure for is the user's to change; other ``ValueError`` are ours."""
+def _as_user_errors(*, unpriced_only: bool = False) -> Iterator[None]:
+    """``cost_models`` stands below autopar's errors and raises plain ``ValueError``.
+    ``unpriced_only``: what a machine has no figure for; others are defects of ours."""
     from cost_models import UnpricedError
 
+    users: type[ValueError] = UnpricedError if unpriced_only else ValueError
     try:
         yield
-    except UnpricedError as error:
+    except users as error:
         raise AutoparError(str(error)) from error
 
 
@@ -235,7 +237,7 @@ STAGES = "stages"
 """The searcher of profiled graphs."""
 
 
-@_refusing_the_unpriced()
+@_as_user_errors(unpriced_only=True)
 def plan_profiled(
     graph: OperatorGraph,
     name: str = "",
@@ -485,21 +487,12 @@ def _local_devices(devices: int | None) -> int:
     return profiler.local_devices() if devices is None else devices
 
 
-@contextmanager
-def _as_user_errors() -> Iterator[None]:
-    """``cost_models`` stands below autopar's errors and raises plain ``ValueError``."""
-    try:
-        yield
-    except ValueError as error:
-        raise AutoparError(str(error)) from error
-
-
 USUAL = Budget(time_s=300.0, gap=1e-3, proof_s=2.0)
 """When a search ends unless it is told otherwise: predictions are not as good as a gap of 0.1%, and
 to halve the last percent takes longer than to find the plan."""
 
 
-@_refusing_the_unpriced()
+@_as_user_errors(unpriced_only=True)
 def run_search(
     problem: Problem,
     searcher: str | Searcher = SEARCHER,
@@ -708,7 +701,7 @@ def _of_degrees(problem: Problem, degrees: Degrees, microbatches: int | None) ->
     return by_degrees(divided, degrees, problem.cost_model, problem.training)
 
 
-@_refusing_the_unpriced()
+@_as_user_errors(unpriced_only=True)
 def _priced(divided: Division, cost_model: CostModel, strategy: Strategy) -> Estimate:
     from autopar.simulator.bands import banded
     from autopar.simulator.pipelines import evaluate_stages
@@ -830,7 +823,7 @@ def _machine_of(
         return cost_model_from_json(plan.topology)
 
 
-@_refusing_the_unpriced()
+@_as_user_errors(unpriced_only=True)
 def _estimate_profiled(
     plan: Plan, topology: str | Path | CostModel | None, devices: int | None
 ) -> Estimate:

@@ -15,7 +15,7 @@ Row = dict[str, str]
 NOT_SAID = ("", "none", "nan", "null", "n/a", "na", "-", "?", "unknown")
 OUT_OF_MEMORY = ("oom", "out of memory", "out_of_memory")
 
-LARGEST = {
+MOST = {
     # no model or machine that anybody ran has more; beyond them numbers are typing errors
     "layers": 4096,
     "hidden": 10**6,
@@ -59,7 +59,7 @@ def number(row: Mapping[str, str], column: str, default: int | None = None) -> i
         raise SkippedError(f"{column} is {text!r}, no whole number; {WHOLE_NUMBER}")
     if found < 1:
         raise SkippedError(f"{column} is {text}, and must be at least 1; {WHOLE_NUMBER}")
-    most = LARGEST.get(column)
+    most = MOST.get(column)
     if most is not None and found > most:
         raise SkippedError(f"{column} is {text}, more than the {most} that are built here")
     return int(found)

@@ -83,7 +83,8 @@ def run_of(row: Row) -> Run:
     """
     assumed: list[str] = []
     row = settled(cleaned(row), assumed)
-    machine, network = _machine(row), _network(row, assumed)
+    machine = _machine(row)
+    network = _network(row, topology(machine), assumed)
     degrees, flash = _degrees(row, assumed), _is(row, "flash_attn")
     memory = row["metric"].startswith("peak_mem")
     program = program_of(row, shards=degrees.zero == 3, flash=flash)
@@ -172,9 +173,10 @@ def _check_degrees(row: Row, of: Degrees) -> None:
         )
 
 
-GIB = 2**30
-
 MOST_MICROBATCHES = 16384
+"""Longer pipelines take minutes to play, and no published run has a tenth of it."""
+
+GIB = 2**30
 
 
 def _sharded(row: Row, others: int) -> tuple[int, int, int]:
@@ -492,9 +494,8 @@ def _sized(row: Row, name: str) -> str:
     return name
 
 
-def _network(row: Row, assumed: list[str]) -> float | None:
+def _network(row: Row, machine: Topology, assumed: list[str]) -> float | None:
     """Of a device, if the row tells it and there is a network."""
-    machine = topology(_machine(row))
     if len(machine.tiers) == 1:
         return None
     usual = machine.tiers[-1].bytes_per_s

@@ -245,10 +245,10 @@ class Compared:
 
 def predicted(runs: Iterable[Run]) -> Iterator[tuple[Run, Compared | Exception]]:
     """Or why there is no prediction. Runs that differ in their batch only have the same stages,
-    which are priced once."""
+    which are priced once; what their programs do at once is a part of these prices."""
 
     def alike(run: Run) -> tuple[object, ...]:
-        return run.model, run.machine_model, run.degrees, run.training
+        return run.model, run.machine_model, run.degrees, run.training, overlap_of(run)
 
     for _, group in groupby(sorted(runs, key=lambda run: repr(alike(run))), key=alike):
         together = list(group)

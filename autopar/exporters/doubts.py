@@ -14,7 +14,8 @@ class LargestDoubt:
     """``share``: of the width of the band (of its square, which adds up). ``time_s``: of the step.
     ``off_s``: by so much its price alone may make the step longer. ``told``: some run said so.
     ``remedy``: what would measure it. ``width``: by how much the logarithm of its price may be off,
-    and ``width_then`` where that was done. ``elsewhere``: as of the band."""
+    and ``width_then`` where that was done (``None``: of a kind that is no longer told apart).
+    ``elsewhere``: as of the band."""
 
     kind: str
     what: str
@@ -24,7 +25,7 @@ class LargestDoubt:
     told: bool
     remedy: str
     width: float
-    width_then: float
+    width_then: float | None
     elsewhere: str
 
 
@@ -67,8 +68,10 @@ def _remedy(plan: Plan, kind: str) -> str:
     return ALL_HOSTS if kind in BEYOND_A_HOST else ONE_HOST
 
 
-def _width_then(plan: Plan, kind: str) -> float:
+def _width_then(plan: Plan, kind: str) -> float | None:
     machines = known_bands().machines
+    if kind not in KINDS:
+        return None
     if "profiled" in plan.topology and CORRECTED in machines:
         return machines[CORRECTED].of(kind)
     return machines[PROFILED].of(kind)
@@ -86,11 +89,15 @@ def doubt_text(found: LargestDoubt) -> list[str]:
             * bool(found.elsewhere)
         ),
         f"  what would tell: {found.remedy}",
-        *(
-            [
-                "    where that was done, such prices were off by as much as "
-                f"{share_text(found.width_then, 1)}; by {share_text(found.width, 1)}, before"
-            ]
-            * (found.width_then >= found.width)
-        ),
+        *_no_promise(found),
+    ]
+
+
+def _no_promise(found: LargestDoubt) -> list[str]:
+    """Where a measurement has left as much doubt elsewhere."""
+    if found.width_then is None or found.width_then < found.width:
+        return []
+    return [
+        "    where that was done, such prices were off by as much as "
+        f"{share_text(found.width_then, 1)}; by {share_text(found.width, 1)}, before"
     ]

@@ -98,9 +98,13 @@ class Overlap:
 NOTHING_AT_ONCE = Overlap()
 
 
-def is_sent(collective: PromisedCollective, phase: str) -> bool:
-    """To experts, or back."""
-    return collective.kind == "all_to_all" and collective.phase == phase
+def sent_s(collectives: Iterable[PromisedCollective], phase: str) -> float:
+    """Of what goes to experts, or back."""
+    return sum(
+        one.time_s * one.count
+        for one in collectives
+        if one.kind == "all_to_all" and one.phase == phase
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,8 +32,8 @@ from autopar.simulator.overlap import (
     copies_s,
     held_bytes,
     hidden,
-    is_sent,
     moved_s,
+    sent_s,
 )
 from autopar.simulator.promise import Needed, priced, promise_of, redistributions, refreshing
 from autopar.simulator.recomputation import Recomputation, check_recompute, recomputation
@@ -209,11 +209,11 @@ class _Evaluation:
     def _beside_other_microbatches(
         self, spent: _Spent, promised: Sequence[PromisedCollective]
     ) -> _Spent:
-        forward_s, backward_s = (
-            self.overlap.experts * sum(c.time_s * c.count for c in promised if is_sent(c, phase))
-            for phase in ("forward", "backward")
+        share = self.overlap.experts
+        return spent.more(
+            moved_forward_s=-share * sent_s(promised, "forward"),
+            moved_backward_s=-share * sent_s(promised, "backward"),
         )
-        return spent.more(moved_forward_s=-forward_s, moved_backward_s=-backward_s)
 
     def _parameters_ahead(self, spent: _Spent) -> _Spent:
         parameters, costs, times = self.needed.parameters, self.costs, self.times

@@ -29,7 +29,7 @@ from autopar.simulator.operator_times import (
     launched_passes_s,
     wants_gradients,
 )
-from autopar.simulator.overlap import NOTHING_AT_ONCE, Overlap, Streams, is_sent, moved_s
+from autopar.simulator.overlap import NOTHING_AT_ONCE, Overlap, Streams, moved_s, sent_s
 from autopar.simulator.recomputation import Recomputation, recomputation
 from autopar.simulator.redistribution import Transfer, transfers
 from autopar.simulator.stages import StagePart
@@ -135,14 +135,13 @@ def _beside_products(
 
 
 def _beside_other_microbatches(found: StageParts, share: float) -> StageParts:
-    sent_s = {
-        phase: share * sum(c.time_s * c.count for c in found.collectives if is_sent(c, phase))
-        for phase in ("forward", "backward")
-    }
+    there_s, back_s = (
+        share * sent_s(found.collectives, phase) for phase in ("forward", "backward")
+    )
     return replace(
         found,
-        forward_communication_s=found.forward_communication_s - sent_s["forward"],
-        input_communication_s=found.input_communication_s - sent_s["backward"],
+        forward_communication_s=found.forward_communication_s - there_s,
+        input_communication_s=found.input_communication_s - back_s,
     )
 
 

@@ -597,3 +597,19 @@ def test_what_devices_do_not_divide_is_padded() -> None:
     assert even.memory.parameters_bytes < padded.memory.parameters_bytes
     assert {one.kind for one in padded.collectives} == {one.kind for one in even.collectives}
     assert [one.bytes for one in padded.collectives] == [one.bytes for one in even.collectives]
+
+
+def test_runs_that_only_their_programs_tell_apart_are_priced_apart() -> None:
+    """Stages are priced once for runs that are alike, with what their programs do at once."""
+    rows = [
+        {**ROW, "PP": "2", "n_gpus": "2", "DP": "1", "TP": "1", "source": f"arXiv {month}.00001"}
+        for month in ("2201", "2404")
+    ]
+    together = {run.source: found for run, found in predictions(map(run_of, rows))}
+    for row in rows:
+        ((_, alone),) = predictions([run_of(row)])
+        found = together[row["source"]]
+        assert isinstance(alone, Compared) and isinstance(found, Compared)
+        assert found.step_s == alone.step_s
+    old, new = (together[row["source"]] for row in rows)
+    assert isinstance(old, Compared) and isinstance(new, Compared) and old.step_s != new.step_s

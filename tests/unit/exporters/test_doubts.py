@@ -138,6 +138,18 @@ def test_a_measurement_that_left_as_much_doubt_elsewhere_is_no_promise() -> None
         assert (line in said) != promised
 
 
+def test_a_kind_that_is_no_longer_told_apart_is_explained() -> None:
+    """As plans of an earlier autopar may have it."""
+    found = plan(products=1.0)
+    band = found.estimate.band
+    assert band is not None
+    old = replace(band, doubts=(replace(band.doubts[0], kind="kernels"),))
+    found = replace(found, estimate=replace(found.estimate, band=old))
+    doubt = largest_doubt(found)
+    assert doubt is not None and doubt.width_then is None
+    assert "largest doubt: kernels" in text.explain(found, bound_rules(found.graph))
+
+
 def test_a_device_that_no_run_was_on_is_named() -> None:
     found = plan(products=1.0)
     said = text.explain(found, bound_rules(found.graph))
